@@ -199,14 +199,14 @@ HEAD = [
 
 FIRST_USE = """
 import numpy as np, time
-from evomerge.engine import kernels
+from evomerge.engine.kernels import looking, merging
 wall, cpu = time.perf_counter(), time.process_time()
 f, i, out = np.ones(2, np.float32), np.zeros(2, np.int64), np.zeros(100, np.float32)
 x, bits, keys = np.zeros((2, 100), np.float32), np.zeros(100, np.uint16), np.zeros((2, 2), np.uint64)
-kernels.ties(x[0], x, 0, f, i, i, keys, f, f, f, np.float32(1), True, 1, out)
-kernels.count_magnitudes(bits, bits, 13, np.zeros(1 << 18, np.int64), np.zeros(1 << 18, np.uint16))
-kernels.count_low_bits(bits, bits, 13, 0, np.zeros(1 << 13, np.int64))
-kernels.find_equal(bits, bits, 1, 1)
+merging.ties(x[0], x, 0, f, i, i, keys, f, f, f, np.float32(1), True, 1, out)
+looking.count_magnitudes(bits, bits, 13, np.zeros(1 << 18, np.int64), np.zeros(1 << 18, np.uint16))
+looking.count_low_bits(bits, bits, 13, 0, np.zeros(1 << 13, np.int64))
+looking.find_equal(bits, bits, 1, 1)
 print(time.perf_counter() - wall, time.process_time() - cpu)
 """
 

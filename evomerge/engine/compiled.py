@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.engine import kernels
 from evomerge.engine.facts import CHUNK, OperationFacts
+from evomerge.engine.kernels import merging
 from evomerge.engine.selection import top
 from evomerge.methods.combine import participants, shares
 from evomerge.methods.dare import keep_probability, terms
@@ -92,7 +92,7 @@ def _survivors(
     held = np.empty(CHUNK, dtype=np.float32)
     for start, (base, theirs) in facts.store.rows(facts.inputs([BASE, source])):
         out = held[: base.size]
-        kernels.survivors(base, theirs, start, keep, key, factor, out)
+        merging.survivors(base, theirs, start, keep, key, factor, out)
         yield start, out
 
 
@@ -118,7 +118,7 @@ def _elect(
         shared["consensus"] == "count",
         0 if not shared["normalize"] else 1 if shared["average"] == "all" else 2,
     )
-    return Work((BASE, *indices), lambda x, start, out: kernels.ties(x[0], x[1:], start, *arguments, out))
+    return Work((BASE, *indices), lambda x, start, out: merging.ties(x[0], x[1:], start, *arguments, out))
 
 
 def _dare(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
@@ -129,7 +129,7 @@ def _dare(method: str, settings: Settings, facts: OperationFacts) -> Work | None
     factors = _singles(factor for _, factor, _ in parts)
     field = _field([chance for _, _, chance in parts], [facts.key(i) for i, _, _ in parts])
     inputs = (BASE, *(i for i, _, _ in parts))
-    return Work(inputs, lambda x, start, out: kernels.dare(x[0], x[1:], start, *field, factors, out))
+    return Work(inputs, lambda x, start, out: merging.dare(x[0], x[1:], start, *field, factors, out))
 
 
 def _field(chances: Sequence[float], keys: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
@@ -157,7 +157,7 @@ def _dfs(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
     inputs = (BASE, *indices)
     cut = KEEP_ALL if density >= 1.0 else top(partial(_certainties, facts, inputs, spread), facts.size, density)
     rest = (*spread, np.float32(cut[0]), cut[1], np.float32(settings.shared["lambda"]))
-    return Work(inputs, lambda x, start, out: kernels.positions(x[0], x[1:], start, *rest, out))
+    return Work(inputs, lambda x, start, out: merging.positions(x[0], x[1:], start, *rest, out))
 
 
 def _certainties(
@@ -166,7 +166,7 @@ def _certainties(
     held = np.empty(CHUNK, dtype=np.float32)
     for start, x in facts.store.rows(facts.inputs(inputs)):
         out = held[: x.shape[1]]
-        kernels.certainty(x[0], x[1:], *spread, out)
+        merging.certainty(x[0], x[1:], *spread, out)
         yield start, out
 
 
@@ -229,8 +229,8 @@ def _combination(method: str, settings: Settings, facts: OperationFacts) -> Work
         return None
     others, coefficients = tuple(i for i, _ in found.terms), _singles(c for _, c in found.terms)
     if found.pivot is None:
-        return Work(others, lambda x, start, out: kernels.weighted_sum(x, coefficients, out))
-    return Work((found.pivot, *others), lambda x, start, out: kernels.affine(x[0], x[1:], coefficients, out))
+        return Work(others, lambda x, start, out: merging.weighted_sum(x, coefficients, out))
+    return Work((found.pivot, *others), lambda x, start, out: merging.affine(x[0], x[1:], coefficients, out))
 
 
 KERNELS: dict[str, Kernel] = {

@@ -155,11 +155,11 @@ class FactStore:
         """Inner product of two tensors, or of their deltas where `base` is given; float64."""
 
         def compute() -> float:
-            from evomerge.engine import kernels
+            from evomerge.engine.kernels import looking
 
-            sums = np.zeros(kernels.PARTIAL)
+            sums = np.zeros(looking.PARTIAL)
             for _, (ours, one, other) in self._bits(base, left, right):
-                kernels.add_products(ours, one, other, sums)
+                looking.add_products(ours, one, other, sums)
             return math.fsum(sums)
 
         return self._once(("dot", base, *sorted((left, right), key=str)), compute)  # type: ignore[no-any-return]
@@ -168,7 +168,7 @@ class FactStore:
         """Population variance of a delta: [1], or [rows] with `columns` given; float64."""
 
         def compute() -> Tensor:
-            from evomerge.engine import kernels
+            from evomerge.engine.kernels import looking
 
             size = self.flat(source).numel()
             width = columns or size
@@ -176,7 +176,7 @@ class FactStore:
                 return torch.zeros(1, dtype=torch.float64)
             means, squares = np.zeros(size // width), np.zeros(size // width)
             for start, (ours, theirs) in self._bits(base, source):
-                kernels.add_moments(ours, theirs, start, width, means, squares)
+                looking.add_moments(ours, theirs, start, width, means, squares)
             return torch.from_numpy(squares / width)
 
         return self._once(("variance", base, source, columns), compute)  # type: ignore[no-any-return]

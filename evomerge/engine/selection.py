@@ -68,12 +68,12 @@ class Histogram:
 
 def count(parts: Parts, shift: int) -> Histogram:
     """The histogram of the magnitudes; what is no number is left out."""
-    from evomerge.engine import kernels
+    from evomerge.engine.kernels import looking
 
     infinity = 0x7F800000 >> shift
     counts, low = np.zeros(1 << (31 - shift), dtype=np.int64), np.zeros(1 << (31 - shift), dtype=np.uint16)
     for _, ours, theirs in parts():
-        kernels.count_magnitudes(ours, theirs, shift, counts, low)
+        looking.count_magnitudes(ours, theirs, shift, counts, low)
     bins = counts[: infinity + 1].nonzero()[0]
     held = counts[bins]
     small = held.astype(np.min_scalar_type(int(held.max(initial=0))))
@@ -114,12 +114,12 @@ def cut(parts: list[Parts], histograms: list[Histogram], keep: int) -> Cut:
 
 def last_index(parts: Parts, bits: int, stay: int) -> int:
     """Flat index of the `stay`-th element of exactly this magnitude, -1 for none."""
-    from evomerge.engine import kernels
+    from evomerge.engine.kernels import looking
 
     if stay == 0:
         return -1
     for start, ours, theirs in parts():
-        index, stay = kernels.find_equal(ours, theirs, bits, stay)
+        index, stay = looking.find_equal(ours, theirs, bits, stay)
         if index >= 0:
             return start + index
     raise IndexError(f"{stay} elements of magnitude {bits:#x} are missing: the tensor changed")
@@ -165,14 +165,14 @@ def _split(
     parts: list[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, wanted: int
 ) -> tuple[int, int, list[int]]:
     """Within a bin: (lower bits of the `wanted`-th largest, its rank among its equals, its equals per tensor)."""
-    from evomerge.engine import kernels
+    from evomerge.engine.kernels import looking
 
     total, found = np.zeros(1 << shift, dtype=np.int64), []
     for part, (size, mixed) in zip(parts, inside, strict=True):
         counts = np.zeros(1 << shift, dtype=np.int64)
         if mixed:
             for _, ours, theirs in part():
-                kernels.count_low_bits(ours, theirs, shift, upper, counts)
+                looking.count_low_bits(ours, theirs, shift, upper, counts)
         else:
             counts[0] = size
         total += counts

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.engine import kernels
+from evomerge.engine.kernels import field, jit, looking
 from evomerge.methods.random_field import LANES, uniform16
 
 FEW = settings(max_examples=40, deadline=None)
@@ -18,7 +18,7 @@ words = st.integers(0, 2**64 - 1)
 @given(key=st.tuples(words, words), first=st.sampled_from([0, 1, 77, 2**40]), blocks=st.integers(1, 5))
 def test_the_field_is_numpys_philox(key: tuple[int, int], first: int, blocks: int) -> None:
     drawn = np.empty(4 * blocks, dtype=np.uint64)
-    kernels.philox(np.uint64(key[0]), np.uint64(key[1]), first, drawn)
+    field.philox(np.uint64(key[0]), np.uint64(key[1]), first, drawn)
     np.testing.assert_array_equal(drawn.view(np.uint16), uniform16(key, first * LANES, blocks * LANES))
 
 
@@ -35,7 +35,7 @@ def stored(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 def pair(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(bits of a base, bits of a source, float32 delta); more than two tiles, not a whole number of them."""
     generator = np.random.default_rng(3)
-    base = generator.normal(size=2 * kernels.TILE + 77)
+    base = generator.normal(size=2 * jit.TILE + 77)
     source = np.where(generator.random(base.size) < 0.3, base, base + generator.normal(0, 0.01, base.size))
     (ours, a), (theirs, b) = stored(base, request.param), stored(source, request.param)
     return ours, theirs, b - a
@@ -48,13 +48,13 @@ def test_magnitudes_are_counted_by_upper_and_lower_bits(
     ours, theirs, delta = pair
     magnitudes = delta.view(np.uint32) & 0x7FFFFFFF
     counts, low = np.zeros(1 << (31 - shift), np.int64), np.zeros(1 << (31 - shift), np.uint16)
-    kernels.count_magnitudes(ours, theirs, shift, counts, low)
+    looking.count_magnitudes(ours, theirs, shift, counts, low)
     np.testing.assert_array_equal(counts, np.bincount(magnitudes >> shift, minlength=counts.size))
     for upper in np.unique(magnitudes >> shift)[::40]:
         within = magnitudes[magnitudes >> shift == upper] & ((1 << shift) - 1)
         assert low[upper] == np.bitwise_or.reduce(within)
         inside = np.zeros(1 << shift, np.int64)
-        kernels.count_low_bits(ours, theirs, shift, int(upper), inside)
+        looking.count_low_bits(ours, theirs, shift, int(upper), inside)
         np.testing.assert_array_equal(inside, np.bincount(within, minlength=inside.size))
 
 
@@ -62,16 +62,16 @@ def test_an_equal_element_is_found_by_its_rank(pair: tuple[np.ndarray, np.ndarra
     ours, theirs, delta = pair
     zeros = np.flatnonzero(delta == 0)
     for rank in (1, 2, len(zeros) // 2, len(zeros)):
-        assert kernels.find_equal(ours, theirs, 0, rank) == (zeros[rank - 1], 0)
-    assert kernels.find_equal(ours, theirs, 0, len(zeros) + 5) == (-1, 5)
+        assert looking.find_equal(ours, theirs, 0, rank) == (zeros[rank - 1], 0)
+    assert looking.find_equal(ours, theirs, 0, len(zeros) + 5) == (-1, 5)
 
 
 def test_inner_products_and_moments_are_float64(pair: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     ours, theirs, delta = pair
     other = stored(np.linspace(-1.0, 1.0, delta.size), 8 * ours.itemsize)
     apart = other[1] - (delta * 0 + stored_values(ours))
-    sums = np.zeros(kernels.PARTIAL)
-    kernels.add_products(ours, theirs, other[0], sums)
+    sums = np.zeros(looking.PARTIAL)
+    looking.add_products(ours, theirs, other[0], sums)
     assert sums.sum() == pytest.approx(delta.astype(np.float64) @ apart.astype(np.float64), rel=1e-12)
 
 
@@ -86,8 +86,8 @@ def test_moments_of_rows_come_together_from_parts(rows: int, columns: int, cut: 
     values = (generator.normal(size=rows * columns) + mean).astype(np.float32)
     zero, bits, edge = np.zeros(values.size, np.uint32), values.view(np.uint32), int(cut * values.size)
     means, squares = np.zeros(rows), np.zeros(rows)
-    kernels.add_moments(zero[:edge], bits[:edge], 0, columns, means, squares)
-    kernels.add_moments(zero[edge:], bits[edge:], edge, columns, means, squares)
+    looking.add_moments(zero[:edge], bits[:edge], 0, columns, means, squares)
+    looking.add_moments(zero[edge:], bits[edge:], edge, columns, means, squares)
     wide = values.reshape(rows, columns).astype(np.float64)
     np.testing.assert_allclose(means, wide.mean(1), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(squares / columns, wide.var(1), rtol=1e-9, atol=1e-12)

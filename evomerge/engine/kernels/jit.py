@@ -1,0 +1,30 @@
+"""How a kernel is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+from numpy.typing import NDArray
+
+TILE = 512  # elements; the scratch arrays of a tile, for a handful of sources, fit in 32 KiB
+
+F = TypeVar("F", bound=Callable[..., Any])
+Array = NDArray[Any]
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False}
+_INNER = _OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def kernel(function: F) -> F:
+    """Compiled on first use; kept on disk for the next process where there is a place to write."""
+    try:
+        return cast(F, numba.njit(cache=True, **_OPTIONS)(function))
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return cast(F, numba.njit(**_OPTIONS)(function))
+
+
+def part(function: F) -> F:
+    """Part of a kernel: compiled with it, not callable from Python."""
+    return cast(F, numba.njit(**_INNER)(function))

@@ -1,0 +1,153 @@
+"""Kernels that look at stored elements: magnitudes counted, products and moments added up."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evomerge.engine.kernels.jit import TILE, Array, kernel, part
+
+PARTIAL = 16  # sums that run side by side, for the processor's vectors
+
+
+@part
+def _widen(stored: Array, bits: Array) -> None:
+    """Stored elements to the bits of their float32 values."""
+    shift = np.uint32(32 - 8 * stored.itemsize)
+    for j in range(stored.size):
+        bits[j] = np.uint32(stored[j]) << shift
+
+
+@part
+def _delta(base: Array, source: Array, bits: Array, ours: Array) -> None:
+    """The delta of one tile, as float32 bits; the base's are left in `ours`."""
+    _widen(base, ours)
+    _widen(source, bits)
+    theirs, mine = bits.view(np.float32), ours.view(np.float32)
+    for j in range(base.size):
+        theirs[j] -= mine[j]
+
+
+@kernel
+def count_magnitudes(base: Array, source: Array, shift: int, counts: Array, low: Array) -> None:
+    """Counts the magnitudes of the delta by their upper bits, and gathers which lower bits occur in each bin.
+
+    Args:
+        base, source: Bits, [n], one dtype.
+        shift: How many lower bits do not count.
+        counts: int64 [2^(31 - shift)], added to.
+        low: uint16 [2^(31 - shift)]: or-ed with the lower bits of what falls into the bin.
+    """
+    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    by, magnitude, below = np.uint32(shift), np.uint32(0x7FFFFFFF), np.uint32((1 << shift) - 1)
+    for at in range(0, base.size, TILE):
+        n = min(TILE, base.size - at)
+        _delta(base[at : at + n], source[at : at + n], bits, ours)
+        for j in range(n):
+            upper = (bits[j] & magnitude) >> by
+            counts[upper] += 1
+            low[upper] |= np.uint16(bits[j] & below)
+
+
+@kernel
+def count_low_bits(base: Array, source: Array, shift: int, upper: int, counts: Array) -> None:
+    """Counts the magnitudes of the delta within one bin by their lower bits, into `counts`: int64 [2^shift]."""
+    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    inside = np.zeros(TILE, np.uint8)
+    eight = inside.view(np.uint64)
+    by, magnitude, below = np.uint32(shift), np.uint32(0x7FFFFFFF), np.uint32((1 << shift) - 1)
+    wanted = np.uint32(upper)
+    for at in range(0, base.size, TILE):
+        n = min(TILE, base.size - at)
+        _delta(base[at : at + n], source[at : at + n], bits, ours)
+        for j in range(n):
+            inside[j] = np.uint8((bits[j] & magnitude) >> by == wanted)
+        for word in range((n + 7) // 8):
+            if eight[word]:
+                for j in range(8 * word, min(n, 8 * word + 8)):
+                    if inside[j]:
+                        counts[bits[j] & below] += 1
+
+
+@kernel
+def find_equal(base: Array, source: Array, magnitude: int, wanted: int) -> tuple[int, int]:
+    """Index of the `wanted`-th element (from 1) whose delta has exactly these magnitude bits.
+
+    Returns:
+        (index, wanted), or (-1, how many of the wanted are still to be found) when there are too few.
+    """
+    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    exactly = np.uint32(magnitude)
+    for at in range(0, base.size, TILE):
+        n = min(TILE, base.size - at)
+        _delta(base[at : at + n], source[at : at + n], bits, ours)
+        equal = np.uint32(0)
+        for j in range(n):
+            equal += np.uint32((bits[j] & np.uint32(0x7FFFFFFF)) == exactly)
+        if equal < wanted:
+            wanted -= int(equal)
+            continue
+        for j in range(n):
+            wanted -= (bits[j] & np.uint32(0x7FFFFFFF)) == exactly
+            if wanted == 0:
+                return at + j, 0
+    return -1, wanted
+
+
+@kernel
+def add_products(base: Array, left: Array, right: Array, sums: Array) -> None:
+    """Inner product of two deltas, added to the `PARTIAL` partial sums: float64 [PARTIAL]."""
+    bits, other, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    a, b = bits.view(np.float32), other.view(np.float32)
+    for at in range(0, base.size, TILE):
+        n = min(TILE, base.size - at)
+        _delta(base[at : at + n], left[at : at + n], bits, ours)
+        _delta(base[at : at + n], right[at : at + n], other, ours)
+        for j in range(n, TILE):
+            a[j] = b[j] = np.float32(0.0)
+        for group in range((n + PARTIAL - 1) // PARTIAL):
+            for lane in range(PARTIAL):
+                j = PARTIAL * group + lane
+                sums[lane] += np.float64(a[j]) * np.float64(b[j])
+
+
+@kernel
+def add_moments(base: Array, source: Array, start: int, columns: int, means: Array, squares: Array) -> None:
+    """Mean and sum of squared deviations of each row of a delta, brought forward by these elements.
+
+    Chan, Golub and LeVeque 1983: a part's own mean and squares are merged into those of what came before.
+
+    Args:
+        base, source: Bits, [n], one dtype.
+        start: Flat index of the first element; everything before it has been added.
+        columns: Length of a row.
+        means, squares: float64 [rows].
+    """
+    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    delta = bits.view(np.float32)
+    sums = np.empty(PARTIAL, np.float64)
+    at = 0
+    while at < base.size:
+        row, before = (start + at) // columns, (start + at) % columns
+        n = min(TILE, base.size - at, columns - before)
+        _delta(base[at : at + n], source[at : at + n], bits, ours)
+        for lane in range(PARTIAL):
+            sums[lane] = 0.0
+        for group in range(n // PARTIAL):
+            for lane in range(PARTIAL):
+                sums[lane] += np.float64(delta[PARTIAL * group + lane])
+        for j in range(n // PARTIAL * PARTIAL, n):
+            sums[0] += np.float64(delta[j])
+        mean = sums.sum() / n
+        for lane in range(PARTIAL):
+            sums[lane] = 0.0
+        for group in range(n // PARTIAL):
+            for lane in range(PARTIAL):
+                apart = np.float64(delta[PARTIAL * group + lane]) - mean
+                sums[lane] += apart * apart
+        for j in range(n // PARTIAL * PARTIAL, n):
+            apart = np.float64(delta[j]) - mean
+            sums[0] += apart * apart
+        step = mean - means[row]
+        squares[row] += sums.sum() + step * step * before * n / (before + n)
+        means[row] += step * n / (before + n)
+        at += n
