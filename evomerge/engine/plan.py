@@ -125,7 +125,7 @@ class _Planner:
                 t = where.layer / (length - 1) if length > 1 else 1.0
                 yield _Slot(name, LayerPlace(0, where.layer, t))
             elif where.position == "after":
-                yield _Slot(name, LayerPlace(last, 0, 1.0))
+                yield _Slot(name, LayerPlace(last, 0, 0.0))  # as in mergekit: the first value, behind the layers too
             else:
                 yield _Slot(name, LayerPlace(0, 0, 0.0))
 
