@@ -352,7 +352,8 @@ class Mergekit:
 
     def __call__(self, config: Mapping[str, Any], out: Path, seed: int = 0) -> str | None:
         """Merges; returns what went wrong."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         shutil.rmtree(out, ignore_errors=True)
         self._process.stdin.write(json.dumps({"config": config, "out": str(out), "seed": seed}) + "\n")
         self._process.stdin.flush()
