@@ -22,7 +22,9 @@ FINE, COARSE = 13, 16  # lower bits that a histogram leaves out: of 16-bit model
 
 _HELD = 1 << 22  # scores that are held rather than computed again: 16 MB
 _PART = 1 << 16
-_DEVIATIONS = 6.0  # standard deviations of a sample's threshold: missed about once in a thousand million
+_NEAR = 1 << 20  # magnitudes that are counted one by one: 8 MB
+_DEVIATIONS = 6.0  # of a sample's threshold
+_INFINITY = 0x7F800000
 
 Floats = NDArray[np.float32]
 Bits = NDArray[Any]  # uint16 for bfloat16, uint32 for float32
@@ -71,7 +73,7 @@ def count(parts: Parts, shift: int) -> Histogram:
     """The histogram of the magnitudes; what is no number is left out."""
     from evomerge.engine.kernels import looking
 
-    infinity = 0x7F800000 >> shift
+    infinity = _INFINITY >> shift
     counts, low = np.zeros(1 << (31 - shift), dtype=np.int64), np.zeros(1 << (31 - shift), dtype=np.uint16)
     for _, ours, theirs in parts():
         looking.count_magnitudes(ours, theirs, shift, counts, low)
@@ -126,7 +128,9 @@ def last_index(parts: Parts, bits: int, stay: int) -> int:
     raise IndexError(f"{stay} elements of magnitude {bits:#x} are missing: the tensor changed")
 
 
-def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float) -> tuple[float, int]:
+def top(
+    scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float, near: tuple[int, int] | None = None
+) -> tuple[float, int]:
     """`evomerge.methods.trim.cutoff` for the top floor(density · n) of n scores.
 
     Args:
@@ -134,6 +138,7 @@ def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: 
             counted in n. Asked for up to three times where there are too many to hold.
         size: How many there are, NaN included.
         density: 0 gives (inf, -1), 1 gives (-1, -1).
+        near: Bits of two magnitudes between which the threshold nearly surely is: it is then found in one look.
     """
     if size <= _HELD:
         whole = np.empty(size, dtype=np.float32)
@@ -142,73 +147,68 @@ def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: 
         parts = partial(_from_zero, lambda: iter([(0, whole)]))
     else:
         parts = partial(_from_zero, scores)
+    if near is not None and near[1] - near[0] < _NEAR:
+        found = _cut_near(parts, density, *near)
+        if found is not None:
+            return found
     histogram = count(parts, FINE)
     keep = kept_count(histogram.total, density)
     if keep == 0:
         return math.inf, -1
     if keep >= histogram.total:
         return -1.0, -1
-    found = cut([parts], [histogram], keep)
-    return found.threshold, last_index(parts, found.bits, found.stay[0])
+    cut_ = cut([parts], [histogram], keep)
+    return cut_.threshold, last_index(parts, cut_.bits, cut_.stay[0])
 
 
-def top_sampled(
-    scores: Callable[[], Iterator[tuple[int, Floats]]],
-    density: float,
-    population: Histogram,
-    chance: float,
-    factor: float,
-) -> tuple[float, int] | None:
-    """As `top`, where the scores are a random sample of magnitudes that were counted: looked at once.
-
-    The sample's threshold is near the population's. Scores above a bracket around it are counted, those within it are
-    held and ranked.
-
-    Args:
-        scores: As for `top`.
-        density: As for `top`.
-        population: The magnitudes that were drawn from.
-        chance: Probability to be drawn.
-        factor: What a drawn magnitude is multiplied by, in float32.
-
-    Returns:
-        None where the bracket misses the threshold, which chance alone hardly ever does.
-    """
+def _cut_near(parts: Parts, density: float, low: int, high: int) -> tuple[float, int] | None:
+    """The cut when its threshold is one of the magnitudes with the bits `low` to `high`; None when it is not."""
     from evomerge.engine.kernels import looking
 
-    low, high = (np.float32(bound) * np.float32(factor) for bound in _bracket(population, density, chance))
-    held, alive, above = [(np.empty(0, np.float32), np.empty(0, np.int64))], 0, 0
-    for start, values in scores():
-        inside, index = np.empty(values.size, np.float32), np.empty(values.size, np.int64)
-        size, more, larger = looking.collect(values, start, low, high, inside, index)
-        held.append((inside[:size].copy(), index[:size].copy()))
-        alive, above = alive + more, above + larger
+    counts = np.zeros(high - low + 1, dtype=np.int64)
+    alive = above = 0
+    for _, _, scores in parts():
+        numbers, larger = looking.count_between(scores, low, high, counts)
+        alive, above = alive + numbers, above + larger
     keep = kept_count(alive, density)
     if keep == 0:
         return math.inf, -1
     if keep >= alive:
         return -1.0, -1
-    inside, index = (np.concatenate(columns) for columns in zip(*held, strict=True))
-    wanted = keep - above
-    if not 0 < wanted <= inside.size:
+    if not above < keep <= above + int(counts.sum()):
         return None
-    threshold = np.partition(inside, inside.size - wanted)[inside.size - wanted]
-    equal = index[inside == threshold]
-    return float(threshold), int(equal[wanted - int((inside > threshold).sum()) - 1])
+    at, rank = _rank(counts, keep - above)
+    found = Cut(low + at, (rank,))
+    return found.threshold, last_index(parts, found.bits, rank)
 
 
-def _bracket(population: Histogram, density: float, chance: float) -> tuple[float, float]:
-    """Magnitudes between which the top `density` of a random sample nearly surely ends."""
+def sample_bracket(population: Histogram, density: float, chance: float, factor: float) -> tuple[int, int]:
+    """Where the threshold of a random sample of known magnitudes is, but for one in a thousand million samples.
+
+    Args:
+        population: The magnitudes that are drawn from.
+        density: What is kept of the sample.
+        chance: Probability to be drawn.
+        factor: What a drawn magnitude is multiplied by, in float32.
+
+    Returns:
+        Bits of the smallest and of the largest magnitude.
+    """
+    bounds = np.array(_bracket(population, density, chance), dtype=np.uint32).view(np.float32) * np.float32(factor)
+    low, high = bounds.view(np.uint32).tolist()
+    return low, high
+
+
+def _bracket(population: Histogram, density: float, chance: float) -> tuple[int, int]:
     sample = max(1.0, chance * population.total)
     apart = _DEVIATIONS * math.sqrt(density * (1.0 - density) / sample) + 2.0 / sample
     ranks = (math.ceil((density + apart) * population.total), math.floor((density - apart) * population.total))
-    low, high = 0, 0x7F800000
+    low, high = 0, _INFINITY
     if ranks[0] < population.total:
         low = _bin_of([population], ranks[0])[0] << population.shift
     if ranks[1] > 0:
         high = ((_bin_of([population], ranks[1])[0] + 1) << population.shift) - 1
-    bounds = np.array([low, min(high, 0x7F800000)], dtype=np.uint32).view(np.float32)
-    return float(bounds[0]), float(bounds[1])
+    return low, min(high, _INFINITY)
 
 
 def _from_zero(scores: Callable[[], Iterator[tuple[int, Floats]]]) -> Iterator[tuple[int, Bits, Bits]]:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from evomerge.engine.selection import COARSE, FINE, Floats, Histogram, Parts, count, top, top_sampled
+from evomerge.engine.selection import COARSE, FINE, Floats, Histogram, Parts, count, sample_bracket, top
 
 SIZE = 70_000
 
@@ -44,10 +44,19 @@ def test_a_sample_is_cut_where_a_full_look_cuts_it(
 ) -> None:
     values, factor = normal(step), np.float32(1.0 / chance)
     scores = draw(values, chance, factor)
-    found = top_sampled(scores, density, magnitudes(values, shift), chance, float(factor))
-    assert found == top(scores, SIZE, density)
+    near = sample_bracket(magnitudes(values, shift), density, chance, float(factor))
+    assert top(scores, SIZE, density, near) == top(scores, SIZE, density)
 
 
-def test_a_sample_of_something_else_is_not_cut() -> None:
+def test_a_bracket_holds_the_threshold_and_little_else() -> None:
+    values = normal(None)
+    low, high = sample_bracket(magnitudes(values), 0.3, 0.5, 2.0)
+    threshold, _ = top(draw(values, 0.5, np.float32(2.0)), SIZE, 0.3)
+    between = np.array([low, high], dtype=np.uint32).view(np.float32)
+    assert between[0] <= threshold <= between[1] < 1.1 * between[0]
+
+
+def test_a_bracket_elsewhere_costs_time_and_nothing_else() -> None:
     scores = draw(normal(None), 0.5, np.float32(2.0))
-    assert top_sampled(scores, 0.3, magnitudes(normal(None) * np.float32(10.0)), 0.5, 2.0) is None
+    for near in ((0, 1000), (0x7F000000, 0x7F000001)):
+        assert top(scores, SIZE, 0.3, near) == top(scores, SIZE, 0.3)

@@ -94,40 +94,38 @@ def find_equal(base: Array, source: Array, magnitude: int, wanted: int) -> tuple
 
 
 @kernel
-def collect(
-    values: Array, start: int, low: np.float32, high: np.float32, inside: Array, index: Array
-) -> tuple[int, int, int]:
-    """Gathers the magnitudes between two bounds, and counts.
+def count_between(scores: Array, low: int, high: int, counts: Array) -> tuple[int, int]:
+    """Counts each magnitude between two of them.
 
     Args:
-        values: float32 [n]; NaN takes no part.
-        start: Flat index of the first.
-        low, high: The bounds, both within.
-        inside, index: Room for n magnitudes and their flat indices, int64.
+        scores: Bits of float32 scores, uint32 [n]; those of NaN take no part.
+        low, high: Bits of the smallest and the largest magnitude that is counted.
+        counts: int64 [high - low + 1], added to.
 
     Returns:
-        How many were gathered, how many are numbers, and how many of those are above `high`.
+        How many are numbers, and how many of those are larger than `high`.
     """
-    found, numbers, above = 0, 0, 0
-    for at in range(0, values.size, TILE):
-        tile = values[at : at + TILE]
-        some, alive, larger = np.uint32(0), np.uint32(0), np.uint32(0)
+    inside = np.zeros(TILE, np.uint8)
+    eight = inside.view(np.uint64)
+    magnitude, infinity = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+    first, last = np.uint32(low), np.uint32(high)
+    numbers, larger = 0, 0
+    for at in range(0, scores.size, TILE):
+        tile = scores[at : at + TILE]
+        alive, above = np.uint32(0), np.uint32(0)
         for j in range(tile.size):
-            size = abs(tile[j])
-            some += np.uint32((size >= low) & (size <= high))
-            alive += np.uint32(size == size)
-            larger += np.uint32(size > high)
+            size = tile[j] & magnitude
+            alive += np.uint32(size <= infinity)
+            above += np.uint32((size > last) & (size <= infinity))
+            inside[j] = np.uint8((size >= first) & (size <= last))
         numbers += int(alive)
-        above += int(larger)
-        if some:
-            for j in range(tile.size):
-                size = abs(tile[j])
-                inside[found] = size
-                index[found] = start + at + j
-                found += (size >= low) & (size <= high)
-                if found == inside.size:
-                    break
-    return found, numbers, above
+        larger += int(above)
+        for word in range((tile.size + 7) // 8):
+            if eight[word]:
+                for j in range(8 * word, min(tile.size, 8 * word + 8)):
+                    if inside[j]:
+                        counts[(tile[j] & magnitude) - first] += 1
+    return numbers, larger
 
 
 @kernel
