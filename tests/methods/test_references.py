@@ -53,7 +53,9 @@ def test_agrees_with_the_reference(method: Method, mode: dict[str, Any], data: s
             "tau": data.draw(st.sampled_from([0.0, 1.0, 4.0])),
         },
     )
-    for flag in ("normalize", "rescale"):
+    if method.name == "nearswap":
+        shared["t"] = data.draw(st.sampled_from([0.0, 0.003, 0.3, 10.0]), "t")
+    for flag in ("normalize", "rescale", "normalize_weights"):
         shared |= declared(method, {flag: data.draw(st.booleans(), flag)})
     if method.name == "dfs":
         shared["density"] = data.draw(chance)
