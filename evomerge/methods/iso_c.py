@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import add_deltas, base_of, participants, shares, weighted_sum, zero_sum_problem
+from evomerge.methods.combine import add_deltas, base_of, participants, shares, zero_sum_problem
 from evomerge.methods.declaration import Block, Method, Settings
 from evomerge.methods.shared_parameters import LAMBDA, SPECTRAL, WEIGHT
 from evomerge.methods.spectral import right_vectors, tall, times
@@ -32,8 +32,10 @@ def merge(block: Block, settings: Settings) -> Tensor:
     base = base_of(block)
     if not settings.shared["spectral"] or base.dim() != 2:
         return add_deltas(block, indices, [scale * part for part in parts], scale)
-    relative = [len(parts) * part for part in parts]
-    return isotropic(weighted_sum([block.sources[i] - base for i in indices], relative)).mul_(scale).add_(base)
+    total = base.new_zeros(base.shape)  # one delta at a time: a vocabulary's are large
+    for i, part in zip(indices, parts, strict=True):
+        total.add_((block.sources[i] - base).mul_(len(parts) * part))
+    return isotropic(total).mul_(scale).add_(base)
 
 
 def isotropic(matrix: Tensor) -> Tensor:

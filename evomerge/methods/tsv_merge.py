@@ -14,7 +14,7 @@ orthonormal vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     if len(tasks) == 1:
         return add_deltas(block, leaders, [scale * relative[0]], scale * relative[0])
     left, right, values, owner = block.facts.remember(
-        ("tsv_merge", leaders), lambda: task_vectors([tall(block.sources[i] - base) for i in leaders])
+        ("tsv_merge", leaders), lambda: task_vectors((tall(block.sources[i] - base) for i in leaders), len(leaders))
     )
     factor = torch.tensor(relative, dtype=torch.float64, device=base.device).mul_(scale)[owner]
     update = (left * (values * factor).float()) @ right.T
@@ -67,20 +67,21 @@ def distinct(block: Block, indices: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def task_vectors(deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def task_vectors(deltas: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The decorrelated singular vectors of K deltas (section 4.2 of the paper, algorithm 1).
 
     Args:
-        deltas: float32 [m, n], m at least n.
+        deltas: float32 [m, n], m at least n; each is used once, so that they need not be held together.
+        count: K.
 
     Returns:
         (U⊥ float32 [m, r], V⊥ float32 [n, r], singular values float64 [r], number of the delta int64 [r]).
     """
     import torch
 
-    keep = max(1, deltas[0].shape[1] // len(deltas))
     lefts, rights, values, owner = [], [], [], []
     for number, delta in enumerate(deltas):
+        keep = max(1, delta.shape[1] // count)
         sigma, vectors = right_vectors(delta)
         sigma, vectors = sigma[:keep], vectors[:, :keep]
         lefts.append(times(delta, vectors / sigma))
