@@ -185,6 +185,16 @@ def test_vectors_of_any_shape_and_without_a_base(shape: tuple[int, ...], mode: d
         torch.testing.assert_close(merged, whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(9,), ()])
+def test_a_vector_is_one_row(shape: tuple[int, ...]) -> None:
+    method = METHODS["dfs"]
+    base, (quiet, loud) = family(1, 2, shape)
+    sources = [quiet, base + 9.0 * (loud - base)]
+    chosen = method.settings([{}, {}], {"scope": "row"})
+    merged = materialise(operation_for("dfs", chosen, shape), store_for(base, sources), torch.float32)
+    torch.testing.assert_close(merged, merge_tensors(method, base, sources, chosen), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["nuslerp", "multislerp", "karcher"])
 def test_without_a_base_the_weights_themselves_are_merged(name: str) -> None:
     method = METHODS[name]
