@@ -299,6 +299,10 @@ class OperationFacts:
             self.cuts[key] = self.store.trim(pairs, here, density)
         return self.cuts[key]
 
+    def magnitudes(self, source: int) -> Histogram:
+        """The magnitudes of a source's delta, counted."""
+        return self.store.histogram(self.base, self.sources[source])
+
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
         return math.fsum(
             self.store.dot(base if of == "deltas" else None, _pick(base, sources, left), _pick(base, sources, right))
