@@ -31,6 +31,7 @@ import torch
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.engine.plan import Plan, make_plan
 from evomerge.engine.resident import Resident
+from evomerge.methods.registry import get_method
 from evomerge.recipe import parse_recipe
 
 GROUPS = 6
@@ -82,6 +83,14 @@ CASES = (
     Case("dfs, scope row", "dfs", weight, {"scope": "row"}),
     Case("dfs, mode position", "dfs", weight, {"mode": "position"}),
     Case("dfs, mode position, density 0.5", "dfs", weight, {"mode": "position", "density": 0.5}),
+    Case("nuslerp", "nuslerp", weight, {}),
+    Case("nuslerp, by row", "nuslerp", weight, {"nuslerp_flatten": False}),
+    Case("nuslerp, by column", "nuslerp", weight, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    Case("multislerp", "multislerp", weight, {}),
+    Case("karcher", "karcher", weight, {}),
+    Case("nearswap", "nearswap", weight, {"t": 0.001}),
+    Case("tsv_merge", "tsv_merge", weight, {}),
+    Case("iso_c", "iso_c", weight, {}),
 )
 
 
@@ -141,7 +150,8 @@ def recipe(case: Case, folder: Path, names: list[str], layers: int, draws: list[
         ]
         slices.append({"sources": each if copies else [{"model": base, "layer_range": span}, *each]})
     made: dict[str, Any] = {"merge_method": case.method, "slices": slices, "parameters": dict(case.shared)}
-    if not copies and case.method != "linear" and not (case.method == "slerp" and not case.shared):
+    method = get_method(case.method)
+    if method.takes_base or method.base_needed(case.shared):
         made["base_model"] = base
     else:
         for part in slices:

@@ -106,6 +106,39 @@ def test_what_mergekit_does_anyway_is_left_out() -> None:
     assert "parameters" not in got
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {
+            "merge_method": "nuslerp",
+            "base_model": "base",
+            "models": WEIGHTED,
+            "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        },
+        {"merge_method": "nuslerp", "models": WEIGHTED},
+        {
+            "merge_method": "multislerp",
+            "base_model": "base",
+            "models": [*WEIGHTED, {"model": "c", "parameters": {"weight": [0, 1]}}],
+            "parameters": {"normalize_weights": False, "eps": 1e-6},
+        },
+        {"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"max_iter": 50}},
+        {"merge_method": "nearswap", "base_model": "base", "models": [{"model": "a"}], "parameters": {"t": 0.001}},
+    ],
+    ids=lambda data: data["merge_method"],
+)
+def test_methods_that_are_mergekits_come_out_as_they_went_in(data: dict[str, Any]) -> None:
+    assert exported(data) == data
+
+
+def test_weights_that_change_nothing_are_left_out() -> None:
+    models = [{"model": m, "parameters": {"weight": 1.0}} for m in "ab"]
+    assert exported({"merge_method": "karcher", "models": models}) == {
+        "merge_method": "karcher",
+        "models": [{"model": "a"}, {"model": "b"}],
+    }
+
+
 SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}]}
 
 
@@ -116,6 +149,12 @@ SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}]}
         {"merge_method": "ties", "base_model": "base", "models": WEIGHTED, "parameters": {"consensus": "count"}},
         {"merge_method": "ties", "base_model": "base", "models": WEIGHTED, "parameters": {"scope": "model"}},
         {"merge_method": "slerp", "base_model": "base", "models": WEIGHTED},
+        {"merge_method": "nuslerp", "models": WEIGHTED[:1]},
+        {"merge_method": "nuslerp", "models": [*WEIGHTED, {"model": "c", "parameters": {"weight": 1}}]},
+        {"merge_method": "karcher", "models": WEIGHTED},
+        {"merge_method": "nearswap", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}]},
+        {"merge_method": "tsv_merge", "base_model": "base", "models": [{"model": "a"}]},
+        {"merge_method": "iso_c", "base_model": "base", "models": [{"model": "a"}]},
         {
             "merge_method": "slerp",
             "base_model": "c",

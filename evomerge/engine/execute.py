@@ -183,8 +183,8 @@ class _Task:
     @functools.cached_property
     def facts(self) -> OperationFacts:
         op = self.operation
-        columns = math.prod(op.shape[1:])
-        return OperationFacts(self.store, op.base, op.sources, columns, op.output, op.seed, self.family)
+        columns = math.prod(op.shape[1:] if len(op.shape) > 1 else op.shape)
+        return OperationFacts(self.store, op.base, op.sources, columns, op.output, op.seed, self.family, whole=op.shape)
 
     @functools.cached_property
     def kernel(self) -> Work | None:

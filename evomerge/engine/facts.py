@@ -53,14 +53,17 @@ class FactStore:
     Args:
         checkpoints: Open checkpoints by reference.
         thresholds: How many exact trim thresholds to remember.
+        room: Bytes for what methods ask to `remember`; none for a merge that is done once.
     """
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint], thresholds: int = 1 << 14) -> None:
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], thresholds: int = 1 << 14, room: int = 0) -> None:
         self._checkpoints = checkpoints
         self._kept: dict[Hashable, _Once] = {}
         self._read: OrderedDict[Input, Tensor] = OrderedDict()
         self._thresholds: OrderedDict[Hashable, _Once] = OrderedDict()
         self._limit = thresholds
+        self._remembered: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._room = room
         self._lock = threading.Lock()
 
     def flat(self, tensor: Input) -> Tensor:
@@ -90,6 +93,23 @@ class FactStore:
             if not entry.done:
                 entry.value, entry.done = compute(), True
         return entry.value
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `compute` gave for this key, kept while there is room.
+
+        What was kept first stays: candidates ask for the same tensors in turn, and whichever of them replaced others
+        would be gone itself before it is asked for again.
+        """
+        with self._lock:
+            if key in self._remembered:
+                return self._remembered[key]
+        found = compute()
+        size = sum(tensor.nbytes for tensor in found)
+        with self._lock:
+            if key not in self._remembered and size <= self._room:
+                self._remembered[key] = found
+                self._room -= size
+        return found
 
     def _bits(self, *tensors: Input | None) -> Iterator[tuple[int, list[Bits]]]:
         """(start, bits of each tensor, zeros where it is None) over flat tensors, in pieces and one dtype."""
@@ -164,6 +184,32 @@ class FactStore:
 
         return self._once(("dot", base, *sorted((left, right), key=str)), compute)  # type: ignore[no-any-return]
 
+    def products(
+        self, base: Input | None, left: Input, right: Input, shape: tuple[int, ...], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        """Inner products of two tensors (of their deltas where `base` is given) vector by vector, flat float64.
+
+        Args:
+            base, left, right: The tensors.
+            shape: Theirs.
+            along: As in `Facts.products`.
+        """
+
+        def compute() -> Tensor:
+            columns, length = math.prod(shape[1:]), shape[-1]
+            ours, one, other = (None if tensor is None else self.flat(tensor) for tensor in (base, left, right))
+            found = torch.zeros(columns if along == "columns" else math.prod(shape[:-1]), dtype=torch.float64)
+            for start, stop in chunks(math.prod(shape), max(1, columns, CHUNK // max(1, columns) * columns)):
+                a, b = (_apart(tensor[start:stop], ours, start) for tensor in (one, other) if tensor is not None)
+                if along == "columns":
+                    found += (a * b).view(-1, columns).sum(0)
+                else:
+                    found[start // length : stop // length] = (a * b).view(-1, length).sum(1)
+            return found
+
+        key = ("products", base, *sorted((left, right), key=str), along)
+        return self._once(key, compute)  # type: ignore[no-any-return]
+
     def variance(self, base: Input | None, source: Input, columns: int | None) -> Tensor:
         """Population variance of a delta: [1], or [rows] with `columns` given; float64."""
 
@@ -182,10 +228,24 @@ class FactStore:
         return self._once(("variance", base, source, columns), compute)  # type: ignore[no-any-return]
 
 
+def _apart(tensor: Tensor, base: Tensor | None, start: int) -> Tensor:
+    """A part of a tensor, or of its delta, float64; the delta is rounded to float32 first, as everywhere."""
+    values = tensor.float()
+    return (values if base is None else values - base[start : start + values.numel()].float()).double()
+
+
 def _bits_of(tensor: Tensor) -> Bits:
     """The bits of bfloat16 or float32 elements, in place where they lie on even addresses."""
     bits = tensor.view(torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32).numpy()
     return bits if bits.flags.aligned else bits.copy()
+
+
+def _pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
+    if index >= 0:
+        return sources[index]
+    if base is None:
+        raise ValueError("an operation without a base has no base to multiply")
+    return base
 
 
 @dataclass(frozen=True)
@@ -203,6 +263,7 @@ class OperationFacts:
         shape: Shape of the block.
         start: Flat index of its first element.
         cuts: The trims of this operation that were asked for already.
+        whole: Shape of the tensor.
     """
 
     store: FactStore
@@ -215,6 +276,7 @@ class OperationFacts:
     shape: tuple[int, ...] = ()
     start: int = 0
     cuts: dict[tuple[int, float, Scope], tuple[float, int]] = field(default_factory=dict)
+    whole: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -242,17 +304,23 @@ class OperationFacts:
         return self.store.histogram(self.base, self.sources[source])
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
-        def pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
-            if index >= 0:
-                return sources[index]
-            if base is None:
-                raise ValueError("an operation without a base has no base to multiply")
-            return base
-
         return math.fsum(
-            self.store.dot(base if of == "deltas" else None, pick(base, sources, left), pick(base, sources, right))
+            self.store.dot(base if of == "deltas" else None, _pick(base, sources, left), _pick(base, sources, right))
             for base, sources in self._members(scope)
         )
+
+    def products(
+        self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        one, other = (_pick(self.base, self.sources, index) for index in (left, right))
+        shape = self.whole if len(self.whole) > 1 else (1, self.size)
+        along = along if len(self.whole) > 1 else "rows"
+        found = self.store.products(self.base if of == "deltas" else None, one, other, shape, along)
+        if along == "columns":
+            return found.view(1, -1, 1)
+        vectors = math.prod(shape[1:-1])
+        first = self.start // self.columns if self.columns else 0
+        return found.view(-1, vectors, 1)[first : first + self.shape[0]]
 
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
         if scope == "tensor":
@@ -260,6 +328,9 @@ class OperationFacts:
         rows = self.store.variance(self.base, self.sources[source], self.columns)
         first = self.start // self.columns if self.columns else 0
         return rows[first : first + self.shape[0]].unsqueeze(1)
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return self.store.remember((key, self.base, self.sources), compute)
 
     def key(self, source: int) -> tuple[int, int]:
         """The key of a source's random field for this tensor."""

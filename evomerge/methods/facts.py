@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import RecipeError
@@ -75,6 +75,21 @@ class TensorFacts:
         a, b = ((self._delta(i) if of == "deltas" else self._tensor(i)).reshape(-1).double() for i in (left, right))
         return float(a.dot(b))
 
+    def products(
+        self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        """See `Facts.products`."""
+        if of == "deltas" and -1 in (left, right):
+            raise ValueError("the base has no delta")
+        a, b = ((self._delta(i) if of == "deltas" else self._tensor(i)).double() for i in (left, right))
+        whole = self._sources[0].shape
+        shape = whole if len(whole) > 1 else (1, whole.numel())
+        if along == "columns" and len(whole) > 1:
+            return (a * b).reshape(shape[0], -1).sum(0).view(1, -1, 1)
+        found = (a * b).reshape(shape[0], math.prod(shape[1:-1]), shape[-1]).sum(2, keepdim=True)
+        first = self._start // max(1, self._columns())
+        return found[first : first + self._shape[0]]
+
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
         """See `Facts.variance`; float64."""
         delta = self._delta(source).double()
@@ -84,6 +99,10 @@ class TensorFacts:
         rows = delta.reshape(-1, columns).var(dim=1, keepdim=True, correction=0)
         first = self._start // columns
         return rows[first : first + self._shape[0]]
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """See `Facts.remember`; nothing is kept."""
+        return compute()
 
     def keep(self, source: int, density: float) -> Tensor:
         """See `Facts.keep`."""

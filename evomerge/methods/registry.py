@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from evomerge.errors import RecipeError, suggest
-from evomerge.methods import dare, dare_ties, dfs, frankenmerge, linear, slerp, task_arithmetic, ties
+from evomerge.methods import (
+    dare,
+    dare_ties,
+    dfs,
+    frankenmerge,
+    iso_c,
+    karcher,
+    linear,
+    multislerp,
+    nearswap,
+    nuslerp,
+    slerp,
+    task_arithmetic,
+    ties,
+    tsv_merge,
+)
 from evomerge.methods.declaration import Method
 
 METHODS: dict[str, Method] = {
@@ -18,6 +33,12 @@ METHODS: dict[str, Method] = {
         dare_ties.METHOD,
         frankenmerge.METHOD,
         dfs.METHOD,
+        nuslerp.METHOD,
+        multislerp.METHOD,
+        karcher.METHOD,
+        nearswap.METHOD,
+        tsv_merge.METHOD,
+        iso_c.METHOD,
     )
 }
 

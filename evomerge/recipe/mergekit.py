@@ -22,6 +22,10 @@ _KNOWN = {
     "dare_linear": ("weight", "density", "lambda", "normalize", "rescale"),
     "dare_ties": ("weight", "density", "lambda", "normalize", "rescale"),
     "passthrough": ("scale",),
+    "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
+    "multislerp": ("weight", "normalize_weights", "eps"),
+    "karcher": ("max_iter", "tol"),
+    "nearswap": ("t",),
 }
 _ANYWHERE = ("int8_mask", "embed_slerp")
 _IMPLIED: Mapping[str, Mapping[str, Any]] = {
@@ -29,8 +33,20 @@ _IMPLIED: Mapping[str, Mapping[str, Any]] = {
     "ties": {"consensus": "mass", "average": "agreeing", "scope": "tensor"},
     "dare_ties": {"consensus": "mass", "average": "agreeing"},
     "passthrough": {"residual_scale": 1},
+    "karcher": {"weight": 1},
+    "nearswap": {"weight": 1},
 }
-_BASE_AMONG_SOURCES = ("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+_BASE_AMONG_SOURCES = (
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "nuslerp",
+    "multislerp",
+    "nearswap",
+)
+_SOURCES = {"slerp": 1, "nearswap": 1, "nuslerp": 2}  # that mergekit takes, beside the base
 _COPIED = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 
 
@@ -75,7 +91,7 @@ def _sayable_parts(recipe: Recipe, method: str) -> bool:
             return False
         models = {source.model for source in part.sources}
         base = part.base_model or recipe.base_model
-        if method == "slerp" and len(models | {base}) != 2:
+        if method in _SOURCES and len(models - {base}) != _SOURCES[method]:
             return False
         if len(models) != len(part.sources):  # mergekit gives every entry of the same model the first one's parameters
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from torch import Tensor
 from evomerge.engine import compiled, facts, selection
 from evomerge.engine import execute as engine
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
+from evomerge.engine.facts import OperationFacts
 from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.methods.declaration import Method, Settings
 from evomerge.methods.facts import merge_tensors
@@ -36,7 +38,7 @@ def settings_of(draw: st.DrawFn, method: Method, mode: dict[str, Any], count: in
     """Any settings of a method that its own check accepts."""
     shared = dict(mode)
     for parameter in method.parameters:
-        if parameter.kind == "bool":
+        if parameter.kind == "bool" and parameter.name not in mode:
             shared[parameter.name] = draw(st.booleans())
     shared |= declared(method, {"lambda": draw(st.sampled_from([1.0, 0.5, 1.7, 0.0]))})
     if method.name == "slerp" and count == 2 and mode["on"] == "deltas" and draw(st.booleans()):
@@ -84,7 +86,13 @@ def test_kernels_give_the_bits_of_the_method(method: Method, mode: dict[str, Any
     torch.testing.assert_close(merged, called, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-LOOSE = {"dfs", "slerp"}  # their inner products and variances are added up in another order
+LOOSE = {
+    "dfs",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+}  # their inner products and variances are added up in another order
 
 
 @every_mode
@@ -127,6 +135,90 @@ def test_pieces_and_chunks_change_nothing(
     monkeypatch.setattr(selection, "_HELD", 0)
     monkeypatch.setattr(selection, "_PART", 50)
     assert torch.equal(got(method, base, sources, chosen, torch.bfloat16), whole)
+
+
+WHOLE_MODEL = [
+    ("slerp", {"on": "weights"}),
+    ("slerp", {"on": "deltas"}),
+    ("ties", {"consensus": "mass"}),
+    ("ties", {"consensus": "count"}),
+]
+
+
+@pytest.mark.parametrize(("name", "shared"), WHOLE_MODEL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scope_model_is_the_merge_of_the_flattened_model(name: str, shared: dict[str, Any], dtype: torch.dtype) -> None:
+    method = METHODS[name]
+    shapes = [(5, 7), (11,), (2, 3, 4)]
+    parts = [family(k, 3, shape, spread=0.3 * (k + 1)) for k, shape in enumerate(shapes)]
+    parts = [(base.to(dtype), [source.to(dtype) for source in sources]) for base, sources in parts]
+    own = [{"weight": 0.3 + 0.2 * i} | declared(method, {"density": 0.4}) for i in range(3)]
+    chosen = method.settings(own, shared | {"scope": "model"})
+    base = torch.cat([part[0].reshape(-1) for part in parts])
+    sources = [torch.cat([part[1][i].reshape(-1) for part in parts]) for i in range(3)]
+    flattened = merge_tensors(method, base, sources, chosen).split([part[0].numel() for part in parts])
+    by_tensor = merge_tensors(method, *parts[0], method.settings(own, shared)).reshape(-1)
+    assert not torch.allclose(flattened[0], by_tensor)  # the scope makes a difference here
+    models = {"base": {f"t{k}": part[0] for k, part in enumerate(parts)}}
+    models |= {f"m{i}": {f"t{k}": part[1][i] for k, part in enumerate(parts)} for i in range(3)}
+    store = store_of(models)
+    members = tuple(inputs(3, f"t{k}") for k in range(len(parts)))
+    for k, (origin, others) in enumerate(members):
+        operation = Operation(f"t{k}", shapes[k], "F32", name, origin, others, chosen, SEED)
+        merged = materialise(operation, store, torch.float32, members)
+        torch.testing.assert_close(merged.reshape(-1), flattened[k], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (6, 5), (3, 4, 5)])
+@pytest.mark.parametrize("mode", [{}, {"nuslerp_row_wise": True}])
+@pytest.mark.parametrize("based", [True, False])
+def test_vectors_of_any_shape_and_without_a_base(shape: tuple[int, ...], mode: dict[str, Any], based: bool) -> None:
+    method = METHODS["nuslerp"]
+    base, sources = family(1, 3, shape)
+    chosen = method.settings([{"weight": w} for w in (0.5, 0.8, 0.4)], {"nuslerp_flatten": False, **mode})
+    whole = merge_tensors(method, base if based else None, sources, chosen)
+    operation = operation_for("nuslerp", chosen, shape)
+    operation = operation if based else replace(operation, base=None)
+    for kernels in (compiled.KERNELS, {}):
+        with mock.patch.dict(compiled.KERNELS, kernels, clear=True):
+            merged = materialise(operation, store_for(base, sources), torch.float32)
+        torch.testing.assert_close(merged, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9,), ()])
+def test_a_vector_is_one_row(shape: tuple[int, ...]) -> None:
+    method = METHODS["dfs"]
+    base, (quiet, loud) = family(1, 2, shape)
+    sources = [quiet, base + 9.0 * (loud - base)]
+    chosen = method.settings([{}, {}], {"scope": "row"})
+    merged = materialise(operation_for("dfs", chosen, shape), store_for(base, sources), torch.float32)
+    torch.testing.assert_close(merged, merge_tensors(method, base, sources, chosen), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp", "karcher"])
+def test_without_a_base_the_weights_themselves_are_merged(name: str) -> None:
+    method = METHODS[name]
+    base, sources = family(1, 2, (6, 5))
+    chosen = method.settings([{"weight": 0.5}, {"weight": 0.8}])
+    operation = replace(operation_for(name, chosen, base.shape), base=None)
+    store = store_for(base, sources)
+    assert compiled.compiled(name, chosen, OperationFacts(store, None, operation.sources, 5, "t", 0)) is not None
+    merged = materialise(operation, store, torch.float32)
+    torch.testing.assert_close(merged, merge_tensors(method, None, sources, chosen), rtol=1e-6, atol=1e-6)
+
+
+def test_the_next_candidate_needs_no_singular_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, sources = family(1, 3, (12, 9))
+    method = METHODS["tsv_merge"]
+    models = {"base": {"tensor": base}} | {f"m{i}": {"tensor": source} for i, source in enumerate(sources)}
+    store = store_of(models, room=1 << 20)
+    first = method.settings([{"weight": 1.0}] * 3)
+    materialise(operation_for("tsv_merge", first, base.shape), store, torch.float32)
+    monkeypatch.setattr(torch.linalg, "eigh", mock.Mock(side_effect=AssertionError("computed again")))
+    second = method.settings([{"weight": 0.3}, {"weight": 1.2}, {"weight": 0.9}], {"lambda": 0.7})
+    merged = materialise(operation_for("tsv_merge", second, base.shape), store, torch.float32)
+    monkeypatch.undo()
+    torch.testing.assert_close(merged, merge_tensors(method, base, sources, second), rtol=1e-6, atol=1e-6)
 
 
 def copy_of(tensor: Tensor, dtype: torch.dtype, scale: float) -> Tensor:

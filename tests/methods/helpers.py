@@ -19,18 +19,28 @@ from evomerge.methods.registry import METHODS
 FINGERPRINTS = ("f0", "f1", "f2", "f3", "f4")
 
 
+SWITCHES = {"nuslerp_flatten", "nuslerp_row_wise", "spectral"}  # bools by which a method becomes another
+
+FAR = {"nearswap": {"t": 1e38}}  # lengths in the units of the weights: so long that nothing is further away
+
+
 def modes(method: Method) -> Iterator[dict[str, Any]]:
     """Every combination of the method's choices."""
-    choices = [p for p in method.parameters if p.kind == "choice"]
-    for values in itertools.product(*(p.choices for p in choices)):
+    choices = [p for p in method.parameters if p.kind == "choice" or p.name in SWITCHES]
+    for values in itertools.product(*(p.choices or (True, False) for p in choices)):
         yield dict(zip((p.name for p in choices), values, strict=True))
+
+
+def mode_id(method: Method, mode: Mapping[str, Any]) -> str:
+    """The name of a test: the method, its choices, and the switches that are on."""
+    return "-".join([method.name, *(v if isinstance(v, str) else n for n, v in mode.items() if v is not False)])
 
 
 MERGING = [method for method in METHODS.values() if method.merge is not None]
 every_method = pytest.mark.parametrize("method", [pytest.param(m, id=m.name) for m in MERGING])
 every_mode = pytest.mark.parametrize(
     ("method", "mode"),
-    [pytest.param(m, mode, id="-".join([m.name, *mode.values()])) for m in MERGING for mode in modes(m)],
+    [pytest.param(m, mode, id=mode_id(m, mode)) for m in MERGING for mode in modes(m)],
 )
 
 
@@ -46,7 +56,7 @@ def declared(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def neutral(method: Method) -> dict[str, Any]:
     """Nothing dropped, trimmed or rescaled, and normalised weights."""
-    return declared(method, {"density": 1.0, "lambda": 1.0, "normalize": True})
+    return declared(method, {"density": 1.0, "lambda": 1.0, "normalize": True}) | FAR.get(method.name, {})
 
 
 def weighted(method: Method, weights: Sequence[float], shared: Mapping[str, Any]) -> Settings:

@@ -131,6 +131,109 @@ def dfs(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: di
     return np.asarray(base + shared["lambda"] * (alpha * rows).sum(axis=0).reshape(base.shape))
 
 
+def nuslerp(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
+    deltas = [s - base for s in sources]
+    if shared["nuslerp_flatten"] or base.ndim < 2:
+        vectors = [d.reshape(1, -1) for d in deltas]
+    elif shared["nuslerp_row_wise"]:
+        vectors = [d.reshape(len(d), -1).T for d in deltas]
+    else:
+        vectors = [d.reshape(-1, d.shape[-1]) for d in deltas]
+    folded = np.stack([_fold([v[k] for v in vectors], own) for k in range(len(vectors[0]))])
+    if not shared["nuslerp_flatten"] and base.ndim > 1 and shared["nuslerp_row_wise"]:
+        folded = folded.T
+    return base + folded.reshape(base.shape)
+
+
+def _fold(vectors: list[Array], own: list[dict[str, Any]]) -> Array:
+    point, total = vectors[0], own[0]["weight"]
+    for vector, o in list(zip(vectors, own, strict=True))[1:]:
+        total += o["weight"]
+        t = o["weight"] / total
+        norm = np.linalg.norm(point) * np.linalg.norm(vector)
+        cosine = float((point * vector).sum() / norm) if norm > 0 else 1.0
+        if cosine > 1 - 1e-9 or cosine < -0.9995:
+            point = (1 - t) * point + t * vector
+        else:
+            angle = np.arccos(cosine)
+            point = np.asarray((np.sin((1 - t) * angle) * point + np.sin(t * angle) * vector) / np.sin(angle))
+    return point
+
+
+def multislerp(
+    base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
+) -> Array:
+    w = np.array([o["weight"] for o in own])
+    w = w / w.sum() if shared["normalize_weights"] else w
+    deltas = np.stack(sources).reshape(len(sources), -1) - base.ravel()
+    lengths = np.linalg.norm(deltas, axis=1)
+    units = deltas / lengths[:, None]
+    mean = w @ units
+    m = mean / np.linalg.norm(mean)
+    tangent = w @ (units - np.outer(units @ m, m))  # as the blog has it: the plane at m, and back to the sphere
+    angle = np.linalg.norm(tangent)
+    point = np.cos(angle) * m + np.sinc(angle / np.pi) * tangent
+    return base + (point * (w @ lengths)).reshape(base.shape)
+
+
+def karcher(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
+    w = np.array([o["weight"] for o in own])
+    w = w / w.sum()
+    flat = np.stack(sources).reshape(len(sources), -1)
+    lengths = np.linalg.norm(flat, axis=1)
+    units = flat / lengths[:, None]
+    m = w @ units / np.linalg.norm(w @ units)
+    for _ in range(shared["max_iter"]):
+        tangent = np.zeros_like(m)
+        for weight, u in zip(w, units, strict=True):
+            away = u - (u @ m) * m
+            sine = np.linalg.norm(away)
+            tangent += weight * (np.arctan2(sine, u @ m) / sine if sine > 0 else 1.0) * away
+        step = np.linalg.norm(tangent)
+        if step < shared["tol"]:
+            break
+        m = np.cos(step) * m + np.sin(step) / step * tangent
+    return np.asarray((w @ lengths) * m).reshape(base.shape)
+
+
+def nearswap(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
+    w = np.array([o["weight"] for o in own])
+    other = np.tensordot(w / w.sum(), np.stack(sources), 1)
+    apart = np.abs(other - base)
+    share = np.minimum(1.0, np.divide(shared["t"], apart, out=np.ones_like(apart), where=apart > 0))
+    return np.asarray(share * other + (1 - share) * base)
+
+
+def iso_c(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
+    w = np.array([o["weight"] for o in own])
+    mean = np.tensordot(w / w.sum(), np.stack(sources) - base, 1)
+    if base.ndim != 2 or not shared["spectral"]:
+        return np.asarray(base + shared["lambda"] * mean)
+    u, s, vt = np.linalg.svd(len(sources) * mean, full_matrices=False)
+    return np.asarray(base + shared["lambda"] * s.mean() * u @ vt)
+
+
+def tsv_merge(
+    base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
+) -> Array:
+    w = np.array([o["weight"] for o in own])
+    deltas = np.stack(sources) - base
+    if base.ndim != 2 or not shared["spectral"]:
+        return np.asarray(base + shared["lambda"] * np.tensordot(w / w.sum(), deltas, 1))
+    count = min(base.shape) // len(sources)
+    parts = [np.linalg.svd(d, full_matrices=False) for d in deltas]
+    left, right = (
+        np.linalg.svd(x, full_matrices=False)
+        for x in (
+            np.concatenate([u[:, :count] for u, _, _ in parts], 1),
+            np.concatenate([vt[:count] for _, _, vt in parts], 0),
+        )
+    )
+    scaled = [weight / w.mean() * s[:count] for weight, (_, s, _) in zip(w, parts, strict=True)]
+    update = left[0] @ left[2] @ np.diag(np.concatenate(scaled)) @ right[0] @ right[2]
+    return np.asarray(base + shared["lambda"] * update)
+
+
 REFERENCES: dict[str, Callable[..., Array]] = {
     "linear": linear,
     "slerp": slerp,
@@ -140,4 +243,10 @@ REFERENCES: dict[str, Callable[..., Array]] = {
     "dare_linear": dare,
     "dare_ties": dare_ties,
     "dfs": dfs,
+    "nuslerp": nuslerp,
+    "multislerp": multislerp,
+    "karcher": karcher,
+    "nearswap": nearswap,
+    "tsv_merge": tsv_merge,
+    "iso_c": iso_c,
 }

@@ -14,11 +14,11 @@ from evomerge.methods.declaration import Method
 from evomerge.methods.facts import merge_tensors
 from evomerge.methods.random_field import field_key, uniform16
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import declared, family, modes
+from tests.methods.helpers import declared, family, mode_id, modes
 from tests.methods.references import REFERENCES
 
 CASES = [
-    pytest.param(METHODS[name], mode, id="-".join([name, *mode.values()]))
+    pytest.param(METHODS[name], mode, id=mode_id(METHODS[name], mode))
     for name in REFERENCES
     for mode in modes(METHODS[name])
 ]
@@ -53,7 +53,9 @@ def test_agrees_with_the_reference(method: Method, mode: dict[str, Any], data: s
             "tau": data.draw(st.sampled_from([0.0, 1.0, 4.0])),
         },
     )
-    for flag in ("normalize", "rescale"):
+    if method.name == "nearswap":
+        shared["t"] = data.draw(st.sampled_from([0.0, 0.003, 0.3, 10.0]), "t")
+    for flag in ("normalize", "rescale", "normalize_weights"):
         shared |= declared(method, {flag: data.draw(st.booleans(), flag)})
     if method.name == "dfs":
         shared["density"] = data.draw(chance)
