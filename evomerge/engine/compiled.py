@@ -23,6 +23,7 @@ from evomerge.methods.combine import participants, shares
 from evomerge.methods.dare import keep_probability, terms
 from evomerge.methods.dare_ties import trims
 from evomerge.methods.declaration import Block, Settings
+from evomerge.methods.dfs import row_anchor, scaled_alphas
 from evomerge.methods.nearswap import reach_of
 from evomerge.methods.nuslerp import vector_terms
 from evomerge.methods.random_field import STEPS, keep_threshold
@@ -151,8 +152,8 @@ def _singles(values: Iterable[float]) -> NDArray[np.float32]:
 
 
 def _dfs(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
-    if settings.shared["mode"] == "model":  # by row, the coefficients differ from row to row
-        return _combination(method, settings, facts) if settings.shared["scope"] == "tensor" else None
+    if settings.shared["mode"] == "model":
+        return _combination(method, settings, facts) if settings.shared["scope"] == "tensor" else _rows(settings, facts)
     indices, weights = participants(settings)
     parts = shares(method, weights)
     anchor = max(range(len(parts)), key=lambda k: abs(parts[k]))
@@ -162,6 +163,23 @@ def _dfs(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
     cut = KEEP_ALL if density >= 1.0 else top(partial(_certainties, facts, inputs, spread), facts.size, density)
     rest = (*spread, np.float32(cut[0]), cut[1], np.float32(settings.shared["lambda"]))
     return Work(inputs, lambda x, start, out: merging.positions(x[0], x[1:], start, *rest, out))
+
+
+def _rows(settings: Settings, facts: OperationFacts) -> Work | None:
+    """Inverse variances by row: a linear combination whose coefficients differ from row to row."""
+    if facts.size == 0:
+        return None
+    count, scale = facts.size // facts.columns, float(settings.shared["lambda"])
+    columns = [_singles(alpha) for alpha in scaled_alphas(facts.at(0, (count, facts.columns)), settings)]
+    inputs, anchor = [BASE, *participants(settings)[0]], row_anchor(scale)
+    columns.insert(0, np.full(count, 1.0 - scale, dtype=np.float32))
+    others = [k for k in range(len(inputs)) if k != anchor and not (k == 0 and scale == 1.0)]
+    coefficients = np.array([columns[k] for k in others], dtype=np.float32).reshape(len(others), count)
+    ones = np.ones(count, dtype=np.float32)
+    chosen = (inputs[anchor], *(inputs[k] for k in others))
+    return Work(
+        chosen, lambda x, start, out: merging.by_row(x[0], x[1:], start, facts.columns, ones, coefficients, out)
+    )
 
 
 def _certainties(
