@@ -8,7 +8,7 @@ same bits as the tensor in one piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import RecipeError
@@ -106,6 +106,14 @@ def add_deltas(
     """
     tensors = [base_of(block), *(block.sources[i] for i in indices)]
     return affine(tensors, [1.0 - total, *coefficients], anchor)
+
+
+def add_up(block: Block, terms: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """θ0 + Σ ci δi, added in order; the deltas are used up."""
+    result = base_of(block).clone()
+    for delta, factor in terms:
+        result.add_(delta.mul_(factor))
+    return result
 
 
 def land(block: Block, indices: Sequence[int], update: Tensor) -> Tensor:

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from evomerge.errors import RecipeError, suggest
-from evomerge.methods import dare, dare_ties, dfs, frankenmerge, linear, slerp, task_arithmetic, ties
+from evomerge.methods import (
+    arcee_fusion,
+    breadcrumbs,
+    dare,
+    dare_ties,
+    della,
+    dfs,
+    frankenmerge,
+    linear,
+    model_stock,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 from evomerge.methods.declaration import Method
 
 METHODS: dict[str, Method] = {
@@ -18,6 +32,13 @@ METHODS: dict[str, Method] = {
         dare_ties.METHOD,
         frankenmerge.METHOD,
         dfs.METHOD,
+        della.METHOD,
+        della.LINEAR,
+        breadcrumbs.METHOD,
+        breadcrumbs.TIES,
+        model_stock.METHOD,
+        sce.METHOD,
+        arcee_fusion.METHOD,
     )
 }
 
