@@ -148,7 +148,7 @@ class _Task:
     @functools.cached_property
     def facts(self) -> OperationFacts:
         op = self.operation
-        columns = math.prod(op.shape[1:])
+        columns = math.prod(op.shape[1:] if len(op.shape) > 1 else op.shape)
         return OperationFacts(self.store, op.base, op.sources, columns, op.output, op.seed, self.family)
 
     @functools.cached_property

@@ -8,7 +8,7 @@ finds the index up to which elements equal to it are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -94,7 +94,7 @@ class Cut:
 
 
 def cut(parts: list[Parts], histograms: list[Histogram], keep: int) -> Cut:
-    """Where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` < their total.
+    """Where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` <= their total.
 
     At equal magnitude the earlier tensor, and within it the lower index, stays.
     """
@@ -134,13 +134,7 @@ def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: 
         size: How many there are, NaN included.
         density: 0 gives (inf, -1), 1 gives (-1, -1).
     """
-    if size <= _HELD:
-        whole = np.empty(size, dtype=np.float32)
-        for start, values in scores():
-            whole[start : start + values.size] = values
-        parts = partial(_from_zero, lambda: iter([(0, whole)]))
-    else:
-        parts = partial(_from_zero, scores)
+    parts = _scores(scores, size)
     histogram = count(parts, FINE)
     keep = kept_count(histogram.total, density)
     if keep == 0:
@@ -149,6 +143,23 @@ def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: 
         return -1.0, -1
     found = cut([parts], [histogram], keep)
     return found.threshold, last_index(parts, found.bits, found.stay[0])
+
+
+def values_at(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, ranks: Sequence[int]) -> list[float]:
+    """The scores at these ranks, counted from the largest (1) down; `scores` and `size` as for `top`."""
+    parts = _scores(scores, size)
+    histogram = count(parts, FINE)
+    return [cut([parts], [histogram], rank).threshold for rank in ranks]
+
+
+def _scores(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int) -> Parts:
+    """Scores as differences from 0, held where they are few enough."""
+    if size > _HELD:
+        return partial(_from_zero, scores)
+    whole = np.empty(size, dtype=np.float32)
+    for start, values in scores():
+        whole[start : start + values.size] = values
+    return partial(_from_zero, lambda: iter([(0, whole)]))
 
 
 def _from_zero(scores: Callable[[], Iterator[tuple[int, Floats]]]) -> Iterator[tuple[int, Bits, Bits]]:
@@ -178,7 +189,7 @@ def _split(
         total += counts
         used = counts.nonzero()[0]
         found.append(dict(zip(used.tolist(), counts[used].tolist(), strict=True)))
-    lower, rank = _rank(total, wanted)
+    lower, rank = rank_from_top(total, wanted)
     return lower, rank, [counts.get(lower, 0) for counts in found]
 
 
@@ -190,11 +201,11 @@ def _bin_of(histograms: list[Histogram], keep: int) -> tuple[int, int]:
         bins, where = np.unique(np.concatenate([h.bins for h in histograms]), return_inverse=True)
         counts = np.zeros(len(bins), dtype=np.int64)
         np.add.at(counts, where, np.concatenate([h.counts.astype(np.int64) for h in histograms]))
-    at, rank = _rank(counts, keep)
+    at, rank = rank_from_top(counts, keep)
     return int(bins[at]), rank
 
 
-def _rank(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
+def rank_from_top(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
     """Counting from the top: the bin of the `wanted`-th element, and its rank within that bin."""
     from_top = counts[::-1].cumsum()
     position = int(np.searchsorted(from_top, wanted))

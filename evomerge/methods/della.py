@@ -55,13 +55,8 @@ def levels(magnitudes: Tensor) -> Tensor:
     ascending = magnitudes.sort(dim=1).values
     below = torch.searchsorted(ascending, magnitudes)
     not_above = torch.searchsorted(ascending, magnitudes, right=True)
-    twice_rank = below + not_above - 1
-    return level_of(twice_rank, columns).to(torch.uint8)
-
-
-def level_of(twice_rank: Any, columns: int) -> Any:
-    """Levels from twice the mean ranks (of 0 .. columns − 1), in integers."""
-    return (TOP * twice_rank + columns - 2) // (2 * (columns - 1))
+    twice_rank = below.add_(not_above).sub_(1)
+    return twice_rank.mul_(TOP).add_(columns - 2).floor_divide_(2 * (columns - 1)).to(torch.uint8)
 
 
 def keep_thresholds(source: Mapping[str, Any]) -> list[int]:
