@@ -26,6 +26,8 @@ from evomerge.methods.combine import participants, shares
 from evomerge.methods.dare import keep_probability, terms
 from evomerge.methods.dare_ties import trims
 from evomerge.methods.declaration import Block, Cut, Settings
+from evomerge.methods.nearswap import reach_of
+from evomerge.methods.nuslerp import vector_terms
 from evomerge.methods.random_field import STEPS, keep_threshold
 from evomerge.methods.registry import get_method
 
@@ -331,9 +333,10 @@ def _combination(method: str, settings: Settings, facts: OperationFacts) -> Work
     merge = get_method(method).merge
     if merge is None:
         return None
-    symbols = [_Symbol([(i, 1.0)]) for i in range(BASE, len(settings.sources))]
+    base = None if facts.base is None else _Symbol([(BASE, 1.0)])
+    symbols = [_Symbol([(i, 1.0)]) for i in range(len(settings.sources))]
     try:
-        found: Any = merge(Block(symbols[0], symbols[1:], 0, facts), settings)  # type: ignore[arg-type]
+        found: Any = merge(Block(base, symbols, 0, facts), settings)  # type: ignore[arg-type]
     except (TypeError, AttributeError):
         return None
     if not isinstance(found, _Symbol) or not (found.started or found.pivot is None):
@@ -344,10 +347,45 @@ def _combination(method: str, settings: Settings, facts: OperationFacts) -> Work
     return Work((found.pivot, *others), lambda x, start, out: merging.affine(x[0], x[1:], coefficients, out))
 
 
+# ---------------------------------------------------------------- nuslerp and nearswap
+
+
+def _nuslerp(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    if settings.shared["nuslerp_flatten"]:
+        return _combination(method, settings, facts)
+    rows = facts.at(0, (facts.size // facts.columns if facts.columns else 0, facts.columns))
+    terms = vector_terms(rows, facts.base is not None, settings)
+    of_pivot = _singles(terms.of_pivot.reshape(-1))
+    coefficients = np.array([_singles(c.reshape(-1)) for _, c in terms.others], np.float32).reshape(-1, of_pivot.size)
+    inputs = (terms.pivot, *(i for i, _ in terms.others))
+    if of_pivot.size == 0:
+        return None
+    if terms.along == "columns" and len(facts.whole) > 1:
+        return Work(inputs, lambda x, start, out: merging.by_column(x[0], x[1:], start, of_pivot, coefficients, out))
+    length = facts.size // of_pivot.size
+    return Work(inputs, lambda x, start, out: merging.by_row(x[0], x[1:], start, length, of_pivot, coefficients, out))
+
+
+def _nearswap(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    indices, weights = participants(settings)
+    parts = shares(method, weights)
+    anchor = max(range(len(parts)), key=lambda k: abs(parts[k]))
+    others = [k for k in range(len(parts)) if k != anchor]
+    coefficients, reach = _singles(parts[k] for k in others), np.float32(reach_of(settings))
+    inputs = (BASE, indices[anchor], *(indices[k] for k in others))
+    return Work(inputs, lambda x, start, out: merging.nearswap(x[0], x[1], x[2:], coefficients, reach, out))
+
+
 KERNELS: dict[str, Kernel] = {
     "linear": _combination,
     "slerp": _combination,
     "task_arithmetic": _combination,
+    "multislerp": _combination,
+    "karcher": _combination,
+    "nuslerp": _nuslerp,
+    "nearswap": _nearswap,
+    "tsv_merge": _combination,
+    "iso_c": _combination,
     "dfs": _dfs,
     "ties": _ties,
     "dare": _dare,

@@ -91,7 +91,7 @@ def write_checkpoint(
     Raises:
         OutputError: When writing fails.
     """
-    store = FactStore(checkpoints, levels=0)
+    store = FactStore(checkpoints)
     wanted = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
     with (
         CheckpointWriter(out, wanted, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer,

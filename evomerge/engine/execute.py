@@ -149,7 +149,7 @@ class _Task:
     def facts(self) -> OperationFacts:
         op = self.operation
         columns = math.prod(op.shape[1:] if len(op.shape) > 1 else op.shape)
-        return OperationFacts(self.store, op.base, op.sources, columns, op.output, op.seed, self.family)
+        return OperationFacts(self.store, op.base, op.sources, columns, op.output, op.seed, self.family, whole=op.shape)
 
     @functools.cached_property
     def kernel(self) -> Work | None:

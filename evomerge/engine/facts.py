@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.operation import Input
-from evomerge.engine.ranks import SEGMENT, LevelCache, Levels, levels_of
+from evomerge.engine.ranks import SEGMENT, Latest, Levels, levels_of
 from evomerge.engine.selection import COARSE, FINE, Bits, Cut, Histogram, Parts, count, cut, last_index, values_at
 from evomerge.engine.variation import Spread, select
 from evomerge.engine.variation import count as count_spread
@@ -32,7 +32,7 @@ from evomerge.methods.trim import band_counts, kept_count
 
 CHUNK = 1 << 15  # elements: float32 temporaries of this size stay in a processor's second-level cache
 _LOOK = 1 << 20  # elements that are only looked at
-LEVEL_BYTES = 1 << 30
+_LATEST = 32  # segments of ranks: for the chunks that follow
 _READ_AT_ONCE = 64  # tensors; those of an adapter cost a matrix product each
 
 T = TypeVar("T")
@@ -61,18 +61,18 @@ class FactStore:
     Args:
         checkpoints: Open checkpoints by reference.
         thresholds: How many exact trim thresholds to remember.
-        levels: Bytes of ranks to keep, one for each element; 0 where every tensor is merged once.
+        room: Bytes for what methods ask to `remember`; none for a merge that is done once.
     """
 
-    def __init__(
-        self, checkpoints: Mapping[str, Checkpoint], thresholds: int = 1 << 14, levels: int = LEVEL_BYTES
-    ) -> None:
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], thresholds: int = 1 << 14, room: int = 0) -> None:
         self._checkpoints = checkpoints
         self._kept: dict[Hashable, _Once] = {}
         self._read: OrderedDict[Input, Tensor] = OrderedDict()
         self._thresholds: OrderedDict[Hashable, _Once] = OrderedDict()
         self._limit = thresholds
-        self._levels = LevelCache(levels)
+        self._remembered: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._room = room
+        self._latest = Latest(_LATEST)
         self._lock = threading.Lock()
 
     def flat(self, tensor: Input) -> Tensor:
@@ -102,6 +102,23 @@ class FactStore:
             if not entry.done:
                 entry.value, entry.done = compute(), True
         return entry.value
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `compute` gave for this key, kept while there is room.
+
+        What was kept first stays: candidates ask for the same tensors in turn, and whichever of them replaced others
+        would be gone itself before it is asked for again.
+        """
+        with self._lock:
+            if key in self._remembered:
+                return self._remembered[key]
+        found = compute()
+        size = sum(tensor.nbytes for tensor in found)
+        with self._lock:
+            if key not in self._remembered and size <= self._room:
+                self._remembered[key] = found
+                self._room -= size
+        return found
 
     def _bits(self, *tensors: Input | None) -> Iterator[tuple[int, list[Bits]]]:
         """(start, bits of each tensor, zeros where it is None) over flat tensors, in pieces and one dtype."""
@@ -185,6 +202,32 @@ class FactStore:
 
         return self._once(("dot", base, *sorted((left, right), key=str)), compute)  # type: ignore[no-any-return]
 
+    def products(
+        self, base: Input | None, left: Input, right: Input, shape: tuple[int, ...], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        """Inner products of two tensors (of their deltas where `base` is given) vector by vector, flat float64.
+
+        Args:
+            base, left, right: The tensors.
+            shape: Theirs.
+            along: As in `Facts.products`.
+        """
+
+        def compute() -> Tensor:
+            columns, length = math.prod(shape[1:]), shape[-1]
+            ours, one, other = (None if tensor is None else self.flat(tensor) for tensor in (base, left, right))
+            found = torch.zeros(columns if along == "columns" else math.prod(shape[:-1]), dtype=torch.float64)
+            for start, stop in chunks(math.prod(shape), max(1, columns, CHUNK // max(1, columns) * columns)):
+                a, b = (_apart(tensor[start:stop], ours, start) for tensor in (one, other) if tensor is not None)
+                if along == "columns":
+                    found += (a * b).view(-1, columns).sum(0)
+                else:
+                    found[start // length : stop // length] = (a * b).view(-1, length).sum(1)
+            return found
+
+        key = ("products", base, *sorted((left, right), key=str), along)
+        return self._once(key, compute)  # type: ignore[no-any-return]
+
     def variance(self, base: Input | None, source: Input, columns: int | None) -> Tensor:
         """Population variance of a delta: [1], or [rows] with `columns` given; float64."""
 
@@ -202,34 +245,26 @@ class FactStore:
 
         return self._once(("variance", base, source, columns), compute)  # type: ignore[no-any-return]
 
-    def dots(self, base: Input | None, left: Input, right: Input, columns: int) -> Tensor:
-        """Inner products of the rows of two deltas: float64 [rows]."""
-
-        def compute() -> Tensor:
-            from evomerge.engine.kernels import looking
-
-            sums = np.zeros(self.flat(left).numel() // columns)
-            for start, (ours, one, other) in self._bits(base, left, right):
-                looking.add_row_products(ours, one, other, start, columns, sums)
-            return torch.from_numpy(sums)
-
-        return self._once(("dots", base, *sorted((left, right), key=str), columns), compute)  # type: ignore[no-any-return]
-
     def levels(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
         """See `Facts.levels`, of elements start..stop: uint8, flat."""
         step = max(1, SEGMENT // columns) * columns
         found = []
         for first in range(start // step * step, stop, step):
-            compute = partial(self._ranked, base, source, columns, first, first + step)
-            segment = self._levels.get((base, source, columns, first), compute)
+            segment = self._segment(base, source, columns, first, first + step)
             found.append(segment[max(start - first, 0) : stop - first])
         return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, np.uint8)])
 
-    def _ranked(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
-        delta = self.flat(source)[start:stop].float()
-        if base is not None:
-            delta = delta - self.flat(base)[start:stop].float()
-        return levels_of(delta.abs().view(-1, columns).numpy()).reshape(-1)
+    def _segment(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
+        """The levels of whole rows."""
+
+        def compute() -> tuple[Tensor]:
+            delta = self.flat(source)[start:stop].float()
+            if base is not None:
+                delta = delta - self.flat(base)[start:stop].float()
+            return (torch.from_numpy(levels_of(delta.abs().view(-1, columns).numpy()).reshape(-1)),)
+
+        key = ("levels", base, source, columns, start)
+        return self._latest.get(key, lambda: self.remember(key, compute)[0].numpy())
 
     def selection(self, base: Input, sources: tuple[Input, ...], fraction: float) -> tuple[Kept, list[float]]:
         """See `Facts.selection`."""
@@ -268,10 +303,24 @@ class FactStore:
         return self._once(("importance", base, source, columns), compute)  # type: ignore[no-any-return]
 
 
+def _apart(tensor: Tensor, base: Tensor | None, start: int) -> Tensor:
+    """A part of a tensor, or of its delta, float64; the delta is rounded to float32 first, as everywhere."""
+    values = tensor.float()
+    return (values if base is None else values - base[start : start + values.numel()].float()).double()
+
+
 def _bits_of(tensor: Tensor) -> Bits:
     """The bits of bfloat16 or float32 elements, in place where they lie on even addresses."""
     bits = tensor.view(torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32).numpy()
     return bits if bits.flags.aligned else bits.copy()
+
+
+def _pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
+    if index >= 0:
+        return sources[index]
+    if base is None:
+        raise ValueError("an operation without a base has no base to multiply")
+    return base
 
 
 @dataclass(frozen=True)
@@ -289,6 +338,7 @@ class OperationFacts:
         shape: Shape of the block.
         start: Flat index of its first element.
         cuts: What of this operation was asked for already.
+        whole: Shape of the tensor.
     """
 
     store: FactStore
@@ -301,6 +351,7 @@ class OperationFacts:
     shape: tuple[int, ...] = ()
     start: int = 0
     cuts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    whole: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -338,27 +389,27 @@ class OperationFacts:
         return answer
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
-        def pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
-            if index >= 0:
-                return sources[index]
-            if base is None:
-                raise ValueError("an operation without a base has no base to multiply")
-            return base
-
         return math.fsum(
-            self.store.dot(base if of == "deltas" else None, pick(base, sources, left), pick(base, sources, right))
+            self.store.dot(base if of == "deltas" else None, _pick(base, sources, left), _pick(base, sources, right))
             for base, sources in self._members(scope)
         )
+
+    def products(
+        self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        one, other = (_pick(self.base, self.sources, index) for index in (left, right))
+        shape = self.whole if len(self.whole) > 1 else (1, self.size)
+        along = along if len(self.whole) > 1 else "rows"
+        found = self.store.products(self.base if of == "deltas" else None, one, other, shape, along)
+        if along == "columns":
+            return found.view(1, -1, 1)
+        vectors = math.prod(shape[1:-1])
+        return self._rows_here(found.view(-1, vectors, 1))
 
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
         if scope == "tensor":
             return self.store.variance(self.base, self.sources[source], None)
         return self._rows_here(self.store.variance(self.base, self.sources[source], self.columns)).unsqueeze(1)
-
-    def dots(self, left: int, right: int) -> Tensor:
-        return self._rows_here(
-            self.store.dots(self.base, self.sources[left], self.sources[right], max(1, self.columns))
-        ).unsqueeze(1)
 
     def importance(self, source: int) -> tuple[Tensor, float]:
         base, theirs = self.inputs([-1, source])
@@ -377,6 +428,9 @@ class OperationFacts:
     def field(self, source: int) -> Tensor:
         numbers = uniform16(self.key(source), self.start, math.prod(self.shape))
         return torch.from_numpy(numbers.astype(np.int32)).view(self.shape)
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return self.store.remember((key, self.base, self.sources), compute)
 
     def key(self, source: int) -> tuple[int, int]:
         """The key of a source's random field for this tensor."""

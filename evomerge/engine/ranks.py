@@ -1,4 +1,4 @@
-"""Ranks of magnitudes within rows, segment by segment: computed once per run as far as they may be kept."""
+"""Ranks of magnitudes within rows, segment by segment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from evomerge.methods.della import TOP
 Levels = NDArray[np.uint8]
 
 SEGMENT = 1 << 20  # elements, in whole rows
-_RECENT = 32  # segments beyond the limit, for the parts that follow
 
 
 def levels_of(magnitudes: NDArray[np.float32]) -> Levels:
@@ -27,35 +26,27 @@ def levels_of(magnitudes: NDArray[np.float32]) -> Levels:
     return out
 
 
-class LevelCache:
-    """The levels of the segments of tensors: the first ones stay, up to a limit; of the others, the latest.
+class Latest:
+    """The latest few arrays that were asked for.
 
     Args:
-        limit: Bytes that stay.
+        count: How many.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._room = limit
-        self._kept: dict[Hashable, Levels] = {}
-        self._recent: OrderedDict[Hashable, Levels] = OrderedDict()
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._held: OrderedDict[Hashable, Levels] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, compute: Callable[[], Levels]) -> Levels:
-        """The levels of a segment, flat; computed when they are not there."""
+        """The array of this key; computed when it is not there."""
         with self._lock:
-            found = self._kept.get(key)
-            if found is None and key in self._recent:
-                self._recent.move_to_end(key)
-                found = self._recent[key]
-        if found is not None:
-            return found
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
         value = compute()
         with self._lock:
-            if value.nbytes <= self._room:
-                if self._kept.setdefault(key, value) is value:
-                    self._room -= value.nbytes
-            else:
-                self._recent[key] = value
-                if len(self._recent) > _RECENT:
-                    self._recent.popitem(last=False)
+            self._held[key] = value
+            if len(self._held) > self._count:
+                self._held.popitem(last=False)
         return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import RecipeError
@@ -95,11 +95,6 @@ class TensorFacts:
         cut = cutoff(spread, kept_count(int((spread > 0).sum()), fraction))
         return cut, [float(delta[kept(spread, *cut)].double().square().sum()) for delta in deltas]
 
-    def dots(self, left: int, right: int) -> Tensor:
-        """See `Facts.dots`."""
-        a, b = (self._rows(self._delta(i)).double() for i in (left, right))
-        return self._rows_here(a.mul(b).sum(dim=1, keepdim=True))
-
     def importance(self, source: int) -> tuple[Tensor, float]:
         """See `Facts.importance`."""
         rows = self._rows(self._tensor(source))
@@ -116,12 +111,30 @@ class TensorFacts:
         a, b = ((self._delta(i) if of == "deltas" else self._tensor(i)).reshape(-1).double() for i in (left, right))
         return float(a.dot(b))
 
+    def products(
+        self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        """See `Facts.products`."""
+        if of == "deltas" and -1 in (left, right):
+            raise ValueError("the base has no delta")
+        a, b = ((self._delta(i) if of == "deltas" else self._tensor(i)).double() for i in (left, right))
+        whole = self._sources[0].shape
+        shape = whole if len(whole) > 1 else (1, whole.numel())
+        if along == "columns" and len(whole) > 1:
+            return (a * b).reshape(shape[0], -1).sum(0).view(1, -1, 1)
+        found = (a * b).reshape(shape[0], math.prod(shape[1:-1]), shape[-1]).sum(2, keepdim=True)
+        return self._rows_here(found)
+
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
         """See `Facts.variance`; float64."""
         delta = self._delta(source).double()
         if scope == "tensor":
             return delta.reshape(1, -1).var(dim=1, correction=0)
         return self._rows_here(self._rows(delta).var(dim=1, keepdim=True, correction=0))
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """See `Facts.remember`; nothing is kept."""
+        return compute()
 
     def keep(self, source: int, density: float) -> Tensor:
         """See `Facts.keep`."""

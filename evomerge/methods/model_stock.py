@@ -50,10 +50,12 @@ def merge(block: Block, settings: Settings) -> Tensor:
     if not settings.shared["filter_wise"]:
         t = float(interpolation(count, lambda i, j: np.array(facts.dot(i, j, "deltas"))))
         return add_deltas(block, indices, [t / count] * count, t)
-    rows = interpolation(count, lambda i, j: facts.dots(min(i, j), max(i, j)).cpu().numpy())
+    found = interpolation(count, lambda i, j: facts.products(i, j, "deltas", "rows").cpu().numpy())
     base = base_of(block)
-    t_rows = torch.from_numpy(rows).to(base.device)
-    return affine(block.sources, [1.0 / count] * count).mul_(t_rows).add_(base * (1.0 - t_rows))
+    t_rows = torch.from_numpy(found).to(base.device)  # [rows, vectors, 1]
+    vectors = [tensor.reshape(*found.shape[:2], -1) for tensor in (base, *block.sources)]
+    mean = affine(vectors[1:], [1.0 / count] * count)
+    return mean.mul_(t_rows).add_(vectors[0] * (1.0 - t_rows)).reshape(base.shape)
 
 
 def granularity(settings: Settings) -> Granularity:
@@ -67,7 +69,10 @@ METHOD = Method(
     summary="Move from the base towards the average of the models, as far as the angles between their deltas warrant.",
     parameters=(
         Parameter(
-            "filter_wise", default=False, kind="bool", help="Angles of each output row instead of the whole tensor."
+            "filter_wise",
+            default=False,
+            kind="bool",
+            help="Angles along the last dimension (of each output row) instead of the whole tensor.",
         ),
     ),
     merge=merge,

@@ -11,12 +11,18 @@ from evomerge.methods import (
     della,
     dfs,
     frankenmerge,
+    iso_c,
+    karcher,
     linear,
     model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
     sce,
     slerp,
     task_arithmetic,
     ties,
+    tsv_merge,
 )
 from evomerge.methods.declaration import Method
 
@@ -39,6 +45,12 @@ METHODS: dict[str, Method] = {
         model_stock.METHOD,
         sce.METHOD,
         arcee_fusion.METHOD,
+        nuslerp.METHOD,
+        multislerp.METHOD,
+        karcher.METHOD,
+        nearswap.METHOD,
+        tsv_merge.METHOD,
+        iso_c.METHOD,
     )
 }
 

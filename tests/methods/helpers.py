@@ -19,16 +19,21 @@ from evomerge.methods.registry import METHODS
 FINGERPRINTS = ("f0", "f1", "f2", "f3", "f4")
 
 
+SWITCHES = {"filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "spectral"}  # bools by which a method becomes another
+
+FAR = {"nearswap": {"t": 1e38}}  # lengths in the units of the weights: so long that nothing is further away
+
+
 def modes(method: Method) -> Iterator[dict[str, Any]]:
-    """Every combination of the method's choices, and of the switches that change what it looks at."""
+    """Every combination of the method's choices."""
     choices = [p for p in method.parameters if p.kind == "choice" or p.name in SWITCHES]
-    for values in itertools.product(*(p.choices or (False, True) for p in choices)):
+    for values in itertools.product(*(p.choices or (True, False) for p in choices)):
         yield dict(zip((p.name for p in choices), values, strict=True))
 
 
 def mode_id(method: Method, mode: Mapping[str, Any]) -> str:
-    """The name of a method in a mode."""
-    return "-".join([method.name, *(name if value is True else str(value) for name, value in mode.items() if value)])
+    """The name of a test: the method, its choices, and the switches that are on."""
+    return "-".join([method.name, *(v if isinstance(v, str) else n for n, v in mode.items() if v is not False)])
 
 
 def in_every_mode(methods: Sequence[Method]) -> pytest.MarkDecorator:
@@ -37,7 +42,6 @@ def in_every_mode(methods: Sequence[Method]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("method", "mode"), cases)
 
 
-SWITCHES = {"filter_wise"}
 ALWAYS_DROPS = {"arcee_fusion"}  # no setting keeps every element, and what is kept depends on the size of the deltas
 MERGING = [method for method in METHODS.values() if method.merge is not None]
 every_method = pytest.mark.parametrize("method", [pytest.param(m, id=m.name) for m in MERGING])
@@ -62,7 +66,7 @@ def declared(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def neutral(method: Method) -> dict[str, Any]:
     """Nothing dropped, trimmed or rescaled, and normalised weights."""
-    return declared(method, {"density": 1.0, "lambda": 1.0, "normalize": True})
+    return declared(method, {"density": 1.0, "lambda": 1.0, "normalize": True}) | FAR.get(method.name, {})
 
 
 def weighted(method: Method, weights: Sequence[float], shared: Mapping[str, Any]) -> Settings:

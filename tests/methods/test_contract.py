@@ -18,6 +18,7 @@ from evomerge.methods.declaration import Method
 from evomerge.methods.facts import merge_tensors
 from evomerge.methods.registry import METHODS, get_method
 from tests.methods.helpers import (
+    FAR,
     MERGING,
     declared,
     every_keeping_mode,
@@ -62,7 +63,7 @@ def test_identical_sources_give_the_source(
 def test_one_source_at_weight_one_gives_itself(
     method: Method, mode: dict[str, Any], base: Tensor, source: Tensor
 ) -> None:
-    plain = declared(method, {"density": 1.0, "lambda": 1.0}) | mode  # at the method's own normalize
+    plain = {name: value for name, value in neutral(method).items() if name != "normalize"} | mode
     assert torch.equal(run(method, base, [source], [1.0], plain), source)
 
 
@@ -180,7 +181,8 @@ def test_the_order_of_sources_does_not_matter(method: Method, seed: int, order: 
 def test_scaled_deltas_give_a_scaled_merge(method: Method, mode: dict[str, Any], seed: int, power: int) -> None:
     _, sources = family(seed, 3, (4, 9))
     origin, factor = torch.zeros(4, 9), 2.0**power
-    chosen = method.settings([declared(method, {"weight": w}) for w in (0.4, 1.1, 0.7)], mode, paper=True)
+    own = [declared(method, {"weight": w}) for w in (0.4, 1.1, 0.7)]
+    chosen = method.settings(own, mode | FAR.get(method.name, {}), paper=True)
     small = merge_tensors(method, origin, sources, chosen, fingerprints="abc")
     large = merge_tensors(method, origin, [factor * s for s in sources], chosen, fingerprints="abc")
     torch.testing.assert_close(large, factor * small, rtol=1e-6, atol=0.0)

@@ -14,11 +14,11 @@ from evomerge.methods.declaration import Method
 from evomerge.methods.facts import merge_tensors
 from evomerge.methods.random_field import field_key, uniform16
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import declared, family, modes
+from tests.methods.helpers import declared, family, mode_id, modes
 from tests.methods.references import REFERENCES
 
 CASES = [
-    pytest.param(METHODS[name], mode, id="-".join([name, *mode.values()]))
+    pytest.param(METHODS[name], mode, id=mode_id(METHODS[name], mode))
     for name in REFERENCES
     for mode in modes(METHODS[name])
 ]

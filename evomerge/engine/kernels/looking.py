@@ -111,30 +111,6 @@ def add_products(base: Array, left: Array, right: Array, sums: Array) -> None:
 
 
 @kernel
-def add_row_products(base: Array, left: Array, right: Array, start: int, columns: int, sums: Array) -> None:
-    """Inner products of the rows of two deltas, added to `sums`: float64 [rows]; other arguments as `add_moments`."""
-    bits, other, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
-    a, b = bits.view(np.float32), other.view(np.float32)
-    partial = np.empty(PARTIAL, np.float64)
-    at = 0
-    while at < base.size:
-        row, before = (start + at) // columns, (start + at) % columns
-        n = min(TILE, base.size - at, columns - before)
-        _delta(base[at : at + n], left[at : at + n], bits, ours)
-        _delta(base[at : at + n], right[at : at + n], other, ours)
-        for lane in range(PARTIAL):
-            partial[lane] = 0.0
-        for group in range(n // PARTIAL):
-            for lane in range(PARTIAL):
-                j = PARTIAL * group + lane
-                partial[lane] += np.float64(a[j]) * np.float64(b[j])
-        for j in range(n // PARTIAL * PARTIAL, n):
-            partial[0] += np.float64(a[j]) * np.float64(b[j])
-        sums[row] += partial.sum()
-        at += n
-
-
-@kernel
 def add_moments(base: Array, source: Array, start: int, columns: int, means: Array, squares: Array) -> None:
     """Mean and sum of squared deviations of each row of a delta, brought forward by these elements.
 

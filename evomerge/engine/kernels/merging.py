@@ -398,3 +398,67 @@ def positions(
         else:
             for j in range(n):
                 result[j] = mean[j] * scale + ours[j]
+
+
+@kernel
+def by_row(
+    pivot: Array, others: Array, start: int, length: int, of_pivot: Array, coefficients: Array, out: Array
+) -> None:
+    """ca xa + Σ ci (xi − xa) with coefficients of its own for each vector along the last dimension.
+
+    Args:
+        pivot: xa, float32 [n].
+        others: The xi, float32 [others, n].
+        start: Flat index of the first element.
+        length: Of a vector.
+        of_pivot: ca, float32 [vectors].
+        coefficients: ci, float32 [others, vectors].
+        out: float32 [n].
+    """
+    at = 0
+    while at < pivot.size:
+        vector = (start + at) // length
+        n = min(TILE, pivot.size - at, (vector + 1) * length - start - at)
+        ours, result, own = pivot[at : at + n], out[at : at + n], of_pivot[vector]
+        for j in range(n):
+            result[j] = ours[j] * own
+        for k in range(others.shape[0]):
+            theirs, coefficient = others[k, at : at + n], coefficients[k, vector]
+            for j in range(n):
+                result[j] += (theirs[j] - ours[j]) * coefficient
+        at += n
+
+
+@kernel
+def by_column(pivot: Array, others: Array, start: int, of_pivot: Array, coefficients: Array, out: Array) -> None:
+    """As `by_row`, with coefficients for each vector along the first dimension: [vectors] and [others, vectors]."""
+    at, columns = 0, of_pivot.size
+    while at < pivot.size:
+        first = (start + at) % columns
+        n = min(TILE, pivot.size - at, columns - first)
+        ours, result, own = pivot[at : at + n], out[at : at + n], of_pivot[first : first + n]
+        for j in range(n):
+            result[j] = ours[j] * own[j]
+        for k in range(others.shape[0]):
+            theirs, coefficient = others[k, at : at + n], coefficients[k, first : first + n]
+            for j in range(n):
+                result[j] += (theirs[j] - ours[j]) * coefficient[j]
+        at += n
+
+
+@kernel
+def nearswap(base: Array, pivot: Array, others: Array, coefficients: Array, reach: np.float32, out: Array) -> None:
+    """`evomerge.methods.nearswap`: towards xa + Σ ci (xi − xa), by at most `reach`.
+
+    Args:
+        base, pivot: θ0 and xa, float32 [n].
+        others: The xi, float32 [others, n].
+        coefficients: ci, float32.
+        reach: float32, not negative.
+        out: float32 [n].
+    """
+    affine(pivot, others, coefficients, out)
+    for j in range(base.size):
+        delta = out[j] - base[j]
+        near = base[j] + min(max(delta, -reach), reach)
+        out[j] = out[j] if abs(delta) <= reach else near
