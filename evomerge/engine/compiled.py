@@ -152,7 +152,7 @@ def _edits(
     *,
     chances: Sequence[float] = (),
     keys: Sequence[tuple[int, int]] = (),
-    tables: Sequence[tuple[Sequence[int], Sequence[float]]] = (),
+    lines: Sequence[tuple[float, float, float, float]] = (),
     factors: Sequence[float] = (),
     cuts: Sequence[Cut] = (),
     outliers: Sequence[Cut] = (),
@@ -163,7 +163,7 @@ def _edits(
         count: How many sources take part.
         chances: Probability to keep an element.
         keys: Of the sources' random fields.
-        tables: (thresholds, factors) by level.
+        lines: For elements with levels, (a, b, factor, whether over the probability to keep).
         factors: After the drop.
         cuts: What is kept.
         outliers: What of that is left out.
@@ -173,8 +173,7 @@ def _edits(
     return merging.Edits(
         np.array(keeps, dtype=np.int64),
         np.array(keys or [(0, 0)] * count, dtype=np.uint64).reshape(count, 2),
-        np.array([limits for limits, _ in tables], dtype=np.int32).reshape(len(tables), -1 if tables else 0),
-        _singles(f for _, times in tables for f in times).reshape(len(tables), -1 if tables else 0),
+        _singles(value for line in lines for value in line).reshape(-1, 4),
         _singles(factors or [1.0] * count),
         _singles(threshold for threshold, _ in cuts),
         np.array([last for _, last in cuts], dtype=np.int64),
@@ -217,7 +216,7 @@ def _della(method: str, settings: Settings, facts: OperationFacts) -> Work | Non
 
 def _della_linear(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
     parts = della.terms(settings)
-    if all(della.keep_thresholds(settings.sources[i])[0] >= STEPS for i, _ in parts):
+    if all(della.keeps_all(settings.sources[i]) for i, _ in parts):
         return _combination(method, settings, facts)
     edits, levels = _pruned(settings, facts, parts)
     return _add([i for i, _ in parts], edits, [1.0] * len(parts), levels)
@@ -227,15 +226,13 @@ def _pruned(
     settings: Settings, facts: OperationFacts, parts: Sequence[tuple[int, float]]
 ) -> tuple[merging.Edits, Callable[[int, int], Levels]]:
     """The edits of (source, scale), and the levels of (first element, number of elements)."""
-    tables = []
-    for i, scale in parts:
-        limits = della.keep_thresholds(settings.sources[i])
-        tables.append((limits, della.factors(limits, settings.shared["rescale"], scale)))
+    rescale = float(settings.shared["rescale"])
+    lines = [(*della.line(settings.sources[i]), scale, rescale) for i, scale in parts]
 
     def levels(start: int, size: int) -> Levels:
         return np.stack([facts.at(start, (size,)).levels(i).numpy() for i, _ in parts])
 
-    return _edits(len(parts), keys=[facts.key(i) for i, _ in parts], tables=tables), levels
+    return _edits(len(parts), keys=[facts.key(i) for i, _ in parts], lines=lines), levels
 
 
 # ---------------------------------------------------------------- sce and model stock

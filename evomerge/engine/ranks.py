@@ -14,6 +14,7 @@ from evomerge.methods.della import TOP
 Levels = NDArray[np.uint8]
 
 SEGMENT = 1 << 20  # elements, in whole rows
+_PART = 1 << 16  # elements that are ordered at once
 
 
 def levels_of(magnitudes: NDArray[np.float32]) -> Levels:
@@ -21,8 +22,10 @@ def levels_of(magnitudes: NDArray[np.float32]) -> Levels:
     from evomerge.engine.kernels import spread
 
     out = np.full(magnitudes.shape, TOP // 2, dtype=np.uint8)
-    if magnitudes.shape[1] > 1:
-        spread.rank_levels(magnitudes, magnitudes.argsort(axis=1), TOP, out)
+    rows, columns = magnitudes.shape
+    for first in range(0, rows if columns > 1 else 0, max(1, _PART // columns)):
+        part = magnitudes[first : first + max(1, _PART // columns)]
+        spread.rank_levels(part, part.argsort(axis=1), TOP, out[first : first + part.shape[0]])
     return out
 
 

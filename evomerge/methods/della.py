@@ -12,13 +12,13 @@ alone, and a byte holds it. `della_linear` adds up instead of electing signs, as
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.methods.combine import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.combine import add_deltas, add_up, as_float32, base_of, participants, shares, zero_sum_problem
 from evomerge.methods.declaration import Block, Method, Parameter, Settings
-from evomerge.methods.random_field import STEPS, keep_threshold
+from evomerge.methods.random_field import STEPS
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
 from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_add
 
@@ -59,20 +59,20 @@ def levels(magnitudes: Tensor) -> Tensor:
     return twice_rank.mul_(TOP).add_(columns - 2).floor_divide_(2 * (columns - 1)).to(torch.uint8)
 
 
-def keep_thresholds(source: Mapping[str, Any]) -> list[int]:
-    """For each level, the number in the random field below which an element is kept.
+def line(source: Mapping[str, Any]) -> tuple[float, float]:
+    """(a, b): an element of level l is kept where its number in the random field is below floor(a + b l), in float32.
 
     The paper wants density ± epsilon within (0, 1). Nearer to 0 or 1, epsilon is narrowed to what fits, which keeps the
-    mean at density, and the masks nested in density.
+    mean at density, and the masks nested in density. At density 1 everything is kept.
     """
     density = min(max(float(source["density"]), 0.0), 1.0)
     width = min(float(source["epsilon"]), density, 1.0 - density)
-    return [keep_threshold(density + width * (2 * level / TOP - 1.0)) for level in range(TOP + 1)]
+    return as_float32((density - width) * STEPS + 0.5), as_float32(2.0 * width * STEPS / TOP)
 
 
-def factors(thresholds: Sequence[int], rescale: bool, scale: float = 1.0) -> list[float]:
-    """For each level, what a kept element is multiplied by: `scale` over the probability to keep it."""
-    return [scale * STEPS / threshold if rescale and threshold > 0 else scale for threshold in thresholds]
+def keeps_all(source: Mapping[str, Any]) -> bool:
+    """Whether nothing of a source is dropped."""
+    return float(source["density"]) >= 1.0
 
 
 def pruned(block: Block, source: int, settings: Settings, scale: float = 1.0) -> Tensor:
@@ -80,13 +80,16 @@ def pruned(block: Block, source: int, settings: Settings, scale: float = 1.0) ->
     import torch
 
     delta = block.sources[source] - base_of(block)
-    thresholds = keep_thresholds(settings.sources[source])
-    if thresholds[0] >= STEPS:
+    if keeps_all(settings.sources[source]):
         return delta.mul_(scale)
-    level = block.facts.levels(source).int()
-    limits = torch.tensor(thresholds, dtype=torch.int32, device=delta.device)
-    times = torch.tensor(factors(thresholds, settings.shared["rescale"], scale), dtype=delta.dtype, device=delta.device)
-    return delta.mul_(block.facts.field(source) < limits[level]).mul_(times[level])
+    first, step = line(settings.sources[source])
+    limit = block.facts.levels(source).float().mul_(step).add_(first).floor_()
+    kept = block.facts.field(source).float() < limit
+    if settings.shared["rescale"]:
+        delta.mul_(limit.mul_(1.0 / STEPS).reciprocal_().mul_(scale))
+    else:
+        delta.mul_(scale)
+    return torch.where(kept, delta, 0.0)
 
 
 def merge(block: Block, settings: Settings) -> Tensor:
@@ -100,7 +103,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
 def merge_linear(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ wi δ̃i, the weights divided by their sum under `normalize`."""
     parts = terms(settings)
-    if all(keep_thresholds(settings.sources[i])[0] >= STEPS for i, _ in parts):
+    if all(keeps_all(settings.sources[i]) for i, _ in parts):
         scale = float(settings.shared["lambda"])
         total = scale if settings.shared["normalize"] else scale * math.fsum(participants(settings)[1])
         return add_deltas(block, [i for i, _ in parts], [factor for _, factor in parts], total)

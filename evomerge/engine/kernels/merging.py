@@ -17,8 +17,8 @@ class Edits(NamedTuple):
     Attributes:
         keeps, keys: Elements whose number in the source's random field is below this are kept, int64; uint64
             [sources, 2]. 65536 keeps all.
-        limits, times: The same for each level of an element (`evomerge.methods.della`), and what is kept is multiplied
-            by: int32 and float32 [sources, levels]. Without levels, [0, 0].
+        lines: For elements with levels (`evomerge.methods.della`), float32 [sources, 4]: a and b of the line, a factor,
+            and whether that is over the probability to keep. Without levels, [0, 4].
         factors: The delta is multiplied by this after the drop, float32.
         thresholds, lasts: What is kept of what was not dropped (`Facts.trim`), float32 and int64; -1 keeps all.
         outliers, outlier_lasts: What of that is left out again (`Facts.band`); inf leaves out nothing.
@@ -26,8 +26,7 @@ class Edits(NamedTuple):
 
     keeps: Array
     keys: Array
-    limits: Array
-    times: Array
+    lines: Array
     factors: Array
     thresholds: Array
     lasts: Array
@@ -68,15 +67,20 @@ def _leave_out(delta: Array, threshold: np.float32, last: int, start: int) -> No
 
 
 @part
-def _prune(
-    delta: Array, levels: Array, limits: Array, times: Array, key: Array, start: int, field: Array, words: Array
-) -> None:
+def _prune(delta: Array, levels: Array, line: Array, key: Array, start: int, field: Array, words: Array) -> None:
     """`evomerge.methods.della.pruned` in place."""
     philox(key[0], key[1], start // LANES, words)
-    zero = np.float32(0.0)
-    for j in range(delta.size):
-        level = levels[j]
-        delta[j] *= times[level] if np.int32(field[j]) < limits[level] else zero
+    zero, one, unit = np.float32(0.0), np.float32(1.0), np.float32(1.0 / STEPS)
+    first, step, scale, rescale = line[0], line[1], line[2], line[3] > zero
+    if rescale:
+        for j in range(delta.size):
+            limit = np.floor(np.float32(levels[j]) * step + first)
+            pruned = delta[j] * (one / (limit * unit) * scale)
+            delta[j] = pruned if np.float32(field[j]) < limit else zero
+    else:
+        for j in range(delta.size):
+            limit = np.floor(np.float32(levels[j]) * step + first)
+            delta[j] = delta[j] * scale if np.float32(field[j]) < limit else zero
 
 
 @part
@@ -95,8 +99,8 @@ def _edit(
     """The delta of source k in one tile, after all that is done to it."""
     for j in range(delta.size):
         delta[j] = theirs[j] - ours[j]
-    if edits.limits.shape[0] > 0:
-        _prune(delta, levels[k, at:], edits.limits[k], edits.times[k], edits.keys[k], start, field, words)
+    if edits.lines.shape[0] > 0:
+        _prune(delta, levels[k, at : at + delta.size], edits.lines[k], edits.keys[k], start, field, words)
     else:
         _drop(delta, edits.keeps[k], edits.keys[k], start, edits.factors[k], field, words)
     _trim(delta, edits.thresholds[k], edits.lasts[k], start)
@@ -212,7 +216,7 @@ def ties(
         sources: The sources that take part, float32 [sources, n].
         start: Flat index of the first element, a multiple of 16.
         edits: What becomes of the deltas first.
-        levels: The elements' levels where the edits have limits, uint8 [sources, n].
+        levels: The elements' levels where the edits have lines, uint8 [sources, n].
         weights: float32, none of them 0.
         shares: Each weight's part of those up to it, float32, for mode 1.
         scale: λ, float32.
