@@ -139,6 +139,43 @@ def test_weights_that_change_nothing_are_left_out() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("method", "own", "shared"),
+    [
+        ("della", {"weight": 1, "density": 0.6, "epsilon": 0.1}, {"lambda": 1.1, "rescale": False}),
+        ("della_linear", {"weight": 0.5, "density": [0.4, 0.6]}, {"normalize": True}),
+        ("breadcrumbs", {"weight": 1, "density": 0.9, "gamma": 0.01}, {}),
+        ("breadcrumbs_ties", {"weight": 1, "density": 0.9}, {"normalize": True, "int8_mask": True}),
+        ("model_stock", {}, {"filter_wise": True}),
+        ("sce", {}, {"select_topk": 0.5}),
+        ("arcee_fusion", {}, {}),
+    ],
+)
+def test_what_both_know_comes_out_as_it_went_in(method: str, own: dict[str, Any], shared: dict[str, Any]) -> None:
+    names = ["a"] if method == "arcee_fusion" else ["a", "b"]
+    models = [{"model": name} | ({"parameters": own} if own else {}) for name in names]
+    data = {"merge_method": method, "base_model": "base", "models": models}
+    data |= {"parameters": shared} if shared else {}
+    assert exported(data) == data
+    sources = [entry | {"layer_range": [0, 2]} for entry in models]
+    slices = exported({key: data[key] for key in data if key != "models"} | {"slices": [{"sources": sources}]})
+    assert slices is not None
+    assert slices["slices"] == [{"sources": [*sources, {"model": "base", "layer_range": [0, 2]}]}]
+
+
+@pytest.mark.parametrize(
+    ("own", "shared"),
+    [
+        ({"density": 0.9}, {}),  # with mergekit's epsilon of 0.15, above 1
+        ({"density": [0.5, 0.1]}, {"epsilon": 0.2}),
+        ({"density": 0.5}, {"consensus": "count"}),
+    ],
+)
+def test_della_beyond_what_mergekit_accepts_is_not_written(own: dict[str, Any], shared: dict[str, Any]) -> None:
+    models = [{"model": "a", "parameters": {"weight": 1, **own}}]
+    assert exported({"merge_method": "della", "base_model": "base", "models": models, "parameters": shared}) is None
+
+
 SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}]}
 
 

@@ -25,7 +25,7 @@ from evomerge.engine.plan import Plan
 from evomerge.errors import CandidateError
 
 _SKELETONS = 4
-_ROOM = 1 << 30  # bytes for what methods keep between candidates: singular vectors
+_ROOM = 1 << 30  # bytes for what methods keep between candidates: singular vectors, ranks
 
 
 @dataclass(frozen=True)

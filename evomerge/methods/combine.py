@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import RecipeError
@@ -113,6 +113,14 @@ def add_deltas(
     """
     tensors = [base_of(block), *(block.sources[i] for i in indices)]
     return affine(tensors, [1.0 - total, *coefficients], anchor)
+
+
+def add_up(block: Block, terms: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """θ0 + Σ ci δi, added in order; the deltas are used up."""
+    result = base_of(block).clone()
+    for delta, factor in terms:
+        result.add_(delta.mul_(factor))
+    return result
 
 
 def spanned(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Value = float | int | bool | str
 Granularity = Literal["element", "row", "tensor"]
 Scope = Literal["tensor", "model"]
+Cut = tuple[float, int]
+"""(threshold, last): scores above the threshold are kept, and those equal to it at a flat index of at most `last`."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,38 @@ class Facts(Protocol):
     All sums are accumulated in float64.
     """
 
-    def trim(self, source: int, density: float, scope: Scope = "tensor") -> tuple[float, int]:
+    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:
         """What keeps exactly the top floor(density · n) magnitudes of delta `source` (at least 1 when density > 0).
 
-        Returns:
-            (threshold, last): an element is kept when its magnitude is above the threshold, or equal to it at a flat
-            index (within the tensor) of at most `last`. A density of 0 gives (inf, -1).
+        A density of 0 gives (inf, -1).
         """
+        ...
+
+    def band(self, source: int, density: float, gamma: float) -> tuple[Cut, Cut]:
+        """As `trim`, after the floor(gamma · n) largest have been left out: (what is left out, that and what is kept).
+
+        Fewer are left out where the density does not leave so many.
+        """
+        ...
+
+    def levels(self, source: int) -> Tensor:
+        """Rank of each magnitude of delta `source` within its row, as `evomerge.methods.della.levels`: uint8."""
+        ...
+
+    def field(self, source: int) -> Tensor:
+        """The source's random numbers for this block, shaped like it: int32, uniform on 0 .. 65535."""
+        ...
+
+    def selection(self, fraction: float) -> tuple[Cut, list[float]]:
+        """What keeps the top `fraction` of the elements whose deltas vary across sources, by that variance.
+
+        Returns:
+            The cut, and for each source the sum of squares of its delta over what is kept.
+        """
+        ...
+
+    def importance(self, source: int) -> tuple[Tensor, float]:
+        """What `evomerge.methods.arcee_fusion` multiplies magnitudes by: float32 [rows of the block, 1]; threshold."""
         ...
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:

@@ -23,7 +23,7 @@ from evomerge.methods.declaration import Method, Settings
 from evomerge.methods.facts import merge_tensors
 from evomerge.methods.registry import METHODS
 from tests.engine.helpers import PRINTS, inputs, operation_for, store_for, store_of
-from tests.methods.helpers import declared, every_mode, family, numbers
+from tests.methods.helpers import declared, every_mode, family, fit, numbers
 
 DTYPES = [torch.bfloat16, torch.float32]
 SEED = 5
@@ -43,11 +43,16 @@ def settings_of(draw: st.DrawFn, method: Method, mode: dict[str, Any], count: in
     shared |= declared(method, {"lambda": draw(st.sampled_from([1.0, 0.5, 1.7, 0.0]))})
     if method.name == "slerp" and count == 2 and mode["on"] == "deltas" and draw(st.booleans()):
         shared["t"] = draw(st.floats(0.0, 1.0))
-    positive = method.parameter("weight").low is not None  # type: ignore[union-attr]
-    weight = st.sampled_from([0.0, 0.3, 1.0, 0.9, 0.55] + ([] if positive else [-0.4]))
-    own = [{"weight": draw(weight)} for _ in range(count)]
-    own[0]["weight"] = 1.1
+    weighted = method.parameter("weight")
+    signs = [] if weighted is None or weighted.low is not None else [-0.4]
+    weight = st.sampled_from([0.0, 0.3, 1.0, 0.9, 0.55, *signs])
+    own = [declared(method, {"weight": draw(weight) if i else 1.1}) for i in range(count)]
     share = st.sampled_from([0.0, 0.0001, 0.3, 0.5, 0.9, 1.0])
+    shared |= declared(method, {"select_topk": draw(share)})
+    for source in own:
+        source |= declared(method, {"epsilon": draw(st.sampled_from([0.0, 0.15, 0.5]))})
+        if method.name.startswith("breadcrumbs"):
+            source["gamma"] = draw(st.sampled_from([0.0, 0.02, 0.4]))
     if method.parameter("density") is not None:
         for source in own if method.parameter("density").per_source else []:  # type: ignore[union-attr]
             source["density"] = draw(share)
@@ -57,10 +62,15 @@ def settings_of(draw: st.DrawFn, method: Method, mode: dict[str, Any], count: in
     return chosen if not method.check(chosen) else method.settings([{"weight": 1.0}] * count, mode)
 
 
+def sources_of(method: Method, count: int) -> int:
+    """The nearest number of sources that the method takes."""
+    return len(fit(method, [None] * count))
+
+
 @st.composite
 def cases(draw: st.DrawFn, method: Method, mode: dict[str, Any]) -> tuple[Tensor, list[Tensor], Settings, torch.dtype]:
     """Tensors of every kind, settings of every kind."""
-    count = draw(st.integers(1, 4))
+    count = sources_of(method, draw(st.integers(1, 4)))
     stored = draw(st.sampled_from([torch.bfloat16, torch.float32]))
     if draw(st.booleans()):
         base, *sources = (draw(numbers(stored, 40)) for _ in range(count + 1))
@@ -92,6 +102,8 @@ LOOSE = {
     "nuslerp",
     "multislerp",
     "karcher",
+    "sce",
+    "model_stock",
 }  # their inner products and variances are added up in another order
 
 
@@ -101,9 +113,11 @@ LOOSE = {
 def test_the_same_as_merging_whole_tensors(
     method: Method, mode: dict[str, Any], seed: int, count: int, paper: bool, dtype: torch.dtype
 ) -> None:
+    count = sources_of(method, count)
     base, sources = family(seed, count, (7, 23))
     base, sources = base.to(dtype), [source.to(dtype) for source in sources]
-    chosen = method.settings([{"weight": 0.3 + 0.2 * i} for i in range(count)], mode, paper=paper)
+    own = [declared(method, {"weight": 0.3 + 0.2 * i}) for i in range(count)]
+    chosen = method.settings(own, mode, paper=paper)
     whole = merge_tensors(method, base, sources, chosen, seed=SEED, fingerprints=PRINTS[:count])
     tolerance = 1e-6 if method.name in LOOSE else 0.0
     merged = got(method, base, sources, chosen, torch.float32)
@@ -116,7 +130,8 @@ def test_pieces_and_chunks_change_nothing(
     method: Method, mode: dict[str, Any], trimmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, sources = family(8, 3, (40, 25))
-    own: list[dict[str, Any]] = [{"weight": 0.4}, {"weight": 0.8}, {"weight": 0.5}]
+    own: list[dict[str, Any]] = [declared(method, {"weight": weight}) for weight in (0.4, 0.8, 0.5)]
+    sources, own = fit(method, sources), fit(method, own)
     shared = dict(mode)
     if trimmed:
         own = [source | declared(method, {"drop_rate": 0.4}) for source in own]

@@ -234,6 +234,97 @@ def tsv_merge(
     return np.asarray(base + shared["lambda"] * update)
 
 
+def banded(values: Array, density: float, gamma: float) -> NDArray[np.bool_]:
+    """As `largest`, after the floor(gamma n) largest were left out (fewer where too few would stay)."""
+    flat = np.abs(values).ravel()
+    count = 0 if density == 0 else max(1, math.floor(density * flat.size))
+    first = min(math.floor(gamma * flat.size), flat.size - count)
+    mask = np.zeros(flat.size, dtype=bool)
+    mask[np.argsort(-flat, kind="stable")[first : first + count]] = True
+    return mask.reshape(values.shape)
+
+
+def breadcrumbs(
+    base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
+) -> Array:
+    kept = [(s - base) * banded(s - base, o["density"], o["gamma"]) for s, o in zip(sources, own, strict=True)]
+    return task_arithmetic(base, [base + k for k in kept], own, shared, keep)
+
+
+def breadcrumbs_ties(
+    base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
+) -> Array:
+    kept = [(s - base) * banded(s - base, o["density"], o["gamma"]) for s, o in zip(sources, own, strict=True)]
+    return elect(base, kept, own, shared)
+
+
+def prune(delta: Array, i: int, own: dict[str, Any], shared: dict[str, Any], keep: Any) -> Array:
+    """MAGPRUNE with mean ranks, in 255 levels; the probabilities are multiples of 1/65536."""
+    density = own["density"]
+    width = min(own["epsilon"], density, 1 - density)
+    rows = np.abs(delta).reshape(delta.shape[0], -1)
+    ranks = np.array([[((row < x).sum() + (row <= x).sum() - 1) / 2 for x in row] for row in rows])
+    levels = np.ceil(254 * ranks / (rows.shape[1] - 1) - 0.5).astype(np.float32).reshape(delta.shape)
+    first, step = np.float32((density - width) * 65536 + 0.5), np.float32(2 * width * 65536 / 254)
+    chance = np.floor(first + step * levels).astype(np.float64) / 65536
+    divisor = np.where((chance > 0) & shared["rescale"], chance, 1.0)
+    return np.asarray(delta * keep(i, chance) / divisor)
+
+
+def della(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
+    pruned = [prune(s - base, i, o, shared, keep) for i, (s, o) in enumerate(zip(sources, own, strict=True))]
+    return elect(base, pruned, own, shared)
+
+
+def della_linear(
+    base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
+) -> Array:
+    pruned = [prune(s - base, i, o, shared, keep) for i, (s, o) in enumerate(zip(sources, own, strict=True))]
+    return task_arithmetic(base, [base + p for p in pruned], own, shared, keep)
+
+
+def model_stock(
+    base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
+) -> Array:
+    count = len(sources)
+    deltas = [(s - base).reshape(-1, base.shape[-1] if shared["filter_wise"] else base.size) for s in sources]
+    units = [d / np.linalg.norm(d, axis=1, keepdims=True) for d in deltas]
+    pairs = [(a * b).sum(1, keepdims=True) for k, a in enumerate(units) for b in units[k + 1 :]]
+    cosine = np.maximum(np.mean(pairs, axis=0), 0.0)
+    t = count * cosine / (1 + (count - 1) * cosine)
+    return np.asarray(base + (t * np.mean(deltas, axis=0)).reshape(base.shape))
+
+
+def sce(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
+    deltas = np.stack(sources) - base
+    if shared["select_topk"] < 1:
+        variance = deltas.var(axis=0)
+        chosen = largest(variance, 0.0)
+        count = 0 if shared["select_topk"] == 0 else math.floor(shared["select_topk"] * (variance > 0).sum())
+        if shared["select_topk"] > 0 and (variance > 0).any():
+            chosen.ravel()[np.argsort(-variance.ravel(), kind="stable")[: max(1, count)]] = True
+        deltas = deltas * chosen
+    weights = (deltas**2).reshape(len(sources), -1).sum(1)
+    sign = np.where(deltas.sum(0) >= 0, 1.0, -1.0)
+    w = weights.reshape(-1, *[1] * base.ndim) * (np.sign(deltas) == sign)
+    return np.asarray(base + np.divide((w * deltas).sum(0), w.sum(0), out=np.zeros_like(base), where=w.sum(0) > 0))
+
+
+def arcee_fusion(
+    base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
+) -> Array:
+    def softmax(x: Array) -> Array:
+        powers = np.exp(x - x.max(axis=-1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=-1, keepdims=True) + 1e-8)
+
+    (source,) = sources
+    p, q = softmax(source), softmax(base)
+    importance = np.abs(source - base) * (p * np.log(p / q)).sum(axis=-1, keepdims=True)
+    ordered = np.sort(importance.ravel())
+    first, median, third = (ordered[k * (ordered.size - 1) // 4] for k in (1, 2, 3))
+    return np.where(importance >= median + 1.5 * (third - first), source, base)
+
+
 REFERENCES: dict[str, Callable[..., Array]] = {
     "linear": linear,
     "slerp": slerp,
@@ -249,4 +340,11 @@ REFERENCES: dict[str, Callable[..., Array]] = {
     "nearswap": nearswap,
     "tsv_merge": tsv_merge,
     "iso_c": iso_c,
+    "breadcrumbs": breadcrumbs,
+    "breadcrumbs_ties": breadcrumbs_ties,
+    "della": della,
+    "della_linear": della_linear,
+    "model_stock": model_stock,
+    "sce": sce,
+    "arcee_fusion": arcee_fusion,
 }
