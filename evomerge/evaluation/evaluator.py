@@ -44,7 +44,7 @@ class Evaluator:
         tasks: From `load_tasks`.
         tokenizer: The models' tokenizer.
         config: The models' config (for the vocabulary and the length of the context).
-        batch_tokens: Tokens in a batch, fixed for the whole run.
+        batch_tokens: Tokens in a batch, fixed for the whole run; None for what suits the device.
         max_length: Longest input in tokens; the model's context if None.
         apply_chat_template: Whether prompts are rendered as conversations.
         backend: "native", or "hf" for lm-eval's HFLM itself.
@@ -59,7 +59,7 @@ class Evaluator:
         tokenizer: Any,
         config: Any,
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         apply_chat_template: bool = False,
         backend: BackendName = "native",

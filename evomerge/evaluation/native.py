@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
+import torch
+
 from evomerge.errors import TaskError
 from evomerge.evaluation.generation import Generator
 from evomerge.evaluation.layout import Layout
@@ -29,10 +31,10 @@ class NativeBackend:
     Args:
         encoder: Turns texts into tokens.
         vocabulary: Size of the models' vocabulary.
-        batch_tokens: Tokens in a batch, padding counted.
+        batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
     """
 
-    def __init__(self, encoder: Encoder, vocabulary: int, batch_tokens: int) -> None:
+    def __init__(self, encoder: Encoder, vocabulary: int, batch_tokens: int | None) -> None:
         self.encoder = encoder
         self.scorer = TreeScorer(vocabulary, encoder.max_length, batch_tokens)
         self.generator = Generator(encoder, batch_tokens)
@@ -96,9 +98,11 @@ class NativeBackend:
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of the batches."""
         instances = [instance for index in indices for instance in requests.by_item[index]]
-        content = blake2b(repr((tuple(indices), self.generator.batch_tokens)).encode(), digest_size=16)
+        content = blake2b(repr(tuple(indices)).encode(), digest_size=16)
         if any(_scores(instance) for instance in instances):
             content.update(self.layout(requests, indices).digest.encode())
+        if not all(_scores(instance) for instance in instances):  # each thread decodes rows of its own
+            content.update(repr((self.generator.batch_tokens, torch.get_num_threads())).encode())
         return content.hexdigest()
 
     def _encoded(self, requests: Requests, index: int) -> list[list[Pair]]:
