@@ -29,7 +29,9 @@ class HFBackend:
     def prepare(self, model: Any) -> None:
         """Nothing to find out."""
 
-    def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
+    def respond(
+        self, model: Any, requests: Requests, indices: Sequence[int], depths: Sequence[str] = ()
+    ) -> list[list[list[Any]]]:
         """The model's responses: for each item, for each instance, one per repeat.
 
         Raises:

@@ -15,6 +15,7 @@ import torch
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.forward import Forward, forwarding, head_is_last
 from evomerge.evaluation.layout import Batch, Layout, pack, tree_of
+from evomerge.evaluation.prefixes import Depths, Prefixes, can_be_entered, score_from
 from evomerge.evaluation.requests import Pair
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,16 @@ class TreeScorer:
         vocabulary: Size of the model's vocabulary.
         max_length: The longest input; a longer one loses tokens on its left, as in HFLM.
         batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
+        prefixes: Keeps hidden states between models that share their first layers; None to start from the tokens.
     """
 
-    def __init__(self, vocabulary: int, max_length: int, batch_tokens: int | None) -> None:
+    def __init__(
+        self, vocabulary: int, max_length: int, batch_tokens: int | None, prefixes: Prefixes | None = None
+    ) -> None:
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.batch_scored = max(1, MAX_LOGITS // vocabulary)
+        self.prefixes = prefixes
         self.trees: bool | None = None
         self.head_is_last = False
         self.on_cpu = True
@@ -68,9 +73,10 @@ class TreeScorer:
             self.window = _attention_window(model.config)
             self.on_cpu = next(model.parameters()).device.type == "cpu"
             with forwarding(model) as forward:
-                self.head_is_last, self.trees = forward.spread(
-                    [partial(head_is_last, forward), partial(honours_trees, forward)]
-                )
+                probes = [partial(head_is_last, forward), partial(honours_trees, forward)]
+                self.head_is_last, self.trees = forward.spread(probes)
+                if self.prefixes is not None and not forward.spread([partial(can_be_entered, model)])[0]:
+                    self.prefixes = None
 
     def layout(self, items: Sequence[Sequence[Pair]]) -> Layout:
         """Lays out the requests of some items: one list of (context, continuation) tokens per item.
@@ -110,8 +116,13 @@ class TreeScorer:
             return self.batch_tokens
         return min(CPU_TOKENS, max(CPU_TOKENS // 4, tokens // 4)) if self.on_cpu else GPU_TOKENS
 
-    def score(self, model: Any, layout: Layout) -> Scored:
+    def score(self, model: Any, layout: Layout, depths: Depths = ()) -> Scored:
         """Runs the model over a layout.
+
+        Args:
+            model: The model.
+            layout: From `layout`.
+            depths: For each layer the identity of the hidden states before it, if they may be kept and used again.
 
         Raises:
             CandidateError: A logit that is needed is not finite.
@@ -121,12 +132,14 @@ class TreeScorer:
         with forwarding(model) as forward:
             # The largest start first, so that the threads end together.
             batches = sorted(layout.batches, key=lambda batch: -batch.input_ids.size)
-            score = partial(score_batch, forward, head_is_last=self.head_is_last)
-            for batch, (log_probs, best) in zip(
-                batches, forward.spread([partial(score, batch) for batch in batches]), strict=True
-            ):
-                sums += np.bincount(batch.requests, weights=log_probs, minlength=layout.requests)
-                greedy[batch.requests[~best]] = False
+            pieces = [partial(score_batch, forward, batch, head_is_last=self.head_is_last) for batch in batches]
+            if self.prefixes is not None and depths:
+                results = score_from(self.prefixes, forward, depths, layout.digest, pieces)
+            else:
+                results = forward.spread(pieces)
+        for batch, (log_probs, best) in zip(batches, results, strict=True):
+            sums += np.bincount(batch.requests, weights=log_probs, minlength=layout.requests)
+            greedy[batch.requests[~best]] = False
         return Scored(sums, greedy)
 
 
