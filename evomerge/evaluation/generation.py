@@ -7,6 +7,7 @@ values leave the cache. Whatever is not plain greedy decoding goes to transforme
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,11 +189,10 @@ class Generator:
         ids, mask = (part.to(device) for part in self._pad(prompts, shared))
         places = shared + (mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.config)
+        given = {_cache_name(model): cache, "use_cache": True}
         if shared:
             stem = torch.tensor([prompts[0].tokens[:shared]], device=device)
-            forward.logits(
-                torch.tensor([shared - 1], device=device), input_ids=stem, past_key_values=cache, use_cache=True
-            )
+            forward.logits(torch.tensor([shared - 1], device=device), input_ids=stem, **given)
             cache.batch_repeat_interleave(len(prompts))
             mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
         inputs, position = ids, mask.sum(dim=1, keepdim=True)
@@ -201,9 +201,7 @@ class Generator:
         rows = list(range(len(prompts)))
         for _ in range(prompts[0].limit):
             last = torch.arange(1, len(rows) + 1, device=device) * inputs.shape[1] - 1
-            logits = forward.logits(
-                last, input_ids=inputs, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
-            )
+            logits = forward.logits(last, input_ids=inputs, attention_mask=mask, position_ids=places, **given)
             best = logits.max(dim=-1)
             if not bool(torch.isfinite(best.values).all()):
                 raise CandidateError("the model's logits are not finite, so it has no score")
@@ -267,6 +265,11 @@ class Generator:
                 **options,
             )
         return [self._finish(row, first.until) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls its cache: transformers renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _shared_prefix(prompts: Sequence[Prompt]) -> int:

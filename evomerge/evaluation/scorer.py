@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 MAX_LOGITS = 2**26
 """Upper bound of logits (positions times vocabulary) held at once."""
-CPU_TOKENS, GPU_TOKENS = 512, 8192
-"""Tokens in a batch where nobody says how many."""
+CPU_STATES, CPU_TOKENS, GPU_TOKENS = 2**18, (512, 4096), 8192
+"""Where nobody says how many tokens a batch has: numbers in a hidden state of all of them, and the bounds; on a GPU."""
 _CHUNK_LOGITS = 2**19
 """Logits turned to float32 at a time, so that they stay in the cache."""
 
@@ -60,7 +60,7 @@ class TreeScorer:
         self.prefixes = prefixes
         self.trees: bool | None = None
         self.head_is_last = False
-        self.on_cpu = True
+        self.most_tokens = CPU_TOKENS[0]
         self.window: int | None = None
 
     def prepare(self, model: Any) -> None:
@@ -71,7 +71,7 @@ class TreeScorer:
         """
         if self.trees is None:
             self.window = _attention_window(model.config)
-            self.on_cpu = next(model.parameters()).device.type == "cpu"
+            self.most_tokens = _most_tokens(model)
             with forwarding(model) as forward:
                 probes = [partial(head_is_last, forward), partial(honours_trees, forward)]
                 self.head_is_last, self.trees = forward.spread(probes)
@@ -107,14 +107,8 @@ class TreeScorer:
         )
 
     def _batch_tokens(self, tokens: int) -> int:
-        """Tokens in a batch.
-
-        On a CPU every core computes a batch of its own: large enough for the products to be fast, small enough for
-        their results to stay in the core's cache, and not so few batches that a core has none.
-        """
-        if self.batch_tokens is not None:
-            return self.batch_tokens
-        return min(CPU_TOKENS, max(CPU_TOKENS // 4, tokens // 4)) if self.on_cpu else GPU_TOKENS
+        """Tokens in a batch: as many as suit the device, but not so few batches that a core has none."""
+        return self.batch_tokens or min(self.most_tokens, max(128, tokens // 4))
 
     def score(self, model: Any, layout: Layout, depths: Depths = ()) -> Scored:
         """Runs the model over a layout.
@@ -149,6 +143,19 @@ def _groups(inputs: Sequence[Sequence[int]], requests: range) -> list[list[int]]
     for k in requests:
         by_first.setdefault(inputs[k][0], []).append(k)
     return list(by_first.values())
+
+
+def _most_tokens(model: Any) -> int:
+    """Tokens in a batch.
+
+    On a CPU every core computes a batch of its own: large enough for the products to be fast, small enough for their
+    results to stay in the core's cache.
+    """
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device.type != "cpu":
+        return GPU_TOKENS
+    low, high = CPU_TOKENS
+    return min(high, max(low, CPU_STATES // int(embeddings.weight.shape[-1])))
 
 
 def _attention_window(config: Any) -> int | None:
