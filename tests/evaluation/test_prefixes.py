@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from evomerge.engine.prefix import depth_digests
+from evomerge.engine.resident import Resident
 from evomerge.evaluation.prefixes import Prefixes, arrange, can_be_entered, common_depth, opened
+from tests.engine.recipes import layers, plan_of
+from tests.engine.recipes import opened as checkpoints_of
 from tests.evaluation.conftest import Bench
 from tests.evaluation.test_evaluator import Deaf, gpt2, mistral
 
@@ -153,3 +158,24 @@ def test_the_budget_spares_the_present_candidate() -> None:
     assert [prefixes.find(new, "layout", batch)[0] for batch in range(3)] == [2, 2, 0]
     assert prefixes.find(old, "layout", 0) == (0, None)
     assert prefixes.bytes == 32
+
+
+def test_plans_that_share_layers_start_behind_them(bench: Bench, tiny_family: dict[str, Path]) -> None:
+    """From recipes to scores: the engine names the depths, the resident model changes, the bits stay."""
+    a, b = tiny_family["a"], tiny_family["b"]
+    recipes = [layers((a, 0, 4)), layers((a, 0, 2), (b, 2, 4)), layers((a, 0, 2), (b, 1, 4)), layers((b, 0, 4))]
+    checkpoints = checkpoints_of([str(a), str(b)])
+    resident = Resident(checkpoints, torch.float32)
+    plans = [plan_of(recipe, checkpoints) for recipe in recipes]
+    reusing, plain = bench.evaluator("mc"), bench.evaluator("mc", reuse_prefixes=False)
+    chosen, runs = {"mc": range(6)}, []
+    for plan in plans:
+        model, _ = resident.write(plan)
+        reusing.prepare(model)
+        expected = plain.score(model, chosen)["mc"].values("loss").tolist()
+        with layer_runs(model) as run:
+            found = reusing.score(model, chosen, depth_digests(plan))["mc"].values("loss").tolist()
+        assert found == expected
+        runs.append(sorted(set(run)))
+    # The second keeps what it shares with the first, the input of layer 2; the third has five layers.
+    assert runs == [[0, 1, 2, 3], [0, 1, 2, 3], [2, 3, 4], [0, 1, 2, 3]]
