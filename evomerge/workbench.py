@@ -11,6 +11,7 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.dtypes import torch_dtype
 from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.prefix import depth_digests
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
@@ -56,6 +57,7 @@ class Workbench:
             max_length=evaluation.max_length,
             apply_chat_template=evaluation.apply_chat_template,
             backend=evaluation.backend,
+            reuse_prefixes=evaluation.reuse_prefixes,
         )
         self.selections = _selections(spec, self.evaluator, self.tasks)
         self._resident: Resident | None = None
@@ -86,7 +88,7 @@ class Workbench:
         started = time.perf_counter()
         model, _ = self.resident.write(plan)
         written = time.perf_counter()
-        scores = self.evaluator.score(model, self.selections[split])
+        scores = self.evaluator.score(model, self.selections[split], depth_digests(plan))
         return scores, {"materialise": written - started, "score": time.perf_counter() - written}
 
     @property

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from evomerge import threads
 from evomerge.engine import compiled, facts, selection
 from evomerge.engine import execute as engine
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
@@ -297,7 +298,7 @@ def test_an_error_in_a_thread_is_raised_after_the_others_ended() -> None:
 def test_threads_compute_alone_and_leave_the_number_of_threads_as_it_was() -> None:
     before, seen = torch.get_num_threads(), []
     elsewhere: list[int] = []
-    engine._workers.cache_clear()
+    threads._workers.cache_clear()
     torch.set_num_threads(2)
     try:
         execute_all([lambda: seen.append(torch.get_num_threads()) for _ in range(8)], 3)
