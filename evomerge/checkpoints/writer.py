@@ -27,7 +27,9 @@ from evomerge.errors import OutputError
 if TYPE_CHECKING:
     import torch
 
-_MAX_WRITE = 1 << 30
+# For a larger write the kernel looks for long runs of free memory, which a virtual machine may have given back to its
+# host and is slow to get again: writing took up to six times as long.
+_MAX_WRITE = 1 << 17
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -261,7 +263,9 @@ def _shard(file: str, specs: list[TensorSpec]) -> Shard:
         entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
         position += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    # Data starts as memory does, at a multiple of 64: some processors copy from a buffer into a file at a fraction of
+    # their speed where the place in the file is a few bytes ahead of the buffer's, within their pages.
+    text += b" " * (-(8 + len(text)) % 64)
     header = len(text).to_bytes(8, "little") + text
     infos, position = [], len(header)
     for spec in ordered:
