@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -194,6 +195,7 @@ def _interruptible() -> None:
 
 def main() -> None:
     """Entry point: our own errors become messages and exit codes; a bug keeps its traceback."""
+    gc.set_threshold(100_000, 50, 100)  # torch's import alone would have what it makes searched many times over
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Where other processes compete for the cores, threads that spin at every barrier make scoring six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
