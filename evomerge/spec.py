@@ -112,7 +112,9 @@ class Evaluation(_Part):
     batch_tokens: int = Field(4096, ge=16)
     max_length: int | None = Field(None, ge=8)
     apply_chat_template: bool = False
-    backend: Literal["native", "hf"] = "native"
+    fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied
+    system_instruction: str | None = None
+    backend: Literal["native", "hf", "vllm"] = "native"
 
     @field_validator("tasks", mode="before")
     @classmethod

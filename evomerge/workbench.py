@@ -55,6 +55,8 @@ class Workbench:
             batch_tokens=evaluation.batch_tokens,
             max_length=evaluation.max_length,
             apply_chat_template=evaluation.apply_chat_template,
+            fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+            system_instruction=evaluation.system_instruction,
             backend=evaluation.backend,
         )
         self.selections = _selections(spec, self.evaluator, self.tasks)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from evomerge.errors import TaskError
 from evomerge.evaluation.metrics import item_scores
 from evomerge.evaluation.native import NativeBackend
-from evomerge.evaluation.requests import Encoder, Requests, build_requests
+from evomerge.evaluation.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.tasks import LoadedTask
 
@@ -21,14 +21,14 @@ Selection = Mapping[str, Sequence[int]]
 """Task to positions of its items."""
 
 
-BackendName = Literal["native", "hf"]
+BackendName = Literal["native", "hf", "vllm"]
 
 
 class Backend(Protocol):
     """What answers requests."""
 
     def prepare(self, model: Any) -> None:
-        """Gets to know the model; called before the first score."""
+        """Gets to know the model as it is now; called before every score."""
 
     def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
         """The responses of the model: for each item, for each of its instances, one per repeat."""
@@ -47,7 +47,9 @@ class Evaluator:
         batch_tokens: Tokens in a batch, fixed for the whole run.
         max_length: Longest input in tokens; the model's context if None.
         apply_chat_template: Whether prompts are rendered as conversations.
-        backend: "native", or "hf" for lm-eval's HFLM itself.
+        fewshot_as_multiturn: Whether each example is a turn of its own; None for where a chat template is applied.
+        system_instruction: What every prompt begins with.
+        backend: "native"; "hf" for lm-eval's HFLM itself; "vllm" for lm-eval's VLLM on a live engine.
 
     Raises:
         TaskError: The tokenizer lacks what the tasks need, or a task's requests cannot be built.
@@ -62,6 +64,8 @@ class Evaluator:
         batch_tokens: int = 4096,
         max_length: int | None = None,
         apply_chat_template: bool = False,
+        fewshot_as_multiturn: bool | None = None,
+        system_instruction: str | None = None,
         backend: BackendName = "native",
     ) -> None:
         from lm_eval.models.utils import resolve_max_length
@@ -70,17 +74,23 @@ class Evaluator:
         self.tasks: dict[str, LoadedTask] = {loaded.name: loaded for loaded in listed}
         self.max_length = max_length or resolve_max_length(config, tokenizer)
         self.encoder = Encoder(tokenizer, self.max_length)
-        self._chat = apply_chat_template
+        self.prompting = Prompting(apply_chat_template, fewshot_as_multiturn, system_instruction)
+        if apply_chat_template:
+            self.encoder.require_chat_template()
         self._requests: dict[str, Requests] = {}
         self._hashes: dict[str, tuple[str, ...]] = {}
         self._backend: Backend
         if backend == "native":
             text = getattr(config, "text_config", None) or config
             self._backend = NativeBackend(self.encoder, int(text.vocab_size), batch_tokens)
-        else:
+        elif backend == "hf":
             from evomerge.evaluation.hf import HFBackend
 
             self._backend = HFBackend(tokenizer, self.max_length, batch_tokens)
+        else:
+            from evomerge.evaluation.vllm import VLLMBackend
+
+            self._backend = VLLMBackend(tokenizer, self.max_length)
 
     @cached_property
     def everything(self) -> dict[str, tuple[int, ...]]:
@@ -129,7 +139,7 @@ class Evaluator:
     def requests(self, task: str) -> Requests:
         """What the task asks, built on first use."""
         if task not in self._requests:
-            self._requests[task] = build_requests(self._task(task), self.encoder, apply_chat_template=self._chat)
+            self._requests[task] = build_requests(self._task(task), self.encoder, self.prompting)
         return self._requests[task]
 
     def item_hash(self, task: str, index: int) -> str:
@@ -138,6 +148,33 @@ class Evaluator:
             by_item = self.requests(task).by_item
             self._hashes[task] = tuple(_hash(instances) for instances in by_item)
         return self._hashes[task][index]
+
+    def check(self, selection: Selection | None = None) -> list[str]:
+        """Builds and encodes what some items ask, so that what cannot be scored is found before any model is.
+
+        Returns:
+            Warnings: texts that lose their beginning because they are longer than the context.
+
+        Raises:
+            TaskError: With what is wrong with the first such item of every task, all at once.
+        """
+        problems: list[str] = []
+        warnings: list[str] = []
+        for task, indices in (self.everything if selection is None else selection).items():
+            try:
+                by_item = self.requests(task).by_item
+                cut = sum(any([self.encoder.is_cut(instance) for instance in by_item[k]]) for k in indices)
+            except TaskError as error:
+                problems += error.problems
+                continue
+            if cut:
+                warnings.append(
+                    f"task {task!r}: {cut} of {len(indices)} items are longer than the context of {self.max_length}"
+                    " tokens; their prompts lose their beginning, as in lm-eval"
+                )
+        if problems:
+            raise TaskError(problems)
+        return warnings
 
     def layout_digest(self, selection: Selection | None = None) -> str:
         """Identity of how a selection is batched: scores under equal digests are rounded alike."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
-from evomerge.evaluation.quiet import quiet
+from evomerge.evaluation.quiet import quiet, seeded
 
 FEWSHOT_SEED = 1234
 """What `lm_eval` draws few-shot examples with unless told otherwise."""
@@ -34,10 +34,12 @@ class LoadedTask:
     Attributes:
         name: The task's name.
         task: lm-eval's own object.
+        fewshot_seed: Draws the examples, anew every time the task's requests are built.
     """
 
     name: str
     task: Any
+    fewshot_seed: int = FEWSHOT_SEED
 
     @property
     def output_type(self) -> str:
@@ -47,7 +49,7 @@ class LoadedTask:
     @cached_property
     def docs(self) -> tuple[Any, ...]:
         """Every document, in the task's order."""
-        with quiet():
+        with quiet(), seeded():
             return tuple(self.task.eval_docs)
 
     @cached_property
@@ -100,14 +102,53 @@ def _text(value: Any) -> bytes:
     ).encode()
 
 
-def load_tasks(
+@dataclass(frozen=True)
+class TaskSet:
+    """What some names of tasks, groups and tags stand for.
+
+    Attributes:
+        tasks: Task name to task, in the order of the names.
+        members: Each name to the names of its tasks.
+        groups: lm-eval's own groups among the names and in them, inner ones before those that hold them.
+        problems: What is wrong with the names that are missing in `members`.
+    """
+
+    tasks: Mapping[str, LoadedTask]
+    members: Mapping[str, tuple[str, ...]]
+    groups: tuple[Any, ...]
+    problems: tuple[str, ...]
+
+
+def load_tasks(names: Sequence[str], **options: Any) -> dict[str, LoadedTask]:
+    """Loads tasks; groups and tags stand for the tasks in them.
+
+    Args:
+        names: Tasks, groups or tags.
+        options: As for `find_tasks`.
+
+    Returns:
+        Task name to task, in the order of `names`.
+
+    Raises:
+        TaskError: Whatever is wrong with any of the names, all at once.
+    """
+    found = find_tasks(names, **options)
+    if found.problems:
+        raise TaskError(found.problems)
+    return dict(found.tasks)
+
+
+def find_tasks(
     names: Sequence[str],
     *,
     include_path: str | Path | Sequence[str | Path] | None = None,
     num_fewshot: int | Mapping[str, int | None] | None = None,
     fewshot_seed: int = FEWSHOT_SEED,
-) -> dict[str, LoadedTask]:
-    """Loads tasks; groups and tags stand for the tasks in them.
+) -> TaskSet:
+    """Loads what can be loaded, and says what is wrong with the rest.
+
+    Problems are unknown names (with the nearest known ones), data that is missing or cannot be fetched, empty splits,
+    and tasks that need images, sound or to run generated code.
 
     Args:
         names: Tasks, groups or tags.
@@ -116,12 +157,8 @@ def load_tasks(
             the task. As in lm-eval, a task that says 0 stays at 0.
         fewshot_seed: Draws the examples.
 
-    Returns:
-        Task name to task, in the order of `names`.
-
     Raises:
-        TaskError: Unknown names (with the nearest known ones), data that is missing or cannot be fetched, tasks that
-            need images, sound or to run generated code; all such problems at once.
+        TaskError: No names, or an include path that is no folder.
     """
     paths = [include_path] if isinstance(include_path, str | Path) else list(include_path or [])
     folders = [Path(path).expanduser().resolve() for path in paths]
@@ -130,19 +167,23 @@ def load_tasks(
     if not names:
         raise TaskError("no tasks are asked for")
     loaded: dict[str, LoadedTask] = {}
+    members: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, Any] = {}
     problems: list[str] = []
     manager = _manager(names, folders)
-    for name in names:
+    for name in dict.fromkeys(names):
         shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
         try:
-            for task in _load(name, manager):
+            tasks, inner = _load(name, manager)
+            for task in tasks:
                 _configure(task, shots, fewshot_seed)
-                loaded[task.task_name] = LoadedTask(task.task_name, task)
         except TaskError as error:
             problems += error.problems
-    if problems:
-        raise TaskError(problems)
-    return loaded
+            continue
+        loaded |= {task.task_name: LoadedTask(task.task_name, task, fewshot_seed) for task in tasks}
+        members[name] = tuple(task.task_name for task in tasks)
+        groups |= {group.name: group for group in inner if group.name in manager.task_index}
+    return TaskSet(loaded, members, tuple(groups.values()), tuple(problems))
 
 
 def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
@@ -200,8 +241,8 @@ def _shipped() -> Path:
     return Path(lm_eval.tasks.__file__).parent
 
 
-def _load(name: str, manager: Any) -> list[Any]:
-    """The lm-eval tasks that `name` stands for."""
+def _load(name: str, manager: Any) -> tuple[list[Any], list[Any]]:
+    """The lm-eval tasks that `name` stands for, and the groups among them, inner ones first."""
     if name not in manager.task_index:
         known = {*manager.all_tasks, *(path.stem for path in _shipped().rglob("*.yaml"))}
         raise TaskError(f"unknown task {name!r}{suggest(name, sorted(known))}; neither shipped nor in include_path")
@@ -210,16 +251,28 @@ def _load(name: str, manager: Any) -> list[Any]:
     if problems:
         raise TaskError([f"task {name!r}: {problem}" for problem in problems])
     try:
-        with quiet():
-            tasks = list(manager.load([spec])["tasks"].values())
+        with quiet(), seeded():
+            found = manager.load([spec])
     except Exception as error:  # a task's YAML can make lm-eval and datasets raise anything
         raise TaskError(f"task {name!r} cannot be loaded: {_reason(error, manager.task_index[name])}") from error
-    return tasks
+    groups = sorted(found["groups"].values(), key=lambda group: len(group.get_all_groups()))
+    return list(found["tasks"].values()), groups
+
+
+_NOTHING = ("size 0", "SchemaInferenceError", "no data files", "list index out of range")
+"""In the messages of datasets for a file or a split without a document."""
 
 
 def _reason(error: Exception, entry: Any) -> str:
     text = " ".join(str(error).split()) or "no reason given"
-    data = (entry.cfg or {}).get("dataset_path")
+    config = entry.cfg or {}
+    data = config.get("dataset_path")
+    splits = [config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot")]
+    if isinstance(error, KeyError) and error.args[0] in splits:
+        return f"its data {data!r} have no split {error.args[0]!r}"
+    causes = f"{error!r} {error.__cause__!r}"
+    if any(sign in causes for sign in _NOTHING):
+        return f"a split of its data {data!r} has no documents"
     offline = isinstance(error, ConnectionError | FileNotFoundError) or "offline" in text.lower()
     hint = f"; its dataset {data!r} is neither here nor in reach" if offline and data else ""
     return f"{type(error).__name__}: {text[:300]}{hint}"
