@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evomerge.errors import SpecError, suggest
+from evomerge.evaluation.backends import BackendName
 from evomerge.paths import resolve_path
 from evomerge.recipe import resolve_reference
 from evomerge.strict_yaml import read_yaml
@@ -114,7 +115,7 @@ class Evaluation(_Part):
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied
     system_instruction: str | None = None
-    backend: Literal["native", "hf", "vllm"] = "native"
+    backend: BackendName = "native"
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -122,6 +123,12 @@ class Evaluation(_Part):
         if not isinstance(tasks, list):
             return tasks
         return [{"task": t} if isinstance(t, str) else t for t in tasks]
+
+    @model_validator(mode="after")
+    def _on_a_gpu(self) -> Evaluation:
+        if self.backend == "vllm" and not self.device.startswith("cuda"):
+            raise ValueError(f"backend: vllm shares the candidates' GPU, so device has to be cuda, not {self.device}")
+        return self
 
     @property
     def include_paths(self) -> list[str]:

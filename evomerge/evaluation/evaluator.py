@@ -6,9 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.backends import BackendName
 from evomerge.evaluation.metrics import item_scores
 from evomerge.evaluation.native import NativeBackend
 from evomerge.evaluation.requests import Encoder, Prompting, Requests, build_requests
@@ -19,9 +20,6 @@ log = logging.getLogger(__name__)
 
 Selection = Mapping[str, Sequence[int]]
 """Task to positions of its items."""
-
-
-BackendName = Literal["native", "hf", "vllm"]
 
 
 class Backend(Protocol):
@@ -163,7 +161,8 @@ class Evaluator:
         for task, indices in (self.everything if selection is None else selection).items():
             try:
                 by_item = self.requests(task).by_item
-                cut = sum(any([self.encoder.is_cut(instance) for instance in by_item[k]]) for k in indices)
+                # Every request is looked at: the second one of an item may be what cannot be scored.
+                cut = sum(max(list(map(self.encoder.is_cut, by_item[k]))) for k in indices)
             except TaskError as error:
                 problems += error.problems
                 continue

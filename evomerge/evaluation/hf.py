@@ -44,23 +44,31 @@ class HFBackend:
                 max_length=self.max_length,
                 batch_size=self.batch_size,
             )
-            asked = [instance for index in indices for instance in requests.by_item[index]]
-            answers: dict[int, list[Any]] = {}
-            for kind in dict.fromkeys(instance.request_type for instance in asked):
-                rows = [k for k, instance in enumerate(asked) if instance.request_type == kind]
-                rows = [k for k in rows for _ in range(asked[k].repeats)]
-                given = getattr(lm, kind)([copy.deepcopy(asked[k]) for k in rows], disable_tqdm=True)
-                for k, answer in zip(rows, given, strict=True):
-                    answers.setdefault(k, []).append(answer)
-        _require_finite(answers)
-        sizes = [len(requests.by_item[index]) for index in indices]
-        flat = iter(answers[k] for k in range(len(asked)))
-        return [[next(flat) for _ in range(size)] for size in sizes]
+            return ask(lm, requests, indices)
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of the batches."""
         text = repr(("hf", self.batch_size, self.max_length, tuple(indices)))
         return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def ask(lm: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
+    """What one of lm-eval's own models answers: for each item, for each instance, one per repeat.
+
+    Raises:
+        CandidateError: A log-likelihood is not finite.
+    """
+    asked = [instance for index in indices for instance in requests.by_item[index]]
+    answers: dict[int, list[Any]] = {}
+    for kind in dict.fromkeys(instance.request_type for instance in asked):
+        rows = [k for k, instance in enumerate(asked) if instance.request_type == kind]
+        rows = [k for k in rows for _ in range(asked[k].repeats)]
+        given = getattr(lm, kind)([copy.deepcopy(asked[k]) for k in rows], disable_tqdm=True)
+        for k, answer in zip(rows, given, strict=True):
+            answers.setdefault(k, []).append(answer)
+    _require_finite(answers)
+    flat = iter(answers[k] for k in range(len(asked)))
+    return [[next(flat) for _ in requests.by_item[index]] for index in indices]
 
 
 def _require_finite(answers: dict[int, list[Any]]) -> None:

@@ -43,13 +43,13 @@ def seeded() -> Iterator[None]:
     import torch
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    python, arrays = random.getstate(), np.random.get_state()
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  (what tasks draw from)
     with torch.random.fork_rng():
-        random.seed(DEFAULT_RANDOM_SEED)
-        np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002  (the generator that the tasks' own code draws from)
+        random.setstate(random.Random(DEFAULT_RANDOM_SEED).getstate())
+        np.random.set_state(np.random.RandomState(DEFAULT_OTHER_SEED).get_state())  # noqa: NPY002
         torch.manual_seed(DEFAULT_OTHER_SEED)
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(arrays)
+            np.random.set_state(arrays)  # noqa: NPY002

@@ -46,6 +46,11 @@ class LoadedTask:
         """multiple_choice, loglikelihood, loglikelihood_rolling or generate_until."""
         return str(self.task.OUTPUT_TYPE)
 
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """The task's filters of responses; metrics are computed behind each."""
+        return tuple(ensemble.name for ensemble in self.task._filters)
+
     @cached_property
     def docs(self) -> tuple[Any, ...]:
         """Every document, in the task's order."""
@@ -76,10 +81,12 @@ class LoadedTask:
             TaskError: It has not; the message lists those it has.
         """
         plain, _, name = metric.partition(",")
-        filters = [ensemble.name for ensemble in self.task._filters]
-        if plain not in self.metrics or (name and name not in filters):
+        if plain not in self.metrics:
             near = suggest(plain, self.metrics)
             raise TaskError(f"task {self.name!r} has no metric {metric!r}{near}; it has {', '.join(self.metrics)}")
+        if name and name not in self.filters:
+            near = f"{suggest(name, self.filters)}; it has {', '.join(self.filters)}"
+            raise TaskError(f"task {self.name!r} has no metric {metric!r}: no filter {name!r}{near}")
 
     @cached_property
     def digest(self) -> str:
