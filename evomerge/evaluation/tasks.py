@@ -1,14 +1,13 @@
 """lm-eval tasks by name: shipped ones, and those of any include path, with their data files found.
 
-Only lm-eval's public classes are used: `TaskManager` finds and builds the tasks. Paths of local data files are made
-absolute first, because lm-eval would look for them from the working directory alone.
+Only lm-eval's public classes are used: `TaskManager` finds and builds the tasks.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -17,6 +16,7 @@ from typing import Any
 
 from evomerge.errors import TaskError, suggest
 from evomerge.evaluation.quiet import quiet, seeded
+from evomerge.evaluation.task_data import plain_names, with_data
 
 FEWSHOT_SEED = 1234
 """What `lm_eval` draws few-shot examples with unless told otherwise."""
@@ -189,7 +189,7 @@ def find_tasks(
             continue
         loaded |= {task.task_name: LoadedTask(task.task_name, task, fewshot_seed) for task in tasks}
         members[name] = tuple(task.task_name for task in tasks)
-        groups |= {group.name: group for group in inner if group.name in manager.task_index}
+        groups |= {group.name: group for group in inner}
     return TaskSet(loaded, members, tuple(groups.values()), tuple(problems))
 
 
@@ -254,7 +254,7 @@ def _load(name: str, manager: Any) -> tuple[list[Any], list[Any]]:
         known = {*manager.all_tasks, *(path.stem for path in _shipped().rglob("*.yaml"))}
         raise TaskError(f"unknown task {name!r}{suggest(name, sorted(known))}; neither shipped nor in include_path")
     problems: list[str] = []
-    spec = _spec(name, manager.task_index, problems)
+    spec = with_data(name, manager.task_index, problems)
     if problems:
         raise TaskError([f"task {name!r}: {problem}" for problem in problems])
     try:
@@ -262,8 +262,7 @@ def _load(name: str, manager: Any) -> tuple[list[Any], list[Any]]:
             found = manager.load([spec])
     except Exception as error:  # a task's YAML can make lm-eval and datasets raise anything
         raise TaskError(f"task {name!r} cannot be loaded: {_reason(error, manager.task_index[name])}") from error
-    groups = sorted(found["groups"].values(), key=lambda group: len(group.get_all_groups()))
-    return list(found["tasks"].values()), groups
+    return list(found["tasks"].values()), plain_names(found["groups"])
 
 
 _NOTHING = ("size 0", "SchemaInferenceError", "no data files", "list index out of range")
@@ -283,69 +282,6 @@ def _reason(error: Exception, entry: Any) -> str:
     offline = isinstance(error, ConnectionError | FileNotFoundError) or "offline" in text.lower()
     hint = f"; its dataset {data!r} is neither here nor in reach" if offline and data else ""
     return f"{type(error).__name__}: {text[:300]}{hint}"
-
-
-def _spec(name: str, index: Mapping[str, Any], problems: list[str]) -> str | dict[str, Any]:
-    """What `TaskManager.load` should get for `name`: the name, or the name with its local data files made absolute."""
-    member = _member(name, index, problems)
-    # Only a group's members may override a task's settings and keep its functions.
-    return member if isinstance(member, str) or "group" in member else {"group": f"{name} with data", "task": [member]}
-
-
-def _member(name: Any, index: Mapping[str, Any], problems: list[str]) -> Any:
-    """As `_spec`, in the form of a group's member."""
-    if not isinstance(name, str) or name not in index:
-        return name
-    entry = index[name]
-    config = entry.cfg or {}
-    if entry.kind.name in ("TAG", "GROUP"):
-        listed = sorted(entry.tags) if entry.kind.name == "TAG" else config.get("task") or []
-        members = [_member(member, index, problems) for member in listed]
-        return name if members == listed else {**config, "group": name, "task": members}
-    kwargs = config.get("dataset_kwargs")
-    found = _absolute(kwargs, entry.yaml_path, problems) if isinstance(kwargs, dict) else kwargs
-    return name if found == kwargs else {"task": name, "dataset_kwargs": found}
-
-
-def _absolute(kwargs: dict[str, Any], yaml_path: Path | None, problems: list[str]) -> dict[str, Any]:
-    """`dataset_kwargs` with the paths in `data_files` and `data_dir` found and made absolute."""
-
-    def find(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: find(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [find(part) for part in value]
-        return _find_data(str(value), yaml_path, problems)
-
-    return {key: find(value) if key in ("data_files", "data_dir") else value for key, value in kwargs.items()}
-
-
-def _find_data(text: str, yaml_path: Path | None, problems: list[str]) -> str:
-    """A local data file: beside the YAML file, beside the folders above it, then from the working directory."""
-    if "://" in text:
-        return text
-    path = Path(text).expanduser()
-    fixed = Path(*_before_wildcard(path))
-    tried = []
-    for folder in _places(yaml_path):
-        place = fixed if path.is_absolute() else folder / fixed
-        if place.exists():
-            return str(place.resolve() / path.relative_to(fixed)) if fixed != path else str(place.resolve())
-        tried.append(str(place))
-    problems.append(f"no data file {text}; looked for {', '.join(dict.fromkeys(tried))}")
-    return text
-
-
-def _before_wildcard(path: Path) -> Iterator[str]:
-    for part in path.parts:
-        if any(sign in part for sign in "*?["):
-            return
-        yield part
-
-
-def _places(yaml_path: Path | None) -> list[Path]:
-    above = list(yaml_path.resolve().parents) if yaml_path is not None else []
-    return [*above, Path.cwd()]
 
 
 def _configure(task: Any, num_fewshot: int | None, seed: int) -> None:
