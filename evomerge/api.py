@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -73,6 +73,7 @@ def evaluate(
     fewshot_as_multiturn: bool | None = None,
     system_instruction: str | None = None,
     backend: str = "native",
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Scores a model with the evaluator that a search uses.
 
@@ -89,6 +90,7 @@ def evaluate(
         fewshot_as_multiturn: Each example a turn of its own; None for where a chat template is applied.
         system_instruction: What every prompt begins with.
         backend: "native", "hf" for lm-eval's own HFLM, or "vllm" (on a GPU, with the extra of that name).
+        tell: Gets what is worth a warning; Python's own warnings do unless given.
 
     Returns:
         `{"model", "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`, and under "groups" the same of every group
@@ -136,7 +138,7 @@ def evaluate(
     )
     selection = {name: indices[:limit] for name, indices in evaluator.everything.items()}
     for text in evaluator.check(selection):
-        warnings.warn(text, stacklevel=2)
+        (tell or warnings.warn)(text)
     plan = make_plan(parse_recipe(single_model(reference)), {reference: checkpoint})
     resident, _ = Resident({reference: checkpoint}, wanted, device).write(plan)
     scores = score_table(evaluator.score(resident, selection))

@@ -166,6 +166,7 @@ def evaluate(
         fewshot_as_multiturn=multiturn,
         system_instruction=system_instruction,
         backend=backend,
+        tell=lambda text: typer.echo(f"warning: {text}", err=True),
     )
     typer.echo(json.dumps(result, indent=2) if as_json else score_table(result))
 

@@ -124,12 +124,6 @@ class Evaluation(_Part):
             return tasks
         return [{"task": t} if isinstance(t, str) else t for t in tasks]
 
-    @model_validator(mode="after")
-    def _on_a_gpu(self) -> Evaluation:
-        if self.backend == "vllm" and not self.device.startswith("cuda"):
-            raise ValueError(f"backend: vllm shares the candidates' GPU, so device has to be cuda, not {self.device}")
-        return self
-
     @property
     def include_paths(self) -> list[str]:
         """The task folders, as a list."""
@@ -252,6 +246,9 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
     names = [task.task for task in spec.evaluation.tasks]
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
     problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in names]
+    device = spec.evaluation.device
+    if spec.evaluation.backend == "vllm" and not device.startswith("cuda"):
+        problems.append(f"evaluation.device: backend vllm shares the candidates' GPU; cuda is needed, got {device!r}")
     if spec.models.base is None and any(METHODS[m].needs_base for m in spec.space.methods if m in METHODS):
         wanting = [m for m in spec.space.methods if m in METHODS and METHODS[m].needs_base]
         problems.append(f"models.base: missing, and {', '.join(wanting)} need a base model")

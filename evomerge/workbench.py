@@ -44,9 +44,9 @@ class Workbench:
         with _Together() as found:  # a wrong model and a wrong metric are told in one go
             self.checkpoints: dict[str, Checkpoint] = found.of(open_models, spec)
             known: TaskSet = found.of(_find_tasks, spec)
+            self.tasks: dict[str, LoadedTask] = found.of(lambda known: dict(known.tasks), known)
             self.goals: Fitness = found.of(_goals, spec, known)
             self.space: SearchSpace = found.of(make_space, spec, self.checkpoints)
-        self.tasks: dict[str, LoadedTask] = dict(known.tasks)
         self.tokenizer = load_tokenizer(self.reference_model)
         evaluation = spec.evaluation
         self.evaluator = Evaluator(
@@ -68,6 +68,20 @@ class Workbench:
         """The model whose tokenizer and layout count: the base, or the first source."""
         models = self.spec.models
         return self.checkpoints[models.base or next(iter(models.sources.values()))]
+
+    def look_at_items(self) -> list[str]:
+        """Builds what the items of every split ask, so that what cannot be scored is found before a model is.
+
+        Returns:
+            What is worth a warning.
+
+        Raises:
+            TaskError: With every task that has an item that cannot be scored.
+        """
+        chosen = [selection for selection in self.selections.values() if selection]
+        tasks = dict.fromkeys(task for selection in chosen for task in selection)
+        together = {task: [k for selection in chosen for k in selection.get(task, ())] for task in tasks}
+        return self.evaluator.check(together)
 
     def plan(self, recipe: Mapping[str, Any]) -> Plan:
         """Resolves a candidate's recipe."""

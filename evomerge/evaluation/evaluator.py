@@ -12,6 +12,7 @@ from evomerge.errors import TaskError
 from evomerge.evaluation.backends import BackendName
 from evomerge.evaluation.metrics import item_scores
 from evomerge.evaluation.native import NativeBackend
+from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.tasks import LoadedTask
@@ -161,8 +162,9 @@ class Evaluator:
         for task, indices in (self.everything if selection is None else selection).items():
             try:
                 by_item = self.requests(task).by_item
-                # Every request is looked at: the second one of an item may be what cannot be scored.
-                cut = sum(max(list(map(self.encoder.is_cut, by_item[k]))) for k in indices)
+                with quiet():  # tokenizers have an opinion on long texts, too
+                    # Every request is looked at: the second one of an item may be what cannot be scored.
+                    cut = sum(max(list(map(self.encoder.is_cut, by_item[k]))) for k in indices)
             except TaskError as error:
                 problems += error.problems
                 continue

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
+from lm_eval.api.instance import Instance
+
 from evomerge.errors import CandidateError
 from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Requests
+
+PROBE = Requests("probe", ((Instance("loglikelihood", {}, ("1 2 3", " 4"), 0, ("probe", 0, 1)),),))
+"""One log-likelihood of nothing in particular, which shows whether a model's numbers are finite."""
 
 
 class HFBackend:
@@ -27,7 +32,13 @@ class HFBackend:
         self.batch_size = max(1, batch_tokens // 128)
 
     def prepare(self, model: Any) -> None:
-        """Nothing to find out."""
+        """Asks for one log-likelihood: generated text does not show that it was drawn from NaN.
+
+        Raises:
+            CandidateError: It is not finite.
+        """
+        with quiet():
+            ask(self._lm(model), PROBE, [0])
 
     def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
         """The model's responses: for each item, for each instance, one per repeat.
@@ -35,16 +46,18 @@ class HFBackend:
         Raises:
             CandidateError: A log-likelihood is not finite.
         """
+        with quiet():
+            return ask(self._lm(model), requests, indices)
+
+    def _lm(self, model: Any) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        with quiet():
-            lm = HFLM(
-                pretrained=model,
-                tokenizer=copy.deepcopy(self.tokenizer),
-                max_length=self.max_length,
-                batch_size=self.batch_size,
-            )
-            return ask(lm, requests, indices)
+        return HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(self.tokenizer),
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+        )
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of the batches."""

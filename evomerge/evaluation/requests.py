@@ -240,6 +240,9 @@ def build_requests(loaded: Any, encoder: Encoder, prompting: Prompting) -> Reque
         raise
     except Exception as error:  # a task's templates and functions can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "larger than population" in reason:
+            wanted = loaded.task.get_config("num_fewshot")
+            reason = f"it wants {wanted} examples before a question, more than the split that they come from has"
         raise TaskError(f"task {loaded.name!r}: its requests cannot be built: {reason}") from error
     grouped: dict[int, list[Any]] = {}
     for instance in loaded.task.instances:

@@ -266,19 +266,19 @@ def _load(name: str, manager: Any) -> tuple[list[Any], list[Any]]:
 
 
 _NOTHING = ("size 0", "SchemaInferenceError", "no data files", "list index out of range")
-"""In the messages of datasets for a file or a split without a document."""
+"""In the messages of datasets for a file or a split without a document; a StopIteration says the same."""
 
 
 def _reason(error: Exception, entry: Any) -> str:
     text = " ".join(str(error).split()) or "no reason given"
     config = entry.cfg or {}
-    data = config.get("dataset_path")
+    data = (config.get("dataset_kwargs") or {}).get("data_files") or config.get("dataset_path")
     splits = [config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot")]
     if isinstance(error, KeyError) and error.args[0] in splits:
-        return f"its data {data!r} have no split {error.args[0]!r}"
+        return f"its data {data} have no split {error.args[0]!r}"
     causes = f"{error!r} {error.__cause__!r}"
-    if any(sign in causes for sign in _NOTHING):
-        return f"a split of its data {data!r} has no documents"
+    if isinstance(error, StopIteration) or any(sign in causes for sign in _NOTHING):
+        return f"a split of its data {data} has no documents"
     offline = isinstance(error, ConnectionError | FileNotFoundError) or "offline" in text.lower()
     hint = f"; its dataset {data!r} is neither here nor in reach" if offline and data else ""
     return f"{type(error).__name__}: {text[:300]}{hint}"

@@ -22,10 +22,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.instance import Instance
-
 from evomerge.errors import BadInput
-from evomerge.evaluation.hf import ask
+from evomerge.evaluation.hf import PROBE, ask
 from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Requests
 
@@ -132,9 +130,8 @@ class VLLMBackend:
         engine = self._engine_for(model)
         engine.send()
         engine.llm.reset_prefix_cache()  # it holds what the last candidate made of the prompts
-        probe = Instance("loglikelihood", doc={}, arguments=("1 2 3", " 4"), idx=0, metadata=("probe", 0, 1))
         with quiet():
-            ask(engine.lm, Requests("probe", ((probe,),)), [0])
+            ask(engine.lm, PROBE, [0])
 
     def respond(
         self, model: Any, requests: Requests, indices: Sequence[int], depths: Sequence[str] = ()
