@@ -61,6 +61,53 @@ def choices(doc):
     return doc["choices"][:2]
 '''
 
+CLASS = '''
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import ConfigurableTask
+
+
+class Mixed(ConfigurableTask):
+    """Asks for a text and for a likelihood, as squadv2 does."""
+
+    def __init__(self, config):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **kwargs):
+        wanted = {"until": ["e"], "max_gen_toks": 6}
+        return [
+            Instance("generate_until", doc, (ctx, wanted), 0, **kwargs),
+            Instance("loglikelihood", doc, (ctx, " " + doc["answer"]), 1, **kwargs),
+        ]
+
+    def process_results(self, doc, results):
+        text, (ll, greedy) = results
+        return {"length": len(text), "ll": ll, "worst": (len(text), ll)}
+
+    def aggregation(self):
+        return {"length": mean, "ll": mean, "worst": lambda rows: min(ll for _, ll in rows)}
+
+    def higher_is_better(self):
+        return {"length": True, "ll": True, "worst": False}
+
+
+class Choosing(Mixed):
+    """Makes its choices itself: no smooth metric can be had."""
+
+    def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **kwargs):
+        return [Instance("loglikelihood", doc, (ctx, " " + c), k, **kwargs) for k, c in enumerate(doc["choices"])]
+
+    def process_results(self, doc, results):
+        lls = [ll for ll, _ in results]
+        return {"right": float(lls.index(max(lls)) == doc["label"])}
+
+    def aggregation(self):
+        return {"right": mean}
+
+    def higher_is_better(self):
+        return {"right": True}
+'''
+
 _FILTERS = [
     {
         "name": "strict",
@@ -149,6 +196,8 @@ TASKS: dict[str, dict[str, Any]] = {
             metric("longest", aggregation="!longest"),
         ],
     },
+    "own_class": {"kind": "gen", "class": "!mixed.Mixed", "filter_list": None},
+    "own_choices": {"kind": "mc", "class": "!mixed.Choosing", "doc_to_choice": None, "doc_to_target": "answer"},
     "own_documents": {"kind": "ll", "process_docs": "!first_half"},
     "shuffled_choices": {"kind": "mc", "process_docs": "!shuffled"},
     "with_examples": {
@@ -195,10 +244,12 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 
 class _Function(str):
-    """`!function utils.name` in a YAML file."""
+    """`!function utils.name`, or `!function module.name`, in a YAML file."""
 
 
-yaml.SafeDumper.add_representer(_Function, lambda dumper, name: dumper.represent_scalar("!function", f"utils.{name}"))
+yaml.SafeDumper.add_representer(
+    _Function, lambda dumper, name: dumper.represent_scalar("!function", name if "." in name else f"utils.{name}")
+)
 
 
 def functions(value: Any) -> Any:
@@ -221,6 +272,7 @@ def kinds(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
         for name, config in GROUPS.items():
             (root / folder / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, **config}))
         (root / folder / "utils.py").write_text(FUNCTIONS)
+        (root / folder / "mixed.py").write_text(CLASS)
     tokenizer = copy.deepcopy(bench.tokenizer)
     tokenizer.chat_template = TEMPLATE
     return Bench(bench.model, tokenizer, root / "tasks", bench.checkpoint)
@@ -266,6 +318,11 @@ def plain(kinds: Bench) -> dict[str, Any]:
 @pytest.mark.parametrize("task", TASKS)
 def test_equals_lm_eval(kinds: Bench, plain: dict[str, Any], task: str) -> None:
     compare(ours(kinds, task), kinds, plain, task)
+
+
+@pytest.mark.parametrize("task", ["all_metrics", "voted", "own_class", "in_context"])
+def test_the_other_backend_equals_lm_eval(kinds: Bench, plain: dict[str, Any], task: str) -> None:
+    compare(ours(kinds, task, backend="hf"), kinds, plain, task)
 
 
 CHATS: list[dict[str, Any]] = [
