@@ -1,10 +1,11 @@
 """How fast and how right the native scorer is, beside lm-eval's HFLM on the same items, weights and dtype.
 
-    python bench/eval_speed.py --model models/base --tasks ../shared/real/tasks --out bench/results/eval.md
+    python bench/eval_speed.py
 
 For every task: the tokens that one sequence per request takes, the tokens that must be read when shared prefixes are
 read once, the floor (the FLOPs of the latter over the machine's matrix rate, measured in the same run), our time and
-HFLM's. Both are run in turn and the best of several rounds counts, because other programs share the machine.
+HFLM's at its best batch size. Both are run in turn and the best of several rounds counts, because other programs may
+share the machine. Without the real models only the zoo is measured.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import argparse
 import copy
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,18 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge.evaluation import native, scorer
+from evomerge import zoo
+from evomerge.evaluation import native
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.tasks import load_tasks
+from evomerge.tables import table
 
 GENERATION = "short_generation"
+EVAL = Path(__file__).parent.parent / "eval"
+REAL = ("real_arc_easy", "real_blimp_islands", "real_gsm8k_bpb", GENERATION)
+ZOO = ("zoo_facts", "zoo_agreement", "zoo_text_bpb", "zoo_arithmetic_generate")
+NOTES = "## What did not help, and what is left"
 
 
 @dataclass
@@ -182,100 +191,133 @@ def write_generation(folder: Path, data: Path) -> None:
     (folder / f"{GENERATION}.yaml").write_text(yaml.safe_dump(config))
 
 
-def measure(args: argparse.Namespace, model: Any, wide: Any, evaluator: Evaluator, task: str, count: int) -> Line:
-    """One task: parity in float32, then both in turn in bf16."""
-    tokenizer, backend = evaluator.encoder.tokenizer, evaluator._backend
+def native_backend(evaluator: Evaluator) -> native.NativeBackend:
+    """The evaluator's backend, which the bench calls past the tasks' metrics."""
+    backend = evaluator._backend
     assert isinstance(backend, native.NativeBackend)
+    return backend
+
+
+def best_batch_size(model: Any, evaluator: Evaluator, instances: Sequence[Any], sizes: Sequence[int]) -> int:
+    """HFLM's fastest batch size on a quarter of the requests, spread over all of them."""
+    some = instances[::4]
+    lms = {size: hflm(model, evaluator.encoder.tokenizer, size, evaluator.max_length) for size in sizes}
+    seconds = best_in_turn({size: partial(ask, lm, some) for size, lm in lms.items()}, 1)
+    return min(sizes, key=lambda size: seconds[size])
+
+
+def measure(args: argparse.Namespace, model: Any, wide: Any, evaluator: Evaluator, task: str, count: int) -> Line:
+    """One task: HFLM's best batch size, both in turn in bf16, and parity in float32."""
+    tokenizer, backend = evaluator.encoder.tokenizer, native_backend(evaluator)
     requests, indices = evaluator.requests(task), tuple(range(count))
     instances = [instance for index in indices for instance in requests.by_item[index]]
-    runs: dict[Any, Callable[[], object]] = {"ours": lambda: backend.respond(model, requests, indices)}
-    for size in args.batch_sizes:
-        lm = hflm(model, tokenizer, size, evaluator.max_length)
-        runs[size] = lambda lm=lm: ask(lm, instances)
-    seconds = best_in_turn(runs, args.rounds)
-    size = min(args.batch_sizes, key=lambda size: seconds[size])
-    ours = flat(backend.respond(model, requests, indices))
-    theirs = ask(hflm(model, tokenizer, size, evaluator.max_length), instances)
-    same = agreement(wide, evaluator, tokenizer, task, indices[: args.parity_items])
-    changed = flips(evaluator, task, indices, ours, theirs)
-    if isinstance(ours[0], str):
-        tokens = sum(len(evaluator.encoder.tok_encode(instance.args[0])) for instance in instances)
-        return Line(task, count, tokens, tokens, 0, 0.0, seconds["ours"], seconds[size], size, changed, same)
-    layout = backend.layout(requests, indices)
+    size = best_batch_size(model, evaluator, instances, args.batch_sizes)
+    lm = hflm(model, tokenizer, size, evaluator.max_length)
+    answers: dict[str, Any] = {}
+    runs: dict[str, Callable[[], object]] = {
+        "ours": lambda: answers.update(ours=flat(backend.respond(model, requests, indices))),
+        "hflm": lambda: answers.update(hflm=ask(lm, instances)),
+    }
     weights, parameters = matrices(model)
+    rate = matrix_rate(weights)
+    seconds = best_in_turn(runs, args.rounds)
+    rate = max(rate, matrix_rate(weights))
+    same = agreement(wide, evaluator, tokenizer, task, indices[: args.parity_items])
+    changed = flips(evaluator, task, indices, answers["ours"], answers["hflm"])
+    if isinstance(answers["ours"][0], str):
+        tokens = sum(len(evaluator.encoder.tok_encode(instance.args[0])) for instance in instances)
+        return Line(task, count, tokens, tokens, 0, 0.0, seconds["ours"], seconds["hflm"], size, changed, same)
+    layout = backend.layout(requests, indices)
     scored = sum(len(batch.scored) for batch in layout.batches)
     head = model.get_output_embeddings().weight.numel()
-    floor = (2 * parameters * layout.tokens + 2 * head * scored) / matrix_rate(weights)
-    line = (task, count, layout.unshared, layout.tokens, scored, floor, seconds["ours"], seconds[size], size)
+    floor = (2 * parameters * layout.tokens + 2 * head * scored) / rate
+    line = (task, count, layout.unshared, layout.tokens, scored, floor, seconds["ours"], seconds["hflm"], size)
     return Line(*line, changed, same)
 
 
 def share_in_model(model: Any, evaluator: Evaluator, selection: dict[str, tuple[int, ...]]) -> tuple[float, float]:
-    """Seconds of a second candidate, and the share of them inside the model and its log-softmax."""
-    inside = 0.0
-    original = scorer.scored_logits
+    """Seconds of a second candidate, and the share of them inside the model and what is read off its logits."""
+    scorer, inside = native_backend(evaluator).scorer, 0.0
+    original = scorer.score
 
-    def timed(*given: Any) -> torch.Tensor:
+    def timed(*given: Any) -> Any:
         nonlocal inside
         start = time.perf_counter()
-        logits = original(*given)
+        scored = original(*given)
         inside += time.perf_counter() - start
-        return logits
+        return scored
 
-    scorer.scored_logits = timed
-    try:
-        start = time.perf_counter()
-        evaluator.score(model, selection)
-        total = time.perf_counter() - start
-    finally:
-        scorer.scored_logits = original
+    scorer.score = timed  # type: ignore[method-assign]
+    start = time.perf_counter()
+    evaluator.score(model, selection)
+    total = time.perf_counter() - start
+    scorer.score = original  # type: ignore[method-assign]
     return total, inside / total
 
 
+def run(args: argparse.Namespace, title: str, path: Path, names: Sequence[str], counts: Sequence[int]) -> str:
+    """One model on its tasks: a section of the page."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        if GENERATION in names:
+            write_generation(Path(folder), args.data.resolve())
+        tasks = load_tasks(list(names), include_path=[args.tasks if names == REAL else EVAL, folder])
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        evaluator = Evaluator(tasks, tokenizer, model.config, batch_tokens=args.batch_tokens)
+        selection = {name: tuple(range(count)) for name, count in zip(names, counts, strict=True)}
+        evaluator.prepare(model)
+        evaluator.layout_digest(selection)
+    startup = time.perf_counter() - start
+    wide = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    lines = []
+    for name, count in zip(names, counts, strict=True):
+        lines.append(measure(args, model, wide, evaluator, name, count))
+        print(" | ".join(lines[-1].cells()), file=sys.stderr, flush=True)
+    scored = {name: indices for name, indices in selection.items() if tasks[name].output_type != "generate_until"}
+    seconds, share = share_in_model(model, evaluator, scored)
+    rate = matrix_rate(matrices(model)[0])
+    notes = [
+        f"Matrix rate {rate / 1e9:.0f} GFLOP/s in bf16 on the model's own shapes.",
+        f"Start-up (model, tasks, requests, layouts): {startup:.1f} s, once. A second candidate on the log-likelihood "
+        f"tasks: {seconds:.1f} s, {share:.0%} of them inside the model.",
+    ]
+    rows = table(HEAD, [line.cells() for line in lines])
+    return f"## {title}\n\n{rows}\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
 def main() -> None:
-    """Measures and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="models/base")
+    """Measures and writes the page; what stands below the notes' heading in it stays."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("models/base"))
     parser.add_argument("--tasks", type=Path, default=Path("../shared/real/tasks"))
     parser.add_argument("--data", type=Path, default=Path("../shared/real/data/arc_easy.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/eval.md"))
-    parser.add_argument("--counts", type=int, nargs=4, default=[200, 200, 50, 48], help="items: arc, pairs, texts, gen")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--counts", type=int, nargs=4, default=[200, 200, 60, 64], help="items: arc, pairs, texts, gen")
+    parser.add_argument("--zoo", default="base", help="model of the zoo; '' for none")
+    parser.add_argument("--zoo-items", type=int, default=100, help="items of each of the zoo's tasks")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 64], help="to try with HFLM")
+    parser.add_argument("--batch-tokens", type=int, help="tokens in a batch of ours; what suits if not given")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--parity-items", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    names = ["real_arc_easy", "real_blimp_islands", "real_gsm8k_bpb", GENERATION]
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        write_generation(Path(folder), args.data.resolve())
-        tasks = load_tasks(names, include_path=[args.tasks, folder])
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-        evaluator = Evaluator(tasks, tokenizer, model.config, batch_tokens=args.batch_tokens)
-        selection = {name: tuple(range(count)) for name, count in zip(names, args.counts, strict=True)}
-        evaluator.prepare(model)
-        evaluator.layout_digest(selection)
-    startup = time.perf_counter() - start
-    wide = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    lines = [measure(args, model, wide, evaluator, name, count) for name, count in zip(names, args.counts, strict=True)]
-    seconds, share = share_in_model(model, evaluator, {name: selection[name] for name in names[:3]})
-    rate = matrix_rate(matrices(model)[0])
-    table = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
-    table += ["| " + " | ".join(line.cells()) + " |" for line in lines]
-    notes = [
-        f"Machine: {platform.machine()}, {args.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}; "
-        f"matrix rate {rate / 1e9:.0f} GFLOP/s in bf16 on the model's own shapes.",
-        f"Batches of {args.batch_tokens} tokens; best of {args.rounds} rounds in which all take turns.",
-        f"Start-up (model, tasks, requests, layouts): {startup:.1f} s, once. A second candidate on the three "
-        f"log-likelihood tasks: {seconds:.1f} s, {share:.0%} of them inside the model.",
+    parts = [
+        "# The native scorer beside HFLM",
+        f"{platform.machine()}, {args.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}. Best of "
+        f"{args.rounds} rounds in which both take turns; HFLM at the batch size that was fastest on a quarter of the "
+        f"requests, of {', '.join(map(str, args.batch_sizes))}.",
     ]
-    text = "# The native scorer beside HFLM\n\n" + "\n".join(table) + "\n\n" + "\n".join(f"- {note}" for note in notes)
+    if args.model.is_dir():
+        parts.append(run(args, str(args.model), args.model, REAL, args.counts))
+    if args.zoo:
+        parts.append(run(args, f"zoo:{args.zoo}", zoo.ensure(args.zoo), ZOO, [args.zoo_items] * len(ZOO)))
+    text = "\n\n".join(parts) + "\n"
     print(text)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text + "\n")
+    before = args.out.read_text() if args.out.exists() else ""
+    args.out.write_text(text + (f"\n{NOTES}{before.split(NOTES, 1)[1]}" if NOTES in before else ""))
 
 
 if __name__ == "__main__":

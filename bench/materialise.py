@@ -31,6 +31,7 @@ import torch
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.engine.plan import Plan, make_plan
 from evomerge.engine.resident import Resident
+from evomerge.methods.registry import get_method
 from evomerge.recipe import parse_recipe
 
 GROUPS = 6
@@ -49,12 +50,14 @@ class Case:
         method: Its name.
         own: Per-source parameters of a candidate, from a number in 0..1 that is another for each candidate.
         shared: Parameters that are one for all.
+        per_slice: Parameters of a slice, from the same number.
     """
 
     label: str
     method: str
     own: Own
     shared: Mapping[str, Any]
+    per_slice: Own = lambda u: {}
 
 
 def weight(u: float) -> dict[str, Any]:
@@ -63,6 +66,10 @@ def weight(u: float) -> dict[str, Any]:
 
 def dense(u: float) -> dict[str, Any]:
     return {"weight": 0.2 + 0.5 * u, "density": 0.15 + 0.6 * u}
+
+
+def nothing(u: float) -> dict[str, Any]:
+    return {}
 
 
 CASES = (
@@ -81,7 +88,24 @@ CASES = (
     Case("dfs", "dfs", weight, {}),
     Case("dfs, scope row", "dfs", weight, {"scope": "row"}),
     Case("dfs, mode position", "dfs", weight, {"mode": "position"}),
+    Case("della", "della", lambda u: dense(u) | {"epsilon": 0.05 + 0.1 * u}, {}),
+    Case("della_linear", "della_linear", lambda u: dense(u) | {"epsilon": 0.05 + 0.1 * u}, {}),
+    Case("breadcrumbs", "breadcrumbs", dense, {}),
+    Case("breadcrumbs_ties", "breadcrumbs_ties", dense, {}),
+    Case("model_stock", "model_stock", nothing, {}),
+    Case("model_stock, filter_wise", "model_stock", nothing, {"filter_wise": True}),
+    Case("sce", "sce", nothing, {}),
+    Case("sce, select_topk", "sce", nothing, {}, lambda u: {"select_topk": 0.1 + 0.5 * u}),
+    Case("arcee_fusion", "arcee_fusion", nothing, {}),
     Case("dfs, mode position, density 0.5", "dfs", weight, {"mode": "position", "density": 0.5}),
+    Case("nuslerp", "nuslerp", weight, {}),
+    Case("nuslerp, by row", "nuslerp", weight, {"nuslerp_flatten": False}),
+    Case("nuslerp, by column", "nuslerp", weight, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    Case("multislerp", "multislerp", weight, {}),
+    Case("karcher", "karcher", weight, {}),
+    Case("nearswap", "nearswap", weight, {"t": 0.001}),
+    Case("tsv_merge", "tsv_merge", weight, {}),
+    Case("iso_c", "iso_c", weight, {}),
 )
 
 
@@ -130,18 +154,20 @@ def recipe(case: Case, folder: Path, names: list[str], layers: int, draws: list[
     """A candidate: one slice per group of layers, each with a draw of its own."""
     edges = [layers * k // GROUPS for k in range(GROUPS + 1)]
     base, sources = str(folder / "base"), [str(folder / name) for name in names]
-    copies = case.method == "passthrough"
+    copies = get_method(case.method).copies_layers
     slices = []
     for number, u in enumerate(draws):
         span = [edges[number], edges[number + 1]]
-        listed = [sources[number % len(sources)]] if copies else sources
+        listed = [sources[number % len(sources)]] if copies else sources[: get_method(case.method).max_sources]
         each = [
             {"model": model, "layer_range": span, "parameters": case.own((u + 0.1 * k) % 1.0)}
             for k, model in enumerate(listed)
         ]
-        slices.append({"sources": each if copies else [{"model": base, "layer_range": span}, *each]})
+        listed_all = each if copies else [{"model": base, "layer_range": span}, *each]
+        slices.append({"sources": listed_all, "parameters": case.per_slice(u)})
     made: dict[str, Any] = {"merge_method": case.method, "slices": slices, "parameters": dict(case.shared)}
-    if not copies and case.method != "linear" and not (case.method == "slerp" and not case.shared):
+    method = get_method(case.method)
+    if method.takes_base or method.base_needed(case.shared):
         made["base_model"] = base
     else:
         for part in slices:
@@ -203,7 +229,9 @@ from evomerge.engine.kernels import looking, merging
 wall, cpu = time.perf_counter(), time.process_time()
 f, i, out = np.ones(2, np.float32), np.zeros(2, np.int64), np.zeros(100, np.float32)
 x, bits, keys = np.zeros((2, 100), np.float32), np.zeros(100, np.uint16), np.zeros((2, 2), np.uint64)
-merging.ties(x[0], x, 0, f, i, i, keys, f, f, f, np.float32(1), True, 1, out)
+none = np.zeros((0, 0), np.uint8)
+edits = merging.Edits(i, keys, np.zeros((0, 4), np.float32), f, f, i, f, i)
+merging.ties(x[0], x, 0, edits, none, f, f, np.float32(1), True, 1, out)
 looking.count_magnitudes(bits, bits, 13, np.zeros(1 << 18, np.int64), np.zeros(1 << 18, np.uint16))
 looking.count_low_bits(bits, bits, 13, 0, np.zeros(1 << 13, np.int64))
 looking.find_equal(bits, bits, 1, 1)

@@ -68,7 +68,7 @@ def evaluate(
     num_fewshot: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     apply_chat_template: bool = False,
     fewshot_as_multiturn: bool | None = None,
     system_instruction: str | None = None,
@@ -85,7 +85,7 @@ def evaluate(
         num_fewshot: Examples before each question; None leaves it to the tasks.
         dtype: What the model computes in.
         device: Where it runs.
-        batch_tokens: Tokens a batch.
+        batch_tokens: Tokens a batch; None for what suits the device.
         apply_chat_template: Render prompts as conversations.
         fewshot_as_multiturn: Each example a turn of its own; None for where a chat template is applied.
         system_instruction: What every prompt begins with.

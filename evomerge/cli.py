@@ -139,7 +139,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a batch.", min=16)] = 4096,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens a batch.", min=16, show_default="what suits")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     chat: Annotated[bool, typer.Option("--apply-chat-template", help="Render prompts as conversations.")] = False,
     multiturn: Annotated[

@@ -11,6 +11,7 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.dtypes import torch_dtype
 from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.prefix import depth_digests
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
@@ -59,6 +60,7 @@ class Workbench:
             fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
             system_instruction=evaluation.system_instruction,
             backend=evaluation.backend,
+            reuse_prefixes=evaluation.reuse_prefixes,
         )
         self.selections = _selections(spec, self.evaluator, known)
         self._resident: Resident | None = None
@@ -103,7 +105,7 @@ class Workbench:
         started = time.perf_counter()
         model, _ = self.resident.write(plan)
         written = time.perf_counter()
-        scores = self.evaluator.score(model, self.selections[split])
+        scores = self.evaluator.score(model, self.selections[split], depth_digests(plan))
         return scores, {"materialise": written - started, "score": time.perf_counter() - written}
 
     @property

@@ -106,6 +106,76 @@ def test_what_mergekit_does_anyway_is_left_out() -> None:
     assert "parameters" not in got
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {
+            "merge_method": "nuslerp",
+            "base_model": "base",
+            "models": WEIGHTED,
+            "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        },
+        {"merge_method": "nuslerp", "models": WEIGHTED},
+        {
+            "merge_method": "multislerp",
+            "base_model": "base",
+            "models": [*WEIGHTED, {"model": "c", "parameters": {"weight": [0, 1]}}],
+            "parameters": {"normalize_weights": False, "eps": 1e-6},
+        },
+        {"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"max_iter": 50}},
+        {"merge_method": "nearswap", "base_model": "base", "models": [{"model": "a"}], "parameters": {"t": 0.001}},
+    ],
+    ids=lambda data: data["merge_method"],
+)
+def test_methods_that_are_mergekits_come_out_as_they_went_in(data: dict[str, Any]) -> None:
+    assert exported(data) == data
+
+
+def test_weights_that_change_nothing_are_left_out() -> None:
+    models = [{"model": m, "parameters": {"weight": 1.0}} for m in "ab"]
+    assert exported({"merge_method": "karcher", "models": models}) == {
+        "merge_method": "karcher",
+        "models": [{"model": "a"}, {"model": "b"}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "shared"),
+    [
+        ("della", {"weight": 1, "density": 0.6, "epsilon": 0.1}, {"lambda": 1.1, "rescale": False}),
+        ("della_linear", {"weight": 0.5, "density": [0.4, 0.6]}, {"normalize": True}),
+        ("breadcrumbs", {"weight": 1, "density": 0.9, "gamma": 0.01}, {}),
+        ("breadcrumbs_ties", {"weight": 1, "density": 0.9}, {"normalize": True, "int8_mask": True}),
+        ("model_stock", {}, {"filter_wise": True}),
+        ("sce", {}, {"select_topk": 0.5}),
+        ("arcee_fusion", {}, {}),
+    ],
+)
+def test_what_both_know_comes_out_as_it_went_in(method: str, own: dict[str, Any], shared: dict[str, Any]) -> None:
+    names = ["a"] if method == "arcee_fusion" else ["a", "b"]
+    models = [{"model": name} | ({"parameters": own} if own else {}) for name in names]
+    data = {"merge_method": method, "base_model": "base", "models": models}
+    data |= {"parameters": shared} if shared else {}
+    assert exported(data) == data
+    sources = [entry | {"layer_range": [0, 2]} for entry in models]
+    slices = exported({key: data[key] for key in data if key != "models"} | {"slices": [{"sources": sources}]})
+    assert slices is not None
+    assert slices["slices"] == [{"sources": [*sources, {"model": "base", "layer_range": [0, 2]}]}]
+
+
+@pytest.mark.parametrize(
+    ("own", "shared"),
+    [
+        ({"density": 0.9}, {}),  # with mergekit's epsilon of 0.15, above 1
+        ({"density": [0.5, 0.1]}, {"epsilon": 0.2}),
+        ({"density": 0.5}, {"consensus": "count"}),
+    ],
+)
+def test_della_beyond_what_mergekit_accepts_is_not_written(own: dict[str, Any], shared: dict[str, Any]) -> None:
+    models = [{"model": "a", "parameters": {"weight": 1, **own}}]
+    assert exported({"merge_method": "della", "base_model": "base", "models": models, "parameters": shared}) is None
+
+
 SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}]}
 
 
@@ -116,6 +186,12 @@ SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}]}
         {"merge_method": "ties", "base_model": "base", "models": WEIGHTED, "parameters": {"consensus": "count"}},
         {"merge_method": "ties", "base_model": "base", "models": WEIGHTED, "parameters": {"scope": "model"}},
         {"merge_method": "slerp", "base_model": "base", "models": WEIGHTED},
+        {"merge_method": "nuslerp", "models": WEIGHTED[:1]},
+        {"merge_method": "nuslerp", "models": [*WEIGHTED, {"model": "c", "parameters": {"weight": 1}}]},
+        {"merge_method": "karcher", "models": WEIGHTED},
+        {"merge_method": "nearswap", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}]},
+        {"merge_method": "tsv_merge", "base_model": "base", "models": [{"model": "a"}]},
+        {"merge_method": "iso_c", "base_model": "base", "models": [{"model": "a"}]},
         {
             "merge_method": "slerp",
             "base_model": "c",

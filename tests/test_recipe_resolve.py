@@ -153,6 +153,21 @@ def test_unlisted_base_joins_linear_only_when_it_has_a_weight() -> None:
     assert resolve(alone, 0, Q, 0.0).sources == ("a", "b")
 
 
+@pytest.mark.parametrize("listed", [["a", "b"], ["base", "a", "b"]])
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+def test_a_base_that_is_taken_is_no_source(method: str, listed: list[str]) -> None:
+    models = [{"model": m, "parameters": {"weight": 0.5}} for m in listed]
+    tensor = resolve(parse_recipe({"merge_method": method, "base_model": "base", "models": models}), 0, Q, 0.0)
+    assert (tensor.base, tensor.sources) == ("base", ("a", "b"))
+    alone = resolve(parse_recipe({"merge_method": method, "models": models}), 0, Q, 0.0)
+    assert (alone.base, alone.sources) == (None, tuple(listed))
+
+
+def test_unlisted_base_joins_karcher_which_asks_nothing_of_a_source() -> None:
+    data = {"merge_method": "karcher", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}]}
+    assert resolve(parse_recipe(data), 0, Q, 0.0).sources == ("a", "b", "base")
+
+
 @pytest.mark.parametrize("listed", [["a", "b"], ["b", "a"], ["b"]])
 def test_slerp_by_t_goes_from_the_base_to_the_other(listed: list[str]) -> None:
     data = {

@@ -8,6 +8,7 @@ A kernel is an equal of the method's own function, only faster: the methods do n
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,19 +18,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.engine.facts import CHUNK, OperationFacts
-from evomerge.engine.kernels import merging
+from evomerge.engine.kernels import merging, spread
+from evomerge.engine.ranks import Levels
 from evomerge.engine.selection import sample_bracket, top
+from evomerge.methods import breadcrumbs, della, sce
 from evomerge.methods.combine import participants, shares
 from evomerge.methods.dare import keep_probability, terms
 from evomerge.methods.dare_ties import trims
-from evomerge.methods.declaration import Block, Settings
+from evomerge.methods.declaration import Block, Cut, Settings
+from evomerge.methods.dfs import row_anchor, scaled_alphas
+from evomerge.methods.nearswap import reach_of
+from evomerge.methods.nuslerp import vector_terms
 from evomerge.methods.random_field import STEPS, keep_threshold
 from evomerge.methods.registry import get_method
 
 Floats = NDArray[np.float32]
 
 BASE = -1
-KEEP_ALL = (-1.0, -1)
+KEEP_ALL: Cut = (-1.0, -1)
+_NONE: Levels = np.empty((0, 0), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def _ties(method: str, settings: Settings, facts: OperationFacts) -> Work | None
     sources = [(i, float(settings.sources[i]["density"])) for i in participants(settings)[0]]
     scope = settings.shared["scope"]
     cuts = [KEEP_ALL if density >= 1.0 else facts.trim(i, density, scope) for i, density in sources]
-    return _elect(settings, cuts, _field([1.0 for _ in sources], []), [1.0 for _ in sources])
+    return _elect(settings, _edits(len(cuts), cuts=cuts))
 
 
 def _dare_ties(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
@@ -76,15 +83,16 @@ def _dare_ties(method: str, settings: Settings, facts: OperationFacts) -> Work |
     chances = [keep_probability(settings.sources[i]) for i in indices]
     rescale = settings.shared["rescale"]
     factors = [1.0 / chance if rescale and 0.0 < chance < 1.0 else 1.0 for chance in chances]
-    keeps, keys = _field(chances, [facts.key(i) for i in indices])
+    keys = [facts.key(i) for i in indices]
+    edits = _edits(len(indices), chances=chances, keys=keys, factors=factors)
     cuts = [KEEP_ALL] * len(indices)
-    for k, (i, factor) in enumerate(zip(indices, _singles(factors), strict=True)):
-        if trims(settings.sources[i]) and keeps[k] > 0:
-            survivors = partial(_survivors, facts, i, int(keeps[k]), keys[k], factor)
+    for k, i in enumerate(indices):
+        if trims(settings.sources[i]) and edits.keeps[k] > 0:
+            survivors = partial(_survivors, facts, i, int(edits.keeps[k]), edits.keys[k], edits.factors[k])
             density = float(settings.sources[i]["density"])
-            near = sample_bracket(facts.magnitudes(i), density, chances[k], float(factor))
+            near = sample_bracket(facts.magnitudes(i), density, chances[k], float(edits.factors[k]))
             cuts[k] = top(survivors, facts.size, density, near)
-    return _elect(settings, cuts, (keeps, keys), factors)
+    return _elect(settings, _edits(len(indices), chances=chances, keys=keys, factors=factors, cuts=cuts))
 
 
 def _survivors(
@@ -98,29 +106,38 @@ def _survivors(
         yield start, out
 
 
-def _elect(
-    settings: Settings,
-    cuts: Sequence[tuple[float, int]],
-    field: tuple[NDArray[np.int64], NDArray[np.uint64]],
-    factors: Sequence[float],
-) -> Work | None:
+def _elect(settings: Settings, edits: merging.Edits, levels: Callable[[int, int], Levels] | None = None) -> Work | None:
     indices, weights = participants(settings)
     sizes = [abs(weight) for weight in weights]
     if not indices or not all(_singles(sizes)):
         return None
     shared = settings.shared
     arguments = (
-        _singles(threshold for threshold, _ in cuts),
-        np.array([last for _, last in cuts], dtype=np.int64),
-        *field,
-        _singles(factors),
         _singles(weights),
         _singles(size / total for size, total in zip(sizes, itertools.accumulate(sizes), strict=True)),
         np.float32(shared["lambda"]),
         shared["consensus"] == "count",
         0 if not shared["normalize"] else 1 if shared["average"] == "all" else 2,
     )
-    return Work((BASE, *indices), lambda x, start, out: merging.ties(x[0], x[1:], start, *arguments, out))
+
+    def run(x: Floats, start: int, out: Floats) -> None:
+        merging.ties(x[0], x[1:], start, edits, _NONE if levels is None else levels(start, x.shape[1]), *arguments, out)
+
+    return Work((BASE, *indices), run)
+
+
+def _add(
+    indices: Sequence[int],
+    edits: merging.Edits,
+    scales: Iterable[float],
+    levels: Callable[[int, int], Levels] | None = None,
+) -> Work:
+    factors = _singles(scales)
+
+    def run(x: Floats, start: int, out: Floats) -> None:
+        merging.add(x[0], x[1:], start, edits, _NONE if levels is None else levels(start, x.shape[1]), factors, out)
+
+    return Work((BASE, *indices), run)
 
 
 def _dare(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
@@ -128,29 +145,123 @@ def _dare(method: str, settings: Settings, facts: OperationFacts) -> Work | None
     if all(chance >= 1.0 for _, _, chance in parts):
         return _combination(method, settings, facts)
     parts = [part for part in parts if part[2] > 0.0]
-    factors = _singles(factor for _, factor, _ in parts)
-    field = _field([chance for _, _, chance in parts], [facts.key(i) for i, _, _ in parts])
-    inputs = (BASE, *(i for i, _, _ in parts))
-    return Work(inputs, lambda x, start, out: merging.dare(x[0], x[1:], start, *field, factors, out))
+    chances, keys = [chance for _, _, chance in parts], [facts.key(i) for i, _, _ in parts]
+    edits = _edits(len(parts), chances=chances, keys=keys)
+    return _add([i for i, _, _ in parts], edits, [factor for _, factor, _ in parts])
 
 
-def _field(chances: Sequence[float], keys: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """(numbers below this are kept, keys); without keys nothing is drawn."""
-    keeps = [0 if chance <= 0.0 else STEPS if chance >= 1.0 else keep_threshold(chance) for chance in chances]
-    drawn = np.array(list(keys) or [(0, 0)] * len(chances), dtype=np.uint64)
-    return np.array(keeps, dtype=np.int64), drawn.reshape(len(chances), 2)
+def _edits(
+    count: int,
+    *,
+    chances: Sequence[float] = (),
+    keys: Sequence[tuple[int, int]] = (),
+    lines: Sequence[tuple[float, float, float, float]] = (),
+    factors: Sequence[float] = (),
+    cuts: Sequence[Cut] = (),
+    outliers: Sequence[Cut] = (),
+) -> merging.Edits:
+    """What becomes of the deltas of `count` sources; nothing, for what is left out.
+
+    Args:
+        count: How many sources take part.
+        chances: Probability to keep an element.
+        keys: Of the sources' random fields.
+        lines: For elements with levels, (a, b, factor, whether over the probability to keep).
+        factors: After the drop.
+        cuts: What is kept.
+        outliers: What of that is left out.
+    """
+    keeps = [0 if c <= 0.0 else STEPS if c >= 1.0 else keep_threshold(c) for c in chances or [1.0] * count]
+    cuts, outliers = cuts or [KEEP_ALL] * count, outliers or [(math.inf, -1)] * count
+    return merging.Edits(
+        np.array(keeps, dtype=np.int64),
+        np.array(keys or [(0, 0)] * count, dtype=np.uint64).reshape(count, 2),
+        _singles(value for line in lines for value in line).reshape(-1, 4),
+        _singles(factors or [1.0] * count),
+        _singles(threshold for threshold, _ in cuts),
+        np.array([last for _, last in cuts], dtype=np.int64),
+        _singles(threshold for threshold, _ in outliers),
+        np.array([last for _, last in outliers], dtype=np.int64),
+    )
 
 
 def _singles(values: Iterable[float]) -> NDArray[np.float32]:
     return np.array(list(values), dtype=np.float64).astype(np.float32)
 
 
+# ---------------------------------------------------------------- breadcrumbs and della
+
+
+def _breadcrumbs(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    parts = breadcrumbs.terms(settings)
+    if all(settings.sources[i]["density"] >= 1.0 for i, _ in parts):
+        return _combination(method, settings, facts)
+    indices = [i for i, _ in parts]
+    return _add(indices, _bands(settings, facts, indices), [factor for _, factor in parts])
+
+
+def _breadcrumbs_ties(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    return _elect(settings, _bands(settings, facts, participants(settings)[0]))
+
+
+def _bands(settings: Settings, facts: OperationFacts, indices: Sequence[int]) -> merging.Edits:
+    found = []
+    for i in indices:
+        density, gamma = float(settings.sources[i]["density"]), float(settings.sources[i]["gamma"])
+        found.append(((math.inf, -1), KEEP_ALL) if density >= 1.0 else facts.band(i, density, gamma))
+    return _edits(len(indices), outliers=[out for out, _ in found], cuts=[inside for _, inside in found])
+
+
+def _della(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    indices = participants(settings)[0]
+    return _elect(settings, *_pruned(settings, facts, [(i, 1.0) for i in indices]))
+
+
+def _della_linear(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    parts = della.terms(settings)
+    if all(della.keeps_all(settings.sources[i]) for i, _ in parts):
+        return _combination(method, settings, facts)
+    edits, levels = _pruned(settings, facts, parts)
+    return _add([i for i, _ in parts], edits, [1.0] * len(parts), levels)
+
+
+def _pruned(
+    settings: Settings, facts: OperationFacts, parts: Sequence[tuple[int, float]]
+) -> tuple[merging.Edits, Callable[[int, int], Levels]]:
+    """The edits of (source, scale), and the levels of (first element, number of elements)."""
+    rescale = float(settings.shared["rescale"])
+    lines = [(*della.line(settings.sources[i]), scale, rescale) for i, scale in parts]
+
+    def levels(start: int, size: int) -> Levels:
+        return np.stack([facts.at(start, (size,)).levels(i).numpy() for i, _ in parts])
+
+    return _edits(len(parts), keys=[facts.key(i) for i, _ in parts], lines=lines), levels
+
+
+# ---------------------------------------------------------------- sce and model stock
+
+
+def _sce(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    cut, energies = facts.selection(float(settings.shared["select_topk"]))
+    chosen, weights = sce.coefficients(energies)
+    if not chosen or not all(_singles(weights)):
+        return None
+    count = len(settings.sources)
+    rest = (np.float32(cut[0]), cut[1], np.array(chosen), _singles(weights), np.ones(count, np.float32))
+    inputs = (BASE, *range(count))
+    return Work(inputs, lambda x, start, out: spread.sce(x[0], x[1:], start, *rest, out))
+
+
+def _model_stock(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    return None if settings.shared["filter_wise"] else _combination(method, settings, facts)
+
+
 # ---------------------------------------------------------------- dfs
 
 
 def _dfs(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
-    if settings.shared["mode"] == "model":  # by row, the coefficients differ from row to row
-        return _combination(method, settings, facts) if settings.shared["scope"] == "tensor" else None
+    if settings.shared["mode"] == "model":
+        return _combination(method, settings, facts) if settings.shared["scope"] == "tensor" else _rows(settings, facts)
     indices, weights = participants(settings)
     parts = shares(method, weights)
     anchor = max(range(len(parts)), key=lambda k: abs(parts[k]))
@@ -160,6 +271,23 @@ def _dfs(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
     cut = KEEP_ALL if density >= 1.0 else top(partial(_certainties, facts, inputs, spread), facts.size, density)
     rest = (*spread, np.float32(cut[0]), cut[1], np.float32(settings.shared["lambda"]))
     return Work(inputs, lambda x, start, out: merging.positions(x[0], x[1:], start, *rest, out))
+
+
+def _rows(settings: Settings, facts: OperationFacts) -> Work | None:
+    """Inverse variances by row: a linear combination whose coefficients differ from row to row."""
+    if facts.size == 0:
+        return None
+    count, scale = facts.size // facts.columns, float(settings.shared["lambda"])
+    columns = [_singles(alpha) for alpha in scaled_alphas(facts.at(0, (count, facts.columns)), settings)]
+    inputs, anchor = [BASE, *participants(settings)[0]], row_anchor(scale)
+    columns.insert(0, np.full(count, 1.0 - scale, dtype=np.float32))
+    others = [k for k in range(len(inputs)) if k != anchor and not (k == 0 and scale == 1.0)]
+    coefficients = np.array([columns[k] for k in others], dtype=np.float32).reshape(len(others), count)
+    ones = np.ones(count, dtype=np.float32)
+    chosen = (inputs[anchor], *(inputs[k] for k in others))
+    return Work(
+        chosen, lambda x, start, out: merging.by_row(x[0], x[1:], start, facts.columns, ones, coefficients, out)
+    )
 
 
 def _certainties(
@@ -222,9 +350,10 @@ def _combination(method: str, settings: Settings, facts: OperationFacts) -> Work
     merge = get_method(method).merge
     if merge is None:
         return None
-    symbols = [_Symbol([(i, 1.0)]) for i in range(BASE, len(settings.sources))]
+    base = None if facts.base is None else _Symbol([(BASE, 1.0)])
+    symbols = [_Symbol([(i, 1.0)]) for i in range(len(settings.sources))]
     try:
-        found: Any = merge(Block(symbols[0], symbols[1:], 0, facts), settings)  # type: ignore[arg-type]
+        found: Any = merge(Block(base, symbols, 0, facts), settings)  # type: ignore[arg-type]
     except (TypeError, AttributeError):
         return None
     if not isinstance(found, _Symbol) or not (found.started or found.pivot is None):
@@ -235,13 +364,54 @@ def _combination(method: str, settings: Settings, facts: OperationFacts) -> Work
     return Work((found.pivot, *others), lambda x, start, out: merging.affine(x[0], x[1:], coefficients, out))
 
 
+# ---------------------------------------------------------------- nuslerp and nearswap
+
+
+def _nuslerp(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    if settings.shared["nuslerp_flatten"]:
+        return _combination(method, settings, facts)
+    rows = facts.at(0, (facts.size // facts.columns if facts.columns else 0, facts.columns))
+    terms = vector_terms(rows, facts.base is not None, settings)
+    of_pivot = _singles(terms.of_pivot.reshape(-1))
+    coefficients = np.array([_singles(c.reshape(-1)) for _, c in terms.others], np.float32).reshape(-1, of_pivot.size)
+    inputs = (terms.pivot, *(i for i, _ in terms.others))
+    if of_pivot.size == 0:
+        return None
+    if terms.along == "columns" and len(facts.whole) > 1:
+        return Work(inputs, lambda x, start, out: merging.by_column(x[0], x[1:], start, of_pivot, coefficients, out))
+    length = facts.size // of_pivot.size
+    return Work(inputs, lambda x, start, out: merging.by_row(x[0], x[1:], start, length, of_pivot, coefficients, out))
+
+
+def _nearswap(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
+    indices, weights = participants(settings)
+    parts = shares(method, weights)
+    anchor = max(range(len(parts)), key=lambda k: abs(parts[k]))
+    others = [k for k in range(len(parts)) if k != anchor]
+    coefficients, reach = _singles(parts[k] for k in others), np.float32(reach_of(settings))
+    inputs = (BASE, indices[anchor], *(indices[k] for k in others))
+    return Work(inputs, lambda x, start, out: merging.nearswap(x[0], x[1], x[2:], coefficients, reach, out))
+
+
 KERNELS: dict[str, Kernel] = {
     "linear": _combination,
     "slerp": _combination,
     "task_arithmetic": _combination,
+    "multislerp": _combination,
+    "karcher": _combination,
+    "nuslerp": _nuslerp,
+    "nearswap": _nearswap,
+    "tsv_merge": _combination,
+    "iso_c": _combination,
     "dfs": _dfs,
     "ties": _ties,
     "dare": _dare,
     "dare_linear": _dare,
     "dare_ties": _dare_ties,
+    "della": _della,
+    "della_linear": _della_linear,
+    "breadcrumbs": _breadcrumbs,
+    "breadcrumbs_ties": _breadcrumbs_ties,
+    "sce": _sce,
+    "model_stock": _model_stock,
 }

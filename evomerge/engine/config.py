@@ -11,7 +11,7 @@ from evomerge.checkpoints.layout import Layout
 from evomerge.engine.dtypes import config_word
 from evomerge.engine.operation import Operation
 
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def merged_config(
@@ -43,7 +43,7 @@ def merged_config(
         for key, value in list(body.items()):
             if isinstance(value, list) and len(value) == depth and depth > 1:
                 body[key] = [_entry(theirs[model], key, layer, value) for model, layer in layers]
-        for key in _DEPTHS:
+        for key in DEPTHS:
             if body.get(key) == depth:
                 body[key] = len(layers)
     dtypes = [operation.dtype for operation in operations if operation.dtype in ("F64", "F32", "F16", "BF16")]

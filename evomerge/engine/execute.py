@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +21,7 @@ from evomerge.engine.facts import CHUNK, FactStore, Members, OperationFacts, chu
 from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.methods.declaration import Block, Granularity
 from evomerge.methods.registry import get_method
+from evomerge.threads import run_all
 
 if TYPE_CHECKING:
     from evomerge.engine.compiled import Work
@@ -119,9 +118,8 @@ def pieces(operation: Operation, store: FactStore, out: Tensor, family: Family =
 def execute_all(work: Iterable[Callable[[], None]], threads: int) -> None:
     """Runs pieces of work on a few threads, each of which computes alone.
 
-    One torch thread per worker and no barrier between them: where other processes compete for the cores, torch's own
-    threads wait for each other at the end of every small operation. Large tensors start first; the rest of their
-    pieces, for which nothing more has to be found out, come last and even out the ends.
+    Large tensors start first; the rest of their pieces, for which nothing more has to be found out, come last and even
+    out the ends.
 
     Raises:
         Exception: The first error of a piece, after the others have ended.
@@ -130,34 +128,7 @@ def execute_all(work: Iterable[Callable[[], None]], threads: int) -> None:
     def rank(piece: Callable[[], None]) -> tuple[bool, int]:
         return (not piece.leads, -piece.size) if isinstance(piece, Piece) else (False, 0)
 
-    pool = _workers(os.getpid(), threads)
-    futures = [pool.submit(piece) for piece in sorted(work, key=rank)]
-    try:
-        wait(futures)
-    finally:  # stopped by the user: nothing may go on writing
-        for future in futures:
-            future.cancel()
-        wait(futures)
-    for future in futures:
-        future.result()
-
-
-@functools.lru_cache(maxsize=2)
-def _workers(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that stay, so that what they free is theirs to use again; a forked process needs its own."""
-    before, started = torch.get_num_threads(), threading.Barrier(threads + 1)
-
-    def start() -> None:
-        torch.get_num_threads()  # a thread's first question takes over the common number: ask before setting its own
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(threads, "merge", initializer=start)
-    for _ in range(threads):  # a thread that waits takes no work, so each of these starts another
-        pool.submit(int)
-    started.wait()
-    torch.set_num_threads(before)  # torch hands the last number set to every thread that starts from here on
-    return pool
+    run_all(sorted(work, key=rank), threads)
 
 
 def materialise(operation: Operation, store: FactStore, dtype: torch.dtype, family: Family = ()) -> Tensor:
@@ -183,8 +154,8 @@ class _Task:
     @functools.cached_property
     def facts(self) -> OperationFacts:
         op = self.operation
-        columns = math.prod(op.shape[1:])
-        return OperationFacts(self.store, op.base, op.sources, columns, op.output, op.seed, self.family)
+        columns = math.prod(op.shape[1:] if len(op.shape) > 1 else op.shape)
+        return OperationFacts(self.store, op.base, op.sources, columns, op.output, op.seed, self.family, whole=op.shape)
 
     @functools.cached_property
     def kernel(self) -> Work | None:

@@ -10,7 +10,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +20,22 @@ from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.operation import Input
-from evomerge.engine.selection import COARSE, FINE, Bits, Cut, Histogram, Parts, count, cut, last_index
+from evomerge.engine.ranks import SEGMENT, Latest, Levels, levels_of
+from evomerge.engine.selection import COARSE, FINE, Bits, Cut, Histogram, Parts, count, cut, last_index, values_at
+from evomerge.engine.variation import Spread, select
+from evomerge.engine.variation import count as count_spread
+from evomerge.methods import arcee_fusion
+from evomerge.methods.declaration import Cut as Kept
 from evomerge.methods.declaration import Scope
-from evomerge.methods.random_field import field_key, kept_elements
-from evomerge.methods.trim import kept_count
+from evomerge.methods.random_field import field_key, kept_elements, uniform16
+from evomerge.methods.trim import band_counts, kept_count
 
 CHUNK = 1 << 15  # elements: float32 temporaries of this size stay in a processor's second-level cache
 _LOOK = 1 << 20  # elements that are only looked at
+_LATEST = 32  # segments of ranks: for the chunks that follow
 _READ_AT_ONCE = 64  # tensors; those of an adapter cost a matrix product each
 
+T = TypeVar("T")
 Pair = tuple[Input | None, Input]
 Members = tuple[tuple[Input | None, tuple[Input, ...]], ...]
 
@@ -53,14 +61,18 @@ class FactStore:
     Args:
         checkpoints: Open checkpoints by reference.
         thresholds: How many exact trim thresholds to remember.
+        room: Bytes for what methods ask to `remember`; none for a merge that is done once.
     """
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint], thresholds: int = 1 << 14) -> None:
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], thresholds: int = 1 << 14, room: int = 0) -> None:
         self._checkpoints = checkpoints
         self._kept: dict[Hashable, _Once] = {}
         self._read: OrderedDict[Input, Tensor] = OrderedDict()
         self._thresholds: OrderedDict[Hashable, _Once] = OrderedDict()
         self._limit = thresholds
+        self._remembered: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._room = room
+        self._latest = Latest(_LATEST)
         self._lock = threading.Lock()
 
     def flat(self, tensor: Input) -> Tensor:
@@ -90,6 +102,23 @@ class FactStore:
             if not entry.done:
                 entry.value, entry.done = compute(), True
         return entry.value
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `compute` gave for this key, kept while there is room.
+
+        What was kept first stays: candidates ask for the same tensors in turn, and whichever of them replaced others
+        would be gone itself before it is asked for again.
+        """
+        with self._lock:
+            if key in self._remembered:
+                return self._remembered[key]
+        found = compute()
+        size = sum(tensor.nbytes for tensor in found)
+        with self._lock:
+            if key not in self._remembered and size <= self._room:
+                self._remembered[key] = found
+                self._room -= size
+        return found
 
     def _bits(self, *tensors: Input | None) -> Iterator[tuple[int, list[Bits]]]:
         """(start, bits of each tensor, zeros where it is None) over flat tensors, in pieces and one dtype."""
@@ -133,23 +162,32 @@ class FactStore:
 
         return self._once(("histogram", base, source), compute)  # type: ignore[no-any-return]
 
-    def trim(self, pairs: tuple[Pair, ...], here: int, density: float) -> tuple[float, int]:
+    def trim(self, pairs: tuple[Pair, ...], here: int, density: float) -> Kept:
         """Threshold and last index (see `Facts.trim`) over the concatenation of `pairs`, for the tensor `here`."""
         if density <= 0:
             return math.inf, -1
-        found: Cut | None = self._once(("cut", pairs, density), lambda: self._cut(pairs, density), self._limit)
-        if found is None:
+        total = sum(self.histogram(*pair).total for pair in pairs)
+        return self._largest(pairs, here, kept_count(total, density), total)
+
+    def band(self, pair: Pair, density: float, gamma: float) -> tuple[Kept, Kept]:
+        """See `Facts.band`."""
+        total = self.histogram(*pair).total
+        outliers, inside = (self._largest((pair,), 0, n, total) for n in band_counts(total, density, gamma))
+        return outliers, inside
+
+    def _largest(self, pairs: tuple[Pair, ...], here: int, keep: int, total: int) -> Kept:
+        """What keeps the `keep` largest magnitudes of all."""
+        if keep <= 0:
+            return math.inf, -1
+        if keep >= total:
             return -1.0, -1
+        found: Cut = self._once(("cut", pairs, keep), lambda: self._cut(pairs, keep), self._limit)
         pair, bits, stay = pairs[here], found.bits, found.stay[here]
         last = self._once(("last", pair, bits, stay), lambda: last_index(self._parts(pair), bits, stay), self._limit)
         return found.threshold, last
 
-    def _cut(self, pairs: tuple[Pair, ...], density: float) -> Cut | None:
-        """None where everything stays."""
-        histograms = [self.histogram(*pair) for pair in pairs]
-        total = sum(h.total for h in histograms)
-        keep = kept_count(total, density)
-        return cut([self._parts(pair) for pair in pairs], histograms, keep) if keep < total else None
+    def _cut(self, pairs: tuple[Pair, ...], keep: int) -> Cut:
+        return cut([self._parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], keep)
 
     def dot(self, base: Input | None, left: Input, right: Input) -> float:
         """Inner product of two tensors, or of their deltas where `base` is given; float64."""
@@ -163,6 +201,32 @@ class FactStore:
             return math.fsum(sums)
 
         return self._once(("dot", base, *sorted((left, right), key=str)), compute)  # type: ignore[no-any-return]
+
+    def products(
+        self, base: Input | None, left: Input, right: Input, shape: tuple[int, ...], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        """Inner products of two tensors (of their deltas where `base` is given) vector by vector, flat float64.
+
+        Args:
+            base, left, right: The tensors.
+            shape: Theirs.
+            along: As in `Facts.products`.
+        """
+
+        def compute() -> Tensor:
+            columns, length = math.prod(shape[1:]), shape[-1]
+            ours, one, other = (None if tensor is None else self.flat(tensor) for tensor in (base, left, right))
+            found = torch.zeros(columns if along == "columns" else math.prod(shape[:-1]), dtype=torch.float64)
+            for start, stop in chunks(math.prod(shape), max(1, columns, CHUNK // max(1, columns) * columns)):
+                a, b = (_apart(tensor[start:stop], ours, start) for tensor in (one, other) if tensor is not None)
+                if along == "columns":
+                    found += (a * b).view(-1, columns).sum(0)
+                else:
+                    found[start // length : stop // length] = (a * b).view(-1, length).sum(1)
+            return found
+
+        key = ("products", base, *sorted((left, right), key=str), along)
+        return self._once(key, compute)  # type: ignore[no-any-return]
 
     def variance(self, base: Input | None, source: Input, columns: int | None) -> Tensor:
         """Population variance of a delta: [1], or [rows] with `columns` given; float64."""
@@ -181,11 +245,82 @@ class FactStore:
 
         return self._once(("variance", base, source, columns), compute)  # type: ignore[no-any-return]
 
+    def levels(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
+        """See `Facts.levels`, of elements start..stop: uint8, flat."""
+        step = max(1, SEGMENT // columns) * columns
+        found = []
+        for first in range(start // step * step, stop, step):
+            segment = self._segment(base, source, columns, first, first + step)
+            found.append(segment[max(start - first, 0) : stop - first])
+        return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, np.uint8)])
+
+    def _segment(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
+        """The levels of whole rows."""
+
+        def compute() -> tuple[Tensor]:
+            delta = self.flat(source)[start:stop].float()
+            if base is not None:
+                delta = delta - self.flat(base)[start:stop].float()
+            return (torch.from_numpy(levels_of(delta.abs().view(-1, columns).numpy()).reshape(-1)),)
+
+        key = ("levels", base, source, columns, start)
+        return self._latest.get(key, lambda: self.remember(key, compute)[0].numpy())
+
+    def selection(self, base: Input, sources: tuple[Input, ...], fraction: float) -> tuple[Kept, list[float]]:
+        """See `Facts.selection`."""
+        if fraction >= 1.0:
+            return (-1.0, -1), [self.dot(base, source, source) for source in sources]
+        rows = partial(self.rows, (base, *sources))
+        spread: Spread = self._once(("spread", base, sources), lambda: count_spread(rows, len(sources)))
+        found: tuple[Kept, list[float]] = self._once(
+            ("selection", base, sources, fraction), lambda: select(rows, spread, fraction), self._limit
+        )
+        return found
+
+    def importance(self, base: Input, source: Input, columns: int) -> tuple[Tensor, float]:
+        """See `Facts.importance`, of all rows."""
+        step = max(1, _LOOK // columns) * columns
+        size = self.flat(source).numel()
+
+        def rows() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for start, stop in chunks(size, step):
+                theirs, ours = (self.flat(tensor)[start:stop].float().view(-1, columns) for tensor in (source, base))
+                yield start, theirs, ours
+
+        def compute() -> tuple[Tensor, float]:
+            factors = arcee_fusion.relative(
+                torch.cat([arcee_fusion.divergence(theirs, ours) for _, theirs, ours in rows()])
+            )
+
+            def scores() -> Iterator[tuple[int, NDArray[np.float32]]]:
+                for start, theirs, ours in rows():
+                    first = start // columns
+                    here = factors[first : first + theirs.shape[0]]
+                    yield start, theirs.sub(ours).abs_().mul_(here).reshape(-1).numpy()
+
+            return factors, arcee_fusion.threshold(values_at(scores, size, arcee_fusion.quartile_ranks(size)))
+
+        return self._once(("importance", base, source, columns), compute)  # type: ignore[no-any-return]
+
+
+def _apart(tensor: Tensor, base: Tensor | None, start: int) -> Tensor:
+    """A part of a tensor, or of its delta, float64; the delta is rounded to float32 first, as everywhere."""
+    values = tensor.float()
+    return (values if base is None else values - base[start : start + values.numel()].float()).double()
+
 
 def _bits_of(tensor: Tensor) -> Bits:
     """The bits of bfloat16 or float32 elements, in place where they lie on even addresses."""
     bits = tensor.view(torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32).numpy()
     return bits if bits.flags.aligned else bits.copy()
+
+
+def _pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
+    if index >= 0:
+        return sources[index]
+    if base is None:
+        raise ValueError("an operation without a base has no base to multiply")
+    return base
 
 
 @dataclass(frozen=True)
@@ -196,13 +331,14 @@ class OperationFacts:
         store: Where whole-tensor facts are kept.
         base: The base's tensor.
         sources: The sources' tensors.
-        columns: Row length of the tensor (its size over its first dimension).
+        columns: Row length of the tensor: its size over its first dimension, or its size where it is a vector.
         output: Name of the output tensor, which seeds the random field.
         seed: The recipe's seed.
         family: The operation's tensors and its fellows' for `scope: model`: one (base, sources) per tensor, in order.
         shape: Shape of the block.
         start: Flat index of its first element.
-        cuts: The trims of this operation that were asked for already.
+        cuts: What of this operation was asked for already.
+        whole: Shape of the tensor.
     """
 
     store: FactStore
@@ -214,7 +350,8 @@ class OperationFacts:
     family: Members = ()
     shape: tuple[int, ...] = ()
     start: int = 0
-    cuts: dict[tuple[int, float, Scope], tuple[float, int]] = field(default_factory=dict)
+    cuts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    whole: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -228,38 +365,76 @@ class OperationFacts:
     def _members(self, scope: Scope) -> Members:
         return self.family if scope == "model" else ((self.base, self.sources),)
 
-    def trim(self, source: int, density: float, scope: Scope = "tensor") -> tuple[float, int]:
-        key = (source, density, scope)
-        if key not in self.cuts:
+    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Kept:
+        def find() -> Kept:
             members = self._members(scope)
             here = members.index((self.base, self.sources))
-            pairs = tuple((base, sources[source]) for base, sources in members)
-            self.cuts[key] = self.store.trim(pairs, here, density)
-        return self.cuts[key]
+            return self.store.trim(tuple((base, sources[source]) for base, sources in members), here, density)
+
+        return self._asked(("trim", source, density, scope), find)
+
+    def band(self, source: int, density: float, gamma: float) -> tuple[Kept, Kept]:
+        pair = (self.base, self.sources[source])
+        return self._asked(("band", source, density, gamma), lambda: self.store.band(pair, density, gamma))
+
+    def selection(self, fraction: float) -> tuple[Kept, list[float]]:
+        base, *sources = self.inputs([-1, *range(len(self.sources))])
+        return self._asked(("selection", fraction), lambda: self.store.selection(base, tuple(sources), fraction))
+
+    def _asked(self, key: tuple[Any, ...], find: Callable[[], T]) -> T:
+        """The answer to a question of this operation; asked of the store once."""
+        if key not in self.cuts:
+            self.cuts[key] = find()
+        answer: T = self.cuts[key]
+        return answer
 
     def magnitudes(self, source: int) -> Histogram:
         """The magnitudes of a source's delta, counted."""
         return self.store.histogram(self.base, self.sources[source])
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
-        def pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
-            if index >= 0:
-                return sources[index]
-            if base is None:
-                raise ValueError("an operation without a base has no base to multiply")
-            return base
-
         return math.fsum(
-            self.store.dot(base if of == "deltas" else None, pick(base, sources, left), pick(base, sources, right))
+            self.store.dot(base if of == "deltas" else None, _pick(base, sources, left), _pick(base, sources, right))
             for base, sources in self._members(scope)
         )
+
+    def products(
+        self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        one, other = (_pick(self.base, self.sources, index) for index in (left, right))
+        shape = self.whole if len(self.whole) > 1 else (1, self.size)
+        along = along if len(self.whole) > 1 else "rows"
+        found = self.store.products(self.base if of == "deltas" else None, one, other, shape, along)
+        if along == "columns":
+            return found.view(1, -1, 1)
+        vectors = math.prod(shape[1:-1])
+        return self._rows_here(found.view(-1, vectors, 1))
 
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
         if scope == "tensor":
             return self.store.variance(self.base, self.sources[source], None)
-        rows = self.store.variance(self.base, self.sources[source], self.columns)
+        return self._rows_here(self.store.variance(self.base, self.sources[source], self.columns)).unsqueeze(1)
+
+    def importance(self, source: int) -> tuple[Tensor, float]:
+        base, theirs = self.inputs([-1, source])
+        factors, threshold = self.store.importance(base, theirs, max(1, self.columns))
+        return self._rows_here(factors), threshold
+
+    def _rows_here(self, each: Tensor) -> Tensor:
         first = self.start // self.columns if self.columns else 0
-        return rows[first : first + self.shape[0]].unsqueeze(1)
+        return each[first : first + self.shape[0]]
+
+    def levels(self, source: int) -> Tensor:
+        stop = self.start + math.prod(self.shape)
+        found = self.store.levels(self.base, self.sources[source], max(1, self.columns), self.start, stop)
+        return torch.from_numpy(found).view(self.shape)
+
+    def field(self, source: int) -> Tensor:
+        numbers = uniform16(self.key(source), self.start, math.prod(self.shape))
+        return torch.from_numpy(numbers.astype(np.int32)).view(self.shape)
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return self.store.remember((key, self.base, self.sources), compute)
 
     def key(self, source: int) -> tuple[int, int]:
         """The key of a source's random field for this tensor."""

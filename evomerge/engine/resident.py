@@ -25,6 +25,7 @@ from evomerge.engine.plan import Plan
 from evomerge.errors import CandidateError
 
 _SKELETONS = 4
+_ROOM = 1 << 30  # bytes for what methods keep between candidates: singular vectors, ranks
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Resident:
     def __init__(
         self, checkpoints: Mapping[str, Checkpoint], dtype: torch.dtype | None = None, device: str = "cpu"
     ) -> None:
-        self.store = FactStore(checkpoints)
+        self.store = FactStore(checkpoints, room=_ROOM)
         self._dtype = dtype
         self._device = torch.device(device)
         self._skeletons: OrderedDict[str, nn.Module] = OrderedDict()

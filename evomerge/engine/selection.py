@@ -8,7 +8,7 @@ finds the index up to which elements equal to it are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,7 +97,7 @@ class Cut:
 
 
 def cut(parts: list[Parts], histograms: list[Histogram], keep: int) -> Cut:
-    """Where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` < their total.
+    """Where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` <= their total.
 
     At equal magnitude the earlier tensor, and within it the lower index, stays.
     """
@@ -140,13 +140,7 @@ def top(
         density: 0 gives (inf, -1), 1 gives (-1, -1).
         near: Bits of two magnitudes between which the threshold nearly surely is: it is then found in one look.
     """
-    if size <= _HELD:
-        whole = np.empty(size, dtype=np.float32)
-        for start, values in scores():
-            whole[start : start + values.size] = values
-        parts = partial(_from_zero, lambda: iter([(0, whole)]))
-    else:
-        parts = partial(_from_zero, scores)
+    parts = _scores(scores, size)
     if near is not None and near[1] - near[0] < _NEAR:
         found = _cut_near(parts, density, *near)
         if found is not None:
@@ -157,8 +151,8 @@ def top(
         return math.inf, -1
     if keep >= histogram.total:
         return -1.0, -1
-    cut_ = cut([parts], [histogram], keep)
-    return cut_.threshold, last_index(parts, cut_.bits, cut_.stay[0])
+    found_cut = cut([parts], [histogram], keep)
+    return found_cut.threshold, last_index(parts, found_cut.bits, found_cut.stay[0])
 
 
 def _cut_near(parts: Parts, density: float, low: int, high: int) -> tuple[float, int] | None:
@@ -177,9 +171,9 @@ def _cut_near(parts: Parts, density: float, low: int, high: int) -> tuple[float,
         return -1.0, -1
     if not above < keep <= above + int(counts.sum()):
         return None
-    at, rank = _rank(counts, keep - above)
-    found = Cut(low + at, (rank,))
-    return found.threshold, last_index(parts, found.bits, rank)
+    at, place = rank_from_top(counts, keep - above)
+    found = Cut(low + at, (place,))
+    return found.threshold, last_index(parts, found.bits, place)
 
 
 def sample_bracket(population: Histogram, density: float, chance: float, factor: float) -> tuple[int, int]:
@@ -211,6 +205,23 @@ def _bracket(population: Histogram, density: float, chance: float) -> tuple[int,
     return low, min(high, _INFINITY)
 
 
+def values_at(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, ranks: Sequence[int]) -> list[float]:
+    """The scores at these ranks, counted from the largest (1) down; `scores` and `size` as for `top`."""
+    parts = _scores(scores, size)
+    histogram = count(parts, FINE)
+    return [cut([parts], [histogram], rank).threshold for rank in ranks]
+
+
+def _scores(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int) -> Parts:
+    """Scores as differences from 0, held where they are few enough."""
+    if size > _HELD:
+        return partial(_from_zero, scores)
+    whole = np.empty(size, dtype=np.float32)
+    for start, values in scores():
+        whole[start : start + values.size] = values
+    return partial(_from_zero, lambda: iter([(0, whole)]))
+
+
 def _from_zero(scores: Callable[[], Iterator[tuple[int, Floats]]]) -> Iterator[tuple[int, Bits, Bits]]:
     """Scores as differences from 0, in parts that the caches hold."""
     zeros = np.zeros(_PART, dtype=np.uint32)
@@ -238,7 +249,7 @@ def _split(
         total += counts
         used = counts.nonzero()[0]
         found.append(dict(zip(used.tolist(), counts[used].tolist(), strict=True)))
-    lower, rank = _rank(total, wanted)
+    lower, rank = rank_from_top(total, wanted)
     return lower, rank, [counts.get(lower, 0) for counts in found]
 
 
@@ -250,11 +261,11 @@ def _bin_of(histograms: list[Histogram], keep: int) -> tuple[int, int]:
         bins, where = np.unique(np.concatenate([h.bins for h in histograms]), return_inverse=True)
         counts = np.zeros(len(bins), dtype=np.int64)
         np.add.at(counts, where, np.concatenate([h.counts.astype(np.int64) for h in histograms]))
-    at, rank = _rank(counts, keep)
+    at, rank = rank_from_top(counts, keep)
     return int(bins[at]), rank
 
 
-def _rank(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
+def rank_from_top(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
     """Counting from the top: the bin of the `wanted`-th element, and its rank within that bin."""
     from_top = counts[::-1].cumsum()
     position = int(np.searchsorted(from_top, wanted))

@@ -12,6 +12,7 @@ from evomerge.errors import TaskError
 from evomerge.evaluation.backends import BackendName
 from evomerge.evaluation.metrics import item_scores
 from evomerge.evaluation.native import NativeBackend
+from evomerge.evaluation.prefixes import Depths, Prefixes
 from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.evaluation.scores import ItemScores
@@ -29,7 +30,9 @@ class Backend(Protocol):
     def prepare(self, model: Any) -> None:
         """Gets to know the model as it is now; called before every score."""
 
-    def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
+    def respond(
+        self, model: Any, requests: Requests, indices: Sequence[int], depths: Depths = ()
+    ) -> list[list[list[Any]]]:
         """The responses of the model: for each item, for each of its instances, one per repeat."""
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
@@ -43,12 +46,13 @@ class Evaluator:
         tasks: From `load_tasks`.
         tokenizer: The models' tokenizer.
         config: The models' config (for the vocabulary and the length of the context).
-        batch_tokens: Tokens in a batch, fixed for the whole run.
+        batch_tokens: Tokens in a batch, fixed for the whole run; None for what suits the device.
         max_length: Longest input in tokens; the model's context if None.
         apply_chat_template: Whether prompts are rendered as conversations.
         fewshot_as_multiturn: Whether each example is a turn of its own; None for where a chat template is applied.
         system_instruction: What every prompt begins with.
         backend: "native"; "hf" for lm-eval's HFLM itself; "vllm" for lm-eval's VLLM on a live engine.
+        reuse_prefixes: Whether hidden states of layers that candidates share are kept (needs `depths` in `score`).
 
     Raises:
         TaskError: The tokenizer lacks what the tasks need, or a task's requests cannot be built.
@@ -60,12 +64,13 @@ class Evaluator:
         tokenizer: Any,
         config: Any,
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         max_length: int | None = None,
         apply_chat_template: bool = False,
         fewshot_as_multiturn: bool | None = None,
         system_instruction: str | None = None,
         backend: BackendName = "native",
+        reuse_prefixes: bool = True,
     ) -> None:
         from lm_eval.models.utils import resolve_max_length
 
@@ -78,10 +83,11 @@ class Evaluator:
             self.encoder.require_chat_template()
         self._requests: dict[str, Requests] = {}
         self._hashes: dict[str, tuple[str, ...]] = {}
+        self.prefixes = Prefixes() if reuse_prefixes and backend == "native" else None
         self._backend: Backend
         if backend == "native":
             text = getattr(config, "text_config", None) or config
-            self._backend = NativeBackend(self.encoder, int(text.vocab_size), batch_tokens)
+            self._backend = NativeBackend(self.encoder, int(text.vocab_size), batch_tokens, self.prefixes)
         elif backend == "hf":
             from evomerge.evaluation.hf import HFBackend
 
@@ -108,12 +114,14 @@ class Evaluator:
         """
         self._backend.prepare(model)
 
-    def score(self, model: Any, selection: Selection | None = None) -> dict[str, ItemScores]:
+    def score(self, model: Any, selection: Selection | None = None, depths: Depths = ()) -> dict[str, ItemScores]:
         """Scores a model.
 
         Args:
             model: A causal language model of transformers, in evaluation mode.
             selection: Task to positions of its items, in the order in which the scores should come; all items if None.
+            depths: For each layer the identity of the hidden states before it (`engine.prefix.depth_digests`), so that
+                layers which this model shares with one scored before need not be run again.
 
         Returns:
             Task to per-item scores.
@@ -129,11 +137,16 @@ class Evaluator:
                 raise TaskError(f"task {task!r}: no items are selected, so there is nothing to score")
             requests = self.requests(task)
             instances = requests.fresh(indices)
-            for group, answers in zip(instances, self._backend.respond(model, requests, indices), strict=True):
+            for group, answers in zip(instances, self._backend.respond(model, requests, indices, depths), strict=True):
                 for instance, responses in zip(group, answers, strict=True):
                     instance.resps.extend(responses)
             scores[task] = item_scores(self._task(task), indices, instances)
         return scores
+
+    def expect(self, depths: Depths) -> None:
+        """Announces the model that will be scored after the next one: what both share is kept."""
+        if self.prefixes is not None:
+            self.prefixes.expect(depths)
 
     def requests(self, task: str) -> Requests:
         """What the task asks, built on first use."""

@@ -7,9 +7,11 @@ values leave the cache. Whatever is not plain greedy decoding goes to transforme
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +23,17 @@ from lm_eval.models.utils import (
 )
 
 from evomerge.errors import CandidateError, TaskError
+from evomerge.evaluation.forward import Forward, forwarding
 from evomerge.evaluation.requests import Encoder
-from evomerge.evaluation.scorer import head_at
 
+BATCH_TOKENS = 4096
+"""Tokens of prompts in a batch where nobody says how many."""
 MAX_ROWS = 128
 """Rows decoded together at most."""
+MIN_SHARED = 32
+"""Tokens that the prompts of a batch must start with for these to be read on their own."""
+MIN_ROWS = 8
+"""Rows decoded together at least, if there are as many: every step reads all the weights, however few the rows."""
 SAMPLING_SEED = 1234
 """Where a task samples: the same draw for every candidate."""
 
@@ -77,12 +85,12 @@ class Generator:
 
     Args:
         encoder: Turns texts into tokens.
-        batch_tokens: Tokens of prompts in a batch, padding counted.
+        batch_tokens: Tokens of prompts in a batch, padding counted; None for a number that suits.
     """
 
-    def __init__(self, encoder: Encoder, batch_tokens: int) -> None:
+    def __init__(self, encoder: Encoder, batch_tokens: int | None) -> None:
         self.encoder = encoder
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or BATCH_TOKENS
         self._prompts: dict[str, Prompt] = {}
 
     def respond(self, model: Any, instances: Sequence[Any], *, own_loop: bool) -> list[list[str]]:
@@ -99,19 +107,29 @@ class Generator:
         """
         prompts = [self._prompt(instance) for instance in instances]
         own_loop = own_loop and _plain(model.generation_config)
+        ours = [k for k, prompt in enumerate(prompts) if prompt.greedy and own_loop]
+        batches = self._batches(prompts, ours, self._rows(model, len(ours)))
+        with forwarding(model) as forward:
+            work = [partial(self._greedy, forward, [prompts[k] for k in batch]) for batch in batches]
+            texts = zip(batches, forward.spread(work), strict=True)
         answers: list[list[str]] = [[] for _ in instances]
-        for batch in self._batches(prompts):
-            first = prompts[batch[0]]
-            if first.greedy and own_loop:
-                texts = self._greedy(model, [prompts[k] for k in batch])
-            else:
-                # A greedy answer is the same every time; a sampled one is drawn for each repeat.
-                rows = [k for k in batch for _ in range(1 if first.greedy else instances[k].repeats)]
-                texts = self._generate(model, [prompts[k] for k in rows])
-                batch = rows
-            for k, text in zip(batch, texts, strict=True):
-                answers[k] += [text] * (instances[k].repeats if first.greedy else 1)
+        for batch, found in texts:
+            for k, text in zip(batch, found, strict=True):
+                answers[k] = [text] * instances[k].repeats
+        others = [k for k in range(len(prompts)) if k not in set(ours)]
+        for batch in self._batches(prompts, others, MAX_ROWS):
+            # A greedy answer is the same every time; a sampled one is drawn for each repeat.
+            again = {k: 1 if prompts[k].greedy else instances[k].repeats for k in batch}
+            rows = [k for k in batch for _ in range(again[k])]
+            for k, text in zip(rows, self._generate(model, [prompts[k] for k in rows]), strict=True):
+                answers[k] += [text] * (instances[k].repeats // again[k])
         return answers
+
+    def _rows(self, model: Any, prompts: int) -> int:
+        """Rows of a batch: as many as help, but on a CPU a batch for every thread where each still has enough rows."""
+        if next(model.parameters()).device.type != "cpu":
+            return MAX_ROWS
+        return min(MAX_ROWS, max(MIN_ROWS, -(-prompts // torch.get_num_threads())))
 
     def _prompt(self, instance: Any) -> Prompt:
         text, given = instance.args[0], instance.args[1]
@@ -140,16 +158,17 @@ class Generator:
         frozen = tuple(sorted((name, json.dumps(value, default=str)) for name, value in options.items()))
         return Prompt(tokens, tuple(until), limit, frozen)
 
-    def _batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Prompts of equal settings together, longest first."""
+    def _batches(self, prompts: Sequence[Prompt], chosen: Sequence[int], most: int) -> list[list[int]]:
+        """Chosen prompts of equal settings together, longest first, at most so many rows."""
         groups: dict[Any, list[int]] = {}
-        for k, prompt in enumerate(prompts):
+        for k in chosen:
+            prompt = prompts[k]
             groups.setdefault((prompt.until, prompt.limit, prompt.options), []).append(k)
         batches = []
         for group in groups.values():
             group.sort(key=lambda k: (-len(prompts[k].tokens), k))
             while group:
-                rows = max(1, min(MAX_ROWS, self.batch_tokens // len(prompts[group[0]].tokens)))
+                rows = max(1, min(most, self.batch_tokens // len(prompts[group[0]].tokens)))
                 batches.append(group[:rows])
                 group = group[rows:]
         return batches
@@ -158,61 +177,63 @@ class Generator:
         text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
         return str(postprocess_generated_text(text, list(until), None))
 
-    def _greedy(self, model: Any, prompts: Sequence[Prompt]) -> list[str]:
-        """Greedy decoding of a batch, in which rows that have stopped leave."""
+    def _greedy(self, forward: Forward, prompts: Sequence[Prompt]) -> list[str]:
+        """Greedy decoding of a batch, in which rows that have stopped leave.
+
+        What all prompts start with (the same examples) is read once, for one row.
+        """
         from transformers import DynamicCache
 
-        device = next(model.parameters()).device
-        ids, mask = (part.to(device) for part in self._pad(prompts))
-        position = mask.sum(dim=1, keepdim=True)
+        device, model = forward.device, forward.model
+        shared = _shared_prefix(prompts)
+        ids, mask = (part.to(device) for part in self._pad(prompts, shared))
+        places = shared + (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.config)
+        given = {_cache_name(model): cache, "use_cache": True}
+        if shared:
+            stem = torch.tensor([prompts[0].tokens[:shared]], device=device)
+            forward.logits(torch.tensor([shared - 1], device=device), input_ids=stem, **given)
+            cache.batch_repeat_interleave(len(prompts))
+            mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
+        inputs, position = ids, mask.sum(dim=1, keepdim=True)
         until, stop = prompts[0].until, self._stops(model, prompts[0].until)
         written: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))
-        cache = DynamicCache(config=model.config)
-        inputs, places = ids, (mask.cumsum(dim=1) - 1).clamp(min=0)
-        with torch.inference_mode():
-            for _ in range(prompts[0].limit):
-                last = torch.arange(1, len(rows) + 1, device=device) * inputs.shape[1] - 1
-                with head_at(model, last):
-                    output = model(
-                        input_ids=inputs,
-                        attention_mask=mask,
-                        position_ids=places,
-                        past_key_values=cache,
-                        use_cache=True,
-                    )
-                logits = output.logits.reshape(-1, output.logits.shape[-1]).float()
-                best = logits[-len(rows) :].max(dim=-1) if len(logits) == len(rows) else logits[last].max(dim=-1)
-                if not bool(torch.isfinite(best.values).all()):
-                    raise CandidateError("the model's logits are not finite, so it has no score")
-                tokens = best.indices
-                keep = []
-                for k, token in enumerate(tokens.tolist()):
-                    written[rows[k]].append(token)
-                    if not stop.after(written[rows[k]]):
-                        keep.append(k)
-                if not keep:
-                    break
-                if len(keep) < len(rows):
-                    index = torch.tensor(keep, device=device)
-                    cache.batch_select_indices(index)
-                    tokens, mask, position = tokens[index], mask[index], position[index]
-                    rows = [rows[k] for k in keep]
-                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-                inputs, places = tokens[:, None], position
-                position = position + 1
+        for _ in range(prompts[0].limit):
+            last = torch.arange(1, len(rows) + 1, device=device) * inputs.shape[1] - 1
+            logits = forward.logits(last, input_ids=inputs, attention_mask=mask, position_ids=places, **given)
+            best = logits.max(dim=-1)
+            if not bool(torch.isfinite(best.values).all()):
+                raise CandidateError("the model's logits are not finite, so it has no score")
+            tokens = best.indices
+            keep = []
+            for k, token in enumerate(tokens.tolist()):
+                written[rows[k]].append(token)
+                if not stop.after(written[rows[k]]):
+                    keep.append(k)
+            if not keep:
+                break
+            if len(keep) < len(rows):
+                index = torch.tensor(keep, device=device)
+                cache.batch_select_indices(index)
+                tokens, mask, position = tokens[index], mask[index], position[index]
+                rows = [rows[k] for k in keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            inputs, places = tokens[:, None], position
+            position = position + 1
         return [self._finish(tokens, until) for tokens in written]
 
-    def _pad(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded prompts [B, L] and their attention mask."""
+    def _pad(self, prompts: Sequence[Prompt], start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded prompts [B, L], from their token `start` on, and their attention mask."""
         tokenizer = self.encoder.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.encoder.prefix_token_id
-        length = max(len(prompt.tokens) for prompt in prompts)
+        texts = [prompt.tokens[start:] for prompt in prompts]
+        length = max(map(len, texts))
         ids = torch.full((len(prompts), length), pad, dtype=torch.long)
         mask = torch.zeros((len(prompts), length), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
-            mask[row, length - len(prompt.tokens) :] = 1
+        for row, text in enumerate(texts):
+            ids[row, length - len(text) :] = torch.tensor(text)
+            mask[row, length - len(text) :] = 1
         return ids, mask
 
     def _stops(self, model: Any, until: Sequence[str]) -> _Stops:
@@ -244,6 +265,19 @@ class Generator:
                 **options,
             )
         return [self._finish(row, first.until) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls its cache: transformers renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _shared_prefix(prompts: Sequence[Prompt]) -> int:
+    """Tokens that all prompts start with, where they are worth a pass of their own; a prompt keeps its last token."""
+    first, last = min(prompt.tokens for prompt in prompts), max(prompt.tokens for prompt in prompts)
+    shortest = min(len(prompt.tokens) for prompt in prompts)
+    shared = next((k for k in range(shortest - 1) if first[k] != last[k]), shortest - 1)
+    return shared if len(prompts) > 1 and shared >= MIN_SHARED else 0
 
 
 def _plain(config: Any) -> bool:

@@ -23,13 +23,13 @@ class HFBackend:
     Args:
         tokenizer: The models' tokenizer.
         max_length: Longest input in tokens.
-        batch_tokens: HFLM batches by rows; a batch has as many as would fill this with 128 tokens each.
+        batch_tokens: HFLM batches by rows; a batch has as many as would fill this with 128 tokens each (None: 32 rows).
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, batch_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, batch_tokens: int | None) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.batch_size = max(1, batch_tokens // 128)
+        self.batch_size = max(1, (batch_tokens or 4096) // 128)
 
     def prepare(self, model: Any) -> None:
         """Asks for one log-likelihood: generated text does not show that it was drawn from NaN.
@@ -40,7 +40,9 @@ class HFBackend:
         with quiet():
             ask(self._lm(model), PROBE, [0])
 
-    def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
+    def respond(
+        self, model: Any, requests: Requests, indices: Sequence[int], depths: Sequence[str] = ()
+    ) -> list[list[list[Any]]]:
         """The model's responses: for each item, for each instance, one per repeat.
 
         Raises:

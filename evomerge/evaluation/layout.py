@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
@@ -91,7 +92,7 @@ class Layout:
         """Tokens to compute, padding counted."""
         return sum(batch.input_ids.size for batch in self.batches)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identity of the layout: equal digests give equal rounding."""
         content = blake2b(digest_size=16)

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
+import torch
+
 from evomerge.errors import TaskError
 from evomerge.evaluation.generation import Generator
 from evomerge.evaluation.layout import Layout
+from evomerge.evaluation.prefixes import Depths, Prefixes
 from evomerge.evaluation.requests import Encoder, Pair, Requests
 from evomerge.evaluation.scorer import TreeScorer
 
@@ -29,12 +32,15 @@ class NativeBackend:
     Args:
         encoder: Turns texts into tokens.
         vocabulary: Size of the models' vocabulary.
-        batch_tokens: Tokens in a batch, padding counted.
+        batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
+        prefixes: Keeps hidden states between candidates; None to start from the tokens.
     """
 
-    def __init__(self, encoder: Encoder, vocabulary: int, batch_tokens: int) -> None:
+    def __init__(
+        self, encoder: Encoder, vocabulary: int, batch_tokens: int | None, prefixes: Prefixes | None = None
+    ) -> None:
         self.encoder = encoder
-        self.scorer = TreeScorer(vocabulary, encoder.max_length, batch_tokens)
+        self.scorer = TreeScorer(vocabulary, encoder.max_length, batch_tokens, prefixes)
         self.generator = Generator(encoder, batch_tokens)
         self._pairs: dict[tuple[str, int], list[list[Pair]]] = {}
         self._layouts: OrderedDict[tuple[str, tuple[int, ...], bool | None], Layout] = OrderedDict()
@@ -47,7 +53,9 @@ class NativeBackend:
         """
         self.scorer.prepare(model)
 
-    def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
+    def respond(
+        self, model: Any, requests: Requests, indices: Sequence[int], depths: Depths = ()
+    ) -> list[list[list[Any]]]:
         """The model's responses: for each item, for each instance, one per repeat.
 
         Raises:
@@ -55,14 +63,16 @@ class NativeBackend:
             TaskError: A request that no model can answer.
         """
         asked = [(index, k) for index in indices for k in range(len(requests.by_item[index]))]
-        answers = self._loglikelihoods(model, requests, indices) | self._generated(model, requests, asked)
+        answers = self._loglikelihoods(model, requests, indices, depths) | self._generated(model, requests, asked)
         return [[answers[index, k] for k in range(len(requests.by_item[index]))] for index in indices]
 
-    def _loglikelihoods(self, model: Any, requests: Requests, indices: Sequence[int]) -> dict[Place, Any]:
+    def _loglikelihoods(
+        self, model: Any, requests: Requests, indices: Sequence[int], depths: Depths
+    ) -> dict[Place, Any]:
         answers: dict[Place, Any] = {}
         if not any(_scores(instance) for index in indices for instance in requests.by_item[index]):
             return answers
-        scored = self.scorer.score(model, self.layout(requests, indices))
+        scored = self.scorer.score(model, self.layout(requests, indices), depths)
         start = 0
         for index in indices:
             pairs = self._encoded(requests, index)
@@ -96,9 +106,11 @@ class NativeBackend:
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of the batches."""
         instances = [instance for index in indices for instance in requests.by_item[index]]
-        content = blake2b(repr((tuple(indices), self.generator.batch_tokens)).encode(), digest_size=16)
+        content = blake2b(repr(tuple(indices)).encode(), digest_size=16)
         if any(_scores(instance) for instance in instances):
             content.update(self.layout(requests, indices).digest.encode())
+        if not all(_scores(instance) for instance in instances):  # each thread decodes rows of its own
+            content.update(repr((self.generator.batch_tokens, torch.get_num_threads())).encode())
         return content.hexdigest()
 
     def _encoded(self, requests: Requests, index: int) -> list[list[Pair]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,18 @@ import numpy.typing as npt
 import torch
 
 from evomerge.errors import CandidateError, TaskError
+from evomerge.evaluation.forward import Forward, forwarding, head_is_last
 from evomerge.evaluation.layout import Batch, Layout, pack, tree_of
+from evomerge.evaluation.prefixes import Depths, Prefixes, can_be_entered, score_from
 from evomerge.evaluation.requests import Pair
 
 log = logging.getLogger(__name__)
 
 MAX_LOGITS = 2**26
 """Upper bound of logits (positions times vocabulary) held at once."""
-_CHUNK_LOGITS = 2**20
+CPU_STATES, CPU_TOKENS, GPU_TOKENS = 2**18, (512, 4096), 8192
+"""Where nobody says how many tokens a batch has: numbers in a hidden state of all of them, and the bounds; on a GPU."""
+_CHUNK_LOGITS = 2**19
 """Logits turned to float32 at a time, so that they stay in the cache."""
 
 
@@ -43,14 +47,20 @@ class TreeScorer:
     Args:
         vocabulary: Size of the model's vocabulary.
         max_length: The longest input; a longer one loses tokens on its left, as in HFLM.
-        batch_tokens: Tokens in a batch, padding counted.
+        batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
+        prefixes: Keeps hidden states between models that share their first layers; None to start from the tokens.
     """
 
-    def __init__(self, vocabulary: int, max_length: int, batch_tokens: int) -> None:
+    def __init__(
+        self, vocabulary: int, max_length: int, batch_tokens: int | None, prefixes: Prefixes | None = None
+    ) -> None:
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.batch_scored = max(1, MAX_LOGITS // vocabulary)
+        self.prefixes = prefixes
         self.trees: bool | None = None
+        self.head_is_last = False
+        self.most_tokens = CPU_TOKENS[0]
         self.window: int | None = None
 
     def prepare(self, model: Any) -> None:
@@ -61,7 +71,12 @@ class TreeScorer:
         """
         if self.trees is None:
             self.window = _attention_window(model.config)
-            self.trees = honours_trees(model)
+            self.most_tokens = _most_tokens(model)
+            with forwarding(model) as forward:
+                probes = [partial(head_is_last, forward), partial(honours_trees, forward)]
+                self.head_is_last, self.trees = forward.spread(probes)
+                if self.prefixes is not None and not forward.spread([partial(can_be_entered, model)])[0]:
+                    self.prefixes = None
 
     def layout(self, items: Sequence[Sequence[Pair]]) -> Layout:
         """Lays out the requests of some items: one list of (context, continuation) tokens per item.
@@ -83,29 +98,42 @@ class TreeScorer:
                 start += len(pairs)
         else:
             groups = [[k] for k in range(len(inputs))]
+        grown = [tree_of([inputs[k] for k in group], [targets[k] for k in group], group) for group in groups]
         return pack(
-            [tree_of([inputs[k] for k in group], [targets[k] for k in group], group) for group in groups],
+            grown,
             share_rows=trees,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=self._batch_tokens(sum(tree.size for tree in grown)),
             batch_scored=self.batch_scored,
         )
 
-    def score(self, model: Any, layout: Layout) -> Scored:
+    def _batch_tokens(self, tokens: int) -> int:
+        """Tokens in a batch: as many as suit the device, but not so few batches that a core has none."""
+        return self.batch_tokens or min(self.most_tokens, max(128, tokens // 4))
+
+    def score(self, model: Any, layout: Layout, depths: Depths = ()) -> Scored:
         """Runs the model over a layout.
+
+        Args:
+            model: The model.
+            layout: From `layout`.
+            depths: For each layer the identity of the hidden states before it, if they may be kept and used again.
 
         Raises:
             CandidateError: A logit that is needed is not finite.
         """
         sums = np.zeros(layout.requests)
         greedy = np.ones(layout.requests, dtype=np.bool_)
-        with torch.inference_mode():
-            for batch in layout.batches:
-                logits = scored_logits(model, batch)
-                rows, targets = torch.from_numpy(batch.rows), torch.from_numpy(batch.targets)
-                log_probs, best = _log_probs(logits, rows.to(logits.device), targets.to(logits.device))
-                sums += np.bincount(batch.requests, weights=log_probs, minlength=layout.requests)
-                greedy[batch.requests[~best]] = False
-                _break_ties(logits, batch, greedy)
+        with forwarding(model) as forward:
+            # The largest start first, so that the threads end together.
+            batches = sorted(layout.batches, key=lambda batch: -batch.input_ids.size)
+            pieces = [partial(score_batch, forward, batch, head_is_last=self.head_is_last) for batch in batches]
+            if self.prefixes is not None and depths:
+                results = score_from(self.prefixes, forward, depths, layout.digest, pieces)
+            else:
+                results = forward.spread(pieces)
+        for batch, (log_probs, best) in zip(batches, results, strict=True):
+            sums += np.bincount(batch.requests, weights=log_probs, minlength=layout.requests)
+            greedy[batch.requests[~best]] = False
         return Scored(sums, greedy)
 
 
@@ -117,6 +145,19 @@ def _groups(inputs: Sequence[Sequence[int]], requests: range) -> list[list[int]]
     return list(by_first.values())
 
 
+def _most_tokens(model: Any) -> int:
+    """Tokens in a batch.
+
+    On a CPU every core computes a batch of its own: large enough for the products to be fast, small enough for their
+    results to stay in the core's cache.
+    """
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device.type != "cpu":
+        return GPU_TOKENS
+    low, high = CPU_TOKENS
+    return min(high, max(low, CPU_STATES // int(embeddings.weight.shape[-1])))
+
+
 def _attention_window(config: Any) -> int | None:
     """The shortest attention window of any layer: beyond it, a mask of ours would show too much."""
     text = getattr(config, "text_config", None) or config
@@ -126,42 +167,14 @@ def _attention_window(config: Any) -> int | None:
     return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
 
-@contextlib.contextmanager
-def head_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Has the model's head see only some flat positions (row * L + column) of the hidden states, as one row [1, r].
-
-    A pre-hook on the head picks them, so whatever a model does to its logits after the head (scaling, soft caps) is
-    done to them as well. A model without an output embedding module gives all its logits.
-    """
-
-    def pick(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden = args[0]
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)[None], *args[1:]
-
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def scored_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits [r, V] at the scored positions of a batch, the head applied nowhere else."""
+def batch_inputs(batch: Batch, model: Any) -> dict[str, Any]:
+    """What the model is called with for a batch."""
     device = next(model.parameters()).device
-    scored = torch.from_numpy(batch.scored).to(device)
-    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.input_ids).to(device)}
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.input_ids).to(device), "use_cache": False}
     if not batch.plain:
         inputs["position_ids"] = torch.from_numpy(batch.position_ids).to(device)
         inputs["attention_mask"] = _mask(torch.from_numpy(batch.ends).to(device), model.dtype)
-
-    with head_at(model, scored):
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    logits = logits.reshape(-1, logits.shape[-1])
-    return logits if len(logits) == len(scored) else logits.index_select(0, scored)
+    return inputs
 
 
 def _mask(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -172,32 +185,64 @@ def _mask(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
+def score_batch(
+    forward: Forward, batch: Batch, *, head_is_last: bool
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Log-probability of every scored token of a batch, and whether greedy decoding would give it.
+
+    Raises:
+        CandidateError: A logit that is needed is not finite.
+    """
+    positions = torch.from_numpy(batch.scored).to(forward.device)
+    found, greedy, start = [], [], 0
+    for logits in forward.chunks(positions, head_is_last=head_is_last, **batch_inputs(batch, forward.model)):
+        span = slice(*np.searchsorted(batch.rows, (start, start + len(logits))))
+        rows = torch.from_numpy(batch.rows[span] - start).to(forward.device)
+        targets = torch.from_numpy(batch.targets[span]).to(forward.device)
+        log_probs, best = _log_probs(logits, rows, targets)
+        _break_ties(logits, rows, targets, best, batch.requests[span])
+        found.append(log_probs)
+        greedy.append(best)
+        start += len(logits)
+    return np.concatenate(found), np.concatenate(greedy)
+
+
 def _log_probs(
     logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Log-probability of each target, in float32, and whether no token is more likely. `rows` ascend."""
+    """Log-probability of each target, in float32, and whether no token is more likely.
+
+    The softmax itself is never written: each row's maximum and the sum of exponentials are found a few rows at a time.
+    """
     step = max(1, _CHUNK_LOGITS // logits.shape[1])
-    bounds = torch.searchsorted(rows, torch.arange(0, len(logits) + step, step, device=rows.device)).tolist()
-    parts = []
-    for k, chunk in enumerate(torch.split(logits, step)):
-        span = slice(bounds[k], bounds[k + 1])
-        parts.append(torch.log_softmax(chunk, dim=-1, dtype=torch.float32)[rows[span] - k * step, targets[span]])
-    log_probs = torch.cat(parts)
+    tops, sums = [], []
+    for part in torch.split(logits, step):
+        wide = part.float()
+        top = wide.amax(dim=-1, keepdim=True)
+        sums.append(torch.sub(wide, top).exp_().sum(dim=-1))
+        tops.append(top[:, 0])
+    top, normaliser = torch.cat(tops), torch.cat(sums).log_()
+    of_targets = logits[rows, targets].float()
+    log_probs = (of_targets - top[rows]) - normaliser[rows]
     if not bool(torch.isfinite(log_probs).all()):
         raise CandidateError("the model's logits are not finite, so it has no score")
-    best = logits[rows, targets] == logits.amax(dim=-1)[rows]
-    return log_probs.double().cpu().numpy(), best.cpu().numpy()
+    return log_probs.double().cpu().numpy(), (of_targets == top[rows]).cpu().numpy()
 
 
-def _break_ties(logits: torch.Tensor, batch: Batch, greedy: npt.NDArray[np.bool_]) -> None:
-    """Of equally likely tokens, greedy decoding takes the first: checks the requests that are still greedy."""
-    open_ = np.flatnonzero(greedy[batch.requests])
+def _break_ties(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    best: npt.NDArray[np.bool_],
+    requests: npt.NDArray[np.int64],
+) -> None:
+    """Of equally likely tokens, greedy decoding takes the first: looks where a request is still greedy."""
+    open_ = torch.from_numpy(np.flatnonzero(best & ~np.isin(requests, requests[~best]))).to(logits.device)
     if len(open_):
-        first = logits[torch.from_numpy(batch.rows[open_]).to(logits.device)].argmax(dim=-1).cpu().numpy()
-        greedy[batch.requests[open_[first != batch.targets[open_]]]] = False
+        best[open_.cpu().numpy()] = (logits[rows[open_]].argmax(dim=-1) == targets[open_]).cpu().numpy()
 
 
-def honours_trees(model: Any) -> bool:
+def honours_trees(forward: Forward) -> bool:
     """Whether the model gives a tree in a shared row the logits that its sequences have one by one.
 
     Models that have no attention mask (state-space models), that count positions themselves (ALiBi), or whose
@@ -206,6 +251,7 @@ def honours_trees(model: Any) -> bool:
     Raises:
         CandidateError: The model's logits are not finite.
     """
+    model = forward.model
     vocabulary = model.get_input_embeddings().num_embeddings
     draw = [(7919 * k + 13) % vocabulary for k in range(1, 65)]
     stem, long, short, other = draw[:8], draw[8:30], draw[30:41], draw[41:64]
@@ -214,15 +260,14 @@ def honours_trees(model: Any) -> bool:
     tree = tree_of(inputs[:2], targets[:2], [0, 1])
     lone = [tree_of([inputs[k]], [targets[k]], [k]) for k in range(3)]
     bounds = {"batch_tokens": 1024, "batch_scored": 1024}
-    with torch.inference_mode():
-        plain = _all_log_probs(model, pack(lone, share_rows=False, **bounds))
-        try:
-            shared = _all_log_probs(model, pack([lone[2], tree], share_rows=True, **bounds))
-        except CandidateError:
-            raise
-        except Exception as error:  # whatever a model does to a mask it cannot take
-            log.info("no shared prefixes: %s does not take tree masks (%s)", type(model).__name__, error)
-            return False
+    plain = _all_log_probs(forward, pack(lone, share_rows=False, **bounds))
+    try:
+        shared = _all_log_probs(forward, pack([lone[2], tree], share_rows=True, **bounds))
+    except CandidateError:
+        raise
+    except Exception as error:  # whatever a model does to a mask it cannot take
+        log.info("no shared prefixes: %s does not take tree masks (%s)", type(model).__name__, error)
+        return False
     errors = np.abs(plain - shared)
     exact = model.dtype == torch.float32
     honoured = bool(errors.max() < 1e-3) if exact else bool(errors.mean() < 0.05 and errors.max() < 0.5)
@@ -231,13 +276,11 @@ def honours_trees(model: Any) -> bool:
     return honoured
 
 
-def _all_log_probs(model: Any, layout: Layout) -> npt.NDArray[np.float64]:
+def _all_log_probs(forward: Forward, layout: Layout) -> npt.NDArray[np.float64]:
     """Log-probability of every target, by request and then by position in it."""
     found: list[tuple[int, int, float]] = []
     for batch in layout.batches:
-        rows, targets = torch.from_numpy(batch.rows), torch.from_numpy(batch.targets)
-        device = next(model.parameters()).device
-        log_probs, _ = _log_probs(scored_logits(model, batch), rows.to(device), targets.to(device))
+        log_probs, _ = score_batch(forward, batch, head_is_last=False)
         depths = batch.position_ids.reshape(-1)[batch.scored[batch.rows]]
         found += zip(batch.requests.tolist(), depths.tolist(), log_probs.tolist(), strict=True)
     return np.array([value for _, _, value in sorted(found)])

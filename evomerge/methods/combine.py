@@ -8,7 +8,8 @@ same bits as the tensor in one piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import RecipeError
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 SMALLEST_SUM = 1e-6
 """A sum of weights below this fraction of the sum of their magnitudes counts as zero."""
+
+ROUNDING = 1e-12
+"""How far from one the sum of coefficients that sum to one may be, for rounding in float64."""
+
+SMALLEST_LENGTH = 1e-30
+"""A vector shorter than this part of the longest has no direction: drawn out to their length it leaves float32."""
 
 
 def participants(settings: Settings) -> tuple[list[int], list[float]]:
@@ -106,6 +113,51 @@ def add_deltas(
     """
     tensors = [base_of(block), *(block.sources[i] for i in indices)]
     return affine(tensors, [1.0 - total, *coefficients], anchor)
+
+
+def add_up(block: Block, terms: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """θ0 + Σ ci δi, added in order; the deltas are used up."""
+    result = base_of(block).clone()
+    for delta, factor in terms:
+        result.add_(delta.mul_(factor))
+    return result
+
+
+def spanned(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Σ ci xi; where the coefficients sum to one but for float64 rounding, as exact as `affine`."""
+    if whole(math.fsum(coefficients)) == 1.0:
+        return affine(tensors, coefficients)
+    return weighted_sum(tensors, coefficients)
+
+
+def from_origin(block: Block, indices: Sequence[int], coefficients: Sequence[float]) -> Tensor:
+    """Σ ci xi, xi the weights of the sources; with a base θ0 + Σ ci δi."""
+    if block.base is not None:
+        return add_deltas(block, indices, coefficients, whole(math.fsum(coefficients)))
+    if not indices:
+        return weighted_sum(block.sources, [0.0] * len(block.sources))
+    return spanned([block.sources[i] for i in indices], coefficients)
+
+
+def origin_dot(block: Block, left: int, right: int) -> float:
+    """Inner product of two sources of `from_origin`: of their deltas where there is a base."""
+    return block.facts.dot(min(left, right), max(left, right), "weights" if block.base is None else "deltas")
+
+
+def to_unit(lengths: Sequence[float]) -> list[float]:
+    """The factors that make vectors unit vectors, from their lengths; 0 for those that have no direction."""
+    least = SMALLEST_LENGTH * max(lengths, default=0.0)
+    return [1.0 / length if length > least else 0.0 for length in lengths]
+
+
+def whole(total: float) -> float:
+    """A sum of float64 coefficients, free of rounding where the maths has it one."""
+    return 1.0 if abs(total - 1.0) <= ROUNDING else total
+
+
+def as_float32(weight: float) -> float:
+    """A number rounded to float32, as a Python number."""
+    return float(struct.unpack("f", struct.pack("f", weight))[0])
 
 
 def land(block: Block, indices: Sequence[int], update: Tensor) -> Tensor:

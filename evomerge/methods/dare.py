@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.methods.combine import add_deltas, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.combine import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
 from evomerge.methods.declaration import Block, Method, Settings
 from evomerge.methods.random_field import keep_threshold
 from evomerge.methods.shared_parameters import DENSITY, DROP_RATE, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
@@ -48,11 +48,9 @@ def merge(block: Block, settings: Settings) -> Tensor:
     parts = terms(settings)
     if all(chance >= 1.0 for _, _, chance in parts):
         return add_deltas(block, [i for i, _, _ in parts], [factor for _, factor, _ in parts], total)
-    result = base_of(block).clone()
-    for i, factor, chance in parts:
-        if chance > 0.0:
-            result.add_(dropped(block, i, chance, rescale=False).mul_(factor))
-    return result
+    return add_up(
+        block, ((dropped(block, i, chance, rescale=False), factor) for i, factor, chance in parts if chance > 0.0)
+    )
 
 
 def terms(settings: Settings) -> list[tuple[int, float, float]]:

@@ -7,7 +7,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Value = float | int | bool | str
 Granularity = Literal["element", "row", "tensor"]
 Scope = Literal["tensor", "model"]
+Cut = tuple[float, int]
+"""(threshold, last): scores above the threshold are kept, and those equal to it at a flat index of at most `last`."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,64 @@ class Facts(Protocol):
     All sums are accumulated in float64.
     """
 
-    def trim(self, source: int, density: float, scope: Scope = "tensor") -> tuple[float, int]:
+    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:
         """What keeps exactly the top floor(density · n) magnitudes of delta `source` (at least 1 when density > 0).
 
-        Returns:
-            (threshold, last): an element is kept when its magnitude is above the threshold, or equal to it at a flat
-            index (within the tensor) of at most `last`. A density of 0 gives (inf, -1).
+        A density of 0 gives (inf, -1).
         """
+        ...
+
+    def band(self, source: int, density: float, gamma: float) -> tuple[Cut, Cut]:
+        """As `trim`, after the floor(gamma · n) largest have been left out: (what is left out, that and what is kept).
+
+        Fewer are left out where the density does not leave so many.
+        """
+        ...
+
+    def levels(self, source: int) -> Tensor:
+        """Rank of each magnitude of delta `source` within its row, as `evomerge.methods.della.levels`: uint8."""
+        ...
+
+    def field(self, source: int) -> Tensor:
+        """The source's random numbers for this block, shaped like it: int32, uniform on 0 .. 65535."""
+        ...
+
+    def selection(self, fraction: float) -> tuple[Cut, list[float]]:
+        """What keeps the top `fraction` of the elements whose deltas vary across sources, by that variance.
+
+        Returns:
+            The cut, and for each source the sum of squares of its delta over what is kept.
+        """
+        ...
+
+    def importance(self, source: int) -> tuple[Tensor, float]:
+        """What `evomerge.methods.arcee_fusion` multiplies magnitudes by: float32 [rows of the block, 1]; threshold."""
         ...
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
         """Inner product of two flattened sources; index -1 is the base."""
         ...
 
+    def products(
+        self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        """Inner products of two sources vector by vector, float64; index -1 is the base.
+
+        Along "rows" the vectors run along the tensor's last dimension: [rows of the block, vectors of a row, 1], a
+        matrix having one in a row. Along "columns" they run along the first: [1, columns, 1]. A tensor of fewer than
+        two dimensions is one vector, either way: [1, 1, 1].
+        """
+        ...
+
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
         """Population variance of a delta: shape [1], or [rows of the block, 1] for scope "row"."""
+        ...
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `compute` gives: something costly that follows from the tensors alone, not from the settings.
+
+        A run may keep it for its next candidate, within bounds; `key` says what it is, and of which sources.
+        """
         ...
 
     def keep(self, source: int, density: float) -> Tensor:
@@ -152,6 +197,7 @@ class Method:
         aliases: Other names for the same method.
         check: Extra rules on settings; returns messages, empty when fine.
         needs_base_when: Decides from the shared parameters, for the methods where it depends; overrides `needs_base`.
+        takes_base: A ``base_model`` that a recipe gives is where the deltas start and no source, though none is needed.
         order_matters: The order of the sources changes the result.
     """
 
@@ -169,6 +215,7 @@ class Method:
     aliases: tuple[str, ...] = ()
     check: Callable[[Settings], list[str]] = lambda settings: []
     needs_base_when: Callable[[Mapping[str, Any]], bool] | None = None
+    takes_base: bool = False
     order_matters: bool = False
 
     def parameter(self, name: str) -> Parameter | None:
@@ -178,7 +225,8 @@ class Method:
     def base_needed(self, shared: Mapping[str, Any]) -> bool:
         """Whether a recipe with these shared parameters needs ``base_model``.
 
-        Where it does, the base is no source even if the recipe lists it. Where it does not, every listed model is one.
+        Where it does, the base is no source even if the recipe lists it. Where it does not, every listed model is one,
+        except under a method that `takes_base`.
         """
         return self.needs_base if self.needs_base_when is None else self.needs_base_when(shared)
 

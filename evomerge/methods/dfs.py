@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evomerge.methods.combine import add_deltas, affine, base_of, land, participants, shares, zero_sum_problem
-from evomerge.methods.declaration import Block, Granularity, Method, Parameter, Settings
+from evomerge.methods.declaration import Block, Facts, Granularity, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import DENSITY, LAMBDA, WEIGHT
 from evomerge.methods.trim import top
 
@@ -38,16 +38,28 @@ def merge(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ αk δk, or θ0 + λ s ⊙ δ̄ in mode `position`."""
     if settings.shared["mode"] == "position":
         return merge_positions(block, settings)
+    indices, scale = participants(settings)[0], float(settings.shared["lambda"])
+    alphas = scaled_alphas(block.facts, settings)
+    if settings.shared["scope"] == "tensor":
+        return add_deltas(block, indices, [float(alpha[0]) for alpha in alphas], scale)
+    base = base_of(block)
+    columns = [base.new_tensor(alpha.astype(np.float32)).unsqueeze(-1) for alpha in alphas]
+    return add_deltas(block, indices, columns, scale, row_anchor(scale))
+
+
+def scaled_alphas(facts: Facts, settings: Settings) -> list[np.ndarray]:
+    """λ αk of each source that takes part: one entry, or one for each row of the block; float64."""
     indices, weights = participants(settings)
     shares("dfs", weights)  # refuses weights that sum to zero
     scope, scale = settings.shared["scope"], float(settings.shared["lambda"])
-    variances = [block.facts.variance(i, scope).double().cpu().numpy().reshape(-1) for i in indices]
+    variances = [facts.variance(i, scope).double().cpu().numpy().reshape(-1) for i in indices]
     alphas = inverse_variance(variances, weights, float(settings.shared["gamma"]))
-    if scope == "tensor":
-        return add_deltas(block, indices, [scale * float(alpha[0]) for alpha in alphas], scale)
-    base = base_of(block)
-    columns = [base.new_tensor((scale * alpha).astype(np.float32)).unsqueeze(-1) for alpha in alphas]
-    return add_deltas(block, indices, columns, scale, anchor=0 if abs(1.0 - scale) >= 0.5 else 1)
+    return [scale * alpha for alpha in alphas]
+
+
+def row_anchor(scale: float) -> int:
+    """What a sum by rows is built around: 0 for the base, 1 for the first source; one for all rows."""
+    return 0 if abs(1.0 - scale) >= 0.5 else 1
 
 
 def inverse_variance(variances: Sequence[np.ndarray], weights: Sequence[float], gamma: float) -> list[np.ndarray]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import RecipeError
-from evomerge.methods.declaration import Block, Granularity, Method, Scope, Settings
-from evomerge.methods.random_field import field_key, kept_elements
-from evomerge.methods.trim import cutoff, kept_count
+from evomerge.methods import arcee_fusion, della, sce
+from evomerge.methods.declaration import Block, Cut, Granularity, Method, Scope, Settings
+from evomerge.methods.random_field import field_key, kept_elements, uniform16
+from evomerge.methods.trim import band_counts, cutoff, kept, kept_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,10 +64,45 @@ class TensorFacts:
         base = None if self._base is None else part(self._base)
         return Block(base, [part(source) for source in self._sources], start, view)
 
-    def trim(self, source: int, density: float, scope: Scope = "tensor") -> tuple[float, int]:
+    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:
         """See `Facts.trim`."""
         sizes = self._delta(source).abs().reshape(-1)
         return cutoff(sizes, kept_count(sizes.numel(), density))
+
+    def band(self, source: int, density: float, gamma: float) -> tuple[Cut, Cut]:
+        """See `Facts.band`."""
+        sizes = self._delta(source).abs().reshape(-1)
+        outliers, inside = band_counts(sizes.numel(), density, gamma)
+        return cutoff(sizes, outliers), cutoff(sizes, inside)
+
+    def levels(self, source: int) -> Tensor:
+        """See `Facts.levels`."""
+        return self._part(della.levels(self._rows(self._delta(source).abs())))
+
+    def field(self, source: int) -> Tensor:
+        """See `Facts.field`."""
+        import torch
+
+        numbers = uniform16(self._key(source), self._start, math.prod(self._shape)).astype("int32")
+        return torch.from_numpy(numbers).to(self._sources[source].device).reshape(self._shape)
+
+    def selection(self, fraction: float) -> tuple[Cut, list[float]]:
+        """See `Facts.selection`."""
+        deltas = [self._delta(source).reshape(-1) for source in range(len(self._sources))]
+        if fraction >= 1.0:
+            return cutoff(deltas[0], deltas[0].numel()), [float(d.double().square().sum()) for d in deltas]
+        spread = sce.spread(deltas)
+        cut = cutoff(spread, kept_count(int((spread > 0).sum()), fraction))
+        return cut, [float(delta[kept(spread, *cut)].double().square().sum()) for delta in deltas]
+
+    def importance(self, source: int) -> tuple[Tensor, float]:
+        """See `Facts.importance`."""
+        rows = self._rows(self._tensor(source))
+        factors = arcee_fusion.relative(arcee_fusion.divergence(rows, self._rows(self._tensor(-1))))
+        scores = self._rows(self._delta(source)).abs().mul_(factors).reshape(-1)
+        size = scores.numel()
+        quartiles = [float(scores.kthvalue(size - rank + 1).values) for rank in arcee_fusion.quartile_ranks(size)]
+        return self._rows_here(factors), arcee_fusion.threshold(quartiles)
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
         """See `Facts.dot`."""
@@ -75,23 +111,36 @@ class TensorFacts:
         a, b = ((self._delta(i) if of == "deltas" else self._tensor(i)).reshape(-1).double() for i in (left, right))
         return float(a.dot(b))
 
+    def products(
+        self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        """See `Facts.products`."""
+        if of == "deltas" and -1 in (left, right):
+            raise ValueError("the base has no delta")
+        a, b = ((self._delta(i) if of == "deltas" else self._tensor(i)).double() for i in (left, right))
+        whole = self._sources[0].shape
+        shape = whole if len(whole) > 1 else (1, whole.numel())
+        if along == "columns" and len(whole) > 1:
+            return (a * b).reshape(shape[0], -1).sum(0).view(1, -1, 1)
+        found = (a * b).reshape(shape[0], math.prod(shape[1:-1]), shape[-1]).sum(2, keepdim=True)
+        return self._rows_here(found)
+
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
         """See `Facts.variance`; float64."""
         delta = self._delta(source).double()
         if scope == "tensor":
             return delta.reshape(1, -1).var(dim=1, correction=0)
-        columns = self._columns()
-        rows = delta.reshape(-1, columns).var(dim=1, keepdim=True, correction=0)
-        first = self._start // columns
-        return rows[first : first + self._shape[0]]
+        return self._rows_here(self._rows(delta).var(dim=1, keepdim=True, correction=0))
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """See `Facts.remember`; nothing is kept."""
+        return compute()
 
     def keep(self, source: int, density: float) -> Tensor:
         """See `Facts.keep`."""
         import torch
 
-        if not self._keys:
-            raise ValueError("this method draws from the random field: give the sources' keys")
-        mask = kept_elements(self._keys[source], self._start, math.prod(self._shape), density)
+        mask = kept_elements(self._key(source), self._start, math.prod(self._shape), density)
         return torch.from_numpy(mask).to(self._sources[source].device).reshape(self._shape)
 
     def _tensor(self, index: int) -> Tensor:
@@ -105,6 +154,24 @@ class TensorFacts:
         if source not in self._deltas:
             self._deltas[source] = self._tensor(source) - self._tensor(-1)
         return self._deltas[source]
+
+    def _key(self, source: int) -> tuple[int, int]:
+        if not self._keys:
+            raise ValueError("this method draws from the random field: give the sources' keys")
+        return self._keys[source]
+
+    def _rows(self, whole: Tensor) -> Tensor:
+        """The whole tensor as [rows, columns]; a vector or a number is one row."""
+        return whole.reshape(-1, max(1, self._columns()))
+
+    def _rows_here(self, each: Tensor) -> Tensor:
+        """Of values for each row of the whole tensor, those of this block's rows."""
+        first = self._start // max(1, self._columns())
+        return each[first : first + self._shape[0]]
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """This block's part of a value for each element."""
+        return whole.reshape(-1)[self._start : self._start + math.prod(self._shape)].reshape(self._shape)
 
     def _columns(self) -> int:
         shape = self._sources[0].shape

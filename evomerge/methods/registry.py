@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 from evomerge.errors import RecipeError, suggest
-from evomerge.methods import dare, dare_ties, dfs, frankenmerge, linear, slerp, task_arithmetic, ties
+from evomerge.methods import (
+    arcee_fusion,
+    breadcrumbs,
+    dare,
+    dare_ties,
+    della,
+    dfs,
+    frankenmerge,
+    iso_c,
+    karcher,
+    linear,
+    model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+    tsv_merge,
+)
 from evomerge.methods.declaration import Method
 
 METHODS: dict[str, Method] = {
@@ -18,6 +38,19 @@ METHODS: dict[str, Method] = {
         dare_ties.METHOD,
         frankenmerge.METHOD,
         dfs.METHOD,
+        della.METHOD,
+        della.LINEAR,
+        breadcrumbs.METHOD,
+        breadcrumbs.TIES,
+        model_stock.METHOD,
+        sce.METHOD,
+        arcee_fusion.METHOD,
+        nuslerp.METHOD,
+        multislerp.METHOD,
+        karcher.METHOD,
+        nearswap.METHOD,
+        tsv_merge.METHOD,
+        iso_c.METHOD,
     )
 }
 

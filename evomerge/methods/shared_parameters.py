@@ -43,3 +43,9 @@ SCOPE = Parameter(
     choices=("tensor", "model"),
     help="What is measured: each tensor, or the flattened whole model.",
 )
+SPECTRAL = Parameter(
+    "spectral",
+    default=True,
+    kind="bool",
+    help="Work on the singular vectors of matrices; false averages them, as everything else is.",
+)

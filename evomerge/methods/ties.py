@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import base_of, land, participants
+from evomerge.methods.combine import as_float32, base_of, land, participants
 from evomerge.methods.declaration import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, SCOPE, WEIGHT
 from evomerge.methods.trim import shrink
@@ -94,13 +94,6 @@ def elected_sign(deltas: Sequence[Tensor], weights: Sequence[float], consensus: 
         first = deltas[0] if weights[0] > 0 else -deltas[0]
         mass = torch.where(mass == 0, first, mass).add_(0.0)  # turns -0 into +0
     return torch.copysign(torch.ones((), device=mass.device), mass.float())
-
-
-def as_float32(weight: float) -> float:
-    """A weight rounded to float32, as a Python number."""
-    import struct
-
-    return float(struct.unpack("f", struct.pack("f", weight))[0])
 
 
 def agreeing(sign: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool, average: str) -> Tensor:

@@ -23,6 +23,16 @@ def kept_count(size: int, density: float) -> int:
     return min(size, max(1, math.floor(density * size)))
 
 
+def band_counts(size: int, density: float, gamma: float) -> tuple[int, int]:
+    """(how many of the largest are left out, how many come before the first that is too small).
+
+    floor(gamma · size) are left out, but never so many that fewer than `kept_count` of the rest would stay.
+    """
+    keep = kept_count(size, density)
+    outliers = min(math.floor(gamma * size), size - keep)
+    return outliers, outliers + keep
+
+
 def cutoff(scores: Tensor, count: int) -> tuple[float, int]:
     """(threshold, last) that keeps exactly the top `count` scores; among equals the lower index wins.
 

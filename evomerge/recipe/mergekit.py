@@ -22,15 +22,47 @@ _KNOWN = {
     "dare_linear": ("weight", "density", "lambda", "normalize", "rescale"),
     "dare_ties": ("weight", "density", "lambda", "normalize", "rescale"),
     "passthrough": ("scale",),
+    "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
+    "multislerp": ("weight", "normalize_weights", "eps"),
+    "karcher": ("max_iter", "tol"),
+    "nearswap": ("t",),
+    "della": ("weight", "density", "epsilon", "lambda", "normalize", "rescale"),
+    "della_linear": ("weight", "density", "epsilon", "lambda", "normalize", "rescale"),
+    "breadcrumbs": ("weight", "density", "gamma", "lambda", "normalize"),
+    "breadcrumbs_ties": ("weight", "density", "gamma", "lambda", "normalize"),
+    "model_stock": ("filter_wise",),
+    "sce": ("select_topk",),
+    "arcee_fusion": (),
 }
 _ANYWHERE = ("int8_mask", "embed_slerp")
 _IMPLIED: Mapping[str, Mapping[str, Any]] = {
     "slerp": {"on": "weights", "scope": "tensor", "weight": None},
     "ties": {"consensus": "mass", "average": "agreeing", "scope": "tensor"},
     "dare_ties": {"consensus": "mass", "average": "agreeing"},
+    "della": {"consensus": "mass", "average": "agreeing"},
+    "breadcrumbs_ties": {"consensus": "mass", "average": "agreeing"},
     "passthrough": {"residual_scale": 1},
+    "karcher": {"weight": 1},
+    "nearswap": {"weight": 1},
 }
-_BASE_AMONG_SOURCES = ("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+_BASE_AMONG_SOURCES = (
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "nuslerp",
+    "multislerp",
+    "nearswap",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "model_stock",
+    "sce",
+    "arcee_fusion",
+)
+_SOURCES = {"slerp": 1, "nearswap": 1, "nuslerp": 2}  # that mergekit takes, beside the base
 _COPIED = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 
 
@@ -75,7 +107,7 @@ def _sayable_parts(recipe: Recipe, method: str) -> bool:
             return False
         models = {source.model for source in part.sources}
         base = part.base_model or recipe.base_model
-        if method == "slerp" and len(models | {base}) != 2:
+        if method in _SOURCES and len(models - {base}) != _SOURCES[method]:
             return False
         if len(models) != len(part.sources):  # mergekit gives every entry of the same model the first one's parameters
             return False
@@ -88,8 +120,32 @@ def _sayable_settings(recipe: Recipe, method: str) -> bool:
     settings = list(_all_settings(recipe))
     if any(name in implied and setting != implied[name] for name, setting in settings):
         return False
+    if method.startswith("della") and not _within_reach(settings):
+        return False
     names = {name for name, _ in settings}
     return "t" in names if method == "slerp" else not {"density", "drop_rate"} <= names or not method.startswith("dare")
+
+
+def _within_reach(settings: list[tuple[str, Setting]]) -> bool:
+    """Whether every density stays clear of 0 and 1 by every epsilon, as mergekit wants; one that is 0 or 1 may be."""
+    densities = [setting for name, setting in settings if name == "density"]
+    epsilons = [value for name, setting in settings if name == "epsilon" for value in _numbers(setting)]
+    furthest = max(epsilons or [0.15])
+    return all(
+        setting in (0, 1) or all(furthest < value < 1 - furthest for value in _numbers(setting))
+        for setting in densities
+    )
+
+
+def _numbers(setting: Any) -> Iterator[float]:
+    """Every number in a setting; an interpolated value lies between two of them."""
+    if isinstance(setting, tuple):
+        for entry in setting:
+            yield from _numbers(entry)
+    elif isinstance(setting, Conditional):
+        yield from _numbers(setting.value)
+    elif is_number(setting):
+        yield float(setting)
 
 
 def _all_settings(recipe: Recipe) -> Iterator[tuple[str, Setting]]:

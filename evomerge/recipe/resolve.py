@@ -88,9 +88,9 @@ def method_of(recipe: Recipe, slice_index: int, methods: Mapping[str, Method] = 
 def slice_inputs(recipe: Recipe, slice_index: int, *, methods: Mapping[str, Method] = METHODS) -> SliceInputs:
     """The base and the sources of a slice.
 
-    A method that needs a base does not count it among the sources, listed or not. A method that needs none has a listed
-    base as a source like any other; of whole models, an unlisted one joins at the end when the recipe sets for all
-    models what the method requires of a source (mergekit adds it always, and then fails where that is missing).
+    A method that needs or takes a base does not count it among the sources, listed or not. Any other has a listed base
+    as a source like the rest; of whole models, an unlisted one joins at the end when the recipe sets for all models
+    what a source has no default for (mergekit adds it always, and then fails where that is missing).
     """
     part = recipe.parts[slice_index]
     method = method_of(recipe, slice_index, methods)
@@ -101,7 +101,7 @@ def slice_inputs(recipe: Recipe, slice_index: int, *, methods: Mapping[str, Meth
     mine = [entry for entry in listed if entry.model == reference]
     base = mine[0] if mine else Input(reference, listed[0].start if listed else 0, None)
     others = tuple(entry for entry in listed if entry.model != reference)
-    if base_needed(recipe, slice_index, method):
+    if method.takes_base or base_needed(recipe, slice_index, method):
         return SliceInputs(method, base, others)
     if not mine and recipe.sources and _joins(recipe, method, reference):
         return SliceInputs(method, None, (*listed, base))
@@ -111,8 +111,8 @@ def slice_inputs(recipe: Recipe, slice_index: int, *, methods: Mapping[str, Meth
 def _joins(recipe: Recipe, method: Method, reference: str) -> bool:
     own = dict(recipe.input_model_parameters).get(reference, Parameters())
     levels = (recipe.parameters, recipe.module_parameters, own)
-    required = [p.name for p in method.parameters if p.required and p.per_source]
-    return bool(required) and all(any(name in level for level in levels) for name in required)
+    missing = [p.name for p in method.parameters if p.per_source and p.default is None]
+    return all(any(name in level for level in levels) for name in missing)
 
 
 def base_needed(recipe: Recipe, slice_index: int, method: Method) -> bool:

@@ -178,8 +178,12 @@ class SearchSpace:
         return digest(self.recipe(genome))
 
     def needs_base(self, method: Method) -> bool:
-        """Whether the space's recipes of a method need the base; where they do, it is no source."""
-        return not method.copies_layers and method.base_needed(decode.fixed_parameters(self, method))
+        """Whether the space's recipes of a method have the base; where they do, it is no source."""
+        if method.copies_layers:
+            return False
+        return (method.takes_base and self.base is not None) or method.base_needed(
+            decode.fixed_parameters(self, method)
+        )
 
     def reference(self, model: str) -> str:
         """The reference of a model by its name in genes; ``base`` is the base unless a source is called so."""

@@ -11,6 +11,7 @@ from evomerge.engine.plan import Plan, make_plan
 from evomerge.methods.declaration import Method
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
+from tests.methods.helpers import fit
 
 DROPPED = {"density": 0.5, "lambda": 0.9}
 
@@ -26,8 +27,10 @@ def recipe_for(method: Method, family: Mapping[str, Path], names: str = "ab", **
         return {"merge_method": method.name, "slices": slices, **more}
     given = {name: value for name, value in DROPPED.items() if method.parameter(name) is not None}
     own = {p: given.pop(p) for p in list(given) if method.parameter(p).per_source}  # type: ignore[union-attr]
+    weigh = method.parameter("weight") is not None
     models = [
-        {"model": str(family[name]), "parameters": {"weight": 0.3 + 0.4 * i, **own}} for i, name in enumerate(names)
+        {"model": str(family[name]), "parameters": {**({"weight": 0.3 + 0.4 * i} if weigh else {}), **own}}
+        for i, name in enumerate(fit(method, names))
     ]
     if not method.needs_base and method.name != "slerp":
         return {"merge_method": method.name, "models": models, "parameters": given, **more}

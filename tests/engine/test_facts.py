@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 
@@ -110,6 +111,55 @@ def test_variances_by_tensor_and_by_row(shape: tuple[int, ...], dtype: torch.dty
         wanted = block.facts.variance(0, "row")
         seen = found.at(block.start, tuple(wanted.shape)).variance(0, "row")
         torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 4), (1, 6), (3, 2, 6), (2, CHUNK + 3)])
+@pytest.mark.parametrize("along", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_vector_by_vector(shape: tuple[int, ...], along: str, dtype: torch.dtype) -> None:
+    base, sources = family(4, 2, shape)
+    base, sources = base.to(dtype), [source.to(dtype) for source in sources]
+    exact = TensorFacts(base.float(), [source.float() for source in sources])
+    found = dataclasses.replace(facts_of(base, sources), columns=math.prod(shape[1:] if len(shape) > 1 else shape))
+    found = dataclasses.replace(found, whole=shape)
+    rows = shape[0] if len(shape) > 1 else 1
+    start = (rows - 1) * found.columns  # the last row alone
+    block = exact.block("row", start)
+    for pair in ((0, 1), (1, 1)):
+        for of in ("weights", "deltas"):
+            wanted = block.facts.products(*pair, of, along)  # type: ignore[arg-type]
+            seen = found.at(start, (1, found.columns)).products(*pair, of, along)  # type: ignore[arg-type]
+            torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=1e-10)
+    assert wanted.shape[0] == 1
+    assert wanted.numel() * rows in (math.prod(shape[:-1]), math.prod(shape[1:]) * rows, 1)
+
+
+def test_what_is_remembered_is_computed_once_while_there_is_room() -> None:
+    base, sources = family(2, 2, (4,))
+    origin, others = inputs(2)
+    store = store_of({"base": {"tensor": base}, "m0": {"tensor": sources[0]}, "m1": {"tensor": sources[1]}}, room=40)
+    facts = [OperationFacts(store, origin, (other,), 4, "t", 0) for other in others]
+    computed = []
+
+    def ones(size: int) -> tuple[Tensor, ...]:
+        computed.append(size)
+        return (torch.ones(size), torch.zeros(size))
+
+    for _ in range(2):  # 2 · 4 · 4 bytes fit into 40, another tensor's do not, and nothing is pushed out
+        facts[0].remember("k", lambda: ones(4))
+        facts[1].remember("k", lambda: ones(5))
+    facts[0].remember("another", lambda: ones(1))
+    facts[0].remember("another", lambda: ones(1))
+    assert computed == [4, 5, 5, 1]
+
+
+def test_a_merge_that_is_done_once_remembers_nothing() -> None:
+    base, sources = family(2, 1, (4,))
+    facts = facts_of(base, sources)
+    computed = []
+    for _ in range(2):
+        facts.remember("k", lambda: (computed.append(1) or torch.ones(1),))
+    assert len(computed) == 2
 
 
 def test_equal_models_have_no_variance_and_keep_the_first_elements() -> None:

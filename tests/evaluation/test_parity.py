@@ -52,6 +52,17 @@ def test_loglikelihoods_equal_hflm(bench: Bench, task: str, max_length: int | No
     np.testing.assert_allclose([ll for ll, _ in ours], [ll for ll, _ in theirs], atol=TOLERANCE, rtol=2e-6)
 
 
+def test_no_number_depends_on_threads(bench: Bench) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(responses(bench.evaluator("mc"), bench, "mc"))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("max_length", [None, 50])
 def test_rolling_loglikelihoods_equal_hflm(bench: Bench, max_length: int | None) -> None:
     # At 50 tokens nearly every text takes several windows.
@@ -67,6 +78,25 @@ def test_generations_equal_hflm(bench: Bench, batch_tokens: int) -> None:
     ours = responses(evaluator, bench, "gen")
     assert ours == reference(evaluator, hflm(bench), "gen")
     assert len({len(text) for text in ours}) > 3  # rows stop at different times
+
+
+def test_prompts_with_a_shared_beginning_equal_hflm(bench: Bench, tmp_path: Any) -> None:
+    """The same two examples before every question: read once, for one row."""
+    from tests.evaluation.conftest import documents, write_documents, write_task
+
+    write_documents(tmp_path / "data" / "docs.jsonl", documents(14))
+    sampler = {"sampler": "first_n", "split": "test"}
+    write_task(tmp_path / "tasks", "gen", num_fewshot=2, fewshot_split="test", fewshot_config=sampler)
+    evaluator = Evaluator(load_tasks(["gen"], include_path=tmp_path / "tasks"), bench.tokenizer, bench.model.config)
+    read = []
+    hook = bench.model.model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    ours = responses(evaluator, bench, "gen")
+    hook.remove()
+    assert ours == reference(evaluator, hflm(bench), "gen")
+    assert len(set(ours)) > 3
+    assert any(rows == 1 and length > 32 for rows, length in read[-40:])
 
 
 def test_generations_by_transformers_equal_hflm(bench: Bench) -> None:

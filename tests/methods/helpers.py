@@ -19,19 +19,39 @@ from evomerge.methods.registry import METHODS
 FINGERPRINTS = ("f0", "f1", "f2", "f3", "f4")
 
 
+SWITCHES = {"filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "spectral"}  # bools by which a method becomes another
+
+FAR = {"nearswap": {"t": 1e38}}  # lengths in the units of the weights: so long that nothing is further away
+
+
 def modes(method: Method) -> Iterator[dict[str, Any]]:
     """Every combination of the method's choices."""
-    choices = [p for p in method.parameters if p.kind == "choice"]
-    for values in itertools.product(*(p.choices for p in choices)):
+    choices = [p for p in method.parameters if p.kind == "choice" or p.name in SWITCHES]
+    for values in itertools.product(*(p.choices or (True, False) for p in choices)):
         yield dict(zip((p.name for p in choices), values, strict=True))
 
 
+def mode_id(method: Method, mode: Mapping[str, Any]) -> str:
+    """The name of a test: the method, its choices, and the switches that are on."""
+    return "-".join([method.name, *(v if isinstance(v, str) else n for n, v in mode.items() if v is not False)])
+
+
+def in_every_mode(methods: Sequence[Method]) -> pytest.MarkDecorator:
+    """These methods in all their modes."""
+    cases = [pytest.param(m, mode, id=mode_id(m, mode)) for m in methods for mode in modes(m)]
+    return pytest.mark.parametrize(("method", "mode"), cases)
+
+
+ALWAYS_DROPS = {"arcee_fusion"}  # no setting keeps every element, and what is kept depends on the size of the deltas
 MERGING = [method for method in METHODS.values() if method.merge is not None]
 every_method = pytest.mark.parametrize("method", [pytest.param(m, id=m.name) for m in MERGING])
-every_mode = pytest.mark.parametrize(
-    ("method", "mode"),
-    [pytest.param(m, mode, id="-".join([m.name, *mode.values()])) for m in MERGING for mode in modes(m)],
-)
+every_mode = in_every_mode(MERGING)
+every_keeping_mode = in_every_mode([method for method in MERGING if method.name not in ALWAYS_DROPS])
+
+
+def fit(method: Method, items: Sequence[Any]) -> list[Any]:
+    """As many of the items as the method takes sources: the last one again where it needs more."""
+    return [*items, *[items[-1]] * (method.min_sources - len(items))][: method.max_sources]
 
 
 def having(name: str) -> pytest.MarkDecorator:
@@ -46,12 +66,12 @@ def declared(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def neutral(method: Method) -> dict[str, Any]:
     """Nothing dropped, trimmed or rescaled, and normalised weights."""
-    return declared(method, {"density": 1.0, "lambda": 1.0, "normalize": True})
+    return declared(method, {"density": 1.0, "lambda": 1.0, "normalize": True}) | FAR.get(method.name, {})
 
 
 def weighted(method: Method, weights: Sequence[float], shared: Mapping[str, Any]) -> Settings:
     """Settings from weights and shared values."""
-    return method.settings([{"weight": weight} for weight in weights], shared)
+    return method.settings([declared(method, {"weight": weight}) for weight in weights], shared)
 
 
 def family(seed: int, count: int, shape: Sequence[int], spread: float = 0.1) -> tuple[Tensor, list[Tensor]]:
@@ -69,7 +89,8 @@ def run(
     shared: Mapping[str, Any],
     **more: Any,
 ) -> Tensor:
-    """Merges whole tensors with fixed fingerprints."""
+    """Merges whole tensors with fixed fingerprints, as many as the method takes."""
+    sources, weights = fit(method, sources), fit(method, weights)
     more.setdefault("fingerprints", FINGERPRINTS[: len(sources)])
     return merge_tensors(method, base, sources, weighted(method, weights, shared), **more)
 

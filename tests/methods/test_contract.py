@@ -18,11 +18,16 @@ from evomerge.methods.declaration import Method
 from evomerge.methods.facts import merge_tensors
 from evomerge.methods.registry import METHODS, get_method
 from tests.methods.helpers import (
+    FAR,
+    MERGING,
     declared,
+    every_keeping_mode,
     every_method,
     every_mode,
     family,
+    fit,
     having,
+    in_every_mode,
     in_pieces,
     neutral,
     numbers,
@@ -38,7 +43,7 @@ positive = st.floats(0.05, 3.0)
 # ---------------------------------------------------------------- identity
 
 
-@every_mode
+@every_keeping_mode
 @FEW
 @given(
     base=numbers(torch.float32, SIZE),
@@ -52,17 +57,17 @@ def test_identical_sources_give_the_source(
     assert torch.equal(merged, source)
 
 
-@every_mode
+@every_keeping_mode
 @FEW
 @given(base=numbers(torch.float32, SIZE), source=numbers(torch.float32, SIZE))
 def test_one_source_at_weight_one_gives_itself(
     method: Method, mode: dict[str, Any], base: Tensor, source: Tensor
 ) -> None:
-    plain = declared(method, {"density": 1.0, "lambda": 1.0}) | mode  # at the method's own normalize
+    plain = {name: value for name, value in neutral(method).items() if name != "normalize"} | mode
     assert torch.equal(run(method, base, [source], [1.0], plain), source)
 
 
-@every_mode
+@every_keeping_mode
 @FEW
 @given(base=numbers(torch.bfloat16, SIZE), source=numbers(torch.bfloat16, SIZE))
 def test_a_bfloat16_source_survives_the_round_trip(
@@ -72,7 +77,7 @@ def test_a_bfloat16_source_survives_the_round_trip(
     assert torch.equal(merged.to(torch.bfloat16), source)
 
 
-@every_mode
+@in_every_mode([method for method in MERGING if method.parameter("weight")])
 def test_a_source_at_weight_zero_takes_no_part(method: Method, mode: dict[str, Any]) -> None:
     base, sources = family(3, 3, (6, 7))
     for where in range(4):
@@ -104,11 +109,15 @@ def test_any_blocks_give_the_same_bits(
 ) -> None:
     base, sources = family(seed, 3, (rows, columns))
     weights = [0.31, 1.27, 0.5]
-    if method.parameter("weight").low is None:  # type: ignore[union-attr]
+    weight = method.parameter("weight")
+    if weight is not None and weight.low is None:
         weights[2] = -0.5
-    shared = mode | declared(method, {"lambda": scale, "gamma": 1.3})
-    own = [{"weight": w} | per_source for w, per_source in zip(weights, spread_density(method), strict=True)]
-    chosen = method.settings(own, shared, paper=paper)
+    shared = mode | declared(method, {"lambda": scale}) | ({"gamma": 1.3} if method.name == "dfs" else {})
+    own = [
+        declared(method, {"weight": w}) | per_source
+        for w, per_source in zip(weights, spread_density(method), strict=True)
+    ]
+    sources, chosen = fit(method, sources), method.settings(fit(method, own), shared, paper=paper)
     whole = in_pieces(method, base, sources, chosen, [])
     assert torch.equal(in_pieces(method, base, sources, chosen, cuts), whole)
 
@@ -126,8 +135,9 @@ def test_inputs_are_left_alone_and_the_result_is_new(method: Method, mode: dict[
     kept = [base.clone(), *(s.clone() for s in sources)]
     for weights in ([1.0, 1.0], [1.0, 0.0]):
         for paper in (False, True):
-            chosen = method.settings([{"weight": w} for w in weights], mode, paper=paper)
-            merge_tensors(method, base, sources, chosen).fill_(7.0)
+            own = [declared(method, {"weight": w}) for w in fit(method, weights)]
+            chosen = method.settings(own, mode, paper=paper)
+            merge_tensors(method, base, fit(method, sources), chosen).fill_(7.0)
     assert all(torch.equal(a, b) for a, b in zip(kept, [base, *sources], strict=True))
 
 
@@ -150,8 +160,8 @@ def test_vectors_and_numbers_are_tensors_too(method: Method, mode: dict[str, Any
 def test_the_order_of_sources_does_not_matter(method: Method, seed: int, order: list[int], density: float) -> None:
     base, sources = family(seed, 3, (8, 9))
     weights, prints = [0.4, 1.1, 0.7], ["a", "b", "c"]
-    shared = declared(method, {"density": density})
-    if method.order_matters:
+    shared = declared(method, {"density": density, "select_topk": density})
+    if method.order_matters or method.max_sources == 1:
         order = [0, 1, 2]
     expected = run(method, base, sources, weights, shared, fingerprints=prints)
     got = run(
@@ -165,13 +175,14 @@ def test_the_order_of_sources_does_not_matter(method: Method, seed: int, order: 
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@every_mode
+@every_keeping_mode
 @FEW
 @given(seed=st.integers(0, 10**6), power=st.integers(-20, 20))
 def test_scaled_deltas_give_a_scaled_merge(method: Method, mode: dict[str, Any], seed: int, power: int) -> None:
     _, sources = family(seed, 3, (4, 9))
     origin, factor = torch.zeros(4, 9), 2.0**power
-    chosen = method.settings([{"weight": w} for w in (0.4, 1.1, 0.7)], mode, paper=True)
+    own = [declared(method, {"weight": w}) for w in (0.4, 1.1, 0.7)]
+    chosen = method.settings(own, mode | FAR.get(method.name, {}), paper=True)
     small = merge_tensors(method, origin, sources, chosen, fingerprints="abc")
     large = merge_tensors(method, origin, [factor * s for s in sources], chosen, fingerprints="abc")
     torch.testing.assert_close(large, factor * small, rtol=1e-6, atol=0.0)
@@ -222,7 +233,7 @@ def test_a_tiny_density_is_finite(method: Method) -> None:
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "dare", "dare_linear"])
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "dare", "dare_linear", "breadcrumbs", "della_linear"])
 @pytest.mark.parametrize("weights", [[1.0, -1.0], [0.1, 0.2, -0.3], [0.0, 0.0]])
 def test_weights_that_sum_to_zero_are_refused_by_name(name: str, weights: list[float]) -> None:
     base, sources = family(0, len(weights), (3, 3))
@@ -237,7 +248,7 @@ def test_dfs_refuses_weights_of_zero(mode: str) -> None:
         run(METHODS["dfs"], base, sources, [0.0, 0.0], {"mode": mode})
 
 
-@every_method
+@having("weight")
 def test_the_merge_itself_never_divides_by_a_zero_sum(method: Method) -> None:
     base, sources = family(0, 2, (3, 3))
     chosen = weighted(method, [0.0, 0.0], declared(method, {"normalize": True}))
@@ -250,16 +261,16 @@ def test_the_merge_itself_never_divides_by_a_zero_sum(method: Method) -> None:
 
 @every_method
 def test_shapes_that_differ_are_refused(method: Method) -> None:
-    with pytest.raises(
-        RecipeError, match=re.escape("w.q: shapes differ: the base (3, 2), source 0 (3, 2), source 1 (2, 3)")
-    ):
-        run(method, torch.zeros(3, 2), [torch.zeros(3, 2), torch.zeros(2, 3)], [1.0, 1.0], {}, name="w.q")
+    sources = [torch.zeros(3, 2), torch.zeros(2, 3)][-(method.max_sources or 2) :]
+    told = ", ".join(f"source {i} {tuple(source.shape)}" for i, source in enumerate(sources))
+    with pytest.raises(RecipeError, match=re.escape(f"w.q: shapes differ: the base (3, 2), {told}")):
+        run(method, torch.zeros(3, 2), sources, [1.0, 1.0], {}, name="w.q")
 
 
 @every_mode
 def test_a_missing_base_is_refused_exactly_where_it_is_needed(method: Method, mode: dict[str, Any]) -> None:
     _, sources = family(0, 2, (3, 3))
-    chosen = weighted(method, [1.0, 1.0], mode)
+    sources, chosen = fit(method, sources), weighted(method, fit(method, [1.0, 1.0]), mode)
     if method.base_needed(chosen.shared):
         with pytest.raises(RecipeError, match=f"{method.name}: needs a base"):
             merge_tensors(method, None, sources, chosen)
@@ -318,8 +329,12 @@ def test_defaults_are_those_of_mergekit() -> None:
         "dare": True,
         "dare_linear": False,
         "dare_ties": False,
+        "della": True,
+        "della_linear": False,
+        "breadcrumbs": False,
+        "breadcrumbs_ties": False,
     }
-    for name in ("ties", "dare", "dare_linear", "dare_ties"):
+    for name in ("ties", "dare", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs"):
         assert METHODS[name].settings([{"weight": 1.0}]).sources[0]["density"] == 1.0
         assert METHODS[name].settings([{"weight": 1.0}]).shared["lambda"] == 1.0
 

@@ -14,11 +14,11 @@ from evomerge.methods.declaration import Method
 from evomerge.methods.facts import merge_tensors
 from evomerge.methods.random_field import field_key, uniform16
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import declared, family, modes
+from tests.methods.helpers import declared, family, fit, mode_id, modes
 from tests.methods.references import REFERENCES
 
 CASES = [
-    pytest.param(METHODS[name], mode, id="-".join([name, *mode.values()]))
+    pytest.param(METHODS[name], mode, id=mode_id(METHODS[name], mode))
     for name in REFERENCES
     for mode in modes(METHODS[name])
 ]
@@ -28,43 +28,44 @@ CASES = [
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_agrees_with_the_reference(method: Method, mode: dict[str, Any], data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 4), "sources")
+    count = len(fit(method, [None] * data.draw(st.integers(1, 4), "sources")))
     seed = data.draw(st.integers(0, 10**6), "seed")
     base, sources = family(seed, count, (6, 10), spread=data.draw(st.sampled_from([0.01, 1.0]), "spread"))
     weights = st.floats(0.1, 1.5)
-    if method.parameter("weight").low is None and not mode and data.draw(st.booleans(), "signed"):  # type: ignore[union-attr]
+    weight = method.parameter("weight")
+    if weight is not None and weight.low is None and not mode and data.draw(st.booleans(), "signed"):
         weights = weights | st.floats(-0.09, -0.01)
     chance = st.sampled_from([1.0, 0.75, 0.3, 0.05])
     drop = st.none() if method.name != "dare_ties" else st.none() | st.sampled_from([0.0, 0.4, 0.9])
     own = [
         declared(method, {"weight": data.draw(weights), "drop_rate": data.draw(drop)})
-        | (
-            declared(method, {"density": data.draw(chance)})
-            if method.parameter("drop_rate") or method.name == "ties"
-            else {}
-        )
+        | ({} if method.name == "dfs" else declared(method, {"density": data.draw(chance)}))
+        | declared(method, {"epsilon": data.draw(st.sampled_from([0.0, 0.15, 0.4]))})
+        | (declared(method, {"gamma": data.draw(st.sampled_from([0.0, 0.04, 0.5]))}) if method.name != "dfs" else {})
         for _ in range(count)
     ]
     shared = mode | declared(
         method,
         {
             "lambda": data.draw(st.sampled_from([1.0, 0.6])),
-            "gamma": data.draw(st.sampled_from([0.0, 1.0, 1.7])),
+            "select_topk": data.draw(st.sampled_from([0.0, 0.01, 0.4, 1.0])),
             "tau": data.draw(st.sampled_from([0.0, 1.0, 4.0])),
         },
     )
-    for flag in ("normalize", "rescale"):
+    if method.name == "nearswap":
+        shared["t"] = data.draw(st.sampled_from([0.0, 0.003, 0.3, 10.0]), "t")
+    for flag in ("normalize", "rescale", "normalize_weights"):
         shared |= declared(method, {flag: data.draw(st.booleans(), flag)})
     if method.name == "dfs":
-        shared["density"] = data.draw(chance)
+        shared |= {"density": data.draw(chance), "gamma": data.draw(st.sampled_from([0.0, 1.0, 1.7]))}
     chosen = method.settings(own, shared)
     if method.check(chosen):
         return
     merged = merge_tensors(method, base, sources, chosen, seed=seed, name="x", fingerprints="abcd"[:count])
 
-    def keep(i: int, density: float) -> np.ndarray:
+    def keep(i: int, density: float | np.ndarray) -> np.ndarray:
         field = uniform16(field_key(seed, "x", "abcd"[i]), 0, base.numel()).astype(np.int64)
-        return (field < round(density * 65536)).reshape(base.shape)
+        return field.reshape(base.shape) < np.rint(np.multiply(density, 65536))
 
     exact = [tensor.double().numpy() for tensor in (base, *sources)]
     deltas32 = [(s - base).double().numpy() for s in sources]  # the trim sees deltas rounded to float32

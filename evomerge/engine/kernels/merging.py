@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from evomerge.engine.kernels.field import philox
 from evomerge.engine.kernels.jit import TILE, Array, kernel, part
 from evomerge.methods.random_field import LANES, STEPS
+
+
+class Edits(NamedTuple):
+    """What becomes of the delta of each source that takes part, in this order; [sources] or [sources, ...].
+
+    Attributes:
+        keeps, keys: Elements whose number in the source's random field is below this are kept, int64; uint64
+            [sources, 2]. 65536 keeps all.
+        lines: For elements with levels (`evomerge.methods.della`), float32 [sources, 4]: a and b of the line, a factor,
+            and whether that is over the probability to keep. Without levels, [0, 4].
+        factors: The delta is multiplied by this after the drop, float32.
+        thresholds, lasts: What is kept of what was not dropped (`Facts.trim`), float32 and int64; -1 keeps all.
+        outliers, outlier_lasts: What of that is left out again (`Facts.band`); inf leaves out nothing.
+    """
+
+    keeps: Array
+    keys: Array
+    lines: Array
+    factors: Array
+    thresholds: Array
+    lasts: Array
+    outliers: Array
+    outlier_lasts: Array
 
 
 @part
@@ -29,6 +54,60 @@ def _trim(delta: Array, threshold: np.float32, last: int, start: int) -> None:
 
 
 @part
+def _leave_out(delta: Array, threshold: np.float32, last: int, start: int) -> None:
+    """Sets to 0 what `evomerge.methods.trim.kept` keeps."""
+    if threshold == np.float32(np.inf):
+        return
+    zero = np.float32(0.0)
+    equals = min(max(last - start + 1, 0), delta.size)
+    for j in range(equals):
+        delta[j] = zero if abs(delta[j]) >= threshold else delta[j]
+    for j in range(equals, delta.size):
+        delta[j] = zero if abs(delta[j]) > threshold else delta[j]
+
+
+@part
+def _prune(delta: Array, levels: Array, line: Array, key: Array, start: int, field: Array, words: Array) -> None:
+    """`evomerge.methods.della.pruned` in place."""
+    philox(key[0], key[1], start // LANES, words)
+    zero, one, unit = np.float32(0.0), np.float32(1.0), np.float32(1.0 / STEPS)
+    first, step, scale, rescale = line[0], line[1], line[2], line[3] > zero
+    if rescale:
+        for j in range(delta.size):
+            limit = np.floor(np.float32(levels[j]) * step + first)
+            pruned = delta[j] * (one / (limit * unit) * scale)
+            delta[j] = pruned if np.float32(field[j]) < limit else zero
+    else:
+        for j in range(delta.size):
+            limit = np.floor(np.float32(levels[j]) * step + first)
+            delta[j] = delta[j] * scale if np.float32(field[j]) < limit else zero
+
+
+@part
+def _edit(
+    theirs: Array,
+    ours: Array,
+    levels: Array,
+    at: int,
+    start: int,
+    edits: Edits,
+    k: int,
+    field: Array,
+    words: Array,
+    delta: Array,
+) -> None:
+    """The delta of source k in one tile, after all that is done to it."""
+    for j in range(delta.size):
+        delta[j] = theirs[j] - ours[j]
+    if edits.lines.shape[0] > 0:
+        _prune(delta, levels[k, at : at + delta.size], edits.lines[k], edits.keys[k], start, field, words)
+    else:
+        _drop(delta, edits.keeps[k], edits.keys[k], start, edits.factors[k], field, words)
+    _trim(delta, edits.thresholds[k], edits.lasts[k], start)
+    _leave_out(delta, edits.outliers[k], edits.outlier_lasts[k], start)
+
+
+@part
 def _drop(delta: Array, keep: int, key: Array, start: int, factor: np.float32, field: Array, words: Array) -> None:
     """`evomerge.methods.dare.dropped` in place: elements whose number in the field is below `keep` stay."""
     if keep <= 0:
@@ -40,12 +119,13 @@ def _drop(delta: Array, keep: int, key: Array, start: int, factor: np.float32, f
         one, zero, limit = np.float32(1.0), np.float32(0.0), np.uint16(keep)
         for j in range(delta.size):
             delta[j] *= one if field[j] < limit else zero
-    for j in range(delta.size):
-        delta[j] *= factor
+    if factor != np.float32(1.0):
+        for j in range(delta.size):
+            delta[j] *= factor
 
 
 @part
-def _elect(deltas: Array, weights: Array, count: bool, mass: Array, sign: Array) -> None:
+def elect(deltas: Array, weights: Array, count: bool, mass: Array, sign: Array) -> None:
     """`evomerge.methods.ties.elected_sign` of one tile."""
     n = sign.size
     one, zero = np.float32(1.0), np.float32(0.0)
@@ -74,7 +154,7 @@ def _elect(deltas: Array, weights: Array, count: bool, mass: Array, sign: Array)
 
 
 @part
-def _agree(deltas: Array, weights: Array, shares: Array, mode: int, sign: Array, total: Array, result: Array) -> None:
+def agree(deltas: Array, weights: Array, shares: Array, mode: int, sign: Array, total: Array, result: Array) -> None:
     """`evomerge.methods.ties.agreeing` of one tile. mode 0: sums; 1: mean of all; 2: mean of those that agree."""
     n = sign.size
     zero = np.float32(0.0)
@@ -104,7 +184,7 @@ def _agree(deltas: Array, weights: Array, shares: Array, mode: int, sign: Array,
 
 
 @part
-def _land(base: Array, sources: Array, at: int, update: Array, result: Array) -> None:
+def land(base: Array, sources: Array, at: int, update: Array, result: Array) -> None:
     """`evomerge.methods.combine.land` of one tile."""
     for j in range(base.size):
         result[j] = base[j] + update[j]
@@ -120,11 +200,8 @@ def ties(
     base: Array,
     sources: Array,
     start: int,
-    thresholds: Array,
-    lasts: Array,
-    keeps: Array,
-    keys: Array,
-    factors: Array,
+    edits: Edits,
+    levels: Array,
     weights: Array,
     shares: Array,
     scale: np.float32,
@@ -138,15 +215,13 @@ def ties(
         base: The base, float32 [n].
         sources: The sources that take part, float32 [sources, n].
         start: Flat index of the first element, a multiple of 16.
-        thresholds, lasts: What is kept of what was not dropped (`Facts.trim`), float32 and int64; -1 keeps all.
-        keeps, keys: Elements whose number in a source's random field is below this are kept, int64; uint64 [sources,
-            2]. 65536 keeps all.
-        factors: Each delta is multiplied by this after the drop, float32.
+        edits: What becomes of the deltas first.
+        levels: The elements' levels where the edits have lines, uint8 [sources, n].
         weights: float32, none of them 0.
         shares: Each weight's part of those up to it, float32, for mode 1.
         scale: λ, float32.
         count: Elect by the majority of signs.
-        mode: As for `_agree`.
+        mode: As for `agree`.
         out: The result, float32 [n].
     """
     deltas = np.empty((sources.shape[0], TILE), np.float32)
@@ -158,26 +233,22 @@ def ties(
         n = min(TILE, base.size - at)
         ours = base[at : at + n]
         for k in range(sources.shape[0]):
-            theirs, delta = sources[k, at : at + n], deltas[k, :n]
-            for j in range(n):
-                delta[j] = theirs[j] - ours[j]
-            _drop(delta, keeps[k], keys[k], start + at, factors[k], field, words)
-            _trim(delta, thresholds[k], lasts[k], start + at)
-        _elect(deltas, weights, count, mass, sign[:n])
-        _agree(deltas, weights, shares, mode, sign[:n], total, update)
+            _edit(sources[k, at : at + n], ours, levels, at, start + at, edits, k, field, words, deltas[k, :n])
+        elect(deltas, weights, count, mass, sign[:n])
+        agree(deltas, weights, shares, mode, sign[:n], total, update)
         result = out[at : at + n]
         for j in range(n):
             update[j] *= sign[j]
         if scale == np.float32(1.0):
-            _land(ours, sources, at, update, result)
+            land(ours, sources, at, update, result)
         else:
             for j in range(n):
                 result[j] = update[j] * scale + ours[j]
 
 
 @kernel
-def dare(base: Array, sources: Array, start: int, keeps: Array, keys: Array, factors: Array, out: Array) -> None:
-    """θ0 + Σ ci δ̃i over dropped deltas; arguments as for `ties`, `factors` being the ci."""
+def add(base: Array, sources: Array, start: int, edits: Edits, levels: Array, scales: Array, out: Array) -> None:
+    """θ0 + Σ ci δ̃i over edited deltas; arguments as for `ties`, `scales` being the ci, float32."""
     delta = np.empty(TILE, np.float32)
     words = np.empty(TILE // 4, np.uint64)
     field = words.view(np.uint16)
@@ -187,12 +258,10 @@ def dare(base: Array, sources: Array, start: int, keeps: Array, keys: Array, fac
         for j in range(n):
             result[j] = ours[j]
         for k in range(sources.shape[0]):
-            theirs = sources[k, at : at + n]
+            _edit(sources[k, at : at + n], ours, levels, at, start + at, edits, k, field, words, delta[:n])
+            scale = scales[k]
             for j in range(n):
-                delta[j] = theirs[j] - ours[j]
-            _drop(delta[:n], keeps[k], keys[k], start + at, factors[k], field, words)
-            for j in range(n):
-                result[j] += delta[j]
+                result[j] += delta[j] * scale
 
 
 @kernel
@@ -329,7 +398,71 @@ def positions(
             for j in range(equals, n):
                 mean[j] *= np.float32(spread[j] > threshold)
         if scale == np.float32(1.0):
-            _land(ours, sources, at, mean, result)
+            land(ours, sources, at, mean, result)
         else:
             for j in range(n):
                 result[j] = mean[j] * scale + ours[j]
+
+
+@kernel
+def by_row(
+    pivot: Array, others: Array, start: int, length: int, of_pivot: Array, coefficients: Array, out: Array
+) -> None:
+    """ca xa + Σ ci (xi − xa) with coefficients of its own for each vector along the last dimension.
+
+    Args:
+        pivot: xa, float32 [n].
+        others: The xi, float32 [others, n].
+        start: Flat index of the first element.
+        length: Of a vector.
+        of_pivot: ca, float32 [vectors].
+        coefficients: ci, float32 [others, vectors].
+        out: float32 [n].
+    """
+    at = 0
+    while at < pivot.size:
+        vector = (start + at) // length
+        n = min(TILE, pivot.size - at, (vector + 1) * length - start - at)
+        ours, result, own = pivot[at : at + n], out[at : at + n], of_pivot[vector]
+        for j in range(n):
+            result[j] = ours[j] * own
+        for k in range(others.shape[0]):
+            theirs, coefficient = others[k, at : at + n], coefficients[k, vector]
+            for j in range(n):
+                result[j] += (theirs[j] - ours[j]) * coefficient
+        at += n
+
+
+@kernel
+def by_column(pivot: Array, others: Array, start: int, of_pivot: Array, coefficients: Array, out: Array) -> None:
+    """As `by_row`, with coefficients for each vector along the first dimension: [vectors] and [others, vectors]."""
+    at, columns = 0, of_pivot.size
+    while at < pivot.size:
+        first = (start + at) % columns
+        n = min(TILE, pivot.size - at, columns - first)
+        ours, result, own = pivot[at : at + n], out[at : at + n], of_pivot[first : first + n]
+        for j in range(n):
+            result[j] = ours[j] * own[j]
+        for k in range(others.shape[0]):
+            theirs, coefficient = others[k, at : at + n], coefficients[k, first : first + n]
+            for j in range(n):
+                result[j] += (theirs[j] - ours[j]) * coefficient[j]
+        at += n
+
+
+@kernel
+def nearswap(base: Array, pivot: Array, others: Array, coefficients: Array, reach: np.float32, out: Array) -> None:
+    """`evomerge.methods.nearswap`: towards xa + Σ ci (xi − xa), by at most `reach`.
+
+    Args:
+        base, pivot: θ0 and xa, float32 [n].
+        others: The xi, float32 [others, n].
+        coefficients: ci, float32.
+        reach: float32, not negative.
+        out: float32 [n].
+    """
+    affine(pivot, others, coefficients, out)
+    for j in range(base.size):
+        delta = out[j] - base[j]
+        near = base[j] + min(max(delta, -reach), reach)
+        out[j] = out[j] if abs(delta) <= reach else near

@@ -1,0 +1,189 @@
+"""Kernels of `evomerge.methods.sce` and `evomerge.methods.della`: variance across sources, ranks within rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evomerge.engine.kernels.jit import TILE, Array, kernel, part
+from evomerge.engine.kernels.merging import agree, elect, land
+
+
+@part
+def _spread(base: Array, sources: Array, at: int, mean: Array, total: Array, out: Array) -> None:
+    """`evomerge.methods.sce.spread` of one tile: float32 [n]."""
+    n, count = base.size, np.float64(sources.shape[0])
+    for j in range(n):
+        mean[j] = total[j] = 0.0
+    for k in range(sources.shape[0]):
+        theirs = sources[k, at : at + n]
+        for j in range(n):
+            mean[j] += np.float64(theirs[j] - base[j])
+    for j in range(n):
+        mean[j] /= count
+    for k in range(sources.shape[0]):
+        theirs = sources[k, at : at + n]
+        for j in range(n):
+            apart = np.float64(theirs[j] - base[j]) - mean[j]
+            total[j] += apart * apart
+    for j in range(n):
+        out[j] = np.float32(total[j] / count)
+
+
+@part
+def _add_squares(base: Array, sources: Array, at: int, j: int, squares: Array) -> None:
+    """Adds the square of each source's delta in one element: float64 [sources]."""
+    for k in range(sources.shape[0]):
+        delta = np.float64(sources[k, at + j] - base[j])
+        squares[k] += delta * delta
+
+
+@kernel
+def count_spread(base: Array, sources: Array, shift: int, counts: Array, squares: Array) -> int:
+    """Counts the elements by the upper bits of their variance, and adds up the squares of their deltas.
+
+    Args:
+        base: float32 [n].
+        sources: float32 [sources, n].
+        shift: How many lower bits do not count.
+        counts: int64 [2^(31 - shift)], added to.
+        squares: float64 [2^(31 - shift), sources], added to.
+
+    Returns:
+        How many variances are above 0.
+    """
+    mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
+    bits, by, positive = variance.view(np.uint32), np.uint32(shift), 0
+    for at in range(0, base.size, TILE):
+        ours = base[at : min(base.size, at + TILE)]
+        _spread(ours, sources, at, mean, total, variance)
+        for j in range(ours.size):
+            upper = bits[j] >> by
+            counts[upper] += 1
+            positive += bits[j] > 0
+            _add_squares(ours, sources, at, j, squares[upper])
+    return positive
+
+
+@kernel
+def count_spread_within(base: Array, sources: Array, shift: int, upper: int, counts: Array, squares: Array) -> None:
+    """As `count_spread` by the lower bits, of the variances with these upper bits: arrays of 2^shift."""
+    mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
+    bits, by, below = variance.view(np.uint32), np.uint32(shift), np.uint32((1 << shift) - 1)
+    wanted = np.uint32(upper)
+    inside = np.zeros(TILE, np.uint8)
+    eight = inside.view(np.uint64)
+    for at in range(0, base.size, TILE):
+        ours = base[at : min(base.size, at + TILE)]
+        n = ours.size
+        _spread(ours, sources, at, mean, total, variance)
+        for j in range(n):
+            inside[j] = np.uint8(bits[j] >> by == wanted)
+        for word in range((n + 7) // 8):
+            if eight[word]:
+                for j in range(8 * word, min(n, 8 * word + 8)):
+                    if inside[j]:
+                        lower = bits[j] & below
+                        counts[lower] += 1
+                        _add_squares(ours, sources, at, j, squares[lower])
+
+
+@kernel
+def find_spread(base: Array, sources: Array, exactly: int, wanted: int, squares: Array) -> tuple[int, int]:
+    """Index of the `wanted`-th element (from 1) with exactly this variance; up to it, squares are added up.
+
+    Returns:
+        (index, 0), or (-1, how many are still to be found).
+    """
+    mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
+    bits, equal = variance.view(np.uint32), np.uint32(exactly)
+    for at in range(0, base.size, TILE):
+        ours = base[at : min(base.size, at + TILE)]
+        _spread(ours, sources, at, mean, total, variance)
+        for j in range(ours.size):
+            if bits[j] == equal:
+                _add_squares(ours, sources, at, j, squares)
+                wanted -= 1
+                if wanted == 0:
+                    return at + j, 0
+    return -1, wanted
+
+
+@kernel
+def sce(
+    base: Array,
+    sources: Array,
+    start: int,
+    threshold: np.float32,
+    last: int,
+    chosen: Array,
+    weights: Array,
+    votes: Array,
+    out: Array,
+) -> None:
+    """`evomerge.methods.sce.merge`.
+
+    Args:
+        base: float32 [n].
+        sources: float32 [sources, n].
+        start: Flat index of the first element.
+        threshold, last: Which variances are kept; -1 keeps all.
+        chosen: The sources with a weight above 0, int64.
+        weights: Theirs, float32.
+        votes: A 1 for every source, float32.
+        out: float32 [n].
+    """
+    count = sources.shape[0]
+    deltas, ranked = np.empty((count, TILE), np.float32), np.empty((chosen.size, TILE), np.float32)
+    landing = np.empty((chosen.size, TILE), np.float32)
+    mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
+    sign, weight, update = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for at in range(0, base.size, TILE):
+        n = min(TILE, base.size - at)
+        ours = base[at : at + n]
+        for k in range(count):
+            theirs, delta = sources[k, at : at + n], deltas[k, :n]
+            for j in range(n):
+                delta[j] = theirs[j] - ours[j]
+        if threshold >= np.float32(0.0):
+            _spread(ours, sources, at, mean, total, variance)
+            equals = min(max(last - start - at + 1, 0), n)
+            for j in range(equals):
+                variance[j] = np.float32(variance[j] >= threshold)
+            for j in range(equals, n):
+                variance[j] = np.float32(variance[j] > threshold)
+            for k in range(count):
+                delta = deltas[k, :n]
+                for j in range(n):
+                    delta[j] *= variance[j]
+        elect(deltas, votes, False, mean, sign[:n])
+        for k in range(chosen.size):
+            ranked[k, :n] = deltas[chosen[k], :n]
+            landing[k, :n] = sources[chosen[k], at : at + n]
+        agree(ranked, weights, weights, 2, sign[:n], weight, update)
+        for j in range(n):
+            update[j] *= sign[j]
+        land(ours, landing, 0, update, out[at : at + n])
+
+
+@kernel
+def rank_levels(magnitudes: Array, order: Array, top: int, out: Array) -> None:
+    """`evomerge.methods.della.levels`, given the order of each row.
+
+    Args:
+        magnitudes: float32 [rows, columns], 2 columns or more.
+        order: Indices that sort each row in ascending order, [rows, columns].
+        top: The level of the largest.
+        out: uint8 [rows, columns].
+    """
+    columns = magnitudes.shape[1]
+    for row in range(magnitudes.shape[0]):
+        values, places, levels = magnitudes[row], order[row], out[row]
+        first = 0
+        while first < columns:
+            after = first + 1
+            while after < columns and values[places[after]] == values[places[first]]:
+                after += 1
+            level = np.uint8((top * (first + after - 1) + columns - 2) // (2 * (columns - 1)))
+            for place in range(first, after):
+                levels[places[place]] = level
+            first = after

@@ -1,0 +1,55 @@
+"""Ranks of magnitudes within rows, segment by segment."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.methods.della import TOP
+
+Levels = NDArray[np.uint8]
+
+SEGMENT = 1 << 20  # elements, in whole rows
+_PART = 1 << 16  # elements that are ordered at once
+
+
+def levels_of(magnitudes: NDArray[np.float32]) -> Levels:
+    """`evomerge.methods.della.levels`: uint8 [rows, columns]."""
+    from evomerge.engine.kernels import spread
+
+    out = np.full(magnitudes.shape, TOP // 2, dtype=np.uint8)
+    rows, columns = magnitudes.shape
+    for first in range(0, rows if columns > 1 else 0, max(1, _PART // columns)):
+        part = magnitudes[first : first + max(1, _PART // columns)]
+        spread.rank_levels(part, part.argsort(axis=1), TOP, out[first : first + part.shape[0]])
+    return out
+
+
+class Latest:
+    """The latest few arrays that were asked for.
+
+    Args:
+        count: How many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._held: OrderedDict[Hashable, Levels] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, compute: Callable[[], Levels]) -> Levels:
+        """The array of this key; computed when it is not there."""
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        value = compute()
+        with self._lock:
+            self._held[key] = value
+            if len(self._held) > self._count:
+                self._held.popitem(last=False)
+        return value

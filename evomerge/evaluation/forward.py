@@ -1,0 +1,121 @@
+"""A model's forward pass with the head applied where it is needed, shared by threads that compute alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from evomerge.threads import run_all
+
+T = TypeVar("T")
+
+HEAD_LOGITS = 2**24
+"""Logits (positions times vocabulary) computed at a time: products of a good size, without holding all the logits."""
+
+
+class Forward:
+    """One model's forward pass; made by `forwarding`.
+
+    Args:
+        model: A causal language model of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.head = model.get_output_embeddings()
+        self.device: torch.device = next(model.parameters()).device
+        self._mine = threading.local()
+
+    def pick(self, _: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Pre-hook of the head: has it see only this thread's positions, as one row [1, r]; or the first of them."""
+        positions = getattr(self._mine, "positions", None)
+        if positions is None:
+            return None
+        hidden = args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions)
+        self._mine.hidden = hidden
+        return hidden[None, : 1 if self._mine.first_only else None], *args[1:]
+
+    def _run(self, positions: torch.Tensor, inputs: dict[str, Any], *, first_only: bool) -> torch.Tensor:
+        self._mine.positions, self._mine.first_only = positions, first_only
+        try:
+            logits: torch.Tensor = self.model(**inputs).logits
+        finally:
+            self._mine.positions = None
+        return logits.reshape(-1, logits.shape[-1])
+
+    def logits(self, positions: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Logits [r, V] at some flat positions (row * L + column).
+
+        The head's input is what is picked from, so whatever a model does to its logits after the head (scaling, soft
+        caps) is done to them as well. A model without an output embedding module computes all its logits.
+        """
+        logits = self._run(positions, inputs, first_only=False)
+        return logits if self.head is not None else logits.index_select(0, positions)
+
+    def chunks(self, positions: torch.Tensor, *, head_is_last: bool, **inputs: Any) -> Iterator[torch.Tensor]:
+        """Logits at some flat positions, a few rows at a time.
+
+        Args:
+            positions: [r] flat positions.
+            head_is_last: The model returns what its head gives, so that the head can be called on its own.
+            inputs: What the model is called with.
+        """
+        if not head_is_last:
+            yield self.logits(positions, **inputs)
+            return
+        self._run(positions, inputs, first_only=True)
+        hidden = self._mine.__dict__.pop("hidden")
+        rows = max(1, HEAD_LOGITS // self.head.weight.shape[0])
+        for part in hidden.tensor_split(max(1, -(-len(hidden) // rows))):
+            logits: torch.Tensor = self.head(part[None])
+            yield logits[0]
+
+    def spread(self, work: Sequence[Callable[[], T]]) -> list[T]:
+        """Does pieces of work and gives their results in order.
+
+        On a CPU every piece is done by one thread that computes alone, so that no number depends on how many there are.
+        """
+        pieces = [partial(_without_gradients, piece) for piece in work]
+        if self.device.type != "cpu":
+            return [piece() for piece in pieces]
+        return run_all(pieces, 1 if _changes_itself(self.model) else torch.get_num_threads())
+
+
+def _without_gradients(piece: Callable[[], T]) -> T:
+    """Calls it in inference mode, which each thread has to enter by itself."""
+    with torch.inference_mode():
+        return piece()
+
+
+@contextmanager
+def forwarding(model: Any) -> Iterator[Forward]:
+    """The model's forward pass, with a hook on its head for as long as the block lasts."""
+    forward = Forward(model)
+    hook = None if forward.head is None else forward.head.register_forward_pre_hook(forward.pick)
+    try:
+        yield forward
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def head_is_last(forward: Forward) -> bool:
+    """Whether the model's logits are what its head gives, bit for bit: no scaling, no soft cap, no cast."""
+    if forward.head is None or getattr(forward.head, "weight", None) is None:
+        return False
+    ids = torch.arange(1, 9, device=forward.device)[None] % forward.head.weight.shape[0]
+    positions = torch.arange(8, device=forward.device)
+    logits = forward.logits(positions, input_ids=ids, use_cache=False)
+    (alone,) = forward.chunks(positions, head_is_last=True, input_ids=ids, use_cache=False)
+    return logits.dtype == alone.dtype and torch.equal(logits, alone)
+
+
+def _changes_itself(model: Any) -> bool:
+    """Whether a forward pass writes to the model: rotary frequencies that follow the length of the input."""
+    kinds = repr([module.rope_type for module in model.modules() if hasattr(module, "rope_type")])
+    return "dynamic" in kinds or "longrope" in kinds

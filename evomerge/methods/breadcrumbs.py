@@ -1,0 +1,112 @@
+"""Model breadcrumbs: of each task vector leave out the smallest elements and the few largest, then add them up.
+
+Davari and Belilovsky 2023, "Model Breadcrumbs: scaling multi-task model merging with sparse masks",
+https://arxiv.org/abs/2312.06795
+
+`breadcrumbs_ties` elects signs and merges as TIES does. As in mergekit, `density` is what is kept and `gamma` what is
+left out of the largest (the paper's β and γ are percentiles: density = γ − β, gamma = 1 − γ).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from evomerge.methods.combine import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
+from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_add
+from evomerge.methods.trim import kept, shrink
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAPER = "Davari and Belilovsky 2023, Model Breadcrumbs, https://arxiv.org/abs/2312.06795"
+
+GAMMA = Parameter(
+    "gamma",
+    default=0.01,
+    per_source=True,
+    low=0.0,
+    high=1.0,
+    gene=(0.0, 0.05),
+    paper=0.006,
+    help="Fraction of each delta that is left out as outliers, the largest magnitudes.",
+)
+
+
+def merge(block: Block, settings: Settings) -> Tensor:
+    """θ0 + λ Σ wi δ̂i, the weights divided by their sum under `normalize`."""
+    parts = terms(settings)
+    if all(settings.sources[i]["density"] >= 1.0 for i, _ in parts):
+        scale = float(settings.shared["lambda"])
+        total = scale if settings.shared["normalize"] else scale * math.fsum(participants(settings)[1])
+        return add_deltas(block, [i for i, _ in parts], [factor for _, factor in parts], total)
+    return add_up(block, ((crumbs(block, i, settings), factor) for i, factor in parts))
+
+
+def terms(settings: Settings) -> list[tuple[int, float]]:
+    """(source, factor of what is kept of its delta) of the sources that take part."""
+    indices, weights = participants(settings)
+    if settings.shared["normalize"]:
+        weights = shares("breadcrumbs", weights)
+    scale = float(settings.shared["lambda"])
+    return [(i, scale * weight) for i, weight in zip(indices, weights, strict=True)]
+
+
+def crumbs(block: Block, source: int, settings: Settings) -> Tensor:
+    """δ̂: the delta of one source with its smallest and its largest elements set to 0."""
+    delta = block.sources[source] - base_of(block)
+    own = settings.sources[source]
+    if own["density"] >= 1.0:
+        return delta
+    outliers, rest = block.facts.band(source, float(own["density"]), float(own["gamma"]))
+    delta = shrink(delta, *rest, block.start)
+    return delta.masked_fill_(kept(delta.abs(), *outliers, block.start), 0.0)
+
+
+def merge_agreeing(block: Block, settings: Settings) -> Tensor:
+    """θ0 + λ Σ wi δ̂i [agrees], divided by Σ abs(wi) [agrees] under `normalize`."""
+    indices, weights = participants(settings)
+    if not indices:
+        return base_of(block).clone()
+    return elect_and_add(block, indices, [crumbs(block, i, settings) for i in indices], weights, settings)
+
+
+def check(settings: Settings) -> list[str]:
+    """Refuses weights that sum to zero under `normalize`."""
+    return zero_sum_problem("breadcrumbs", participants(settings)[1]) if settings.shared["normalize"] else []
+
+
+METHOD = Method(
+    name="breadcrumbs",
+    paper=PAPER,
+    summary="Leave out the smallest and the few largest elements of the deltas, add up the rest.",
+    parameters=(
+        WEIGHT,
+        replace(DENSITY, paper=0.144, help="Fraction of each delta that is kept."),
+        GAMMA,
+        replace(LAMBDA, paper=0.3),
+        replace(NORMALIZE, default=False),
+        INT8_MASK,
+    ),
+    merge=merge,
+    check=check,
+)
+
+TIES = replace(
+    METHOD,
+    name="breadcrumbs_ties",
+    paper=f"{PAPER}; Yadav et al. 2023, TIES-Merging, https://arxiv.org/abs/2306.01708",
+    summary="Leave out the smallest and the few largest elements of the deltas, then elect signs and merge as ties.",
+    parameters=(
+        *METHOD.parameters[:4],
+        replace(NORMALIZE, default=False, help="Divide by the sum of the absolute weights."),
+        CONSENSUS,
+        AVERAGE,
+        INT8_MASK,
+    ),
+    merge=merge_agreeing,
+    check=lambda settings: [],
+)

@@ -1,0 +1,86 @@
+"""SCE: select the elements on which the models differ most, weigh the models by what is left, erase minority signs.
+
+Wan et al. 2024, "FuseChat: knowledge fusion of chat models", https://arxiv.org/abs/2408.07990
+
+Select: of the elements whose deltas vary across the models, the top `select_topk` by that variance. Calculate: each
+model's weight is the sum of squares of its selected delta over that of all models. Erase: what has not the sign of the
+sum of the deltas; the rest is averaged by weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.methods.combine import base_of, land
+from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.shared_parameters import INT8_MASK
+from evomerge.methods.ties import agreeing, elected_sign
+from evomerge.methods.trim import kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def spread(deltas: Sequence[Tensor]) -> Tensor:
+    """The population variance of each element across the models, computed in float64 and rounded to float32.
+
+    In float64 the sum of a few float32 numbers hardly rounds: equal deltas have variance 0, and the order of the models
+    does not matter.
+    """
+    import torch
+
+    wide = torch.float32 if deltas[0].device.type == "mps" else torch.float64  # mps has no float64
+    count, mean = float(len(deltas)), torch.zeros_like(deltas[0], dtype=wide)
+    for delta in deltas:
+        mean.add_(delta)
+    mean.div_(count)
+    total = torch.zeros_like(mean)
+    for delta in deltas:
+        apart = delta.to(wide).sub_(mean)
+        total.add_(apart.mul_(apart))
+    return total.div_(count).float()
+
+
+def coefficients(energies: Sequence[float]) -> tuple[list[int], list[float]]:
+    """(the models with anything selected, their shares of the sum of squares)."""
+    total = math.fsum(energies)
+    indices = [i for i, energy in enumerate(energies) if energy / total > 0.0] if total > 0.0 else []
+    return indices, [energies[i] / total for i in indices]
+
+
+def merge(block: Block, settings: Settings) -> Tensor:
+    """θ0 + Σ ηi δ̂i [agrees] / Σ ηi [agrees]."""
+    fraction = float(settings.shared["select_topk"])
+    cut, energies = block.facts.selection(fraction)
+    indices, weights = coefficients(energies)
+    if not indices:
+        return base_of(block).clone()
+    deltas = block.deltas
+    if fraction < 1.0:
+        mask = kept(spread(deltas), *cut, block.start)
+        deltas = [delta.mul_(mask) for delta in deltas]
+    sign = elected_sign(deltas, [1.0] * len(deltas), "mass")
+    update = agreeing(sign, [deltas[i] for i in indices], weights, normalize=True, average="agreeing").mul_(sign)
+    return land(block, indices, update)
+
+
+METHOD = Method(
+    name="sce",
+    paper="Wan et al. 2024, FuseChat, https://arxiv.org/abs/2408.07990",
+    summary="Select the elements on which the models differ most, weigh the models by their squares, erase minorities.",
+    parameters=(
+        Parameter(
+            "select_topk",
+            default=1.0,
+            low=0.0,
+            high=1.0,
+            gene=(0.05, 1.0),
+            paper=0.1,
+            help="Fraction kept of the elements on which the models differ, by variance; 1 keeps every element.",
+        ),
+        INT8_MASK,
+    ),
+    merge=merge,
+)
