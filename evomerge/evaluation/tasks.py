@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,14 @@ def _shipped_folders(names: Sequence[str]) -> list[str]:
     return sorted(str(root / top) for top in found)
 
 
+@cache
+def _shipped_names() -> frozenset[str]:
+    """The names that the YAML of lm-eval's shipped tasks gives to tasks, groups and tags."""
+    pattern = re.compile(r"(?m)^(?:task|group|tag):\s+[\"']?([\w.-]+)")
+    texts = (path.read_text(encoding="utf-8") for path in _shipped().rglob("*.yaml"))
+    return frozenset(name for text in texts for name in pattern.findall(text))
+
+
 def _shipped() -> Path:
     import lm_eval.tasks
 
@@ -251,7 +259,7 @@ def _shipped() -> Path:
 def _load(name: str, manager: Any) -> tuple[list[Any], list[Any]]:
     """The lm-eval tasks that `name` stands for, and the groups among them, inner ones first."""
     if name not in manager.task_index:
-        known = {*manager.all_tasks, *(path.stem for path in _shipped().rglob("*.yaml"))}
+        known = {*manager.all_tasks, *_shipped_names()}
         raise TaskError(f"unknown task {name!r}{suggest(name, sorted(known))}; neither shipped nor in include_path")
     problems: list[str] = []
     spec = with_data(name, manager.task_index, problems)

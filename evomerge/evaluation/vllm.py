@@ -13,6 +13,7 @@ and decides batches itself, so the longest inputs are cut by two tokens more, an
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import tempfile
@@ -116,6 +117,7 @@ class VLLMBackend:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._connect = connect or connect_vllm
+        self._version = importlib.metadata.version("vllm") if connect is None else ""
         self._engine: Engine | None = None
         self._weights: Weights | None = None
         self._architecture: str | None = None
@@ -148,8 +150,9 @@ class VLLMBackend:
             return ask(self._engine.lm, requests, indices)
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
-        """Identity of what is asked together; vLLM makes its batches of that itself."""
-        return blake2b(repr(("vllm", self.max_length, tuple(indices))).encode(), digest_size=16).hexdigest()
+        """Identity of what is asked together; vLLM, of some version, makes its batches of that itself."""
+        text = repr(("vllm", self._version, self.max_length, tuple(indices)))
+        return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _engine_for(self, model: Any) -> Engine:
         architecture = f"{model.dtype} {model.config.to_json_string(use_diff=False)}"
