@@ -57,6 +57,7 @@ def check_recipe(path: Path) -> str:
 def check_search(spec: SearchSpec) -> str:
     """Checks a search: models, tasks, splits, space; scores a few items to estimate the time."""
     bench = Workbench(spec)
+    warnings = bench.look_at_items()
     source = next(iter(spec.models.sources.values()))
     plan = bench.plan(single_model(source))
     size = output_bytes(plan)
@@ -70,6 +71,7 @@ def check_search(spec: SearchSpec) -> str:
     budget = spec.search.candidates
     return "\n".join(
         [
+            *(f"warning: {text}" for text in warnings),
             f"{spec.name}: {len(spec.models.sources)} sources, {bench.space.size} genes, {budget} candidates of "
             f"{spec.search.algorithm}",
             table(["task", "type", *splits], rows),

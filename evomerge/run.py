@@ -86,6 +86,9 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         scorer = Scorer(bench, folder)
         record = folder.record(bench.space)
         display.begin(folder, record.candidates(), gene_count=bench.space.size)
+        if len(record.candidates()) < folder.spec.search.candidates:
+            for text in bench.look_at_items():
+                display.say(f"warning: {text}")
         scorer.settle_references(display)
         wanted = folder.spec.search
         ended = search(

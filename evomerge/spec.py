@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evomerge.errors import SpecError, suggest
+from evomerge.evaluation.backends import BackendName
 from evomerge.paths import resolve_path
 from evomerge.recipe import resolve_reference
 from evomerge.strict_yaml import read_yaml
@@ -113,7 +114,9 @@ class Evaluation(_Part):
     reuse_prefixes: bool = True
     max_length: int | None = Field(None, ge=8)
     apply_chat_template: bool = False
-    backend: Literal["native", "hf"] = "native"
+    fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied
+    system_instruction: str | None = None
+    backend: BackendName = "native"
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -244,6 +247,9 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
     names = [task.task for task in spec.evaluation.tasks]
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
     problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in names]
+    device = spec.evaluation.device
+    if spec.evaluation.backend == "vllm" and not device.startswith("cuda"):
+        problems.append(f"evaluation.device: backend vllm shares the candidates' GPU; cuda is needed, got {device!r}")
     if spec.models.base is None and any(METHODS[m].needs_base for m in spec.space.methods if m in METHODS):
         wanting = [m for m in spec.space.methods if m in METHODS and METHODS[m].needs_base]
         problems.append(f"models.base: missing, and {', '.join(wanting)} need a base model")

@@ -36,10 +36,14 @@ def score_table(result: Mapping[str, Any]) -> str:
             "-" if score["stderr"] is None else f"{score['stderr']:.4f}",
             str(score["n"]),
         ]
-        for task, metrics in result["tasks"].items()
+        for task, metrics in [*result["tasks"].items(), *_groups(result)]
         for metric, score in metrics.items()
     ]
     return table(["task", "metric", "value", "standard error", "items"], rows)
+
+
+def _groups(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(f"group {name}", metrics) for name, metrics in result.get("groups", {}).items()]
 
 
 def result_table(result: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
-from evomerge.evaluation.tasks import LoadedTask, load_tasks
+from evomerge.evaluation.tasks import LoadedTask, TaskSet, find_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
 from evomerge.models import load_config, load_tokenizer, open_models
 from evomerge.recipe import Recipe, parse_recipe
@@ -44,8 +44,9 @@ class Workbench:
         self.spec = spec
         with _Together() as found:  # a wrong model and a wrong metric are told in one go
             self.checkpoints: dict[str, Checkpoint] = found.of(open_models, spec)
-            self.tasks: dict[str, LoadedTask] = found.of(_load_tasks, spec)
-            self.goals: Fitness = found.of(_goals, spec, self.tasks)
+            known: TaskSet = found.of(_find_tasks, spec)
+            self.tasks: dict[str, LoadedTask] = found.of(lambda known: dict(known.tasks), known)
+            self.goals: Fitness = found.of(_goals, spec, known)
             self.space: SearchSpace = found.of(make_space, spec, self.checkpoints)
         self.tokenizer = load_tokenizer(self.reference_model)
         evaluation = spec.evaluation
@@ -56,10 +57,12 @@ class Workbench:
             batch_tokens=evaluation.batch_tokens,
             max_length=evaluation.max_length,
             apply_chat_template=evaluation.apply_chat_template,
+            fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+            system_instruction=evaluation.system_instruction,
             backend=evaluation.backend,
             reuse_prefixes=evaluation.reuse_prefixes,
         )
-        self.selections = _selections(spec, self.evaluator, self.tasks)
+        self.selections = _selections(spec, self.evaluator, known)
         self._resident: Resident | None = None
 
     @property
@@ -67,6 +70,20 @@ class Workbench:
         """The model whose tokenizer and layout count: the base, or the first source."""
         models = self.spec.models
         return self.checkpoints[models.base or next(iter(models.sources.values()))]
+
+    def look_at_items(self) -> list[str]:
+        """Builds what the items of every split ask, so that what cannot be scored is found before a model is.
+
+        Returns:
+            What is worth a warning.
+
+        Raises:
+            TaskError: With every task that has an item that cannot be scored.
+        """
+        chosen = [selection for selection in self.selections.values() if selection]
+        tasks = dict.fromkeys(task for selection in chosen for task in selection)
+        together = {task: [k for selection in chosen for k in selection.get(task, ())] for task in tasks}
+        return self.evaluator.check(together)
 
     def plan(self, recipe: Mapping[str, Any]) -> Plan:
         """Resolves a candidate's recipe."""
@@ -194,51 +211,46 @@ def tensor_group_filters(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return filters
 
 
-def _load_tasks(spec: SearchSpec) -> dict[str, LoadedTask]:
+def _find_tasks(spec: SearchSpec) -> TaskSet:
+    """The tasks that steer and guard, as far as they can be loaded."""
     evaluation = spec.evaluation
     shots = {task.task: task.num_fewshot for task in evaluation.tasks}
     names = [task.task for task in evaluation.tasks] + evaluation.guard
-    return load_tasks(names, include_path=evaluation.include_paths, num_fewshot=shots)
-
-
-def _members(spec: SearchSpec, name: str, tasks: Mapping[str, LoadedTask]) -> list[str]:
-    """The tasks that a name of the specification stands for: itself, or the members of a group."""
-    return [name] if name in tasks else list(load_tasks([name], include_path=spec.evaluation.include_paths))
+    return find_tasks(names, include_path=evaluation.include_paths, num_fewshot=shots)
 
 
 def _sizes(splits: Splits) -> dict[str, float | int]:
     return {name: int(size) if size > 1 else float(size) for name, size in splits.model_dump().items()}
 
 
-def _selections(spec: SearchSpec, evaluator: Evaluator, tasks: Mapping[str, LoadedTask]) -> dict[str, Selection]:
+def _selections(spec: SearchSpec, evaluator: Evaluator, known: TaskSet) -> dict[str, Selection]:
     """The items of each split. Guard tasks are read whole, as far as the test split's size goes."""
     evaluation = spec.evaluation
-    members = {task.task: _members(spec, task.task, tasks) for task in evaluation.tasks}
-    names = [name for task in evaluation.tasks for name in members[task.task]]
-    per_task = {name: _sizes(t.splits) for t in evaluation.tasks if t.splits for name in members[t.task]}
+    names = [name for task in evaluation.tasks for name in known.members[task.task]]
+    per_task = {name: _sizes(t.splits) for t in evaluation.tasks if t.splits for name in known.members[t.task]}
     items = {name: evaluator.items(name) for name in names}
     drawn: dict[str, Selection] = dict(split_items(items, _sizes(evaluation.splits), spec.search.seed, per_task))
     size = _sizes(evaluation.splits)[TEST]
-    guarding = [name for guard in evaluation.guard for name in _members(spec, guard, tasks)]
+    guarding = [name for guard in evaluation.guard for name in known.members[guard]]
     guards = {name: evaluator.items(name) for name in guarding}
     sized = {name: {GUARD: min(size, len(ids)) if isinstance(size, int) else size} for name, ids in guards.items()}
     drawn[GUARD] = split_items(guards, {GUARD: size}, spec.search.seed, sized).get(GUARD, {}) if guards else {}
     return drawn
 
 
-def _goals(spec: SearchSpec, tasks: Mapping[str, LoadedTask]) -> Fitness:
+def _goals(spec: SearchSpec, known: TaskSet) -> Fitness:
     """The goals on the raw scale; a group's weight is shared by its members.
 
     Raises:
-        TaskError: For a metric that a task does not have.
+        TaskError: For a name that stands for no task, and for a metric that a task does not have.
         SpecError: When the raw scale would add up different units.
     """
     goals: list[Goal] = []
-    problems: list[str] = []
+    problems = list(known.problems)
     for wanted in spec.evaluation.tasks:
-        members = _members(spec, wanted.task, tasks)
+        members = known.members.get(wanted.task, ())
         for name in members:
-            task = tasks[name]
+            task = known.tasks[name]
             metric = wanted.metric or task.metrics[0]
             try:
                 task.require_metric(metric)

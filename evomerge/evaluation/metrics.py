@@ -44,7 +44,9 @@ def item_scores(loaded: LoadedTask, indices: Sequence[int], instances: Sequence[
                 # The first filter's metrics go by their plain name; with several, each goes by "metric,filter" too.
                 for full in [metric] * (k == 0) + [f"{metric},{name}"] * (len(names) > 1):
                     values.setdefault(full, [None] * len(indices))[position] = value
-    return _collect(loaded, indices, values, _smooth(loaded, indices, instances))
+    # A class may make its choices itself; which of them is right, only its own code knows.
+    unknown = loaded.output_type == "multiple_choice" and loaded.task.get_config("doc_to_choice") is None
+    return _collect(loaded, indices, values, {} if unknown else _smooth(loaded, indices, instances))
 
 
 def _process(loaded: LoadedTask, index: int, results: list[Any]) -> dict[str, Any]:

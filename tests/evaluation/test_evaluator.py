@@ -118,9 +118,8 @@ def test_an_empty_text_is_refused(bench: Bench, tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_start_or_a_template_is_refused(bench: Bench) -> None:
     tokenizer = copy.deepcopy(bench.tokenizer)
-    evaluator = bench.evaluator("mc", apply_chat_template=True)
     with pytest.raises(TaskError, match="the tokenizer has no chat template"):
-        evaluator.score(bench.model)
+        bench.evaluator("mc", apply_chat_template=True)
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(TaskError, match="neither a BOS nor an EOS token"):
         Evaluator(load_tasks(["mc"], include_path=bench.folder), tokenizer, bench.model.config)
