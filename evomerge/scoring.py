@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 class Scorer:
     """Scores proposals; what was measured once is read back.
 
+    Attributes:
+        fitness: What steers.
+        reported: What the result is told in: the same goals by the metrics that were asked for.
+
     Args:
         bench: Models, tasks and splits.
         folder: Where per-item scores are kept.
@@ -29,7 +33,8 @@ class Scorer:
     def __init__(self, bench: Workbench, folder: RunFolder) -> None:
         self._bench = bench
         self._folder = folder
-        self.fitness: Fitness = bench.goals
+        self.fitness: Fitness = bench.steering
+        self.reported: Fitness = bench.goals
 
     def settle_references(self, display: Display) -> None:
         """Scores the sources on the search items, which fixes the relative scale."""
@@ -42,7 +47,8 @@ class Scorer:
                 sources.append(self.scores(single_model(reference), SEARCH)[0])
             except CandidateError as error:
                 raise EvoMergeError(f"models.sources.{name}: cannot be scored: {error}") from error
-        self.fitness = self._bench.relative(self._bench.goals, sources)
+        self.fitness = self._bench.relative(self._bench.steering, sources)
+        self.reported = self._bench.relative(self._bench.goals, sources)
 
     def scores(self, recipe: Mapping[str, Any], split: str) -> tuple[Mapping[str, ItemScores], Mapping[str, float]]:
         """Per-item scores of a recipe on a split, and the seconds they cost (none when they were kept)."""

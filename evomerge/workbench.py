@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
@@ -36,7 +37,8 @@ class Workbench:
         evaluator: The tasks that steer and those that guard.
         selections: Split -> task -> positions of its items.
         space: The search space.
-        goals: The goals on the raw scale.
+        goals: The goals on the raw scale, by the metrics that are reported.
+        steering: The same goals by the metrics that steer: the smooth ones where the specification wants them.
     """
 
     def __init__(self, spec: SearchSpec) -> None:
@@ -45,6 +47,7 @@ class Workbench:
             self.checkpoints: dict[str, Checkpoint] = found.of(open_models, spec)
             self.tasks: dict[str, LoadedTask] = found.of(_load_tasks, spec)
             self.goals: Fitness = found.of(_goals, spec, self.tasks)
+            self.steering: Fitness = found.of(_steering, spec, self.tasks, self.goals)
             self.space: SearchSpace = found.of(make_space, spec, self.checkpoints)
         self.tokenizer = load_tokenizer(self.reference_model)
         evaluation = spec.evaluation
@@ -243,8 +246,6 @@ def _goals(spec: SearchSpec, tasks: Mapping[str, LoadedTask]) -> Fitness:
             except TaskError as error:
                 problems += error.problems
                 continue
-            if spec.evaluation.fitness == "smooth" and task.output_type == "multiple_choice":
-                metric = "prob"
             direction = task.higher_is_better[metric.partition(",")[0]]
             goals.append(Goal(name, metric, wanted.weight / len(members), direction))
     if problems:
@@ -253,3 +254,17 @@ def _goals(spec: SearchSpec, tasks: Mapping[str, LoadedTask]) -> Fitness:
     if mixed:
         raise SpecError(mixed)
     return Fitness(tuple(goals))
+
+
+def _steering(spec: SearchSpec, tasks: Mapping[str, LoadedTask], goals: Fitness) -> Fitness:
+    """The goals by the metrics that steer."""
+    if spec.evaluation.fitness == "metric":
+        return goals
+    smooth = {goal.task: tasks[goal.task].smooth(goal.metric) for goal in goals.goals}
+    directions = {goal.task: tasks[goal.task].higher_is_better for goal in goals.goals}
+    return Fitness(
+        tuple(
+            replace(g, metric=smooth[g.task], higher_is_better=directions[g.task][smooth[g.task].partition(",")[0]])
+            for g in goals.goals
+        )
+    )
