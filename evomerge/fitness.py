@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.scores import ItemScores, concatenate
+from evomerge.evaluation.statistics import DRAWS, resampled_sums
 
 Scores = Mapping[str, ItemScores]
 
@@ -75,10 +76,45 @@ class Fitness:
             ValueError: When the items differ.
         """
         for goal in self.goals:
-            if ours[goal.task].items != theirs[goal.task].items:
-                raise ValueError(f"{goal.task}: the two were not scored on the same items")
+            _same_items(ours, theirs, goal.task)
         influences = [_influence(ours, goal) - _influence(theirs, goal) for goal in self.goals]
         return self(ours) - self(theirs), self._spread(influences)
+
+    def pooled_difference(self, ours: Sequence[Scores], theirs: Sequence[Scores]) -> tuple[float, float]:
+        """As `difference`, over several disjoint sets of items taken together."""
+        value = self.pooled(ours) - self.pooled(theirs)
+        if not all(s[goal.task].raceable(goal.metric) for goal in self.goals for s in (*ours, *theirs)):
+            return value, math.nan
+        joined = [{g.task: concatenate([s[g.task] for s in parts]) for g in self.goals} for parts in (ours, theirs)]
+        return value, self.difference(joined[0], joined[1])[1]
+
+    def resampled(self, models: Sequence[Scores], draws: int = DRAWS, seed: int = 0) -> NDArray[np.float64] | None:
+        """The fitness of some models on bootstrap samples of the items: the same samples for all of them.
+
+        Each task's items are drawn by themselves, as many as there are.
+
+        Returns:
+            [models, draws]; None when a goal is no mean or ratio of items, so that nothing is known of its noise.
+
+        Raises:
+            ValueError: When the items differ.
+        """
+        values = []
+        for k, goal in enumerate(self.goals):
+            parts = [_same_items(scores, models[0], goal.task) for scores in models]
+            if not all(part.raceable(goal.metric) for part in parts):
+                return None
+            columns = np.stack([column for part in parts for column in part.columns(goal.metric)], axis=1)
+            sums = resampled_sums(columns, draws, np.random.default_rng([seed, k]))
+            values.append(
+                [
+                    [goal.value(part.of_sums(goal.metric, *pair))[0] for pair in sums[:, 2 * m : 2 * m + 2].tolist()]
+                    for m, part in enumerate(parts)
+                ]
+            )
+        weights = np.array([goal.weight for goal in self.goals])
+        mean: NDArray[np.float64] = np.einsum("g,gmd->md", weights / weights.sum(), np.array(values))
+        return mean
 
     def relative_to(self, sources: Sequence[Scores]) -> Fitness:
         """The same goals as ratios to the best source's value.
@@ -110,6 +146,13 @@ class Fitness:
                 return math.nan
             variance += (goal.weight / total) ** 2 * float(influence.var(ddof=1)) / n
         return math.sqrt(variance)
+
+
+def _same_items(ours: Scores, theirs: Scores, task: str) -> ItemScores:
+    """Our scores of a task, if they are of the same items."""
+    if ours[task].items != theirs[task].items:
+        raise ValueError(f"{task}: the two were not scored on the same items")
+    return ours[task]
 
 
 def _value(scores: Scores, goal: Goal) -> float:

@@ -108,7 +108,43 @@ def test_winner_is_the_best_finalist_over_search_and_select(finished_run: Path) 
     for row in result["baselines"].values():
         measured = result["winner"]["fitness"]["test"]["value"] - row["fitness"]["test"]["value"]
         assert row["winner_less_this"]["value"] == pytest.approx(measured)
+        low, high = row["winner_less_this"]["interval"]
+        assert low <= row["winner_less_this"]["value"] <= high
+        assert {"wins", "losses", "p"} <= set(row["winner_less_this"]["tasks"]["tiny_choice"])
     assert result["verdict"].startswith("The winner is ")
+    fitness = result["winner"]["fitness"]
+    assert result["selection_bias"]["value"] == pytest.approx(fitness[SEARCH]["value"] - fitness[TEST]["value"])
+    for finalist in result["finalists"]:
+        assert finalist["winner_less_this"]["value"] == pytest.approx(best["pooled"] - finalist["pooled"])
+        assert (finalist["winner_less_this"]["stderr"] == 0) == (finalist["candidate"] == best["candidate"])
+
+
+def test_a_smooth_fitness_steers_and_accuracy_is_reported(
+    tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = parse_spec(
+        search_spec(tiny_family, search__candidates=7, search__finalists=2, run__keep=0, evaluation__fitness="smooth")
+    )
+    result = start(spec, folder=tmp_path / "run")
+    assert [(g["metric"], g["steered_by"]) for g in result["goals"]] == [
+        ("acc", "prob"),
+        ("bits_per_byte", "bits_per_byte"),
+    ]
+    found = {c.operator: c for c in candidates(tmp_path / "run")}
+    sources = [found[f"parent:{name}"].scores[SEARCH] for name in "abc"]
+    best_bits = min(s["tiny_text"]["bits_per_byte"]["value"] for s in sources)
+
+    def fitness(scores: Any, metric: str) -> float:
+        best = max(s["tiny_choice"][metric]["value"] for s in sources)
+        bits = best_bits / scores["tiny_text"]["bits_per_byte"]["value"]
+        return float((scores["tiny_choice"][metric]["value"] / best + 2 * bits) / 3)
+
+    for candidate in found.values():
+        assert candidate.fitness == pytest.approx(fitness(candidate.scores[SEARCH], "prob"))
+    for split in (SEARCH, TEST):
+        told = fitness(result["winner"]["scores"][split], "acc")
+        assert result["winner"]["fitness"][split]["value"] == pytest.approx(told)
+    assert "tiny_choice acc" in capsys.readouterr().out
 
 
 def test_relative_fitness_of_the_sources(finished_run: Path) -> None:
@@ -355,14 +391,6 @@ def test_raw_scale_and_random_search(tiny_family: dict[str, Path], tmp_path: Pat
     for candidate in found:
         assert candidate.fitness == -candidate.scores[SEARCH]["tiny_text"]["bits_per_byte"]["value"]
     assert "guard" not in result["winner"]["scores"]
-
-
-def test_smooth_fitness_steers_by_probability(tiny_family: dict[str, Path]) -> None:
-    bench = Workbench(parse_spec(search_spec(tiny_family, evaluation__fitness="smooth")))
-    assert [(goal.task, goal.metric) for goal in bench.goals.goals] == [
-        ("tiny_choice", "prob"),
-        ("tiny_text", "bits_per_byte"),
-    ]
 
 
 def test_what_is_wrong_is_told_together(tiny_family: dict[str, Path], tmp_path: Path) -> None:
