@@ -59,7 +59,8 @@ def finish(
         row = Row(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
         measured.append(_read(row, (SEARCH, SELECT), scorer, display))
     scored = [row for row in measured if row is not None]
-    pooled = {row.candidate: scorer.fitness.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
+    steering = scorer.fitness.unweighted
+    pooled = {row.candidate: steering.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
     best_first = sorted(scored, key=lambda row: -pooled[row.candidate])  # stable: the better on `search` first
     winner = next(filter(None, (_complete(row, bench, scorer, display) for row in best_first)), None)
     if winner is None:
@@ -74,7 +75,7 @@ def finish(
         "state": "finished",
         "candidates": {**count_states(known), "budget": folder.spec.search.candidates},
         "scale": folder.spec.evaluation.scale,
-        "goals": _goals_json(reported, scorer.fitness),
+        "goals": _goals_json(reported, steering),
         "winner": {
             **_row_json(winner, reported),
             "generation": candidate.generation,
@@ -89,11 +90,12 @@ def finish(
             {
                 "candidate": row.candidate,
                 "pooled": pooled[row.candidate],
-                "winner_less_this": _on_all_choosing_items(winner, row, scorer.fitness),
+                "winner_less_this": _on_all_choosing_items(winner, row, steering),
                 **_fitness_json(row.splits, reported),
             }
             for row in scored
         ],
+        "informative": _informative_json(scorer, {c.number: c.fitness for c in finalists}, scored),
         "verdict": verdict(differences, {name: reported(row.splits[TEST]) for name, row in rivals.items()}),
     }
     folder.write_result(result)
@@ -166,3 +168,31 @@ def _on_all_choosing_items(winner: Row, row: Row, fitness: Fitness) -> dict[str,
     ours, theirs = ([model.splits[split] for split in (SEARCH, SELECT)] for model in (winner, row))
     value, stderr = fitness.pooled_difference(ours, theirs)
     return {"value": value, "stderr": number(stderr)}
+
+
+def _informative_json(
+    scorer: Scorer, estimates: Mapping[int, float | None], rows: Sequence[Row]
+) -> dict[str, Any] | None:
+    """The items that steered, and for the finalists what these said beside what all search items say."""
+    if not scorer.samples:
+        return None
+    steering = scorer.fitness.unweighted
+    return {
+        "tasks": {
+            task: {
+                "items": len(sample.items),
+                "of": sum(size for size, _ in sample.strata),
+                "effective": sample.effective,
+                "strata": [{"items": size, "drawn": drawn} for size, drawn in sample.strata],
+            }
+            for task, sample in scorer.samples.items()
+        },
+        "finalists": [
+            {
+                "candidate": row.candidate,
+                "estimate": None if row.candidate is None else estimates[row.candidate],
+                "all_search_items": steering(row.splits[SEARCH]),
+            }
+            for row in rows
+        ],
+    }

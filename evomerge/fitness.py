@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -50,13 +50,33 @@ class Goal:
 
 @dataclass(frozen=True)
 class Fitness:
-    """Weighted mean of the goals. Higher is better, whatever the metrics' own directions are."""
+    """Weighted mean of the goals. Higher is better, whatever the metrics' own directions are.
+
+    Attributes:
+        goals: The goals.
+        items: Task to the weights of its items, by id, where they were drawn unevenly; then it takes scores on exactly
+            these items of that task.
+    """
 
     goals: tuple[Goal, ...]
+    items: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def unweighted(self) -> Fitness:
+        """The same goals on items that all count alike."""
+        return replace(self, items={})
+
+    def weighed(self, scores: Scores) -> Scores:
+        """The scores with the weights of their items."""
+        return {
+            task: part.weighted([self.items[task][item] for item in part.items]) if task in self.items else part
+            for task, part in scores.items()
+        }
 
     def __call__(self, scores: Scores) -> float:
         """The fitness of a candidate's scores."""
-        return self._mean([goal.value(_value(scores, goal))[0] for goal in self.goals])
+        weighed = self.weighed(scores)
+        return self._mean([goal.value(_value(weighed, goal))[0] for goal in self.goals])
 
     def pooled(self, parts: Sequence[Scores]) -> float:
         """The fitness over several disjoint sets of items taken together.
@@ -67,7 +87,8 @@ class Fitness:
 
     def stderr(self, scores: Scores) -> float:
         """Standard error of the fitness (delta method; tasks are independent); NaN where there is none."""
-        return self._spread([_influence(scores, goal) for goal in self.goals])
+        weighed = self.weighed(scores)
+        return self._spread([_influence(weighed, goal) for goal in self.goals])
 
     def difference(self, ours: Scores, theirs: Scores) -> tuple[float, float]:
         """Fitness of one candidate less another's on the same items, and the standard error of that paired difference.
@@ -77,7 +98,8 @@ class Fitness:
         """
         for goal in self.goals:
             _same_items(ours, theirs, goal.task)
-        influences = [_influence(ours, goal) - _influence(theirs, goal) for goal in self.goals]
+        left, right = self.weighed(ours), self.weighed(theirs)
+        influences = [_influence(left, goal) - _influence(right, goal) for goal in self.goals]
         return self(ours) - self(theirs), self._spread(influences)
 
     def pooled_difference(self, ours: Sequence[Scores], theirs: Sequence[Scores]) -> tuple[float, float]:
@@ -99,6 +121,7 @@ class Fitness:
         Raises:
             ValueError: When the items differ.
         """
+        models = [self.weighed(scores) for scores in models]
         values = []
         for k, goal in enumerate(self.goals):
             parts = [_same_items(scores, models[0], goal.task) for scores in models]
@@ -131,7 +154,7 @@ class Fitness:
             goals.append(replace(goal, reference=best))
         if problems:
             raise TaskError(problems)
-        return Fitness(tuple(goals))
+        return replace(self, goals=tuple(goals))
 
     def _mean(self, values: Sequence[float]) -> float:
         total = sum(goal.weight for goal in self.goals)

@@ -106,6 +106,7 @@ class Evaluation(_Part):
     splits: Splits = Splits()
     guard: list[str] = []
     fitness: Literal["metric", "smooth"] = "metric"
+    informative: float | None = Field(None, gt=0, lt=1)
     racing: bool = False
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

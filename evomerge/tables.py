@@ -66,6 +66,7 @@ def result_table(result: Mapping[str, Any]) -> str:
         table(header, rows),
         _bias_table(result),
         _duel_table(result),
+        _informative_text(result.get("informative")),
         result["verdict"],
     ]
     return "\n\n".join(part for part in parts if part)
@@ -94,6 +95,25 @@ def _duel_table(result: Mapping[str, Any]) -> str:
         for task, row in rival["winner_less_this"]["tasks"].items()
     ]
     return table([f"winner less {name}", "difference", "only winner right", "only it right", "McNemar p"], rows)
+
+
+def _informative_text(informative: Mapping[str, Any] | None) -> str:
+    """Which items steered, and how far that led from all search items; empty when all of them steered."""
+    if not informative:
+        return ""
+    tasks = [
+        [t, str(row["items"]), str(row["of"]), f"{row['effective']:.1f}"] for t, row in informative["tasks"].items()
+    ]
+    finalists = [
+        [f"candidate {row['candidate']}", f"{row['estimate']:.4f}", f"{row['all_search_items']:.4f}"]
+        for row in informative["finalists"]
+    ]
+    return "\n\n".join(
+        [
+            table(["items that steered", "drawn", "of", "worth, if all counted alike"], tasks),
+            table(["fitness on the search items", "estimated from those drawn", "on all of them"], finalists),
+        ]
+    )
 
 
 def _signed(score: Mapping[str, Any]) -> str:

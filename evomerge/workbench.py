@@ -15,6 +15,7 @@ from evomerge.engine.plan import Plan, make_plan
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.informative import Sample
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
 from evomerge.evaluation.tasks import LoadedTask, load_tasks
@@ -25,6 +26,8 @@ from evomerge.search import SearchSpace, build_space
 from evomerge.spec import SearchSpec, Splits
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
+STEER = "steer"
+"""The search items that steer, where they are a part of the `search` split; that split itself otherwise."""
 Selection = Mapping[str, tuple[int, ...]]
 
 
@@ -61,6 +64,7 @@ class Workbench:
             backend=evaluation.backend,
         )
         self.selections = _selections(spec, self.evaluator, self.tasks)
+        self.selections[STEER] = self.selections[SEARCH]
         self._resident: Resident | None = None
 
     @property
@@ -76,6 +80,12 @@ class Workbench:
     def recipe(self, recipe: Mapping[str, Any]) -> Recipe:
         """A candidate's recipe as the engine reads it."""
         return parse_recipe(recipe, where="candidate")
+
+    def steer_by(self, samples: Mapping[str, Sample]) -> None:
+        """Lets a part of the search items steer."""
+        places = {task: {item: k for k, item in enumerate(self.evaluator.items(task))} for task in samples}
+        drawn = {task: tuple(places[task][item] for item in sample.items) for task, sample in samples.items()}
+        self.selections[STEER] = {**self.selections[SEARCH], **drawn}
 
     def measure(self, plan: Plan, split: str) -> tuple[dict[str, ItemScores], dict[str, float]]:
         """Materialises a plan in memory and scores it on a split.

@@ -160,6 +160,47 @@ def test_relative_fitness_of_the_sources(finished_run: Path) -> None:
         assert candidate.fitness == pytest.approx((acc + 2 * bits) / 3)
 
 
+def test_items_that_tell_candidates_apart_steer(
+    tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the search items are scored; the record has estimates, the finalists are scored on all of them."""
+    changes: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__informative": 0.5}
+    short = parse_spec(search_spec(tiny_family, search__candidates=5, **changes))
+    start(short, folder=tmp_path / "parts")
+    capsys.readouterr()
+    result = resume(tmp_path / "parts", candidates=7)
+    table = capsys.readouterr().out
+    whole = parse_spec(search_spec(tiny_family, search__candidates=7, **changes))
+    assert start(whole, folder=tmp_path / "whole") == result
+    assert lasting(candidates(tmp_path / "parts")) == lasting(candidates(tmp_path / "whole"))
+    told = result["informative"]
+    assert {t: (row["items"], row["of"]) for t, row in told["tasks"].items()} == {
+        "tiny_choice": (6, 12),
+        "tiny_text": (4, 8),
+    }
+    samples = RunFolder.existing(tmp_path / "whole").samples()
+    assert samples is not None
+    bench = Workbench(whole)
+    for task, sample in samples.items():
+        assert set(sample.items) < {bench.evaluator.items(task)[k] for k in bench.selections[SEARCH][task]}
+        assert sum(sample.weights) == pytest.approx(told["tasks"][task]["of"])
+    found = {c.number: c for c in candidates(tmp_path / "whole")}
+    folder = RunFolder.existing(tmp_path / "whole")
+    for finalist in told["finalists"]:
+        candidate = found[finalist["candidate"]]
+        assert finalist["estimate"] == candidate.fitness
+        assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
+        kept = folder.scores(bench.plan(candidate.recipe).digest, SEARCH)
+        assert kept is not None
+        acc = kept["tiny_choice"]
+        drawn = dict(zip(samples["tiny_choice"].items, samples["tiny_choice"].weights, strict=True))
+        weights = [drawn.get(item, 0.0) for item in acc.items]
+        expected = float(acc.values("acc") @ weights) / sum(weights)
+        assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["value"] == pytest.approx(expected)
+    assert "estimated from those drawn" in table
+    assert result["winner"]["scores"][SEARCH]["tiny_choice"]["acc"]["n"] == 12
+
+
 def test_splits_are_disjoint(small: SearchSpec) -> None:
     bench = Workbench(small)
     for task, count in (("tiny_choice", 24), ("tiny_text", 16)):

@@ -144,6 +144,16 @@ class ItemScores:
             self.transforms,
         )
 
+    def weighted(self, weights: npt.ArrayLike) -> ItemScores:
+        """These scores with each item standing for `weights[k]` items of a whole that they were drawn from.
+
+        Ratios become Hájek's estimates for the whole. Their standard errors treat the items as drawn independently,
+        which is never too optimistic for a stratified draw. Corpus metrics are left out: they cannot be weighted.
+        """
+        scale = np.asarray(weights, dtype=np.float64)
+        columns = {name: (a * scale, b * scale) for name, (a, b) in self.metrics.items()}
+        return ItemScores(self.task, self.items, columns, self.higher_is_better, self.transforms)
+
     def columns(self, metric: str) -> tuple[Array, Array]:
         """The items' numerators and denominators.
 
