@@ -17,10 +17,10 @@ def compare(winner: Scores, rivals: Mapping[str, Scores], fitness: Fitness) -> d
     """The winner less each rival on the same items, as JSON.
 
     Returns:
-        Rival -> `{"value", "stderr", "interval", "joint_interval", "tasks"}`: the difference in fitness, its standard
-        error, its 95% interval by paired bootstrap, and one of intervals that hold for all rivals at once; None where a
-        goal is no mean or ratio of items. `tasks` has each goal's own difference, and for a metric that is right or
-        wrong the items that only one of the two has right, with McNemar's p-value.
+        Rival -> `{"value", "stderr", "n", "interval", "joint_interval", "tasks"}`: the difference in fitness, its
+        standard error, its 95% interval by paired bootstrap, and one of intervals that hold for all rivals at once;
+        None where a goal is no mean or ratio of items. `tasks` has each goal's own difference, and for a metric that is
+        right or wrong the items that only one of the two has right, with McNemar's p-value.
     """
     if not rivals:
         return {}
@@ -33,6 +33,7 @@ def compare(winner: Scores, rivals: Mapping[str, Scores], fitness: Fitness) -> d
         name: {
             "value": measured[name][0],
             "stderr": number(measured[name][1]),
+            "n": fitness.count(winner),
             "interval": None if span is None else [span.low, span.high],
             "joint_interval": None if span is None else [span.joint_low, span.joint_high],
             "tasks": {goal.task: _by_task(winner, scores, goal.task, goal.metric) for goal in fitness.goals},
@@ -59,6 +60,12 @@ def number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
+def close_rivals(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The rivals that the winner is not surely better than: their own interval reaches zero, or nothing is known."""
+    spans = {name: row["interval"] for name, row in differences.items()}
+    return [name for name, span in spans.items() if span is None or span[0] <= 0]
+
+
 def verdict(differences: Mapping[str, Mapping[str, Any]], test: Mapping[str, float]) -> str:
     """One sentence on whether the winner is better than what a person would have tried first.
 
@@ -74,10 +81,9 @@ def verdict(differences: Mapping[str, Mapping[str, Any]], test: Mapping[str, flo
         return "There was nothing to compare the winner with."
     best = max(test, key=lambda name: test[name])
     measured = f"the best baseline, {best}: {_difference(differences[best])} on the test items"
-    spans = {name: row["interval"] for name, row in differences.items()}
     if any(row["joint_interval"] is not None and row["joint_interval"][1] < 0 for row in differences.values()):
         return f"The winner is worse than {measured}."
-    close = [name for name, span in spans.items() if span is None or span[0] <= 0]
+    close = close_rivals(differences)
     if not close:
         return f"The winner is better than every baseline and than {measured}."
     others = [name for name in close if name != best]

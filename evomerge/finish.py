@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evomerge.comparison import compare, number, verdict
+from evomerge.comparison import close_rivals, compare, number, verdict
 from evomerge.errors import CandidateError, EvoMergeError, RunError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.fitness import Fitness
@@ -96,6 +96,7 @@ def finish(
             for row in scored
         ],
         "informative": _informative_json(scorer, {c.number: c.fitness for c in finalists}, scored),
+        "within_noise_of": close_rivals(differences),
         "verdict": verdict(differences, {name: reported(row.splits[TEST]) for name, row in rivals.items()}),
     }
     folder.write_result(result)
@@ -142,7 +143,11 @@ def _row_json(row: Row, fitness: Fitness) -> dict[str, Any]:
 def _fitness_json(splits: Mapping[str, Scores], fitness: Fitness) -> dict[str, Any]:
     return {
         "fitness": {
-            split: {"value": fitness(scores), "stderr": number(fitness.stderr(scores))}
+            split: {
+                "value": fitness(scores),
+                "stderr": number(fitness.stderr(scores)),
+                "n": fitness.count(scores),
+            }
             for split, scores in splits.items()
             if split != GUARD
         }

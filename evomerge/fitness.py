@@ -78,6 +78,10 @@ class Fitness:
         weighed = self.weighed(scores)
         return self._mean([goal.value(_value(weighed, goal))[0] for goal in self.goals])
 
+    def count(self, scores: Scores) -> int:
+        """The items that the fitness is made of, over all goals."""
+        return sum(scores[goal.task].score(goal.metric).n for goal in self.goals)
+
     def pooled(self, parts: Sequence[Scores]) -> float:
         """The fitness over several disjoint sets of items taken together.
 

@@ -108,6 +108,8 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         if ended.reason == "failures":
             raise EvoMergeError(f"{folder.root}: {ended.message}")
         result = finish(bench, folder, scorer, record.candidates(), display)
+        if result["within_noise_of"]:
+            display.say(f"warning: {result['verdict']}")
         keep_best(bench, folder, result, display)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         display.say(f"peak memory {peak:.2f} GB, the models' memory-mapped files included")

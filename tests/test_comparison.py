@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.comparison import compare, verdict
+from evomerge.comparison import close_rivals, compare, verdict
 from evomerge.fitness import Fitness, Goal
 from tests.test_fitness import ACC, BPB, bits, corpus, mean
 
@@ -34,7 +34,7 @@ def test_differences_agree_with_the_delta_method() -> None:
     for name, rival in (("low", low), ("middle", middle)):
         value, stderr = fitness.difference(high, rival)
         row = found[name]
-        assert (row["value"], row["stderr"]) == (value, stderr)
+        assert (row["value"], row["stderr"], row["n"]) == (value, stderr, 500)
         assert row["interval"] == pytest.approx([value - 1.96 * stderr, value + 1.96 * stderr], abs=0.3 * stderr)
         # Two comparisons at once: wider than one, no wider than Bonferroni's (z = 2.24) but for the draws.
         assert row["joint_interval"][0] < row["interval"][0] + 0.1 * stderr
@@ -104,6 +104,7 @@ def test_verdict(rows: dict[str, Any], sentence: str) -> None:
     found = verdict(rows, {name: -row["value"] for name, row in rows.items()})
     assert found.startswith("The winner is ")
     assert sentence in found
+    assert ("better than every" in found) == (not close_rivals(rows))
 
 
 def test_verdict_without_rivals() -> None:

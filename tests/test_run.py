@@ -100,18 +100,22 @@ def test_winner_is_the_best_finalist_over_search_and_select(finished_run: Path) 
     best = max(result["finalists"], key=lambda f: f["pooled"])
     assert result["winner"]["candidate"] == best["candidate"]
     for split in (SEARCH, SELECT, TEST):
-        assert set(result["winner"]["fitness"][split]) == {"value", "stderr"}
+        measured = result["winner"]["fitness"][split]
+        assert set(measured) == {"value", "stderr", "n"}
+        assert measured["n"] == {SEARCH: 20, SELECT: 10, TEST: 10}[split]
     assert set(result["winner"]["scores"]) == {"search", "select", "test", "guard"}
     names = {"parent:base", "parent:a", "parent:b", "parent:c", "uniform average"}
     winner = candidates(finished_run)[result["winner"]["candidate"]]
     assert set(result["baselines"]) >= names - {winner.operator}
     for row in result["baselines"].values():
-        measured = result["winner"]["fitness"]["test"]["value"] - row["fitness"]["test"]["value"]
-        assert row["winner_less_this"]["value"] == pytest.approx(measured)
+        gain = result["winner"]["fitness"]["test"]["value"] - row["fitness"]["test"]["value"]
+        assert row["winner_less_this"]["value"] == pytest.approx(gain)
         low, high = row["winner_less_this"]["interval"]
         assert low <= row["winner_less_this"]["value"] <= high
         assert {"wins", "losses", "p"} <= set(row["winner_less_this"]["tasks"]["tiny_choice"])
     assert result["verdict"].startswith("The winner is ")
+    log = (finished_run / "log.txt").read_text()
+    assert (f"warning: {result['verdict']}" in log) == bool(result["within_noise_of"])
     fitness = result["winner"]["fitness"]
     assert result["selection_bias"]["value"] == pytest.approx(fitness[SEARCH]["value"] - fitness[TEST]["value"])
     for finalist in result["finalists"]:
