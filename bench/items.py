@@ -3,8 +3,8 @@
     python bench/pool.py runs/pool            # once
     python bench/items.py runs/pool
 
-Many times over: a search split is drawn from the pool's items; the scouts (the parents and the uniform average) are
-known on all of it; the other candidates are scored on a part of it, drawn evenly or by `evaluation.informative`. How
+Many times over: a search split is drawn from the pool's items; the scouts (generation 0) are known on
+all of it; the other candidates are scored on a part of it, drawn evenly or by `evaluation.informative`. How
 far are differences between candidates from what the whole split says, and how good is the candidate that comes out
 best on the items that nobody saw? Writes bench/results/items.md.
 """
@@ -19,24 +19,32 @@ import numpy as np
 from fitness import Array, Pool
 from pool import Scores, load_pool
 
-from evomerge.evaluation.informative import disagreement, draw
+from evomerge.evaluation.informative import draw, unevenness
 from evomerge.tables import table
 
 HERE = Path(__file__).parent
-SCOUTS = 6
-DRAWS = 400
+SCOUTS = {"pool": 11, "zoo-pool": 12}
+"""Candidates of generation 0, of each pool."""
+DRAWS = 100
 SHARE = 0.6  # of the pool's items are the search split
 FRACTIONS = (0.25, 0.5, 0.75)
 
 
 def weights(
-    pool: Sequence[Scores], task: str, metric: str, search: Sequence[int], fraction: float, seed: int, *, telling: bool
+    scouts: Sequence[Scores],
+    task: str,
+    metric: str,
+    search: Sequence[int],
+    fraction: float,
+    seed: int,
+    *,
+    telling: bool,
 ) -> Array:
     """How much each item of a task counts, [items]."""
-    parts = [scores[task].take(search) for scores in pool[:SCOUTS]]
-    spread = disagreement(parts, metric) if telling else np.ones(len(search))
+    parts = [scores[task].take(search) for scores in scouts]
+    spread = unevenness(parts, "prob" if metric == "acc" else metric) if telling else np.ones(len(search))
     sample = draw(parts[0].items, spread, fraction, np.random.default_rng([seed, 1]))
-    place = {item: k for k, item in enumerate(pool[0][task].items)}
+    place = {item: k for k, item in enumerate(scouts[0][task].items)}
     found = np.zeros(len(place))
     for item, weight in zip(sample.items, sample.weights, strict=True):
         found[place[item]] = weight
@@ -64,7 +72,7 @@ def references(values: Pool, metrics: Mapping[str, str], counts: Mapping[str, Ar
 
 
 def one_split(
-    pool: Sequence[Scores], values: Pool, steering: str, seed: int
+    pool: Sequence[Scores], scouts: int, values: Pool, steering: str, seed: int
 ) -> dict[tuple[float, bool], tuple[float, float]]:
     """(fraction, telling) -> (root mean square error of differences, fitness of the best on unseen items)."""
     generator = np.random.default_rng(seed)
@@ -75,26 +83,27 @@ def one_split(
     every = {t: np.isin(np.arange(n), search[t]).astype(float) for t, n in sizes.items()}
     unseen = {t: 1 - mask for t, mask in every.items()}
     whole = {t: np.ones(n) for t, n in sizes.items()}
-    truth = relative(values, judged, unseen, references(values, judged, whole))[SCOUTS:]
+    truth = relative(values, judged, unseen, references(values, judged, whole))[scouts:]
     scale = references(values, steered, every)
-    full = relative(values, steered, every, scale)[SCOUTS:]
+    full = relative(values, steered, every, scale)[scouts:]
     found = {(1.0, False): (0.0, float(truth[full.argmax()]))}
     for fraction in FRACTIONS:
         for telling in (False, True):
             counts = {
-                t: weights(pool, t, steered[t], search[t].tolist(), fraction, seed, telling=telling) for t in sizes
+                t: weights(pool[:scouts], t, steered[t], search[t].tolist(), fraction, seed, telling=telling)
+                for t in sizes
             }
-            part = relative(values, steered, counts, scale)[SCOUTS:]
+            part = relative(values, steered, counts, scale)[scouts:]
             error = part - full
             # The part of the error that all candidates share moves no comparison.
             found[fraction, telling] = (float((error - error.mean()).std()) * np.sqrt(2), float(truth[part.argmax()]))
     return found
 
 
-def report(pool: Sequence[Scores], steering: str) -> str:
+def report(pool: Sequence[Scores], scouts: int, steering: str) -> str:
     """The table of one pool."""
     values = Pool.of(pool, range(1, 5))
-    rows = [one_split(pool, values, steering, seed) for seed in range(DRAWS)]
+    rows = [one_split(pool, scouts, values, steering, seed) for seed in range(DRAWS)]
     lines = []
     for key in rows[0]:
         errors, chosen = np.array([row[key] for row in rows]).T
@@ -125,10 +134,9 @@ def main() -> None:
     for folder in args.pools:
         pool = load_pool(folder)
         for steering in ("acc", "prob"):
-            text += [
-                f"## {folder.name}: {len(pool)} candidates, steered by `{steering}`\n",
-                report(pool, steering) + "\n",
-            ]
+            scouts = SCOUTS[folder.name]
+            title = f"## {folder.name}: {len(pool)} candidates, {scouts} of them scouts, steered by `{steering}`\n"
+            text += [title, report(pool, scouts, steering) + "\n"]
     args.out.write_text("\n".join(text))
     print("\n".join(text))
 

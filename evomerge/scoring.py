@@ -55,17 +55,23 @@ class Scorer:
             self._settle_informative(evaluation.informative, display)
 
     def _settle_informative(self, fraction: float, display: Display) -> None:
-        """Draws the items that steer, from what the parents and the uniform average do on all of them."""
-        starts = baselines(self._bench.space)
-        scouts = [s for s in starts if s.name.startswith("parent:") or s.name == "uniform average"]
-        scores = [self._reference(scout.name, scout.recipe, display) for scout in scouts]
-        metrics = {goal.task: goal.metric for goal in self.fitness.goals}
-        self.samples = self._folder.samples() or draw_samples(scores, metrics, fraction, self._bench.spec.search.seed)
+        """Draws the items that steer, from what generation 0 does on all of them."""
+        scouts = []
+        for start in baselines(self._bench.space):
+            display.say(f"scoring {start.name} on all search items, to see which of them tell candidates apart")
+            try:
+                scouts.append(self.scores(start.recipe, SEARCH)[0])
+            except (CandidateError, RecipeError) as error:
+                display.say(f"{start.name} is left out: {error}")
+        if not scouts:
+            raise EvoMergeError(f"{self._folder.root}: no candidate of generation 0 could be scored")
+        smooth = {goal.task: self._bench.tasks[goal.task].smooth(goal.metric) for goal in self.fitness.goals}
+        seed = self._bench.spec.search.seed
+        self.samples = self._folder.samples() or draw_samples(scouts, smooth, fraction, seed)
         self._folder.write_samples(self.samples)
         self._bench.steer_by(self.samples)
-        self.fitness = replace(
-            self.fitness, items={t: dict(zip(s.items, s.weights, strict=True)) for t, s in self.samples.items()}
-        )
+        weights = {t: dict(zip(s.items, s.weights, strict=True)) for t, s in self.samples.items()}
+        self.fitness = replace(self.fitness, items=weights)
         told = (f"{task} {len(s.items)} of {sum(n for n, _ in s.strata)}" for task, s in self.samples.items())
         display.say(f"the items that tell candidates apart steer: {', '.join(told)}")
 
@@ -84,6 +90,8 @@ class Scorer:
         kept = self._folder.scores(plan.digest, split)
         if kept is not None:
             return kept, seconds
+        if split == STEER and (whole := self._folder.scores(plan.digest, SEARCH)) is not None:
+            return self._bench.taken(whole, STEER), seconds
         scores, stages = self._bench.measure(plan, split)
         self._folder.write_scores(plan.digest, split, scores)
         return scores, seconds | stages

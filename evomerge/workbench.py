@@ -87,6 +87,17 @@ class Workbench:
         drawn = {task: tuple(places[task][item] for item in sample.items) for task, sample in samples.items()}
         self.selections[STEER] = {**self.selections[SEARCH], **drawn}
 
+    def taken(self, scores: Mapping[str, ItemScores], split: str) -> dict[str, ItemScores]:
+        """The scores on the items of a split, out of scores that hold them all."""
+        found = {}
+        for task, indices in self.selections[split].items():
+            ids = self.evaluator.items(task)
+            items = tuple(ids[k] for k in indices)
+            place = {item: k for k, item in enumerate(scores[task].items)}
+            whole = items == scores[task].items  # keeps the metrics that do not divide
+            found[task] = scores[task] if whole else scores[task].take([place[item] for item in items])
+        return found
+
     def measure(self, plan: Plan, split: str) -> tuple[dict[str, ItemScores], dict[str, float]]:
         """Materialises a plan in memory and scores it on a split.
 

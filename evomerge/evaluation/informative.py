@@ -1,6 +1,6 @@
 """Fewer items for the same comparison: items that can tell candidates apart are drawn more often and count for less.
 
-A few models that are scored on every item anyway (the scouts: parents and the uniform average) say where models differ.
+A few models that are scored on every item (the scouts: the parents and the other baselines) say where models differ.
 Items are put into strata by that, each stratum gets its share of the draw (Neyman, 1934,
 https://doi.org/10.2307/2342192, with a floor), and every drawn item stands for N_h / n_h items of its stratum (Horvitz
 and Thompson, 1952, https://doi.org/10.1080/01621459.1952.10483446): the weighted mean is an unbiased estimate of the
@@ -79,16 +79,23 @@ def draw_samples(
         if all(part.raceable(metric) for part in parts):
             key = hashlib.blake2b(f"{seed}\0{task}".encode(), digest_size=8).digest()
             generator = np.random.default_rng(int.from_bytes(key))
-            samples[task] = draw(parts[0].items, disagreement(parts, metric), fraction, generator)
+            samples[task] = draw(parts[0].items, unevenness(parts, metric), fraction, generator)
     return samples
 
 
-def disagreement(scouts: Sequence[ItemScores], metric: str) -> Array:
-    """How far apart the scouts are on each item: the standard deviation of their values, [n]; 0 without a value."""
+def unevenness(scouts: Sequence[ItemScores], metric: str) -> Array:
+    """How much candidates may differ on each item, [n]; 0 for an item without a value.
+
+    Of a share (all values in [0, 1]) with mean m over the scouts it is sqrt(m (1 - m)): large where the scouts disagree
+    and where they all waver. Of any other metric it is the scouts' standard deviation.
+    """
     values = np.array([scout.values(metric) for scout in scouts])
-    values = np.where(np.isfinite(values), values, np.nan)
     known = np.isfinite(values).all(axis=0)
-    return np.where(known, np.where(known, values, 0.0).std(axis=0), 0.0)
+    values = np.where(known, values, 0.0)
+    mean = values.mean(axis=0)
+    share = bool(((values >= 0) & (values <= 1)).all())
+    spread: Array = np.sqrt(mean * (1 - mean)) if share else values.std(axis=0)
+    return np.where(known, spread, 0.0)
 
 
 def draw(items: Sequence[str], spread: Array, fraction: float, generator: np.random.Generator) -> Sample:
