@@ -14,6 +14,7 @@ from evomerge.display import Display
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.export import keep_best
 from evomerge.finish import finish
+from evomerge.gates import look_before
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
 from evomerge.search import AlgorithmSettings, Stop, get_algorithm, search
@@ -85,6 +86,9 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
             display.say(text)
         scorer = Scorer(bench, folder)
         record = folder.record(bench.space)
+        if not len(record):  # a run that goes on has passed them
+            for text in look_before(bench):
+                display.say(f"warning: {text}")
         display.begin(folder, record.candidates(), gene_count=bench.space.size)
         scorer.settle_references(display)
         wanted = folder.spec.search
@@ -104,6 +108,8 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         if ended.reason == "failures":
             raise EvoMergeError(f"{folder.root}: {ended.message}")
         result = finish(bench, folder, scorer, record.candidates(), display)
+        if result["within_noise_of"]:
+            display.say(f"warning: {result['verdict']}")
         keep_best(bench, folder, result, display)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         display.say(f"peak memory {peak:.2f} GB, the models' memory-mapped files included")

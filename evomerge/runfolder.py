@@ -18,6 +18,7 @@ from evomerge.search.candidate import Candidate, best
 from evomerge.spec import SearchSpec
 
 if TYPE_CHECKING:
+    from evomerge.evaluation.informative import Sample
     from evomerge.evaluation.scores import ItemScores
     from evomerge.search.record import Record
     from evomerge.search.space import SearchSpace
@@ -156,6 +157,20 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Stores what the finished run found."""
         write_atomic(self.root / "result.json", json.dumps(result, indent=2))
+
+    def samples(self) -> dict[str, Sample] | None:
+        """The items that steer, where they are a part of the search items and were drawn already."""
+        from evomerge.evaluation.informative import Sample
+
+        path = self.root / "informative.json"
+        if not path.is_file():
+            return None
+        return {task: Sample.from_json(sample) for task, sample in json.loads(path.read_text()).items()}
+
+    def write_samples(self, samples: Mapping[str, Sample]) -> None:
+        """Stores the items that steer."""
+        content = {task: sample.to_json() for task, sample in samples.items()}
+        write_atomic(self.root / "informative.json", json.dumps(content, indent=2))
 
     def scores(self, plan: str, split: str) -> dict[str, ItemScores] | None:
         """Per-item scores of a plan on a split, if they were measured."""

@@ -105,7 +105,8 @@ class Evaluation(_Part):
     scale: Literal["relative", "raw"] = "relative"
     splits: Splits = Splits()
     guard: list[str] = []
-    fitness: Literal["metric", "smooth"] = "metric"
+    fitness: Literal["metric", "smooth"] = "smooth"
+    informative: float | None = Field(None, gt=0, lt=1)
     racing: bool = False
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

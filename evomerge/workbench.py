@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from evomerge.engine.prefix import depth_digests
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.informative import Sample
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
 from evomerge.evaluation.tasks import LoadedTask, load_tasks
@@ -25,6 +27,8 @@ from evomerge.search import SearchSpace, build_space
 from evomerge.spec import SearchSpec, Splits
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
+STEER = "steer"
+"""The search items that steer, where they are a part of the `search` split; that split itself otherwise."""
 Selection = Mapping[str, tuple[int, ...]]
 
 
@@ -37,7 +41,8 @@ class Workbench:
         evaluator: The tasks that steer and those that guard.
         selections: Split -> task -> positions of its items.
         space: The search space.
-        goals: The goals on the raw scale.
+        goals: The goals on the raw scale, by the metrics that are reported.
+        steering: The same goals by the metrics that steer: the smooth ones where the specification wants them.
     """
 
     def __init__(self, spec: SearchSpec) -> None:
@@ -46,6 +51,7 @@ class Workbench:
             self.checkpoints: dict[str, Checkpoint] = found.of(open_models, spec)
             self.tasks: dict[str, LoadedTask] = found.of(_load_tasks, spec)
             self.goals: Fitness = found.of(_goals, spec, self.tasks)
+            self.steering: Fitness = found.of(_steering, spec, self.tasks, self.goals)
             self.space: SearchSpace = found.of(make_space, spec, self.checkpoints)
         self.tokenizer = load_tokenizer(self.reference_model)
         evaluation = spec.evaluation
@@ -60,6 +66,7 @@ class Workbench:
             reuse_prefixes=evaluation.reuse_prefixes,
         )
         self.selections = _selections(spec, self.evaluator, self.tasks)
+        self.selections[STEER] = self.selections[SEARCH]
         self._resident: Resident | None = None
 
     @property
@@ -75,6 +82,23 @@ class Workbench:
     def recipe(self, recipe: Mapping[str, Any]) -> Recipe:
         """A candidate's recipe as the engine reads it."""
         return parse_recipe(recipe, where="candidate")
+
+    def steer_by(self, samples: Mapping[str, Sample]) -> None:
+        """Lets a part of the search items steer."""
+        places = {task: {item: k for k, item in enumerate(self.evaluator.items(task))} for task in samples}
+        drawn = {task: tuple(places[task][item] for item in sample.items) for task, sample in samples.items()}
+        self.selections[STEER] = {**self.selections[SEARCH], **drawn}
+
+    def taken(self, scores: Mapping[str, ItemScores], split: str) -> dict[str, ItemScores]:
+        """The scores on the items of a split, out of scores that hold them all."""
+        found = {}
+        for task, indices in self.selections[split].items():
+            ids = self.evaluator.items(task)
+            items = tuple(ids[k] for k in indices)
+            place = {item: k for k, item in enumerate(scores[task].items)}
+            whole = items == scores[task].items  # keeps the metrics that do not divide
+            found[task] = scores[task] if whole else scores[task].take([place[item] for item in items])
+        return found
 
     def measure(self, plan: Plan, split: str) -> tuple[dict[str, ItemScores], dict[str, float]]:
         """Materialises a plan in memory and scores it on a split.
@@ -245,8 +269,6 @@ def _goals(spec: SearchSpec, tasks: Mapping[str, LoadedTask]) -> Fitness:
             except TaskError as error:
                 problems += error.problems
                 continue
-            if spec.evaluation.fitness == "smooth" and task.output_type == "multiple_choice":
-                metric = "prob"
             direction = task.higher_is_better[metric.partition(",")[0]]
             goals.append(Goal(name, metric, wanted.weight / len(members), direction))
     if problems:
@@ -255,3 +277,17 @@ def _goals(spec: SearchSpec, tasks: Mapping[str, LoadedTask]) -> Fitness:
     if mixed:
         raise SpecError(mixed)
     return Fitness(tuple(goals))
+
+
+def _steering(spec: SearchSpec, tasks: Mapping[str, LoadedTask], goals: Fitness) -> Fitness:
+    """The goals by the metrics that steer."""
+    if spec.evaluation.fitness == "metric":
+        return goals
+    smooth = {goal.task: tasks[goal.task].smooth(goal.metric) for goal in goals.goals}
+    directions = {goal.task: tasks[goal.task].higher_is_better for goal in goals.goals}
+    return Fitness(
+        tuple(
+            replace(g, metric=smooth[g.task], higher_is_better=directions[g.task][smooth[g.task].partition(",")[0]])
+            for g in goals.goals
+        )
+    )
