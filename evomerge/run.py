@@ -86,7 +86,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         scorer = Scorer(bench, folder)
         record = folder.record(bench.space)
         display.begin(folder, record.candidates(), gene_count=bench.space.size)
-        scorer.settle_references(display)
+        scorer.settle(display)
         wanted = folder.spec.search
         ended = search(
             bench.space,
@@ -97,6 +97,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
             seed=wanted.seed,
             settings=AlgorithmSettings(population=wanted.population),
             progress=display.candidate,
+            before_generation=scorer.before_generation,
         )
         display.say(ended.message)
         if ended.reason == "interrupted":

@@ -158,7 +158,7 @@ class RunFolder:
         write_atomic(self.root / "result.json", json.dumps(result, indent=2))
 
     def scores(self, plan: str, split: str) -> dict[str, ItemScores] | None:
-        """Per-item scores of a plan on a split, if they were measured."""
+        """Per-item scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
         from evomerge.evaluation.scores import load_scores
 
         path = self._scores_path(plan, split)
@@ -185,10 +185,11 @@ def _only_begun(root: Path) -> bool:
 
 
 def _identity(spec: SearchSpec) -> dict[str, Any]:
-    """What may not change under a run: all but its budget, its stopping rules, its place and what it keeps."""
+    """What may not change under a run: all but its budget, stopping rules, baseline, cache, place and what it keeps."""
     content = spec.model_dump(mode="json")
     content["run"] = {"storage": content["run"]["storage"]}
-    for key in ("candidates", "stop"):
+    del content["evaluation"]["cache"]
+    for key in ("candidates", "stop", "baseline"):
         del content["search"][key]
     return content
 

@@ -107,6 +107,7 @@ class Evaluation(_Part):
     guard: list[str] = []
     fitness: Literal["metric", "smooth"] = "metric"
     racing: bool = False
+    cache: bool = True
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     batch_tokens: int = Field(4096, ge=16)
@@ -142,6 +143,7 @@ class Search(_Part):
     candidates: int = Field(100, ge=1)
     objectives: Literal["mean"] = "mean"
     seed: int = Field(0, ge=0)
+    baseline: Literal["random"] | None = None
     stop: Stop = Stop()
     finalists: int = Field(8, ge=1)
 

@@ -18,7 +18,7 @@ from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
 from evomerge.evaluation.tasks import LoadedTask, load_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
-from evomerge.models import load_config, load_tokenizer, open_models
+from evomerge.models import load_config, load_tokenizer, open_models, single_model
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.search import SearchSpace, build_space
 from evomerge.spec import SearchSpec, Splits
@@ -74,8 +74,8 @@ class Workbench:
         """A candidate's recipe as the engine reads it."""
         return parse_recipe(recipe, where="candidate")
 
-    def measure(self, plan: Plan, split: str) -> tuple[dict[str, ItemScores], dict[str, float]]:
-        """Materialises a plan in memory and scores it on a split.
+    def measure(self, plan: Plan, selection: Selection) -> tuple[dict[str, ItemScores], dict[str, float]]:
+        """Materialises a plan in memory and scores it on some items.
 
         Returns:
             Per-item scores by task, and the seconds that each stage took: materialise, score.
@@ -86,8 +86,17 @@ class Workbench:
         started = time.perf_counter()
         model, _ = self.resident.write(plan)
         written = time.perf_counter()
-        scores = self.evaluator.score(model, self.selections[split])
+        scores = self.evaluator.score(model, selection)
         return scores, {"materialise": written - started, "score": time.perf_counter() - written}
+
+    def settle(self) -> None:
+        """Has the reference model decide how models are scored, so that no candidate's turn does.
+
+        Raises:
+            CandidateError: When its logits are not finite.
+        """
+        model, _ = self.resident.write(self.plan(single_model(self.reference_model.reference)))
+        self.evaluator.prepare(model)
 
     @property
     def resident(self) -> Resident:

@@ -114,13 +114,13 @@ def test_sigterm_stops_as_ctrl_c_does(
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(search_spec(tiny_family, run__keep=0)))
     measure, before = Workbench.measure, signal.getsignal(signal.SIGTERM)
-    measured: list[str] = []
+    measured: list[Any] = []
 
-    def terminated(self: Workbench, plan: Any, split: str) -> Any:
-        measured.append(split)
+    def terminated(self: Workbench, plan: Any, part: Any) -> Any:
+        measured.append(part)
         if len(measured) == 6:
             signal.raise_signal(signal.SIGTERM)
-        return measure(self, plan, split)
+        return measure(self, plan, part)
 
     monkeypatch.setattr(Workbench, "measure", terminated)
     try:

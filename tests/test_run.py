@@ -241,16 +241,16 @@ def test_folder_begun_and_killed(small: SearchSpec, tmp_path: Path) -> None:
 
 
 def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    """Makes `Scorer.scores` raise where `fails(recipe, split)` gives an error."""
-    scores = Scorer.scores
+    """Makes the scorer raise where `fails(recipe, split)` gives an error."""
+    measure = Scorer._measure
 
-    def breaking(self: Scorer, recipe: Any, split: str) -> Any:
+    def breaking(self: Scorer, recipe: Any, split: str, *race: Any) -> Any:
         error = fails(recipe, split)
         if error is not None:
             raise error
-        return scores(self, recipe, split)
+        return measure(self, recipe, split, *race)
 
-    monkeypatch.setattr(Scorer, "scores", breaking)
+    monkeypatch.setattr(Scorer, "_measure", breaking)
 
 
 @pytest.mark.parametrize(
