@@ -5,6 +5,10 @@ candidate on the items that both have seen, and is stopped when it lies below by
 asked is whether it would reach the cut-off on *all* the search items, not on an endless supply of such items; so the
 standard error carries the correction for a finite population, and a candidate's fate is sealed as the items run out.
 
+A candidate's fitness on all items is estimated by the difference estimator of survey sampling: that of a candidate with
+a full score, plus the mean paired difference to it on the items seen. That control is whichever known candidate answers
+most like this one; for a child of good parents, that is rarely the cut-off, and halves the items that are needed.
+
 The test looks once after each block. With the correction, the differences at the looks are jointly normal with the
 covariances of any group-sequential trial whose information is the inverse of the corrected variance (Jennison and
 Turnbull, 1997, https://doi.org/10.1080/01621459.1997.10473654), so that its bounds come from spending an error rate
@@ -28,14 +32,20 @@ from evomerge.fitness import Fitness, Scores
 
 Array = NDArray[np.float64]
 
-BLOCKS = 12
-"""Blocks that the search items are cut into, where there are enough of them."""
+FRACTIONS = (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
+"""Shares of the search items after which to look. Most candidates show early, in small blocks; those that go on are
+scored in larger ones, which make better batches."""
+FEWEST = 4
+"""Items of each task at the first look: with fewer, nothing is known of their spread."""
 PLACE = 1
 """The cut-off candidate's place among those with a full score when a generation starts."""
-ERROR, SHAPE = 0.5, 1.0
-"""As in `bounds`; bench/results/racing.md says what they were chosen by."""
+ERROR, SHAPE = 0.5, 0.5
+"""As in `bounds`. bench/results/racing.md says how these were chosen."""
+PSEUDO = 0.25
+"""Items, over all tasks, that are taken to differ as candidates typically do, beside those that were seen to: two
+candidates that agree on the few items of a first block need not agree on all."""
 CONTROLS = 32
-PSEUDO = 1.0
+"""How many of the best candidates with a full score are held ready as controls."""
 
 
 @dataclass(frozen=True)
@@ -158,25 +168,33 @@ def _typical(differences: Sequence[Array]) -> float:
     return float((squares**2).sum()) / total if total > 0 else 0.0
 
 
-def draw_blocks(items: Mapping[str, Sequence[int]], count: int, seed: int) -> tuple[dict[str, tuple[int, ...]], ...]:
-    """Cuts a selection of items into blocks, every task in every block in its proportion.
+def draw_blocks(items: Mapping[str, Sequence[int]], seed: int) -> tuple[dict[str, tuple[int, ...]], ...]:
+    """Cuts a selection of items into blocks that end at `FRACTIONS`, every task in every block in its proportion.
+
+    A fraction that gives a task fewer than `FEWEST` items, or none more than the one before, is left out.
 
     Args:
         items: Task to positions of its items.
-        count: Blocks wanted; fewer where a task has not two items for each.
         seed: Another seed gives another draw.
 
     Returns:
-        ``({task: positions, ascending}, ...)``: disjoint, together all the items.
+        ``({task: positions, ascending}, ...)``: disjoint, together all the items; a single block where there are few.
     """
-    count = max(1, min(count, *(len(positions) // 2 for positions in items.values())))
-    blocks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
-    for task, positions in items.items():
-        order = sorted(positions, key=lambda position, task=task: _place(seed, task, position))  # type: ignore[misc]
-        edges = [round(k * len(order) / count) for k in range(count + 1)]
-        for block, (start, stop) in zip(blocks, pairwise(edges), strict=True):
-            block[task] = tuple(sorted(order[start:stop]))
-    return tuple(blocks)
+    sizes = {task: len(positions) for task, positions in items.items()}
+    edges = [dict.fromkeys(sizes, 0)]
+    for fraction in FRACTIONS:
+        edge = {task: round(fraction * size) for task, size in sizes.items()}
+        if all(max(FEWEST, edges[-1][task] + 1) <= edge[task] < size for task, size in sizes.items()):
+            edges.append(edge)
+    edges.append(sizes)
+    order = {
+        task: sorted(positions, key=lambda position, task=task: _place(seed, task, position))  # type: ignore[misc]
+        for task, positions in items.items()
+    }
+    return tuple(
+        {task: tuple(sorted(order[task][start[task] : stop[task]])) for task in items}
+        for start, stop in pairwise(edges)
+    )
 
 
 def _place(seed: int, task: str, position: int) -> bytes:

@@ -120,11 +120,12 @@ class RunFolder:
         changed = _diff(before["versions"], json.loads(json.dumps(environment["versions"])))
         return [f"versions differ from the run's first ones; equal up to rounding:\n{changed}"] if changed else []
 
-    def record(self, space: SearchSpace | None = None) -> Record:
-        """The study; a space is needed to append to it."""
+    def record(self, space: SearchSpace | None = None, *, baseline: bool = False) -> Record:
+        """The study, or that of the baseline's random search; a space is needed to append to it."""
         from evomerge.search.record import Record
 
-        return Record.open(self.spec.run.storage or self.root / "study.log", self.spec.name, space=space)
+        name = f"{self.spec.name}-random" if baseline else self.spec.name
+        return Record.open(self.spec.run.storage or self.root / "study.log", name, space=space)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All recorded candidates, by number."""

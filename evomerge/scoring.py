@@ -12,7 +12,7 @@ from evomerge.evaluation.scores import score_table, table_to_json
 from evomerge.fitness import Fitness, Scores
 from evomerge.measuring import Measurer, joined, size, taken
 from evomerge.models import single_model
-from evomerge.racing import BLOCKS, CONTROLS, PLACE, Look, Race, draw_blocks
+from evomerge.racing import CONTROLS, PLACE, Look, Race, draw_blocks
 from evomerge.search import Candidate, Outcome, Proposal, ranked
 from evomerge.workbench import SEARCH, Selection, Workbench
 
@@ -75,9 +75,9 @@ class Scorer:
     def _settle_racing(self, display: Display) -> None:
         """Cuts the search items into blocks, if candidates can be compared on part of them."""
         spec = self._bench.spec
-        blocks = draw_blocks(self._bench.selections[SEARCH], BLOCKS, spec.search.seed)
+        blocks = draw_blocks(self._bench.selections[SEARCH], spec.search.seed)
         if len(blocks) == 1:
-            display.say("no racing: a task has fewer than four search items")
+            display.say("no racing: a task has too few search items for blocks")
             return
         plan = self._bench.plan(single_model(next(iter(spec.models.sources.values()))))
         kept = self._folder.scores(plan.digest, SEARCH)

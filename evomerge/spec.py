@@ -242,6 +242,8 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
             f"search.algorithm: '{spec.search.algorithm}' is not one of {', '.join(sorted(ALGORITHMS))}"
             f"{suggest(spec.search.algorithm, ALGORITHMS)}"
         )
+    if spec.search.baseline == spec.search.algorithm:
+        problems.append(f"search.baseline: {spec.search.baseline} is the algorithm itself; leave one of the two out")
     names = [task.task for task in spec.evaluation.tasks]
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
     problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in names]

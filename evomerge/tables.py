@@ -60,10 +60,12 @@ def result_table(result: Mapping[str, Any]) -> str:
         rows.append(cells)
     splits = [[split, score_text(winner["fitness"][split])] for split in ("search", "select", "test")]
     counts = result["candidates"]
+    share = result["items"]["saved"]
+    saved = f"; racing saved {share:.0%} of the item evaluations" if share else ""
     return "\n\n".join(
         [
             f"{result['run']}: {counts['done']} scored, {counts['failed']} failed, {counts['pruned']} pruned, "
-            f"budget {counts['budget']}",
+            f"budget {counts['budget']}{saved}",
             table(header, rows),
             table(["winner's fitness on", "value"], splits),
             result["verdict"],

@@ -40,6 +40,7 @@ def test_result_table() -> None:
     result = {
         "run": "x",
         "candidates": {"done": 3, "failed": 1, "pruned": 0, "budget": 4},
+        "items": {"evaluated": 40, "without_racing": 40, "saved": 0.0},
         "goals": [{"task": "t", "metric": "acc"}],
         "winner": row(1.25, candidate=2),
         "baselines": {"parent:a": row(1.0, winner_less_this={"value": 0.25, "stderr": None})},
@@ -60,3 +61,5 @@ def test_result_table() -> None:
     assert "| winner: candidate 2 | 1.250 ± 0.100 |                     | 0.640 ± 0.048 (100) |" in lines[4]
     assert "| parent:a            | 1.000 ± 0.100 | 0.250               |" in lines[5]
     assert lines[-1] == "The winner is fine."
+    raced = {**result, "items": {"evaluated": 10, "without_racing": 40, "saved": 0.75}}
+    assert result_table(raced).splitlines()[0].endswith("budget 4; racing saved 75% of the item evaluations")
