@@ -50,6 +50,7 @@ class Scorer:
         self._parts: dict[str, tuple[Selection, ...]] = {split: (part,) for split, part in bench.selections.items()}
         self._order = {task: {item: k for k, item in enumerate(bench.evaluator.items(task))} for task in bench.tasks}
         self._race: Race | None = None
+        self._seen: dict[str, list[Scores]] = {}  # the controls' scores at every look, by phenotype
         self.fitness: Fitness = bench.goals
 
     @property
@@ -101,8 +102,11 @@ class Scorer:
         if not leaders or len(self._parts[SEARCH]) == 1:
             return
         rival = leaders[min(PLACE, len(leaders)) - 1]
-        looks = {c.number: self._looks(self.scores(c.recipe, SEARCH)[0]) for c in leaders}
-        self._race = Race.against(self.fitness, rival.number, looks)
+        known, self._seen = self._seen, {}
+        for leader in leaders:
+            looks = known.get(leader.phenotype) or self._looks(self.scores(leader.recipe, SEARCH)[0])
+            self._seen[leader.phenotype] = looks
+        self._race = Race.against(self.fitness, rival.number, {c.number: self._seen[c.phenotype] for c in leaders})
 
     def _looks(self, scores: Scores) -> list[Scores]:
         """The scores after the first block, after two, ..., on all items."""
