@@ -32,11 +32,12 @@ from evomerge.fitness import Fitness, Scores
 
 Array = NDArray[np.float64]
 
-FRACTIONS = (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4)
-"""Shares of the search items after which to look. Most candidates show early, in small blocks; those that go on are
-scored in larger ones, which make better batches."""
+BLOCKS = 24
+"""Blocks of items, where there are enough of them: most losers show in the first."""
 FEWEST = 4
-"""Items of each task at the first look: with fewer, nothing is known of their spread."""
+"""Items of each task in a block: with fewer, nothing is known of their spread."""
+LOOKS = (1, 2, 3, 4, 6, 8, 12, 18)
+"""Numbers of blocks after which to look."""
 PLACE = 1
 """The cut-off candidate's place among those with a full score when a generation starts."""
 ERROR, SHAPE = 0.5, 0.5
@@ -54,9 +55,9 @@ class Look:
 
     Attributes:
         items: Items seen.
-        estimate: The candidate's fitness on all items as it now seems: the cut-off's, plus the paired difference.
-        difference: The paired difference on the items seen.
-        stderr: Its standard error as an estimate of the difference on all items.
+        estimate: The candidate's fitness on all items as it now seems.
+        difference: The estimate less the cut-off's fitness.
+        stderr: The standard error of both.
         lost: Whether the candidate is stopped here.
     """
 
@@ -75,7 +76,10 @@ class _Linear:
     influences: tuple[Array, ...]
 
     @classmethod
-    def of(cls, fitness: Fitness, scores: Scores) -> _Linear:
+    def of(cls, fitness: Fitness, scores: Scores) -> _Linear | None:
+        """None where some goal has no value on these items."""
+        if not all(np.any(scores[goal.task].metrics[goal.metric][1]) for goal in fitness.goals):
+            return None
         total = sum(goal.weight for goal in fitness.goals)
         influences = []
         for goal in fitness.goals:
@@ -92,7 +96,7 @@ class Race:
         fitness: The fitness.
         rival: The cut-off candidate's number.
         cutoff: Its fitness on all items.
-        controls: Candidates that have seen all items: each at every look, after the first block, two blocks, ... all.
+        controls: Candidates that have seen all items, each at every look; None where it has no fitness on these items.
         sizes: At every look, the items of each goal.
         typical: For each goal, the squared difference on an item on which two candidates differ.
         bounds: How many standard errors below it a candidate is stopped, at every look but the last.
@@ -101,7 +105,7 @@ class Race:
     fitness: Fitness
     rival: int
     cutoff: float
-    controls: tuple[tuple[_Linear, ...], ...]
+    controls: tuple[tuple[_Linear | None, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
     typical: tuple[float, ...]
     bounds: tuple[float, ...]
@@ -117,34 +121,39 @@ class Race:
         """
         rows = {n: tuple(_Linear.of(fitness, scores) for scores in seen) for n, seen in looks.items()}
         sizes = tuple(tuple(len(scores[g.task].items) for g in fitness.goals) for scores in looks[rival])
-        whole = {number: row[-1].influences for number, row in rows.items()}
-        typical = tuple(
-            _typical([terms[g] - whole[rival][g] for number, terms in whole.items() if number != rival])
-            for g in range(len(fitness.goals))
-        )
+        whole = [row[-1].influences for row in rows.values() if row[-1] is not None]
+        best = _Linear.of(fitness, looks[rival][-1])
+        if best is None:
+            raise ValueError("the cut-off candidate has no fitness")
+        typical = tuple(_typical([terms[g] - best.influences[g] for terms in whole]) for g in range(len(fitness.goals)))
         fractions = [sum(size) / sum(sizes[-1]) for size in sizes[:-1]]
-        found = bounds(fractions, ERROR, SHAPE)
-        return cls(fitness, rival, rows[rival][-1].value, tuple(rows.values()), sizes, typical, found)
+        return cls(fitness, rival, best.value, tuple(rows.values()), sizes, typical, bounds(fractions, ERROR, SHAPE))
 
     @property
     def items(self) -> int:
         """All items."""
         return sum(self.sizes[-1])
 
-    def look(self, number: int, scores: Scores) -> Look:
-        """Compares a candidate after block `number`, counted from 0. At the last look none is stopped."""
+    def look(self, number: int, scores: Scores) -> Look | None:
+        """Compares a candidate at look `number`, counted from 0, with the cut-off. At the last look none is stopped.
+
+        None where the items that were seen give no fitness.
+        """
         seen = _Linear.of(self.fitness, scores)
-        spread, control = min(
-            ((self._variance(number, seen, row[number]), k) for k, row in enumerate(self.controls)),
-        )
-        near = self.controls[control]
-        estimate = near[-1].value + seen.value - near[number].value
+        near = [(self._variance(number, seen, row[number]), k) for k, row in enumerate(self.controls)]
+        spread, control = min(near)
+        at, whole = self.controls[control][number], self.controls[control][-1]
+        if seen is None or at is None or whole is None:
+            return None
+        estimate = whole.value + seen.value - at.value
         stderr = math.sqrt(spread)
         lost = number < len(self.bounds) and estimate - self.cutoff < -self.bounds[number] * stderr
         return Look(sum(self.sizes[number]), estimate, estimate - self.cutoff, stderr, lost)
 
-    def _variance(self, number: int, ours: _Linear, theirs: _Linear) -> float:
-        """Of the difference on the items seen, as an estimate of that on all items."""
+    def _variance(self, number: int, ours: _Linear | None, theirs: _Linear | None) -> float:
+        """Of the difference on the items seen, as an estimate of that on all items; infinite where there is none."""
+        if ours is None or theirs is None:
+            return math.inf
         variance = 0.0
         share = PSEUDO / len(self.typical)
         for g, (a, b) in enumerate(zip(ours.influences, theirs.influences, strict=True)):
@@ -169,9 +178,7 @@ def _typical(differences: Sequence[Array]) -> float:
 
 
 def draw_blocks(items: Mapping[str, Sequence[int]], seed: int) -> tuple[dict[str, tuple[int, ...]], ...]:
-    """Cuts a selection of items into blocks that end at `FRACTIONS`, every task in every block in its proportion.
-
-    A fraction that gives a task fewer than `FEWEST` items, or none more than the one before, is left out.
+    """Cuts a selection of items into up to `BLOCKS` blocks, every task in every block in its proportion.
 
     Args:
         items: Task to positions of its items.
@@ -180,21 +187,28 @@ def draw_blocks(items: Mapping[str, Sequence[int]], seed: int) -> tuple[dict[str
     Returns:
         ``({task: positions, ascending}, ...)``: disjoint, together all the items; a single block where there are few.
     """
-    sizes = {task: len(positions) for task, positions in items.items()}
-    edges = [dict.fromkeys(sizes, 0)]
-    for fraction in FRACTIONS:
-        edge = {task: round(fraction * size) for task, size in sizes.items()}
-        if all(max(FEWEST, edges[-1][task] + 1) <= edge[task] < size for task, size in sizes.items()):
-            edges.append(edge)
-    edges.append(sizes)
-    order = {
-        task: sorted(positions, key=lambda position, task=task: _place(seed, task, position))  # type: ignore[misc]
-        for task, positions in items.items()
-    }
-    return tuple(
-        {task: tuple(sorted(order[task][start[task] : stop[task]])) for task in items}
-        for start, stop in pairwise(edges)
-    )
+    count = max(1, min(BLOCKS, *(len(positions) // FEWEST for positions in items.values())))
+    blocks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
+    for task, positions in items.items():
+        order = sorted(positions, key=lambda position, task=task: _place(seed, task, position))  # type: ignore[misc]
+        edges = [round(k * len(order) / count) for k in range(count + 1)]
+        for block, (start, stop) in zip(blocks, pairwise(edges), strict=True):
+            block[task] = tuple(sorted(order[start:stop]))
+    return tuple(blocks)
+
+
+def block_order(count: int, seed: int, generation: int) -> tuple[int, ...]:
+    """The order in which a generation's candidates see the blocks.
+
+    The blocks, and so the batches and their rounding, stay the same; but if the same one came first in every
+    generation, a cut-off that happens to do well in it would keep good candidates out for the rest of the search.
+    """
+    return tuple(sorted(range(count), key=lambda block: _place(seed, f"generation {generation}", block)))
+
+
+def look_after(count: int) -> tuple[int, ...]:
+    """The numbers of blocks after which to look, of `count` of them; the last look is at all."""
+    return (*(k for k in LOOKS if k < count), count)
 
 
 def _place(seed: int, task: str, position: int) -> bytes:

@@ -12,7 +12,7 @@ from evomerge.evaluation.scores import score_table, table_to_json
 from evomerge.fitness import Fitness, Scores
 from evomerge.measuring import Measurer, joined, size, taken
 from evomerge.models import single_model
-from evomerge.racing import CONTROLS, PLACE, Look, Race, draw_blocks
+from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
 from evomerge.search import Candidate, Outcome, Proposal, ranked
 from evomerge.workbench import SEARCH, Selection, Workbench
 
@@ -50,7 +50,8 @@ class Scorer:
         self._parts: dict[str, tuple[Selection, ...]] = {split: (part,) for split, part in bench.selections.items()}
         self._order = {task: {item: k for k, item in enumerate(bench.evaluator.items(task))} for task in bench.tasks}
         self._race: Race | None = None
-        self._seen: dict[str, list[Scores]] = {}  # the controls' scores at every look, by phenotype
+        self._blocks: tuple[int, ...] = ()  # the order in which the generation sees the blocks
+        self._full: dict[str, Scores] = {}  # the full scores that it races against, by phenotype
         self.fitness: Fitness = bench.goals
 
     @property
@@ -102,22 +103,25 @@ class Scorer:
         if not leaders or len(self._parts[SEARCH]) == 1:
             return
         rival = leaders[min(PLACE, len(leaders)) - 1]
-        known, self._seen = self._seen, {}
+        known, self._full = self._full, {}
         for leader in leaders:
-            looks = known.get(leader.phenotype) or self._looks(self.scores(leader.recipe, SEARCH)[0])
-            self._seen[leader.phenotype] = looks
-        self._race = Race.against(self.fitness, rival.number, {c.number: self._seen[c.phenotype] for c in leaders})
+            self._full[leader.phenotype] = known.get(leader.phenotype) or self.scores(leader.recipe, SEARCH)[0]
+        generation = 1 + max(candidate.generation for candidate in history)
+        self._blocks = block_order(len(self._parts[SEARCH]), self._bench.spec.search.seed, generation)
+        looks = {c.number: self._looks(self._full[c.phenotype]) for c in leaders}
+        self._race = Race.against(self.fitness, rival.number, looks)
 
     def _looks(self, scores: Scores) -> list[Scores]:
-        """The scores after the first block, after two, ..., on all items."""
+        """A full score as it is at every look of the generation."""
         seen: Scores = {}
         looks = []
-        for part in self._parts[SEARCH]:
-            piece = taken(scores, self._measurer.items(part))
+        for count, block in enumerate(self._blocks, start=1):
+            piece = taken(scores, self._measurer.items(self._parts[SEARCH][block]))
             if piece is None:
                 raise ValueError("a candidate with a full score lacks items of a block")
             seen = joined(seen, piece, self._order)
-            looks.append(seen)
+            if count in look_after(len(self._blocks)):
+                looks.append(seen)
         return looks
 
     def scores(self, recipe: Mapping[str, Any], split: str) -> tuple[Scores, Mapping[str, float]]:
@@ -130,22 +134,26 @@ class Scorer:
         started = time.perf_counter()
         plan = self._bench.plan(recipe)
         measured = _Measured(seconds={"plan": time.perf_counter() - started})
-        kept = self._folder.scores(plan.digest, split)
-        known = 0 if kept is None else sum(len(part.items) for part in kept.values())
-        for number, part in enumerate(self._parts[split]):
-            piece = None if kept is None else taken(kept, self._measurer.items(part))
+        kept: Scores = self._folder.scores(plan.digest, split) or {}
+        before = kept
+        parts = self._parts[split]
+        looks = look_after(len(parts))
+        for count, number in enumerate(self._blocks if race is not None else range(len(parts)), start=1):
+            piece = taken(kept, self._measurer.items(parts[number]))
             if piece is None:
-                piece, stages = self._measurer(plan, part)
+                piece, stages = self._measurer(plan, parts[number])
+                kept = joined(kept, piece, self._order)
                 for stage, seconds in stages.items():
                     measured.seconds[stage] = measured.seconds.get(stage, 0.0) + seconds
             measured.scores = joined(measured.scores, piece, self._order)
-            measured.items += size(part)
-            if race is not None and number < len(race.bounds):
-                measured.looks.append(race.look(number, measured.scores))
-                if measured.looks[-1].lost:
+            measured.items += size(parts[number])
+            if race is not None and count in looks[:-1]:
+                look = race.look(looks.index(count), measured.scores)
+                measured.looks += [] if look is None else [look]
+                if look is not None and look.lost:
                     break
-        if measured.items > known:
-            self._folder.write_scores(plan.digest, split, measured.scores)
+        if kept is not before:
+            self._folder.write_scores(plan.digest, split, kept)
         return measured
 
     def __call__(self, proposal: Proposal) -> Outcome:

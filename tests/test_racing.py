@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.evaluation.scores import BITS, ItemScores
-from evomerge.fitness import Fitness, Goal
-from evomerge.racing import FEWEST, Race, bounds, draw_blocks
+from evomerge.fitness import Fitness, Goal, Scores
+from evomerge.racing import FEWEST, Look, Race, block_order, bounds, draw_blocks, look_after
 
 ACC = Fitness((Goal("t", "acc", 1.0, True),))
 
@@ -23,6 +23,13 @@ def scored(values: np.ndarray, task: str = "t", metric: str = "acc", weights: np
     transforms = {metric: BITS} if metric == "bits_per_byte" else {}
     items = tuple(f"{task}:{k}" for k in range(len(values)))
     return ItemScores(task, items, {metric: (np.asarray(values, dtype=float), ones)}, {metric: True}, transforms)
+
+
+def at(race: Race, number: int, scores: Scores) -> Look:
+    """A look where there is one."""
+    look = race.look(number, scores)
+    assert look is not None
+    return look
 
 
 def looks(values: np.ndarray, stops: list[int]) -> list[dict[str, ItemScores]]:
@@ -38,22 +45,33 @@ def test_blocks_are_disjoint_and_every_task_is_in_each(sizes: dict[str, int], se
     blocks = draw_blocks(items, seed)
     for task, positions in items.items():
         assert sorted(k for block in blocks for k in block[task]) == list(positions)
-        assert all(block[task] and list(block[task]) == sorted(block[task]) for block in blocks)
+        assert all(list(block[task]) == sorted(block[task]) for block in blocks)
         if len(blocks) > 1:
-            assert len(blocks[0][task]) >= FEWEST
+            assert all(len(block[task]) >= FEWEST for block in blocks)
     assert draw_blocks(items, seed) == blocks
 
 
 def test_blocks_are_in_proportion_and_drawn_by_the_seed() -> None:
-    """240 and 96 items: the first look is after 1/24 of each, 10 and 4; the others at the fractions, rounded."""
-    items = {"a": range(240), "b": range(96)}
+    """240 and 100 items make 24 blocks of 10, and of 100 / 24 = 4 and a sixth: four each but for every sixth, five."""
+    items = {"a": range(240), "b": range(100)}
     blocks = draw_blocks(items, 0)
-    assert np.cumsum([len(block["a"]) for block in blocks]).tolist() == [10, 15, 20, 30, 40, 60, 80, 120, 180, 240]
-    assert np.cumsum([len(block["b"]) for block in blocks]).tolist() == [4, 6, 8, 12, 16, 24, 32, 48, 72, 96]
+    assert [len(block["a"]) for block in blocks] == [10] * 24
+    assert sorted(len(block["b"]) for block in blocks) == [4] * 20 + [5] * 4
     assert draw_blocks(items, 1) != blocks
     # The draw of a task does not depend on the others.
     assert [block["a"] for block in draw_blocks({"a": range(240)}, 0)] == [block["a"] for block in blocks]
-    assert len(draw_blocks({"a": range(240), "c": range(4)}, 0)) == 1
+    assert len(draw_blocks({"a": range(240), "c": range(33)}, 0)) == 8
+    assert len(draw_blocks({"a": range(240), "c": range(7)}, 0)) == 1
+
+
+def test_each_generation_has_its_own_order_of_blocks() -> None:
+    orders = [block_order(24, 0, generation) for generation in range(1, 9)]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert len(set(orders)) == 8
+    assert block_order(24, 0, 1) == orders[0] != block_order(24, 1, 1)
+    assert look_after(24) == (1, 2, 3, 4, 6, 8, 12, 18, 24)
+    assert look_after(6) == (1, 2, 3, 4, 6)
+    assert look_after(1) == (1,)
 
 
 def test_the_first_bound_is_the_normal_quantile_of_what_is_spent_there() -> None:
@@ -99,7 +117,7 @@ def test_a_look_by_hand() -> None:
     """
     cutoff = np.array([1, 1, 0, 1, 1, 1, 1, 0])
     race = Race.against(ACC, 3, {3: looks(cutoff, [4, 8])})
-    look = race.look(0, {"t": scored(np.array([0, 1, 0, 0]))})
+    look = at(race, 0, {"t": scored(np.array([0, 1, 0, 0]))})
     assert (look.items, look.estimate, look.difference) == (4, 0.25, -0.5)
     assert look.stderr == pytest.approx(math.sqrt(1 / 26))
     assert look.lost == (race.bounds[0] * look.stderr < 0.5)
@@ -112,17 +130,17 @@ def test_the_nearest_known_candidate_is_the_control() -> None:
     best = (rng.random(400) < 0.8).astype(float)
     other = (rng.random(400) < 0.6).astype(float)
     race = Race.against(ACC, 0, {0: looks(best, [40, 200, 400]), 1: looks(other, [40, 200, 400])})
-    look = race.look(0, {"t": scored(other[:40])})
+    look = at(race, 0, {"t": scored(other[:40])})
     assert look.estimate == pytest.approx(other.mean())
     assert look.lost
     assert 0 < look.stderr < math.sqrt(0.4 / 40)  # the quarter of an item that differs, and no other
-    assert not race.look(0, {"t": scored(best[:40])}).lost
+    assert not at(race, 0, {"t": scored(best[:40])}).lost
 
 
 def test_nobody_is_stopped_at_the_last_look() -> None:
     values = np.ones(40)
     race = Race.against(ACC, 0, {0: looks(values, [20, 40])})
-    last = race.look(1, {"t": scored(np.zeros(40))})
+    last = at(race, 1, {"t": scored(np.zeros(40))})
     assert (last.estimate, last.lost) == (0.0, False)
 
 
@@ -142,7 +160,20 @@ def test_ratios_and_relative_scales_race_too() -> None:
 
     race = Race.against(fitness, 0, {0: model(0.70, 0.5), 1: model(0.75, 0.4)})
     worse, better = model(0.85, 0.3), model(0.68, 0.5)
-    assert race.look(0, worse[0]).lost
-    assert not any(race.look(k, better[k]).lost for k in range(3))
+    assert at(race, 0, worse[0]).lost
+    assert not any(at(race, k, better[k]).lost for k in range(3))
     for candidate in (worse, better):
-        assert race.look(2, candidate[2]).estimate == pytest.approx(fitness(candidate[2]))
+        assert at(race, 2, candidate[2]).estimate == pytest.approx(fitness(candidate[2]))
+
+
+def test_items_without_a_value_are_no_reason_to_stop() -> None:
+    """A metric that the first items have no value for: no look there, and a look where they have."""
+    there = np.array([0, 0, 0, 0, 1, 1, 1, 1.0])
+
+    def model(values: list[int]) -> list[dict[str, ItemScores]]:
+        return [{"t": scored(np.array(values)[:n], weights=there[:n])} for n in (4, 6, 8)]
+
+    race = Race.against(ACC, 0, {0: model([0, 0, 0, 0, 1, 1, 1, 1])})
+    worse = model([0, 0, 0, 0, 0, 0, 0, 0])
+    assert race.look(0, worse[0]) is None
+    assert at(race, 1, worse[1]).difference == -1
