@@ -88,7 +88,7 @@ def main() -> None:
             path = args.folder / f"{proposal.number:03d}.npz"
             if not path.is_file():
                 started = time.process_time()
-                scores, _ = bench.measure(bench.plan(proposal.recipe), SEARCH)
+                scores, _ = bench.measure(bench.plan(proposal.recipe), bench.selections[SEARCH])
                 partial = path.with_suffix(".partial")
                 with partial.open("wb") as file:
                     dump_scores(file, scores)

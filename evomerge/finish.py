@@ -11,7 +11,7 @@ from evomerge.comparison import close_rivals, compare, number, verdict
 from evomerge.errors import CandidateError, EvoMergeError, RunError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.fitness import Fitness
-from evomerge.search.candidate import Candidate, count_states, ranked
+from evomerge.search.candidate import Candidate, count_items, count_states, ranked
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ class Row:
 
 
 def finish(
-    bench: Workbench, folder: RunFolder, scorer: Scorer, known: tuple[Candidate, ...], display: Display
+    bench: Workbench,
+    folder: RunFolder,
+    scorer: Scorer,
+    known: tuple[Candidate, ...],
+    display: Display,
+    baseline: tuple[Candidate, ...] = (),
 ) -> dict[str, Any]:
     """Chooses the winner and measures it.
 
@@ -41,6 +46,14 @@ def finish(
     old ones in their proportion. It is read once on `test`, beside every source, the base, the uniform average and the
     best candidate of generation 0; the guard tasks are read for the same models. A candidate that gives no finite
     scores on the new items is left out, and said to be.
+
+    Args:
+        bench: Models, tasks and splits.
+        folder: Where the result goes.
+        scorer: Scores recipes.
+        known: The search's candidates.
+        display: Where progress is shown.
+        baseline: The candidates of an equal-budget random search, whose winner is one more of those to beat.
 
     Returns:
         The result, also written to result.json.
@@ -52,28 +65,23 @@ def finish(
     if not order:
         reasons = sorted({c.failure_kind or "unknown" for c in known})
         raise RunError(f"{folder.root}: none of {len(known)} candidates could be scored ({', '.join(reasons)})")
-    measured = []
     finalists = order[: folder.spec.search.finalists]
-    for place, candidate in enumerate(finalists, start=1):
-        display.say(f"scoring finalist {place} of {len(finalists)} on the select items")
-        row = Row(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
-        measured.append(_read(row, (SEARCH, SELECT), scorer, display))
-    scored = [row for row in measured if row is not None]
-    steering = scorer.fitness.unweighted
-    pooled = {row.candidate: steering.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
+    scored, pooled = _finals(finalists, scorer, display, "finalist")
     best_first = sorted(scored, key=lambda row: -pooled[row.candidate])  # stable: the better on `search` first
     winner = next(filter(None, (_complete(row, bench, scorer, display) for row in best_first)), None)
     if winner is None:
         raise EvoMergeError(f"{folder.root}: none of the {len(finalists)} finalists could be scored on the new items")
-    completed = [_complete(row, bench, scorer, display) for row in _rivals(bench, known, winner.candidate)]
+    wanted = _rivals(bench, known, winner.candidate) + _random_winner(folder, scorer, baseline, display)
+    completed = [_complete(row, bench, scorer, display) for row in wanted]
     rivals = {row.name: row for row in completed if row is not None}
     candidate = next(c for c in finalists if c.number == winner.candidate)
-    reported = scorer.reported
+    steering, reported = scorer.fitness.unweighted, scorer.reported
     differences = compare(winner.splits[TEST], {name: row.splits[TEST] for name, row in rivals.items()}, reported)
     result = {
         "run": folder.spec.name,
         "state": "finished",
         "candidates": {**count_states(known), "budget": folder.spec.search.candidates},
+        "items": count_items(known),
         "scale": folder.spec.evaluation.scale,
         "goals": _goals_json(reported, steering),
         "winner": {
@@ -101,6 +109,31 @@ def finish(
     }
     folder.write_result(result)
     return result
+
+
+def _finals(
+    finalists: Sequence[Candidate], scorer: Scorer, display: Display, what: str
+) -> tuple[list[Row], dict[int | None, float]]:
+    """The finalists that have scores on `select`, best on `search` first, and by number their fitness over both."""
+    measured = []
+    for place, candidate in enumerate(finalists, start=1):
+        display.say(f"scoring {what} {place} of {len(finalists)} on the select items")
+        row = Row(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
+        measured.append(_read(row, (SEARCH, SELECT), scorer, display))
+    scored = [row for row in measured if row is not None]
+    steering = scorer.fitness.unweighted
+    pooled = {row.candidate: steering.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
+    return scored, pooled
+
+
+def _random_winner(folder: RunFolder, scorer: Scorer, baseline: Sequence[Candidate], display: Display) -> list[Row]:
+    """The winner of the random search, by the same rule; its number is one of its own record, so the row has none."""
+    finalists = ranked(baseline)[: folder.spec.search.finalists]
+    scored, pooled = _finals(finalists, scorer, display, "the random search's finalist")
+    if not scored:
+        return []
+    chosen = max(scored, key=lambda row: pooled[row.candidate])
+    return [Row(f"random search: its {chosen.name}", None, chosen.recipe, chosen.splits)]
 
 
 def _rivals(bench: Workbench, known: Sequence[Candidate], winner: int | None) -> list[Row]:

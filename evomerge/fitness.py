@@ -54,8 +54,8 @@ class Fitness:
 
     Attributes:
         goals: The goals.
-        items: Task to the weights of its items, by id, where they were drawn unevenly; then it takes scores on exactly
-            these items of that task.
+        items: Task to the weights of its items, by id, where they were drawn unevenly; then it takes scores on
+            these items of that task, or on some of them.
     """
 
     goals: tuple[Goal, ...]

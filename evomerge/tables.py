@@ -43,7 +43,10 @@ def score_table(result: Mapping[str, Any]) -> str:
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """A finished run: everyone on the test items, the winner's three scores, the best baseline task by task."""
+    """A finished run: everyone on the test items, the winner's three scores, the best baseline task by task.
+
+    What the result of an older run does not tell is left out.
+    """
     winner = result["winner"]
     goals = [(goal["task"], goal["metric"]) for goal in result["goals"]]
     guards = [
@@ -60,9 +63,11 @@ def result_table(result: Mapping[str, Any]) -> str:
         cells += [_cell(row, "guard", task, metric) for task, metric in guards]
         rows.append(cells)
     counts = result["candidates"]
+    share = result.get("items", {}).get("saved")
+    saved = f"; racing saved {share:.0%} of the item evaluations" if share else ""
     parts = [
         f"{result['run']}: {counts['done']} scored, {counts['failed']} failed, {counts['pruned']} pruned, "
-        f"budget {counts['budget']}",
+        f"budget {counts['budget']}{saved}",
         table(header, rows),
         _bias_table(result),
         _duel_table(result),
@@ -77,15 +82,18 @@ def _bias_table(result: Mapping[str, Any]) -> str:
     winner = result["winner"]["fitness"]
     uses = {"search": "steered the search", "select": "chose it among the finalists", "test": "chose nothing"}
     rows = [[f"{split} items, which {use}", score_text(winner[split])] for split, use in uses.items()]
-    rows.append(["selection bias: search - test", _signed(result["selection_bias"])])
+    if "selection_bias" in result:
+        rows.append(["selection bias: search - test", _signed(result["selection_bias"])])
     return table(["winner's fitness on", "value"], rows)
 
 
 def _duel_table(result: Mapping[str, Any]) -> str:
-    """The winner against the best baseline, task by task; empty without one."""
+    """The winner against the best baseline, task by task; empty without one, or without that being known."""
     if not result["baselines"]:
         return ""
     name, rival = max(result["baselines"].items(), key=lambda item: float(item[1]["fitness"]["test"]["value"]))
+    if "tasks" not in rival["winner_less_this"]:
+        return ""
     rows = [
         [
             f"{task} {row['metric']}",

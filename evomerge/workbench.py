@@ -21,7 +21,7 @@ from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
 from evomerge.evaluation.tasks import LoadedTask, load_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
-from evomerge.models import load_config, load_tokenizer, open_models
+from evomerge.models import load_config, load_tokenizer, open_models, single_model
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.search import SearchSpace, build_space
 from evomerge.spec import SearchSpec, Splits
@@ -30,6 +30,8 @@ SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
 STEER = "steer"
 """The search items that steer, where they are a part of the `search` split; that split itself otherwise."""
 Selection = Mapping[str, tuple[int, ...]]
+
+_DEPTHS = 256  # plans of which `Workbench.depths` is remembered
 
 
 class Workbench:
@@ -68,6 +70,7 @@ class Workbench:
         self.selections = _selections(spec, self.evaluator, self.tasks)
         self.selections[STEER] = self.selections[SEARCH]
         self._resident: Resident | None = None
+        self._depths: dict[str, tuple[str, ...]] = {}
 
     @property
     def reference_model(self) -> Checkpoint:
@@ -89,19 +92,16 @@ class Workbench:
         drawn = {task: tuple(places[task][item] for item in sample.items) for task, sample in samples.items()}
         self.selections[STEER] = {**self.selections[SEARCH], **drawn}
 
-    def taken(self, scores: Mapping[str, ItemScores], split: str) -> dict[str, ItemScores]:
-        """The scores on the items of a split, out of scores that hold them all."""
-        found = {}
-        for task, indices in self.selections[split].items():
-            ids = self.evaluator.items(task)
-            items = tuple(ids[k] for k in indices)
-            place = {item: k for k, item in enumerate(scores[task].items)}
-            whole = items == scores[task].items  # keeps the metrics that do not divide
-            found[task] = scores[task] if whole else scores[task].take([place[item] for item in items])
-        return found
+    def depths(self, plan: Plan) -> tuple[str, ...]:
+        """For each layer the identity of the hidden states before it, worked out once for each of the latest plans."""
+        if plan.digest not in self._depths:
+            if len(self._depths) >= _DEPTHS:
+                del self._depths[next(iter(self._depths))]
+            self._depths[plan.digest] = depth_digests(plan)
+        return self._depths[plan.digest]
 
-    def measure(self, plan: Plan, split: str) -> tuple[dict[str, ItemScores], dict[str, float]]:
-        """Materialises a plan in memory and scores it on a split.
+    def measure(self, plan: Plan, selection: Selection) -> tuple[dict[str, ItemScores], dict[str, float]]:
+        """Materialises a plan in memory and scores it on some items.
 
         Returns:
             Per-item scores by task, and the seconds that each stage took: materialise, score.
@@ -112,8 +112,17 @@ class Workbench:
         started = time.perf_counter()
         model, _ = self.resident.write(plan)
         written = time.perf_counter()
-        scores = self.evaluator.score(model, self.selections[split], depth_digests(plan))
+        scores = self.evaluator.score(model, selection, self.depths(plan))
         return scores, {"materialise": written - started, "score": time.perf_counter() - written}
+
+    def settle(self) -> None:
+        """Has the reference model decide how models are scored, so that no candidate's turn does.
+
+        Raises:
+            CandidateError: When its logits are not finite.
+        """
+        model, _ = self.resident.write(self.plan(single_model(self.reference_model.reference)))
+        self.evaluator.prepare(model)
 
     @property
     def resident(self) -> Resident:

@@ -14,10 +14,11 @@ import yaml
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, RecipeError, RunError
 from evomerge.evaluation.scores import ItemScores
 from evomerge.files import exclusive
+from evomerge.planning import Planner
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search import Candidate
+from evomerge.search import Candidate, Proposal
 from evomerge.spec import SearchSpec, load_spec, parse_spec
 from evomerge.workbench import SEARCH, SELECT, TEST, Workbench
 from tests.frame import changed, files, search_spec
@@ -333,8 +334,8 @@ def test_folder_begun_and_killed(small: SearchSpec, tmp_path: Path) -> None:
 
 
 def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    """Makes `Scorer.scores` raise where `fails(recipe, split)` gives an error."""
-    scores = Scorer.scores
+    """Makes the scorer raise where `fails(recipe, split)` gives an error."""
+    scores, planned = Scorer.scores, Planner.__call__
 
     def breaking(self: Scorer, recipe: Any, split: str) -> Any:
         error = fails(recipe, split)
@@ -342,7 +343,14 @@ def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
             raise error
         return scores(self, recipe, split)
 
+    def failing(self: Planner, proposal: Proposal) -> Any:
+        error = fails(proposal.recipe, SEARCH)
+        if error is not None:
+            raise error
+        return planned(self, proposal)
+
     monkeypatch.setattr(Scorer, "scores", breaking)
+    monkeypatch.setattr(Planner, "__call__", failing)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def finished(**changes: Any) -> dict[str, Any]:
     return {
         "run": "x",
         "candidates": {"done": 3, "failed": 1, "pruned": 0, "budget": 4},
+        "items": {"evaluated": 40, "without_racing": 40, "saved": 0.0},
         "goals": [{"task": "t", "metric": "acc"}],
         "winner": row(1.25, candidate=2),
         "selection_bias": {"value": 0.125, "stderr": 0.0625},
@@ -100,3 +101,19 @@ def test_a_winner_without_rivals() -> None:
     text = result_table(finished(baselines={}))
     assert "winner less" not in text
     assert cells(text, "winner: candidate 2")[1] == "1.250 ± 0.100"
+
+
+def test_what_racing_saved() -> None:
+    raced = finished(items={"evaluated": 10, "without_racing": 40, "saved": 0.75})
+    assert result_table(raced).splitlines()[0].endswith("budget 4; racing saved 75% of the item evaluations")
+
+
+def test_the_result_of_an_older_run() -> None:
+    """It had no item counts, no selection bias, and of a difference the value and its error alone."""
+    old = finished(baselines={"parent:a": row(1.0, winner_less_this={"value": 0.25, "stderr": 0.1})})
+    del old["items"], old["selection_bias"]
+    text = result_table(old)
+    assert text.splitlines()[0] == "x: 3 scored, 1 failed, 0 pruned, budget 4"
+    assert cells(text, "parent:a")[1:4] == ["1.000 ± 0.100", "0.250 ± 0.100", ""]
+    assert "selection bias" not in text
+    assert "McNemar" not in text
