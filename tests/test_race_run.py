@@ -129,7 +129,7 @@ def test_a_second_run_measures_nothing(
     assert dict(files(tmp_path / "again" / "scores")) == dict(files(raced / "scores"))
 
 
-@pytest.mark.parametrize("change", [{"evaluation__dtype": "bfloat16"}, {"evaluation__batch_tokens": 64}])
+@pytest.mark.parametrize("change", [{"evaluation__dtype": "bfloat16"}, {"evaluation__batch_tokens": 4096}])
 def test_other_settings_are_not_taken_from_the_cache(
     raced: Path, tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
@@ -164,6 +164,33 @@ def test_without_the_cache_everything_is_measured_and_comes_out_the_same(
         assert lasting(found(tmp_path / "run", baseline=baseline)) == lasting(found(raced, baseline=baseline))
     assert result == json.loads((raced / "result.json").read_text())
     assert dict(files(tmp_path / "run" / "scores")) == dict(files(raced / "scores"))
+
+
+def test_a_race_on_the_items_that_tell_candidates_apart(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """The blocks are of the drawn items, whose weights count; finalists are scored on all search items; resumed it is
+    the same."""
+    changes: dict[str, Any] = {
+        "evaluation__racing": True,
+        "evaluation__informative": 0.7,
+        "evaluation__guard": [],
+        "evaluation__splits": {"search": 0.7, "select": 0.2, "test": 0.1},
+        "search__finalists": 2,
+        "run__keep": 0,
+    }
+    start(parse_spec(search_spec(tiny_family, search__candidates=12, **changes)), folder=tmp_path / "parts")
+    result = resume(tmp_path / "parts", candidates=16)
+    start(parse_spec(search_spec(tiny_family, search__candidates=16, **changes)), folder=tmp_path / "whole")
+    assert lasting(found(tmp_path / "parts")) == lasting(found(tmp_path / "whole"))
+    assert result == json.loads((tmp_path / "whole" / "result.json").read_text())
+    drawn = {task: row["items"] for task, row in result["informative"]["tasks"].items()}
+    assert drawn == {"tiny_choice": 12, "tiny_text": 8}  # of 17 and 11
+    candidates = found(tmp_path / "whole")
+    assert {c.items for c in candidates if c.state == "done"} == {20}
+    assert all(c.items < 20 for c in candidates if c.state == "pruned")
+    assert {c.state for c in candidates} == {"done", "pruned"}
+    fitness = {c.number: c.fitness for c in candidates}
+    assert all(f["estimate"] == fitness[f["candidate"]] for f in result["informative"]["finalists"])
+    assert result["winner"]["fitness"]["search"]["n"] == 28
 
 
 def test_the_cache_and_the_baseline_may_change_under_a_run_and_racing_may_not(spec: SearchSpec, raced: Path) -> None:

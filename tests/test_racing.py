@@ -124,6 +124,21 @@ def test_a_look_by_hand() -> None:
     assert race.reason(look).startswith("raced out: after 4 of 8 items 0.5000 ± 0.1961 below candidate 3")
 
 
+def test_items_that_stand_for_several_count_for_as_many() -> None:
+    """As by hand above, but the first and the sixth item weigh 3: of the four seen, with weights 3, 1, 1, 1, the cut-off
+    is right on 5 of 6 and the candidate on 1, of all eight the cut-off on 3 + 1 + 1 + 1 + 3 + 1 = 10 of 12.
+
+    Its estimate is 10/12 - 4/6 = 1/6. The influences' differences are 4/6 w (d + 4/6) of the differences d, (-1, 0, 0,
+    -1): 2/3 (-1, 2/3, 2/3, -1/3), whose squares add up to 4/9 * 2 = 8/9; over 3 1/4, over 4, and halved, 4/117.
+    """
+    weights = {"t": {f"t:{k}": 3.0 if k in (0, 5) else 1.0 for k in range(8)}}
+    cutoff = np.array([1, 1, 0, 1, 1, 1, 1, 0])
+    race = Race.against(Fitness(ACC.goals, weights), 3, {3: looks(cutoff, [4, 8])})
+    look = at(race, 0, {"t": scored(np.array([0, 1, 0, 0]))})
+    assert (look.items, look.estimate, look.difference) == (4, pytest.approx(1 / 6), pytest.approx(-2 / 3))
+    assert look.stderr == pytest.approx(math.sqrt(4 / 117))
+
+
 def test_the_nearest_known_candidate_is_the_control() -> None:
     """A candidate equal so far to one that is known in full is taken for as good as that one, almost surely."""
     rng = np.random.default_rng(1)
