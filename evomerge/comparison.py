@@ -80,12 +80,12 @@ def verdict(differences: Mapping[str, Mapping[str, Any]], test: Mapping[str, flo
     if not differences:
         return "There was nothing to compare the winner with."
     best = max(test, key=lambda name: test[name])
-    measured = f"the best baseline, {best}: {_difference(differences[best])} on the test items"
+    measured = f"the best baseline ({best}): {_difference(differences[best])} on the test items"
     if any(row["joint_interval"] is not None and row["joint_interval"][1] < 0 for row in differences.values()):
         return f"The winner is worse than {measured}."
     close = close_rivals(differences)
     if not close:
-        return f"The winner is better than every baseline and than {measured}."
+        return f"The winner is better than every baseline. Compared with {measured}."
     others = [name for name in close if name != best]
     also = f" (and of {', '.join(others)})" if others and best in close else ""
     if best in close:

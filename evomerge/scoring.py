@@ -79,6 +79,9 @@ class Scorer:
     def settle(self, display: Display) -> None:
         """Settles what every candidate is measured by: the sources' scores, the items that steer, a race's blocks."""
         evaluation = self._bench.spec.evaluation
+        goals = zip(self.reported.goals, self.fitness.goals, strict=True)
+        if changed := {f"{by.metric} in place of {asked.metric}": None for asked, by in goals if by != asked}:
+            display.say(f"what steers is {', '.join(changed)}; the result will be told in what was asked for")
         if evaluation.racing and evaluation.informative is None:  # first, so that the sources are scored by blocks too
             self._settle_racing(display)
         if evaluation.scale == "relative":
@@ -130,8 +133,8 @@ class Scorer:
             display.say("no racing: a task has too few items that steer for blocks")
             return
         plan = self._bench.plan(single_model(next(iter(spec.models.sources.values()))))
+        kept = taken(self._kept(plan, self._steering), self._measurer.items(blocks[0]))
         try:
-            kept = taken(self._kept(plan, self._steering), self._measurer.items(blocks[0]))
             seen = kept or self._measurer(plan, blocks[0])[0]
         except CandidateError as error:
             display.say(f"no racing: the first source cannot be scored: {error}")
@@ -143,6 +146,8 @@ class Scorer:
             display.say(f"no racing: {', '.join(whole)} is no mean or ratio of items, so a part of them says nothing")
             return
         self._parts[self._steering] = blocks
+        if kept is None:
+            self._folder.write_scores(plan.digest, self._steering, seen)
         sizes = dict.fromkeys(str(size(block)) for block in blocks)
         display.say(f"racing: the items that steer come in {len(blocks)} blocks of {' or '.join(sizes)}")
 

@@ -68,6 +68,7 @@ def result_table(result: Mapping[str, Any]) -> str:
     parts = [
         f"{result['run']}: {counts['done']} scored, {counts['failed']} failed, {counts['pruned']} pruned, "
         f"budget {counts['budget']}{saved}",
+        _steering_text(result["goals"]),
         table(header, rows),
         _bias_table(result),
         _duel_table(result),
@@ -75,6 +76,20 @@ def result_table(result: Mapping[str, Any]) -> str:
         result["verdict"],
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _steering_text(goals: Sequence[Mapping[str, Any]]) -> str:
+    """Which metrics steered in place of those that are told here; empty where they are the same."""
+    changed = [
+        (goal["steered_by"], goal["metric"])
+        for goal in goals
+        if goal.get("steered_by", goal["metric"]) != goal["metric"]
+    ]
+    if not changed:
+        return ""
+    pairs = dict.fromkeys(f"{by} in place of {metric}" for by, metric in changed)
+    told = dict.fromkeys(metric for _, metric in changed)
+    return f"Steered by {', '.join(pairs)}, a smoother measure of the same; the numbers below are of {', '.join(told)}."
 
 
 def _bias_table(result: Mapping[str, Any]) -> str:
@@ -98,7 +113,7 @@ def _duel_table(result: Mapping[str, Any]) -> str:
         [
             f"{task} {row['metric']}",
             _signed(row),
-            *([str(row["wins"]), str(row["losses"]), f"{row['p']:.3f}"] if "p" in row else ["", "", ""]),
+            *([str(row["wins"]), str(row["losses"]), _p_text(row["p"])] if "p" in row else ["", "", ""]),
         ]
         for task, row in rival["winner_less_this"]["tasks"].items()
     ]
@@ -127,6 +142,10 @@ def _informative_text(informative: Mapping[str, Any] | None) -> str:
 def _signed(score: Mapping[str, Any]) -> str:
     spread = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
     return f"{score['value']:+.3f}{spread}"
+
+
+def _p_text(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _interval(span: Sequence[float] | None) -> str:

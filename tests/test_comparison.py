@@ -68,7 +68,7 @@ def test_a_metric_that_is_no_mean_has_no_interval() -> None:
     assert (row["value"], row["stderr"], row["interval"], row["joint_interval"]) == (0.25, None, None, None)
     assert row["tasks"]["f"] == {"metric": "f1", "value": 0.25, "stderr": None}
     assert "its noise is unknown" in verdict({"x": row}, {"x": 0.5})
-    assert verdict({"x": row}, {"x": 0.5}).startswith("The winner is within noise of the best baseline, x:")
+    assert verdict({"x": row}, {"x": 0.5}).startswith("The winner is within noise of the best baseline (x):")
 
 
 def spans(value: float, alone: float, joint: float) -> dict[str, Any]:
@@ -88,16 +88,16 @@ def spans(value: float, alone: float, joint: float) -> dict[str, Any]:
         # The best baseline is too near.
         (
             {"a": spans(0.2, 0.3, 0.4), "b": spans(0.4, 0.1, 0.3)},
-            "within noise of the best baseline, a: fitness +0.200",
+            "within noise of the best baseline (a): fitness +0.200",
         ),
         # A noisier one may be as good, though the best is beaten.
         (
             {"a": spans(0.2, 0.1, 0.2), "b": spans(0.3, 0.5, 0.6)},
-            "within noise of b, though not of the best baseline, a",
+            "within noise of b, though not of the best baseline (a)",
         ),
         # One of two looks better by its own interval alone: with two looks that is still noise.
-        ({"a": spans(-0.2, 0.1, 0.3), "b": spans(0.4, 0.1, 0.3)}, "within noise of the best baseline, a"),
-        ({"a": spans(-0.4, 0.1, 0.3), "b": spans(0.4, 0.1, 0.3)}, "worse than the best baseline, a: fitness -0.400"),
+        ({"a": spans(-0.2, 0.1, 0.3), "b": spans(0.4, 0.1, 0.3)}, "within noise of the best baseline (a)"),
+        ({"a": spans(-0.4, 0.1, 0.3), "b": spans(0.4, 0.1, 0.3)}, "worse than the best baseline (a): fitness -0.400"),
     ],
 )
 def test_verdict(rows: dict[str, Any], sentence: str) -> None:

@@ -27,9 +27,7 @@ def bench(tiny_family: dict[str, Path]) -> Workbench:
 
 def stacked(family: Mapping[str, Path], number: int, pattern: str) -> Proposal:
     """A proposal whose layers come from these models, one letter for each layer."""
-    slices = [
-        {"sources": [{"model": str(family[name]), "layer_range": [k, k + 1]}]} for k, name in enumerate(pattern)
-    ]
+    slices = [{"sources": [{"model": str(family[name]), "layer_range": [k, k + 1]}]} for k, name in enumerate(pattern)]
     recipe = {"merge_method": "passthrough", "slices": slices, "dtype": "float32"}
     return Proposal(number, 1, Genome({}), recipe, f"{number} {pattern}", (), "by hand")
 

@@ -125,8 +125,8 @@ def test_a_look_by_hand() -> None:
 
 
 def test_items_that_stand_for_several_count_for_as_many() -> None:
-    """As by hand above, but the first and the sixth item weigh 3: of the four seen, with weights 3, 1, 1, 1, the cut-off
-    is right on 5 of 6 and the candidate on 1, of all eight the cut-off on 3 + 1 + 1 + 1 + 3 + 1 = 10 of 12.
+    """As by hand above, but the first and the sixth item weigh 3. Of the four seen, with weights 3, 1, 1, 1, the
+    cut-off is right on 5 of 6 and the candidate on 1; of all eight the cut-off on 3 + 1 + 1 + 1 + 3 + 1 = 10 of 12.
 
     Its estimate is 10/12 - 4/6 = 1/6. The influences' differences are 4/6 w (d + 4/6) of the differences d, (-1, 0, 0,
     -1): 2/3 (-1, 2/3, 2/3, -1/3), whose squares add up to 4/9 * 2 = 8/9; over 3 1/4, over 4, and halved, 4/117.

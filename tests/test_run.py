@@ -20,6 +20,8 @@ from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
 from evomerge.search import Candidate, Proposal
 from evomerge.spec import SearchSpec, load_spec, parse_spec
+from evomerge.status import read_status, render_status
+from evomerge.tables import result_table
 from evomerge.workbench import SEARCH, SELECT, TEST, Workbench
 from tests.frame import changed, files, search_spec
 from tests.models import write_tiny_llama
@@ -224,6 +226,38 @@ def test_splits_are_disjoint(small: SearchSpec) -> None:
         assert sorted(i for part in parts for i in part) == list(range(count))
         assert [len(part) for part in parts] == [count // 2, count // 4, count // 4]
     assert list(bench.selections["guard"]) == ["tiny_answer"]
+
+
+def test_a_run_of_an_older_version_is_shown_and_goes_on(finished_run: Path, tmp_path: Path) -> None:
+    """What this version added is missing from its specification, its record and its result."""
+    root = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    resolved = yaml.safe_load((root / "resolved.yaml").read_text())
+    for key in ("informative", "cache", "reuse_prefixes"):
+        del resolved["evaluation"][key]
+    del resolved["search"]["baseline"]
+    (root / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+    result = json.loads((root / "result.json").read_text())
+    for key in ("items", "selection_bias", "informative", "within_noise_of"):
+        del result[key]
+    for goal in result["goals"]:
+        del goal["steered_by"]
+    for row in result["baselines"].values():
+        row["winner_less_this"] = {key: row["winner_less_this"][key] for key in ("value", "stderr")}
+    (root / "result.json").write_text(json.dumps(result))
+    lines = (root / "study.log").read_text().splitlines()
+    (root / "study.log").write_text("".join(json.dumps(_without_estimates(json.loads(line))) + "\n" for line in lines))
+    status = read_status(root)
+    assert status["items"] == {"evaluated": 0, "without_racing": 0, "saved": 0.0}
+    assert result["verdict"] in render_status(status)
+    assert "winner: candidate" in result_table(result)
+    assert len(candidates(root)) == 18
+    assert resume(root, candidates=19)["candidates"]["done"] == 19
+
+
+def _without_estimates(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of the journal as it was before candidates had estimates."""
+    entry.get("intermediate_values", {}).clear()
+    return entry
 
 
 def test_rerun_of_a_finished_run_changes_nothing(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,15 @@ def test_what_racing_saved() -> None:
     assert result_table(raced).splitlines()[0].endswith("budget 4; racing saved 75% of the item evaluations")
 
 
+def test_what_steered_is_said_where_it_is_not_what_is_told() -> None:
+    smooth = finished(goals=[{"task": "t", "metric": "acc", "steered_by": "prob"}])
+    assert "\n\nSteered by prob in place of acc, a smoother measure of the same; the numbers below are of acc.\n\n" in (
+        result_table(smooth)
+    )
+    same = finished(goals=[{"task": "t", "metric": "acc", "steered_by": "acc"}])
+    assert result_table(same) == result_table(finished())
+
+
 def test_the_result_of_an_older_run() -> None:
     """It had no item counts, no selection bias, and of a difference the value and its error alone."""
     old = finished(baselines={"parent:a": row(1.0, winner_less_this={"value": 0.25, "stderr": 0.1})})
