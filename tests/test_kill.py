@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from evomerge.run import start
+from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.spec import parse_spec
 from evomerge.workbench import Workbench
@@ -98,8 +98,7 @@ def test_killed_in_the_middle_of_a_race(
         _wait(running, lambda: _recorded(folder) >= 13)  # generation 1 races
         running.send_signal(signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL
-    ended = process("resume", folder)
-    assert ended.code == 0, ended.err
+    resume(folder)
     ours, theirs = RunFolder.existing(folder), RunFolder.existing(tmp_path / "whole")
     assert "pruned" in {candidate.state for candidate in ours.candidates()}
     for baseline in (False, True):
@@ -168,11 +167,11 @@ def _merge_recipe(folder: Path, family: dict[str, Path]) -> Path:
 SLOW = """
 import sys, time
 from evomerge.engine import disk
-whole = disk.materialise
+whole = disk.parts
 def slowly(*args, **kwargs):
     time.sleep(0.05)
     return whole(*args, **kwargs)
-disk.materialise = slowly
+disk.parts = slowly
 from evomerge.cli import main
 main()
 """

@@ -140,6 +140,7 @@ def test_other_settings_are_not_taken_from_the_cache(
     assert sum(sizes) >= 5 * 20  # four models on the search items; the winner on the others
 
 
+@pytest.mark.slow
 def test_without_the_cache_everything_is_measured_and_comes_out_the_same(
     raced: Path, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_without_the_cache_everything_is_measured_and_comes_out_the_same(
     assert dict(files(tmp_path / "run" / "scores")) == dict(files(raced / "scores"))
 
 
+@pytest.mark.slow
 def test_a_race_on_the_items_that_tell_candidates_apart(tiny_family: dict[str, Path], tmp_path: Path) -> None:
     """The blocks are of the drawn items, whose weights count; finalists are scored on all search items; resumed it is
     the same."""
