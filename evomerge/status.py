@@ -63,7 +63,7 @@ def render_status(status: Mapping[str, Any]) -> str:
             f"racing: {items['evaluated']} item evaluations instead of {items['without_racing']}, "
             f"{items['saved']:.0%} saved"
         )
-    if status["candidates_per_hour"]:
+    if status["candidates_per_hour"] and status["state"] != "finished":
         left = timedelta(seconds=round(status["seconds_left"]))
         lines.append(f"{status['candidates_per_hour']:.0f} candidates an hour, {left} left")
     if status["best"]:
