@@ -11,6 +11,7 @@ from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.compatible import not_finite
 from evomerge.engine.plan import Plan, make_plan
 from evomerge.errors import BadInput, CheckpointError
+from evomerge.gates import look_before
 from evomerge.models import single_model
 from evomerge.recipe import load_recipe
 from evomerge.spec import SearchSpec, load_spec
@@ -57,7 +58,7 @@ def check_recipe(path: Path) -> str:
 def check_search(spec: SearchSpec) -> str:
     """Checks a search: models, tasks, splits, space; scores a few items to estimate the time."""
     bench = Workbench(spec)
-    warnings = bench.look_at_items()
+    warnings = [*bench.look_at_items(), *look_before(bench)]
     source = next(iter(spec.models.sources.values()))
     plan = bench.plan(single_model(source))
     size = output_bytes(plan)

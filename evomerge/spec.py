@@ -106,8 +106,10 @@ class Evaluation(_Part):
     scale: Literal["relative", "raw"] = "relative"
     splits: Splits = Splits()
     guard: list[str] = []
-    fitness: Literal["metric", "smooth"] = "metric"
+    fitness: Literal["metric", "smooth"] = "smooth"
+    informative: float | None = Field(None, gt=0, lt=1)
     racing: bool = False
+    cache: bool = True
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     batch_tokens: int | None = Field(None, ge=16)  # what suits the device
@@ -146,6 +148,7 @@ class Search(_Part):
     candidates: int = Field(100, ge=1)
     objectives: Literal["mean"] = "mean"
     seed: int = Field(0, ge=0)
+    baseline: Literal["random"] | None = None
     stop: Stop = Stop()
     finalists: int = Field(8, ge=1)
 
@@ -244,6 +247,8 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
             f"search.algorithm: '{spec.search.algorithm}' is not one of {', '.join(sorted(ALGORITHMS))}"
             f"{suggest(spec.search.algorithm, ALGORITHMS)}"
         )
+    if spec.search.baseline == spec.search.algorithm:
+        problems.append(f"search.baseline: {spec.search.baseline} is the algorithm itself; leave one of the two out")
     names = [task.task for task in spec.evaluation.tasks]
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
     problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in names]

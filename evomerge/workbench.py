@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
@@ -15,17 +16,22 @@ from evomerge.engine.prefix import depth_digests
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.informative import Sample
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
 from evomerge.evaluation.tasks import LoadedTask, TaskSet, find_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
-from evomerge.models import load_config, load_tokenizer, open_models
+from evomerge.models import load_config, load_tokenizer, open_models, single_model
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.search import SearchSpace, build_space
 from evomerge.spec import SearchSpec, Splits
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
+STEER = "steer"
+"""The search items that steer, where they are a part of the `search` split; that split itself otherwise."""
 Selection = Mapping[str, tuple[int, ...]]
+
+_DEPTHS = 256  # plans of which `Workbench.depths` is remembered
 
 
 class Workbench:
@@ -37,7 +43,8 @@ class Workbench:
         evaluator: The tasks that steer and those that guard.
         selections: Split -> task -> positions of its items.
         space: The search space.
-        goals: The goals on the raw scale.
+        goals: The goals on the raw scale, by the metrics that are reported.
+        steering: The same goals by the metrics that steer: the smooth ones where the specification wants them.
     """
 
     def __init__(self, spec: SearchSpec) -> None:
@@ -47,6 +54,7 @@ class Workbench:
             known: TaskSet = found.of(_find_tasks, spec)
             self.tasks: dict[str, LoadedTask] = found.of(lambda known: dict(known.tasks), known)
             self.goals: Fitness = found.of(_goals, spec, known)
+            self.steering: Fitness = found.of(_steering, spec, self.tasks, self.goals)
             self.space: SearchSpace = found.of(make_space, spec, self.checkpoints)
         self.tokenizer = load_tokenizer(self.reference_model)
         evaluation = spec.evaluation
@@ -63,7 +71,9 @@ class Workbench:
             reuse_prefixes=evaluation.reuse_prefixes,
         )
         self.selections = _selections(spec, self.evaluator, known)
+        self.selections[STEER] = self.selections[SEARCH]
         self._resident: Resident | None = None
+        self._depths: dict[str, tuple[str, ...]] = {}
 
     @property
     def reference_model(self) -> Checkpoint:
@@ -80,7 +90,8 @@ class Workbench:
         Raises:
             TaskError: With every task that has an item that cannot be scored.
         """
-        chosen = [selection for selection in self.selections.values() if selection]
+        # What steers is some or all of the search items.
+        chosen = [selection for split, selection in self.selections.items() if selection and split != STEER]
         tasks = dict.fromkeys(task for selection in chosen for task in selection)
         together = {task: [k for selection in chosen for k in selection.get(task, ())] for task in tasks}
         return self.evaluator.check(together)
@@ -93,8 +104,22 @@ class Workbench:
         """A candidate's recipe as the engine reads it."""
         return parse_recipe(recipe, where="candidate")
 
-    def measure(self, plan: Plan, split: str) -> tuple[dict[str, ItemScores], dict[str, float]]:
-        """Materialises a plan in memory and scores it on a split.
+    def steer_by(self, samples: Mapping[str, Sample]) -> None:
+        """Lets a part of the search items steer."""
+        places = {task: {item: k for k, item in enumerate(self.evaluator.items(task))} for task in samples}
+        drawn = {task: tuple(places[task][item] for item in sample.items) for task, sample in samples.items()}
+        self.selections[STEER] = {**self.selections[SEARCH], **drawn}
+
+    def depths(self, plan: Plan) -> tuple[str, ...]:
+        """For each layer the identity of the hidden states before it, worked out once for each of the latest plans."""
+        if plan.digest not in self._depths:
+            if len(self._depths) >= _DEPTHS:
+                del self._depths[next(iter(self._depths))]
+            self._depths[plan.digest] = depth_digests(plan)
+        return self._depths[plan.digest]
+
+    def measure(self, plan: Plan, selection: Selection) -> tuple[dict[str, ItemScores], dict[str, float]]:
+        """Materialises a plan in memory and scores it on some items.
 
         Returns:
             Per-item scores by task, and the seconds that each stage took: materialise, score.
@@ -105,8 +130,17 @@ class Workbench:
         started = time.perf_counter()
         model, _ = self.resident.write(plan)
         written = time.perf_counter()
-        scores = self.evaluator.score(model, self.selections[split], depth_digests(plan))
+        scores = self.evaluator.score(model, selection, self.depths(plan))
         return scores, {"materialise": written - started, "score": time.perf_counter() - written}
+
+    def settle(self) -> None:
+        """Has the reference model decide how models are scored, so that no candidate's turn does.
+
+        Raises:
+            CandidateError: When its logits are not finite.
+        """
+        model, _ = self.resident.write(self.plan(single_model(self.reference_model.reference)))
+        self.evaluator.prepare(model)
 
     @property
     def resident(self) -> Resident:
@@ -257,8 +291,6 @@ def _goals(spec: SearchSpec, known: TaskSet) -> Fitness:
             except TaskError as error:
                 problems += error.problems
                 continue
-            if spec.evaluation.fitness == "smooth" and task.output_type == "multiple_choice":
-                metric = "prob"
             direction = task.higher_is_better[metric.partition(",")[0]]
             goals.append(Goal(name, metric, wanted.weight / len(members), direction))
     if problems:
@@ -267,3 +299,17 @@ def _goals(spec: SearchSpec, known: TaskSet) -> Fitness:
     if mixed:
         raise SpecError(mixed)
     return Fitness(tuple(goals))
+
+
+def _steering(spec: SearchSpec, tasks: Mapping[str, LoadedTask], goals: Fitness) -> Fitness:
+    """The goals by the metrics that steer."""
+    if spec.evaluation.fitness == "metric":
+        return goals
+    smooth = {goal.task: tasks[goal.task].smooth(goal.metric) for goal in goals.goals}
+    directions = {goal.task: tasks[goal.task].higher_is_better for goal in goals.goals}
+    return Fitness(
+        tuple(
+            replace(g, metric=smooth[g.task], higher_is_better=directions[g.task][smooth[g.task].partition(",")[0]])
+            for g in goals.goals
+        )
+    )

@@ -22,8 +22,13 @@ FEWSHOT_SEED = 1234
 """What `lm_eval` draws few-shot examples with unless told otherwise."""
 
 _SMOOTH: Mapping[str, Mapping[str, bool]] = {
-    "multiple_choice": {"prob": True, "loss": False},
-    "loglikelihood": {"nll": False},
+    "multiple_choice": {"prob": True, "loss": False, "prob_norm": True, "nll_byte": False},
+    "loglikelihood": {"prob": True, "nll": False},
+}
+
+_INSTEAD: Mapping[str, Mapping[str, str]] = {
+    "multiple_choice": {"acc": "prob", "acc_norm": "prob_norm", "acc_bytes": "prob_norm", "exact_match": "prob"},
+    "loglikelihood": {"acc": "prob"},
 }
 
 
@@ -64,7 +69,7 @@ class LoadedTask:
 
     @cached_property
     def higher_is_better(self) -> dict[str, bool]:
-        """Direction of every metric: the task's own, and the smooth ones added to them (prob, loss, nll)."""
+        """Direction of every metric: the task's own, and the smooth ones added to them (`evaluation.metrics`)."""
         own = {name: bool(up) for name, up in self.task.higher_is_better().items()}
         return {**_SMOOTH.get(self.output_type, {}), **own} if own else dict(_SMOOTH.get(self.output_type, {}))
 
@@ -73,6 +78,10 @@ class LoadedTask:
         """The task's metrics, its own first."""
         own = tuple(self.task.higher_is_better())
         return (*own, *(name for name in self.higher_is_better if name not in own))
+
+    def smooth(self, metric: str) -> str:
+        """The metric that varies smoothly where `metric` jumps between right and wrong; `metric` itself without one."""
+        return _INSTEAD.get(self.output_type, {}).get(metric.partition(",")[0], metric)
 
     def require_metric(self, metric: str) -> None:
         """Checks that the task has `metric`.
