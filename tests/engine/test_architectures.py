@@ -1,4 +1,4 @@
-"""Tiny models of every architecture: merged to disk and in memory, reloaded by their own classes, their layers stacked."""
+"""Tiny models of every architecture: merged to disk and in memory, reloaded by their own classes, layers stacked."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_ties_tensor_by_tensor(family_of: Families, tmp_path: Path, name: str) -
 
 @one_stack
 def test_layers_copied_twice(family_of: Families, tmp_path: Path, name: str) -> None:
-    """a's two layers, then b's last one once more: config.json says three, and so do its lists with an entry a layer."""
+    """a's two layers, then b's last one: config.json says three, and so do its lists with an entry a layer."""
     architecture, family = ARCHITECTURES[name], family_of(name)
     recipe = layers((family["a"], 0, 2), (family["b"], 1, 2))
     out = merge_to_folder(parse_recipe(recipe), tmp_path / "out")
