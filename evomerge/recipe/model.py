@@ -88,7 +88,7 @@ class Recipe:
         input_model_parameters: (model, what is set for it wherever it is a source), sorted by model.
         module: Name of the entry of a ``modules:`` block that this is, or None.
         module_parameters: What is set for that module.
-        modules: Where a ``modules:`` block has several entries, the merge of each; `sources` and `slices` are then empty.
+        modules: The merge of each entry of a ``modules:`` block of several; `sources` and `slices` are then empty.
         dtype: mergekit's working dtype; here the output's, when `out_dtype` is None.
         out_dtype: The output's dtype.
         tokenizer_source: ``base``, ``union``, ``model:PATH`` or a path; exclusive with `tokenizer`.
