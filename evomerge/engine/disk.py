@@ -17,6 +17,7 @@ from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.engine.card import merge_card
+from evomerge.engine.device import find_device
 from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import materialise
 from evomerge.engine.facts import FactStore
@@ -37,6 +38,7 @@ def merge_to_folder(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     allow_pickle: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Path:
     """Carries out a recipe.
@@ -47,6 +49,7 @@ def merge_to_folder(
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
+        device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
         progress: Called with (tensors written, tensors in all).
 
     Returns:
@@ -56,11 +59,19 @@ def merge_to_folder(
         BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
         OutputError: When writing fails; what was there before is intact.
     """
+    find_device(device)
     checkpoints = open_checkpoints(recipe.models(), allow_pickle=allow_pickle)
     plan = make_plan(recipe, checkpoints)
     card = merge_card(recipe, checkpoints)
     write_checkpoint(
-        plan, checkpoints, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
+        plan,
+        checkpoints,
+        out,
+        card=card,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        device=device,
+        progress=progress,
     )
     return out
 
@@ -73,6 +84,7 @@ def write_checkpoint(
     card: str,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    device: str = "cpu",
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
@@ -85,13 +97,14 @@ def write_checkpoint(
         card: Text of README.md.
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file.
+        device: As for `merge_to_folder`.
         progress: Called with (tensors written, tensors in all).
         finish: Called with the folder before it gets its final name, to add to it.
 
     Raises:
         OutputError: When writing fails.
     """
-    store = FactStore(checkpoints)
+    store, elsewhere = FactStore(checkpoints), find_device(device)
     wanted = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
     with (
         CheckpointWriter(out, wanted, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer,
@@ -99,7 +112,7 @@ def write_checkpoint(
     ):
 
         def one(operation: Operation) -> None:
-            value = materialise(operation, store, TORCH_DTYPES[operation.dtype], plan.family)
+            value = materialise(operation, store, TORCH_DTYPES[operation.dtype], plan.family, elsewhere)
             if not is_finite(value):
                 raise _not_finite(operation, checkpoints)
             writer.put(operation.output, value)

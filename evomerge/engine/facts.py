@@ -202,6 +202,7 @@ class OperationFacts:
         family: The operation's tensors and its fellows' for `scope: model`: one (base, sources) per tensor, in order.
         shape: Shape of the block.
         start: Flat index of its first element.
+        device: Where the block is, when that is not in memory; masks of its elements go there.
         cuts: The trims of this operation that were asked for already.
     """
 
@@ -214,6 +215,7 @@ class OperationFacts:
     family: Members = ()
     shape: tuple[int, ...] = ()
     start: int = 0
+    device: torch.device | None = None
     cuts: dict[tuple[int, float, Scope], tuple[float, int]] = field(default_factory=dict)
 
     @property
@@ -263,7 +265,7 @@ class OperationFacts:
 
     def keep(self, source: int, density: float) -> Tensor:
         mask = kept_elements(self.key(source), self.start, math.prod(self.shape), density)
-        return torch.from_numpy(mask).view(self.shape)
+        return torch.from_numpy(mask).view(self.shape).to(self.device)
 
     def inputs(self, indices: Sequence[int]) -> tuple[Input, ...]:
         """The tensors of these sources; -1 is the base.
