@@ -1,7 +1,7 @@
 """Carries out one operation, block by block: float32 inside the block, rounded once on the way out.
 
 A compiled kernel does the work where there is one (`compiled`); otherwise the method's own function does, on float32
-blocks. On another device it always does: blocks are sent there one by one, and facts about whole tensors come from here.
+blocks. On another device it always does: blocks are sent there one by one, facts about whole tensors come from here.
 """
 
 from __future__ import annotations
