@@ -60,12 +60,14 @@ class _Slot:
     suffix: str | None = None  # within the layer; None outside the counted layers
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan:
+def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify: bool = True) -> Plan:
     """Resolves a recipe.
 
     Args:
         recipe: The recipe, its references as the keys of `checkpoints`.
         checkpoints: Open checkpoints by reference.
+        identify: Give every operation and the plan their content hashes, for which each model is read whole the first
+            time ever. Without, only what a stochastic method draws from is read.
 
     Raises:
         RecipeError: When the recipe asks for layers or parameters that do not exist, with all problems found.
@@ -78,7 +80,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     drafts: list[Operation] = []
     problems: list[str] = []
     origins: dict[Stack, tuple[tuple[str, int], ...]] = {}
-    for planner in _planners(recipe, checkpoints, layout):
+    for planner in _planners(recipe, checkpoints, layout, identify):
         for slot in planner.slots():
             try:
                 drafts.append(planner.operation(slot))
@@ -92,30 +94,36 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan:
         raise RecipeError(problems)
     drafts.sort(key=lambda operation: operation.output)
     family = tuple((operation.base, operation.sources) for operation in drafts if operation.method != COPY)
-    operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
+    operations = tuple(drafts)
+    if identify:
+        operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
     config = merged_config(checkpoints, reference, origins, layout, operations)
+    if not identify:
+        return Plan(operations, config, "", family, reference)
     text = json.dumps([[(op.output, op.digest) for op in operations], config], sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return Plan(operations, config, digest, family, reference)
 
 
-def _planners(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], layout: Layout) -> Iterator[_Planner]:
+def _planners(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], layout: Layout, identify: bool
+) -> Iterator[_Planner]:
     """One for the whole model, or one for each module and one that copies what no module decides from the reference."""
     modules = recipe.modules or ((recipe,) if recipe.module is not None else ())
     if not modules:
-        yield _Planner(recipe, checkpoints, layout, layout.main, lambda name: True)
+        yield _Planner(recipe, checkpoints, layout, identify, layout.main, lambda name: True)
         return
     shares = find_shares([str(module.module) for module in modules], layout)
     if len(layout.stacks) == len(shares) == 1:
-        yield _Planner(modules[0], checkpoints, layout, layout.main, lambda name: True)
+        yield _Planner(modules[0], checkpoints, layout, identify, layout.main, lambda name: True)
         return
 
     def owned_by(share: Share | None) -> Callable[[str], bool]:
         return lambda name: owner(name, layout, shares) == share
 
     for module, share in zip(modules, shares, strict=True):
-        yield _Planner(module, checkpoints, layout, share.stack, owned_by(share))
-    yield _Planner(_copy(recipe), checkpoints, layout, None, owned_by(None))
+        yield _Planner(module, checkpoints, layout, identify, share.stack, owned_by(share))
+    yield _Planner(_copy(recipe), checkpoints, layout, identify, None, owned_by(None))
 
 
 def _copy(recipe: Recipe) -> Recipe:
@@ -135,6 +143,7 @@ class _Planner:
         recipe: Recipe,
         checkpoints: Mapping[str, Checkpoint],
         layout: Layout,
+        identify: bool,
         stack: Stack | None,
         owns: Callable[[str], bool],
     ) -> None:
@@ -144,6 +153,7 @@ class _Planner:
         self._recipe = recipe
         self._checkpoints = checkpoints
         self._layout = layout
+        self._identify = identify
         self._inputs = [slice_inputs(recipe, index) for index in range(len(recipe.parts))]
         self._dtype = safetensors_name(recipe.output_dtype) if recipe.output_dtype else None
         self._writers: dict[str, frozenset[str]] = {}
@@ -169,7 +179,7 @@ class _Planner:
                 t = where.layer / (length - 1) if length > 1 else 1.0
                 yield _Slot(name, LayerPlace(0, where.layer, t))
             elif where.position == "after":
-                yield _Slot(name, LayerPlace(last, 0, 1.0))
+                yield _Slot(name, LayerPlace(last, 0, 0.0))  # as in mergekit: the first value, behind the layers too
             else:
                 yield _Slot(name, LayerPlace(0, 0, 0.0))
 
@@ -237,10 +247,11 @@ class _Planner:
             RecipeError: When the recipe does not say enough, or a model lacks the tensor.
         """
         inputs = self._inputs[slot.place.slice_index]
-        sources = tuple(self._found(source, slot) for source in inputs.sources)
+        identify = self._identify or inputs.method.stochastic
+        sources = tuple(self._found(source, slot, identify) for source in inputs.sources)
         names = [source.tensor for source in sources]
         resolved = resolve(self._recipe, slot.place.slice_index, slot.output, slot.place.t, names)
-        base = self._found(inputs.base, slot) if inputs.base else None
+        base = self._found(inputs.base, slot, self._identify) if inputs.base else None
         origin = base or sources[0]
         info = self._checkpoints[origin.model].tensors[origin.tensor]
         wanted = self._dtype if self._dtype and info.dtype in FLOATS else info.dtype
@@ -252,14 +263,14 @@ class _Planner:
             slot.output, info.shape, wanted, method, base, sources, resolved.settings, seed=self._recipe.seed
         )
 
-    def _found(self, model: SliceInput, slot: _Slot) -> Input:
+    def _found(self, model: SliceInput, slot: _Slot, identify: bool) -> Input:
         checkpoint = self._checkpoints[model.model]
         name = slot.output
         if slot.suffix is not None and self.stack is not None:
             name = checkpoint.layout.name(self.stack.prefix, model.start + slot.place.offset, slot.suffix)
         if name not in checkpoint.tensors:
             raise RecipeError(f"{model.model} has no tensor {name}")
-        return Input(model.model, name, checkpoint.fingerprint)
+        return Input(model.model, name, checkpoint.fingerprint if identify else "")
 
     def _copy_scale(self, inputs: SliceInputs, settings: Settings, residual: float, origin: Input) -> float:
         """`scale` multiplies every tensor of a slice, `residual_scale` only what a block last writes to the stream."""
