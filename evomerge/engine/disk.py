@@ -21,6 +21,7 @@ from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.engine.card import merge_card
+from evomerge.engine.device import find_device
 from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import execute_all, parts
 from evomerge.engine.facts import FactStore
@@ -41,6 +42,7 @@ def merge_to_folder(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     allow_pickle: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Path:
     """Carries out a recipe.
@@ -51,6 +53,7 @@ def merge_to_folder(
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
+        device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
         progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
 
     Returns:
@@ -60,11 +63,19 @@ def merge_to_folder(
         BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
         OutputError: When writing fails; what was there before is intact.
     """
+    find_device(device)
     checkpoints = open_checkpoints(recipe.models(), allow_pickle=allow_pickle)
     plan = make_plan(recipe, checkpoints, identify=False)
     card = merge_card(recipe, checkpoints, identify=False)
     write_checkpoint(
-        plan, checkpoints, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
+        plan,
+        checkpoints,
+        out,
+        card=card,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        device=device,
+        progress=progress,
     )
     return out
 
@@ -77,6 +88,7 @@ def write_checkpoint(
     card: str,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    device: str = "cpu",
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
@@ -89,15 +101,17 @@ def write_checkpoint(
         card: Text of README.md.
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file.
+        device: As for `merge_to_folder`.
         progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
         finish: Called with the folder before it gets its final name, to add to it.
 
     Raises:
         OutputError: When writing fails.
     """
+    elsewhere = find_device(device)
     wanted = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
     with CheckpointWriter(out, wanted, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer:
-        _write_weights(plan, checkpoints, writer, progress)
+        _write_weights(plan, checkpoints, writer, progress, elsewhere)
         write_companions(plan, checkpoints[plan.reference], writer.folder)
         (writer.folder / "README.md").write_text(card, encoding="utf-8")
         if finish is not None:
@@ -105,7 +119,11 @@ def write_checkpoint(
 
 
 def _write_weights(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], writer: CheckpointWriter, progress: Progress | None
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    writer: CheckpointWriter,
+    progress: Progress | None,
+    device: torch.device | None,
 ) -> None:
     """Computes and writes the tensors, one per thread, the largest first.
 
@@ -118,7 +136,7 @@ def _write_weights(
 
     def one(operation: Operation) -> None:
         store = whole or FactStore(checkpoints)
-        for part in parts(operation, store, plan.family):
+        for part in parts(operation, store, plan.family, device):
             values = part.stored
             if values is None:
                 values = _buffer(part.size, TORCH_DTYPES[operation.dtype])

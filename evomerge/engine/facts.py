@@ -337,8 +337,9 @@ class OperationFacts:
         family: The operation's tensors and its fellows' for `scope: model`: one (base, sources) per tensor, in order.
         shape: Shape of the block.
         start: Flat index of its first element.
-        cuts: What of this operation was asked for already.
         whole: Shape of the tensor.
+        device: Where the block is, when that is not in memory; what is said of its elements goes there.
+        cuts: What of this operation was asked for already.
     """
 
     store: FactStore
@@ -350,8 +351,9 @@ class OperationFacts:
     family: Members = ()
     shape: tuple[int, ...] = ()
     start: int = 0
-    cuts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     whole: tuple[int, ...] = ()
+    device: torch.device | None = None
+    cuts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -418,7 +420,7 @@ class OperationFacts:
     def importance(self, source: int) -> tuple[Tensor, float]:
         base, theirs = self.inputs([-1, source])
         factors, threshold = self.store.importance(base, theirs, max(1, self.columns))
-        return self._rows_here(factors), threshold
+        return self._rows_here(factors).to(self.device), threshold
 
     def _rows_here(self, each: Tensor) -> Tensor:
         first = self.start // self.columns if self.columns else 0
@@ -427,14 +429,14 @@ class OperationFacts:
     def levels(self, source: int) -> Tensor:
         stop = self.start + math.prod(self.shape)
         found = self.store.levels(self.base, self.sources[source], max(1, self.columns), self.start, stop)
-        return torch.from_numpy(found).view(self.shape)
+        return torch.from_numpy(found).view(self.shape).to(self.device)
 
     def field(self, source: int) -> Tensor:
         numbers = uniform16(self.key(source), self.start, math.prod(self.shape))
-        return torch.from_numpy(numbers.astype(np.int32)).view(self.shape)
+        return torch.from_numpy(numbers.astype(np.int32)).view(self.shape).to(self.device)
 
     def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return self.store.remember((key, self.base, self.sources), compute)
+        return self.store.remember((key, self.base, self.sources, self.device), compute)
 
     def key(self, source: int) -> tuple[int, int]:
         """The key of a source's random field for this tensor."""
@@ -442,7 +444,7 @@ class OperationFacts:
 
     def keep(self, source: int, density: float) -> Tensor:
         mask = kept_elements(self.key(source), self.start, math.prod(self.shape), density)
-        return torch.from_numpy(mask).view(self.shape)
+        return torch.from_numpy(mask).view(self.shape).to(self.device)
 
     def inputs(self, indices: Sequence[int]) -> tuple[Input, ...]:
         """The tensors of these sources; -1 is the base.

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compatible import check_compatible
-from evomerge.checkpoints.layout import Layout, residual_writers
-from evomerge.engine.config import merged_config
+from evomerge.checkpoints.layout import Layout, Stack, residual_writers
+from evomerge.engine.config import has_layer_list, merged_config
 from evomerge.engine.dtypes import FLOATS, safetensors_name
 from evomerge.engine.execute import Family
+from evomerge.engine.modules import Share, find_shares, owner, stack_list
 from evomerge.engine.operation import COPY, Input, Operation, operation_digest
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.declaration import Settings
 from evomerge.methods.registry import get_method
-from evomerge.recipe import LayerPlace, Recipe, expand_frankenmerge, layer_places, resolve, slice_inputs
+from evomerge.recipe import (
+    LayerPlace,
+    Recipe,
+    Source,
+    expand_frankenmerge,
+    layer_places,
+    resolve,
+    slice_inputs,
+)
 from evomerge.recipe.resolve import Input as SliceInput
 from evomerge.recipe.resolve import SliceInputs
 
@@ -67,16 +76,20 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify
     _refuse_tokenizer_work(recipe)
     reference = recipe.models()[0]
     layout = checkpoints[reference].layout
-    if layout.main is not None:
-        recipe = expand_frankenmerge(recipe, layout.layer_count)
     _refuse_misfits(recipe, checkpoints)
-    planner = _Planner(recipe, checkpoints, layout, identify)
-    drafts, problems = [], []
-    for slot in planner.slots():
-        try:
-            drafts.append(planner.operation(slot))
-        except RecipeError as error:
-            problems += [p for p in error.problems if p not in problems]
+    drafts: list[Operation] = []
+    problems: list[str] = []
+    origins: dict[Stack, tuple[tuple[str, int], ...]] = {}
+    for planner in _planners(recipe, checkpoints, layout, identify):
+        for slot in planner.slots():
+            try:
+                drafts.append(planner.operation(slot))
+            except RecipeError as error:
+                problems += [p for p in error.problems if p not in problems]
+        if planner.stack is not None:
+            origins[planner.stack] = planner.origins()
+    if recipe.modules and any(draft.settings.shared.get("scope") == "model" for draft in drafts):
+        problems.append("scope: 'model' is not possible beside 'modules', each of which is merged on its own")
     if problems:
         raise RecipeError(problems)
     drafts.sort(key=lambda operation: operation.output)
@@ -84,7 +97,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify
     operations = tuple(drafts)
     if identify:
         operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
-    config = merged_config(checkpoints, reference, planner.origins(), layout, operations)
+    config = merged_config(checkpoints, reference, origins, layout, operations)
     if not identify:
         return Plan(operations, config, "", family, reference)
     text = json.dumps([[(op.output, op.digest) for op in operations], config], sort_keys=True, default=str)
@@ -92,10 +105,51 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify
     return Plan(operations, config, digest, family, reference)
 
 
-class _Planner:
-    """Walks the output's tensors; what slices share is looked up once."""
+def _planners(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], layout: Layout, identify: bool
+) -> Iterator[_Planner]:
+    """One for the whole model, or one for each module and one that copies what no module decides from the reference."""
+    modules = recipe.modules or ((recipe,) if recipe.module is not None else ())
+    if not modules:
+        yield _Planner(recipe, checkpoints, layout, identify, layout.main, lambda name: True)
+        return
+    shares = find_shares([str(module.module) for module in modules], layout)
+    if len(layout.stacks) == len(shares) == 1:
+        yield _Planner(modules[0], checkpoints, layout, identify, layout.main, lambda name: True)
+        return
 
-    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], layout: Layout, identify: bool) -> None:
+    def owned_by(share: Share | None) -> Callable[[str], bool]:
+        return lambda name: owner(name, layout, shares) == share
+
+    for module, share in zip(modules, shares, strict=True):
+        yield _Planner(module, checkpoints, layout, identify, share.stack, owned_by(share))
+    yield _Planner(_copy(recipe), checkpoints, layout, identify, None, owned_by(None))
+
+
+def _copy(recipe: Recipe) -> Recipe:
+    """The reference model as it is, in the recipe's dtype."""
+    reference = Source(recipe.models()[0])
+    return Recipe("frankenmerge", sources=(reference,), dtype=recipe.dtype, out_dtype=recipe.out_dtype)
+
+
+class _Planner:
+    """Walks the output's tensors that it owns; what slices share is looked up once.
+
+    `stack` is the one whose layers the recipe's slices count; None where there is none, or several.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        checkpoints: Mapping[str, Checkpoint],
+        layout: Layout,
+        identify: bool,
+        stack: Stack | None,
+        owns: Callable[[str], bool],
+    ) -> None:
+        recipe = recipe if stack is None else expand_frankenmerge(recipe, stack.length)
+        self.stack = stack
+        self._owns = owns
         self._recipe = recipe
         self._checkpoints = checkpoints
         self._layout = layout
@@ -115,10 +169,10 @@ class _Planner:
             yield from self._counted_layers()
         last = len(self._recipe.parts) - 1
         lengths = {stack.prefix: stack.length for stack in self._layout.stacks}
-        main = self._layout.main.prefix if self._layout.main and self._recipe.slices else None
+        counted = self.stack.prefix if self.stack and self._recipe.slices else None
         for name in self._names(self._checkpoints[self._reference(0).model]):
             where = self._layout.locate(name)
-            if where.stack is not None and where.stack == main:
+            if (where.stack is not None and where.stack == counted) or not self._owns(name):
                 continue
             if where.stack is not None and where.layer is not None:
                 length = lengths[where.stack]
@@ -141,13 +195,14 @@ class _Planner:
         return inputs.base or inputs.sources[0]
 
     def _check_ranges(self) -> None:
-        if self._layout.main is None:
-            found = ", ".join(f"{s.prefix} ({s.length} layers)" for s in self._layout.stacks) or "none"
-            raise RecipeError(f"slices need one stack of layers to count in; the model has: {found}")
+        if self.stack is None:
+            several = " (say which under 'modules:')" if len(self._layout.stacks) > 1 else ""
+            found = stack_list(self._layout.stacks)
+            raise RecipeError(f"slices need one stack of layers to count in{several}; the model has: {found}")
         problems = []
         for number, part in enumerate(self._recipe.slices):
             for source in part.sources:
-                length = self._checkpoints[source.model].layout.layer_count
+                length = self._length(source.model)
                 if source.layer_range is not None and source.layer_range[1] > length:
                     problems.append(
                         f"slices[{number}]: layer_range {list(source.layer_range)} of {source.model}, "
@@ -155,16 +210,35 @@ class _Planner:
                     )
         if problems:
             raise RecipeError(problems)
+        self._check_kinds()
+
+    def _length(self, model: str) -> int:
+        """Layers of the counted stack in one model."""
+        return 0 if self.stack is None else _depth(self._checkpoints[model], self.stack)
+
+    def _check_kinds(self) -> None:
+        """Refuses a layer of one kind in the place of another, where only its number tells a model which kind it is."""
+        stack = self.stack
+        reference = self._checkpoints[self._reference(0).model]
+        if stack is None or has_layer_list(reference.config, stack, self._layout):
+            return
+        kinds = [reference.layout.suffixes(stack.prefix, layer) for layer in range(_depth(reference, stack))]
+        for output, (model, layer) in enumerate(self.origins()):
+            expected = kinds[min(output, len(kinds) - 1)]
+            if self._checkpoints[model].layout.suffixes(stack.prefix, layer) != expected:
+                raise RecipeError(
+                    f"slices: layer {output} of the output is layer {layer} of {model}, which is of another kind than "
+                    f"layer {output} of {stack.prefix} (other tensors), and config.json has no list of the kinds"
+                )
 
     def _counted_layers(self) -> Iterator[_Slot]:
-        main = self._layout.main
-        if main is None:
+        if self.stack is None:
             return
-        for output, place in enumerate(layer_places(self._recipe, self._layout.layer_count)):
+        for output, place in enumerate(layer_places(self._recipe, self.stack.length)):
             origin = self._reference(place.slice_index)
             held = self._checkpoints[origin.model]
-            for suffix in _suffixes(held, origin.start + place.offset):
-                yield _Slot(self._layout.name(main.prefix, output, suffix), place, suffix)
+            for suffix in held.layout.suffixes(self.stack.prefix, origin.start + place.offset):
+                yield _Slot(self._layout.name(self.stack.prefix, output, suffix), place, suffix)
 
     def operation(self, slot: _Slot) -> Operation:
         """The operation of one output tensor, without its digest.
@@ -192,11 +266,8 @@ class _Planner:
     def _found(self, model: SliceInput, slot: _Slot, identify: bool) -> Input:
         checkpoint = self._checkpoints[model.model]
         name = slot.output
-        if slot.suffix is not None:
-            stack = checkpoint.layout.main
-            if stack is None:
-                raise RecipeError(f"{model.model} has no single stack of layers")
-            name = checkpoint.layout.name(stack.prefix, model.start + slot.place.offset, slot.suffix)
+        if slot.suffix is not None and self.stack is not None:
+            name = checkpoint.layout.name(self.stack.prefix, model.start + slot.place.offset, slot.suffix)
         if name not in checkpoint.tensors:
             raise RecipeError(f"{model.model} has no tensor {name}")
         return Input(model.model, name, checkpoint.fingerprint if identify else "")
@@ -210,15 +281,15 @@ class _Planner:
         if residual == 1.0:
             return scale
         if origin.model not in self._writers:
-            self._writers[origin.model] = _writers(self._checkpoints[origin.model])
+            self._writers[origin.model] = _writers(self._checkpoints[origin.model], self.stack)
         return scale * residual if origin.tensor in self._writers[origin.model] else scale
 
     def origins(self) -> tuple[tuple[str, int], ...]:
         """The (model, layer) that each output layer mainly comes from, for what the config says layer by layer."""
-        if self._layout.main is None:
+        if self.stack is None:
             return ()
         found = []
-        for place in layer_places(self._recipe, self._layout.layer_count):
+        for place in layer_places(self._recipe, self.stack.length):
             origin = self._reference(place.slice_index)
             found.append((origin.model, origin.start + place.offset))
         return tuple(found)
@@ -245,26 +316,23 @@ def _refuse_misfits(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> No
     """Names the checkpoints that cannot be merged, before any tensor is looked at."""
     base = recipe.base_model
     sources = {model: checkpoints[model] for model in recipe.models() if model != base}
-    problems = check_compatible(checkpoints[base] if base else None, sources)
+    sliced = any(part.length is not None for part in recipe.parts)
+    problems = check_compatible(checkpoints[base] if base else None, sources, layers_may_differ=sliced)
     if problems:
         raise CheckpointError(problems)
 
 
-def _suffixes(checkpoint: Checkpoint, layer: int) -> list[str]:
-    """Names of a layer's tensors within the layer, in order."""
-    stack = checkpoint.layout.main
-    if stack is None:
-        return []
-    start = checkpoint.layout.name(stack.prefix, layer, "")
-    return [name.removeprefix(start) for name in checkpoint.tensors if name.startswith(start)]
+def _depth(checkpoint: Checkpoint, stack: Stack) -> int:
+    """How many layers a model has in what is called like another's stack."""
+    return next((own.length for own in checkpoint.layout.stacks if own.prefix == stack.prefix), 0)
 
 
-def _writers(checkpoint: Checkpoint) -> frozenset[str]:
+def _writers(checkpoint: Checkpoint, stack: Stack | None) -> frozenset[str]:
     """The tensors that `residual_scale` multiplies."""
-    layout = checkpoint.layout
-    if layout.main is None:
+    if stack is None:
         return frozenset()
-    layers = (residual_writers(layout, checkpoint.tensors, layer) for layer in range(layout.layer_count))
+    layout, tensors, depth = checkpoint.layout, checkpoint.tensors, _depth(checkpoint, stack)
+    layers = (residual_writers(layout, tensors, layer, stack=stack.prefix) for layer in range(depth))
     return frozenset(name for layer in layers for name in layer)
 
 

@@ -17,6 +17,15 @@ MAX_PATTERN_MODELS = 26
 
 def check_recipe(found: Findings, recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Adds to `found` what is wrong with a recipe whose keys, types and ranges are right."""
+    for one in recipe.modules or (recipe,):
+        _check_parts(found, one, methods)
+    known = recipe.models()
+    for model, _ in recipe.input_model_parameters:
+        if model not in known:
+            found.error(f"input_model_parameters.{model}", f"is no model of this recipe{suggest(model, known)}")
+
+
+def _check_parts(found: Findings, recipe: Recipe, methods: Mapping[str, Method]) -> None:
     for index, part in enumerate(recipe.parts):
         path = _part_path(recipe, index)
         inputs = slice_inputs(recipe, index, methods=methods)
@@ -29,10 +38,6 @@ def check_recipe(found: Findings, recipe: Recipe, methods: Mapping[str, Method])
         _check_required(found, path, recipe, part, inputs)
         if len(found.problems) == before:
             _probe(found, path, recipe, index, methods)
-    known = recipe.models()
-    for model, _ in recipe.input_model_parameters:
-        if model not in known:
-            found.error(f"input_model_parameters.{model}", f"is no model of this recipe{suggest(model, known)}")
 
 
 def _part_path(recipe: Recipe, index: int) -> str:

@@ -72,6 +72,10 @@ def mergekit_mapping(recipe: Recipe) -> dict[str, Any] | None:
     None for methods and parameters that mergekit lacks, a method or residual scale of a slice's own, a pattern, and
     models that only we can read. A seed is left out: mergekit draws without one.
     """
+    if recipe.modules:
+        said = [mergekit_mapping(module) for module in recipe.modules]
+        modules = {name: body for one in said if one is not None for name, body in one["modules"].items()}
+        return None if said[0] is None or None in said else said[0] | {"modules": modules}
     method = _NAMES.get(recipe.merge_method, recipe.merge_method)
     if method not in _KNOWN or not (_sayable_parts(recipe, method) and _sayable_settings(recipe, method)):
         return None

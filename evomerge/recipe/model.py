@@ -86,8 +86,9 @@ class Recipe:
         slices: The output's layers from first to last, when they are given.
         parameters: What is set for all.
         input_model_parameters: (model, what is set for it wherever it is a source), sorted by model.
-        module: Name of the one entry of a ``modules:`` block, or None.
+        module: Name of the entry of a ``modules:`` block that this is, or None.
         module_parameters: What is set for that module.
+        modules: The merge of each entry of a ``modules:`` block of several; `sources` and `slices` are then empty.
         dtype: mergekit's working dtype; here the output's, when `out_dtype` is None.
         out_dtype: The output's dtype.
         tokenizer_source: ``base``, ``union``, ``model:PATH`` or a path; exclusive with `tokenizer`.
@@ -106,6 +107,7 @@ class Recipe:
     input_model_parameters: tuple[tuple[str, Parameters], ...] = ()
     module: str | None = None
     module_parameters: Parameters = field(default_factory=Parameters)
+    modules: tuple[Recipe, ...] = ()
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | None = None
@@ -117,7 +119,9 @@ class Recipe:
 
     @cached_property
     def parts(self) -> tuple[Slice, ...]:
-        """The slices; the ``models:`` form is one slice of all layers."""
+        """The slices, of all modules; the ``models:`` form is one slice of all layers."""
+        if self.modules:
+            return tuple(part for module in self.modules for part in module.parts)
         return self.slices or (Slice(sources=self.sources),)
 
     @property
@@ -149,15 +153,13 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """The recipe as plain values, as in YAML; `parse_recipe` reads it back as an equal recipe."""
         mapping: dict[str, Any] = {"name": self.name, "merge_method": self.merge_method, "base_model": self.base_model}
-        body: dict[str, Any] = {}
-        if self.slices:
-            body["slices"] = [part.to_mapping() for part in self.slices]
+        if self.modules or self.module is not None:
+            mapping["modules"] = {
+                str(module.module): module._body() | _parameters("parameters", module.module_parameters)
+                for module in self.modules or (self,)
+            }
         else:
-            body["models"] = [source.to_mapping() for source in self.sources]
-        if self.module is not None:
-            mapping["modules"] = {self.module: body | _parameters("parameters", self.module_parameters)}
-        else:
-            mapping |= body
+            mapping |= self._body()
         mapping |= _parameters("parameters", self.parameters)
         if self.input_model_parameters:
             entries = {model: _plain_items(items) for model, items in self.input_model_parameters}
@@ -167,6 +169,11 @@ class Recipe:
         mapping["tokenizer"] = self.tokenizer.to_mapping() if self.tokenizer else None
         mapping["seed"] = self.seed or None
         return {key: value for key, value in mapping.items() if value is not None}
+
+    def _body(self) -> dict[str, Any]:
+        if self.slices:
+            return {"slices": [part.to_mapping() for part in self.slices]}
+        return {"models": [source.to_mapping() for source in self.sources]}
 
     def to_yaml(self) -> str:
         """The recipe as YAML."""

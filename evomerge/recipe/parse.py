@@ -71,9 +71,18 @@ def parse_recipe(
     if not found.problems:
         check_recipe(found, recipe, methods)
     if found.problems:
-        raise RecipeError(found.problems)
+        raise RecipeError(dict.fromkeys(found.problems))  # what several modules share is said once
     recipe = replace(recipe, warnings=tuple(found.warnings))
     return recipe if beside is None else resolve_models(recipe, beside)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """Where models or slices stand: a mapping, its path, and the module's name."""
+
+    fields: Mapping[str, Any]
+    path: str
+    module: str | None
 
 
 @dataclass
@@ -86,20 +95,14 @@ class _Reader:
     def recipe(self, data: Mapping[str, Any]) -> Recipe:
         top = self._top_level(data)
         method = self._method("merge_method", top.get("merge_method"), required=True)
-        body, body_path, module, module_parameters = self._body(top)
-        used = self._used(method, body, body_path)
-        slices, sources = self._slices_or_models(body, body_path, method)
+        bodies = self._bodies(top)
+        used = list({m.name: m for body in bodies for m in self._used(method, body.fields, body.path)}.values())
         self._tokenizer_conflict(top)
-        self._passthrough_of_several(top, sources)
-        return Recipe(
+        shared = Recipe(
             merge_method=method.name if method else "",
             base_model=self._reference("base_model", top.get("base_model")),
-            sources=sources,
-            slices=slices,
             parameters=self._parameters("parameters", top.get("parameters"), used),
             input_model_parameters=self._input_model_parameters(top.get("input_model_parameters"), used),
-            module=module,
-            module_parameters=self._parameters(join(body_path, "parameters"), module_parameters, used),
             dtype=self._dtype("dtype", top.get("dtype")),
             out_dtype=self._dtype("out_dtype", top.get("out_dtype")),
             tokenizer_source=tokenizer_source_at(self.found, "tokenizer_source", top.get("tokenizer_source")),
@@ -108,6 +111,19 @@ class _Reader:
             seed=self._seed(top.get("seed")),
             name=self._text("name", top.get("name")),
         )
+        modules = tuple(self._with_body(shared, body, top, method) for body in bodies)
+        return modules[0] if len(modules) == 1 else replace(shared, modules=modules)
+
+    def _with_body(self, shared: Recipe, body: _Body, top: Mapping[str, Any], method: Method | None) -> Recipe:
+        """The recipe with the models or slices of one body."""
+        slices, sources = self._slices_or_models(body.fields, body.path, method)
+        self._passthrough_of_several(top, body, sources)
+        if body.module is None:
+            return replace(shared, sources=sources, slices=slices)
+        path = join(body.path, "parameters")
+        used = self._used(method, body.fields, body.path)
+        parameters = self._parameters(path, body.fields.get("parameters"), used)
+        return replace(shared, sources=sources, slices=slices, module=body.module, module_parameters=parameters)
 
     def _top_level(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The known keys; a method's parameter at the top is told to move down."""
@@ -131,25 +147,27 @@ class _Reader:
             self.found.error(path, f"unknown merge method '{text}'{hint}")
         return known.get(text)
 
-    def _body(self, top: dict[str, Any]) -> tuple[dict[str, Any], str, str | None, Any]:
-        """Where models or slices stand: (mapping, its path, the module's name, the module's parameters)."""
+    def _bodies(self, top: dict[str, Any]) -> list[_Body]:
+        """Where models or slices stand: at the top, or in each module."""
         given = [key for key in ("models", "slices", "modules") if key in top]
         if len(given) != 1:
             text = "needs one of 'models' and 'slices'" if not given else f"has both {' and '.join(map(repr, given))}"
             self.found.error("", f"{text}: give the models to merge as a list under exactly one of them")
         if given != ["modules"]:
-            return top, "", None, None
+            return [_Body(top, "", None)]
         modules = top["modules"]
-        if not isinstance(modules, Mapping) or len(modules) != 1:
-            number = f"{len(modules)} modules" if isinstance(modules, Mapping) else kind_of(modules)
-            self.found.error("modules", f"expected a mapping with exactly one module, got {number}")
-            return {}, "modules", None, None
-        name, body = next(iter(modules.items()))
-        path = f"modules.{name}"
-        fields = mapping_at(self.found, path, body, ("slices", "models", "parameters"))
-        if ("slices" in fields) == ("models" in fields):
-            self.found.error(path, "needs exactly one of 'models' and 'slices'")
-        return fields, path, str(name), fields.get("parameters")
+        if not isinstance(modules, Mapping) or not modules:
+            got = "an empty one" if isinstance(modules, Mapping) else kind_of(modules)
+            self.found.error("modules", f"expected a mapping from modules to their models or slices, got {got}")
+            return [_Body({}, "modules", None)]
+        bodies = []
+        for name, body in modules.items():
+            path = f"modules.{name}"
+            fields = mapping_at(self.found, path, body, ("slices", "models", "parameters"))
+            if ("slices" in fields) == ("models" in fields):
+                self.found.error(path, "needs exactly one of 'models' and 'slices'")
+            bodies.append(_Body(fields, path, str(name)))
+        return bodies
 
     def _used(self, method: Method | None, body: Mapping[str, Any], path: str) -> list[Method]:
         """The methods that read recipe-wide parameters: the recipe's own and those of slices."""
@@ -272,13 +290,13 @@ class _Reader:
     def _seed(self, value: Any) -> int:
         return 0 if value is None else integer_at(self.found, "seed", value, 0) or 0
 
-    def _passthrough_of_several(self, top: Mapping[str, Any], sources: tuple[Source, ...]) -> None:
+    def _passthrough_of_several(self, top: Mapping[str, Any], body: _Body, sources: tuple[Source, ...]) -> None:
         """Under mergekit's name nobody expects a random pattern."""
         parameters = top.get("parameters")
         pattern = parameters.get("pattern") if isinstance(parameters, Mapping) else None
         if top.get("merge_method") == "passthrough" and len(sources) > 1 and pattern is None:
             text = f"passthrough copies one model, got {len(sources)}: give slices or a pattern, or use frankenmerge"
-            self.found.error("models", text)
+            self.found.error(join(body.path, "models"), text)
 
     def _tokenizer_conflict(self, top: Mapping[str, Any]) -> None:
         if "tokenizer" in top and "tokenizer_source" in top:

@@ -77,12 +77,17 @@ def resolve_models(recipe: Recipe, beside: Path | None) -> Recipe:
     def resolved(reference: str) -> str:
         return resolve_reference(reference, beside)
 
+    return _resolved(recipe, resolved)
+
+
+def _resolved(recipe: Recipe, resolved: Callable[[str], str]) -> Recipe:
     inputs = [(resolved(model), parameters) for model, parameters in recipe.input_model_parameters]
     return replace(
         recipe,
         base_model=_optional(recipe.base_model, resolved),
         sources=tuple(_source(source, resolved) for source in recipe.sources),
         slices=tuple(_slice(part, resolved) for part in recipe.slices),
+        modules=tuple(_resolved(module, resolved) for module in recipe.modules),
         input_model_parameters=tuple(sorted(inputs, key=lambda entry: entry[0])),
         tokenizer_source=_optional(recipe.tokenizer_source, lambda text: _tokenizer_model(text, resolved)),
         tokenizer=None if recipe.tokenizer is None else _tokenizer(recipe.tokenizer, resolved),
