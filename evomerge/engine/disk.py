@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
@@ -21,7 +22,7 @@ from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import materialise
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation
-from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.plan import Plan, prepare
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.recipe import Recipe
 
@@ -38,6 +39,7 @@ def merge_to_folder(
     max_shard_size: str | int = "5GB",
     allow_pickle: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Path:
     """Carries out a recipe.
 
@@ -48,6 +50,7 @@ def merge_to_folder(
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
         progress: Called with (tensors written, tensors in all).
+        warn: Called with what is odd but possible.
 
     Returns:
         `out`: config, generation config, tokenizer, weights and a model card.
@@ -56,8 +59,9 @@ def merge_to_folder(
         BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
         OutputError: When writing fails; what was there before is intact.
     """
-    checkpoints = open_checkpoints(recipe.models(), allow_pickle=allow_pickle)
-    plan = make_plan(recipe, checkpoints)
+    plan, checkpoints, odd = prepare(recipe, allow_pickle=allow_pickle)
+    for text in odd:
+        warn(text)
     card = merge_card(recipe, checkpoints)
     write_checkpoint(
         plan, checkpoints, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
@@ -126,14 +130,21 @@ def _not_finite(operation: Operation, checkpoints: Mapping[str, Checkpoint]) -> 
 
 
 def write_companions(plan: Plan, reference: Checkpoint, folder: Path) -> None:
-    """Writes config, generation config, and the reference's tokenizer with its chat template."""
+    """Writes config, generation config, and the tokenizer with its chat template."""
     if plan.config:
         _write_json(folder / "config.json", plan.config)
+    if plan.tokenizer is not None:
+        generation = plan.tokenizer.generation_config or _generation_defaults(plan.config)
+        if generation:
+            _write_json(folder / "generation_config.json", generation)
+        for name, content in plan.tokenizer.files.items():
+            (folder / name).write_bytes(content)
+        return
     if reference.folder is None:
         return
-    generation = reference.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+    own = reference.folder / "generation_config.json"
+    if own.is_file():
+        shutil.copyfile(own, folder / own.name)
     elif plan.config:
         _write_json(folder / "generation_config.json", _generation_defaults(plan.config))
     for path in reference.tokenizer_files:
