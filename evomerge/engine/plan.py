@@ -250,13 +250,9 @@ def _refuse_tokenizer_work(recipe: Recipe) -> None:
     Raises:
         RecipeError: When the recipe asks for a tokenizer.
     """
-    problems = [
-        f"{key}: not carried out here; every candidate of a search has {recipe.models()[0]}'s tokenizer as it is"
-        for key, value in (("tokenizer_source", recipe.tokenizer_source), ("tokenizer", recipe.tokenizer))
-        if value is not None
-    ]
-    if problems:
-        raise RecipeError(problems)
+    if recipe.asks_for_tokenizer:
+        key = "tokenizer" if recipe.tokenizer_source is None else "tokenizer_source"
+        raise RecipeError(f"{key}: not carried out here: every candidate of a search has one and the same tokenizer")
 
 
 def _slerp_of(recipe: Recipe) -> Recipe:
@@ -270,7 +266,7 @@ def _slerped_tables(recipe: Recipe, reference: Checkpoint) -> frozenset[str]:
 
     It does so under a tokenizer source, by ``t`` or else by the weights, and not where layers are copied.
     """
-    if recipe.tokenizer_source is None and recipe.tokenizer is None:
+    if not recipe.asks_for_tokenizer:
         return frozenset()
     found = []
     for name in vocabulary_tensors(reference.layout, reference.tensors):
