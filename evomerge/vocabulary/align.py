@@ -163,9 +163,9 @@ def _by_row(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizers: _Token
     smallest = min(rows.values())
     unlike = _unlike(reference, smallest, tokenizers, models)
     if len(set(rows.values())) == 1:
-        return Aligned(models, warnings=tuple(f"{text}: {_ADVICE}" for text in unlike))
+        return Aligned(models, warnings=tuple(f"{text}; {_ADVICE}" for text in unlike))
     if unlike:
-        raise CheckpointError([f"{text}: {_ADVICE}" for text in unlike])
+        raise CheckpointError([f"{text}; {_ADVICE}" for text in unlike])
     counts = ", ".join(f"{model} {count}" for model, count in rows.items())
     warnings = [f"the vocabularies differ in size ({counts} rows): cut to the smallest, {smallest} rows; {_ADVICE}"]
     maps = _first_rows(models, smallest)
@@ -175,7 +175,7 @@ def _by_row(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizers: _Token
     return _finished(reference, aligned, shortened(tokenizers.of(reference), smallest), None, warnings)
 
 
-_ADVICE = "tokenizer_source: base or union matches them by token instead"
+_ADVICE = "with tokenizer_source: union or base they are matched by token"
 
 
 def _first_rows(models: Iterable[str], rows: int) -> RowMaps:

@@ -101,6 +101,6 @@ def _refuse_broken(template: str) -> None:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     try:
-        Environment(extensions=[loopcontrols, Generation], autoescape=True).parse(template)
+        Environment(extensions=[loopcontrols, Generation]).parse(template)
     except TemplateSyntaxError as error:
         raise RecipeError(f"chat_template: line {error.lineno} of the Jinja template: {error.message}") from None

@@ -33,7 +33,8 @@ def plain_entry(token: str) -> dict[str, Any]:
 def notation(document: Document) -> tuple[str, ...]:
     """How the ordinary tokens are written: tokens of two notations cannot share a vocabulary."""
     model = document["model"]
-    parts = json.dumps([document.get("normalizer"), document.get("pre_tokenizer"), document.get("decoder")])
+    steps = [document.get(step) for step in ("normalizer", "pre_tokenizer", "decoder")]
+    parts = json.dumps(steps, ensure_ascii=False)
     letters = "bytes as letters" if '"ByteLevel"' in parts else "spaces as ▁" if "▁" in parts else "plain text"
     marks = (model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"))
     return (str(model["type"]), letters, *(str(mark) for mark in marks if mark))

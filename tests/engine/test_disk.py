@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.engine.disk import merge_to_folder, parse_size
-from evomerge.errors import BadInput, OutputError, RecipeError
+from evomerge.errors import BadInput, OutputError
 from evomerge.recipe import parse_recipe
 from tests.engine.recipes import recipe_for, single
 from tests.frame import files
