@@ -103,6 +103,8 @@ def _block(recipe: Recipe) -> TokenizerBlock | None:
 def _by_token(
     recipe: Recipe, block: TokenizerBlock, models: Mapping[str, Checkpoint], tokenizers: _Tokenizers
 ) -> Aligned:
+    if misfits := _misfits(models):
+        raise CheckpointError(misfits)
     reference = recipe.models()[0]
     rows = _row_counts(models)
     own = tokenizers.of(reference)
@@ -157,7 +159,7 @@ def _tokens(count: int) -> str:
 def _by_row(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizers: _Tokenizers) -> Aligned:
     """Without a tokenizer source: rows keep their numbers, as far as every model has them."""
     reference = recipe.models()[0]
-    if any(checkpoint.layout.embedding is None for checkpoint in models.values()):
+    if _misfits(models):  # they are merged as they are, or refused with all else that does not fit
         return Aligned(models)
     rows = _row_counts(models)
     smallest = min(rows.values())
@@ -210,31 +212,30 @@ def _tokenizer_json(checkpoint: Checkpoint) -> bytes | None:
     return None if path is None else path.read_bytes()
 
 
-def _row_counts(models: Mapping[str, Checkpoint]) -> dict[str, int]:
-    """The rows of each model's embedding.
-
-    Raises:
-        CheckpointError: A model's embedding cannot be told, its head has other rows, or its columns are other ones.
-    """
-    rows: dict[str, int] = {}
+def _misfits(models: Mapping[str, Checkpoint]) -> list[str]:
+    """Why rows cannot be moved: an embedding cannot be told, a head has other rows than it, or columns are others."""
     problems: list[str] = []
     widths: dict[str, tuple[int, ...]] = {}
+    first = next(iter(models), "")
     for model, checkpoint in models.items():
         embedding = checkpoint.layout.embedding
         if embedding is None:
             problems.append(f"{model}: no token embedding can be told, so its vocabulary cannot be matched")
             continue
-        rows[model] = checkpoint.tensors[embedding].shape[0]
+        rows = checkpoint.tensors[embedding].shape[0]
         for name in vocabulary_tensors(checkpoint.layout, checkpoint.tensors):
             shape = checkpoint.tensors[name].shape
-            if shape[0] != rows[model]:
-                problems.append(f"{model}: {name} has {shape[0]} rows, {embedding} has {rows[model]}")
+            if shape[0] != rows:
+                problems.append(f"{model}: {name} has {shape[0]} rows, {embedding} has {rows}")
             if widths.setdefault(name, shape[1:]) != shape[1:]:
-                first = next(iter(models))
-                problems.append(f"{model}: {name} has rows of {shape_text(shape[1:])}, in {first} {widths[name]}")
-    if problems:
-        raise CheckpointError(problems)
-    return rows
+                problems.append(f"{model}: {name} has rows of {shape_text(shape[1:])}, in {first} {shape_text(widths[name])}")
+    return problems
+
+
+def _row_counts(models: Mapping[str, Checkpoint]) -> dict[str, int]:
+    """The rows of each model's embedding, where there is one."""
+    named = {model: checkpoint.layout.embedding for model, checkpoint in models.items()}
+    return {model: models[model].tensors[name].shape[0] for model, name in named.items() if name is not None}
 
 
 def _aligned(models: Mapping[str, Checkpoint], maps: RowMaps, *, exact: bool) -> dict[str, Checkpoint]:
