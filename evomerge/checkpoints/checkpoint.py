@@ -83,6 +83,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.reference} has no tensor {name!r}")
         return self.weights.read(name)
 
+    def release(self, name: str) -> None:
+        """Lets go of the memory behind a tensor that is not needed for now; it can be read again."""
+        self.weights.release(name)
+
     @cached_property
     def layout(self) -> Layout:
         """Stacks, layers, groups and the tied head."""

@@ -145,6 +145,9 @@ class LoraWeights:
         product = (b @ a).mul_(delta.scale)
         return (product.T if delta.transpose else product).add_(weight).to(dtype).contiguous()
 
+    def release(self, name: str) -> None:
+        self._base.release(self._tied_to.get(name, name))
+
     def fingerprint(self) -> str:
         settings = json.dumps(asdict(self._adapter.settings), sort_keys=True)
         return derived_fingerprint("lora", self._base.fingerprint(), self._adapter.weights.fingerprint(), settings)

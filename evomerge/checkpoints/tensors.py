@@ -62,6 +62,8 @@ class Weights(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
+    def release(self, name: str) -> None: ...
+
     def fingerprint(self) -> str: ...
 
 
@@ -96,6 +98,14 @@ class MappedWeights:
             return torch.frombuffer(part, dtype=dtype).view(info.shape)
         return torch.frombuffer(buffer, dtype=dtype, count=info.numel, offset=info.start).view(info.shape)
 
+    def release(self, name: str) -> None:
+        """Takes the tensor's pages out of this process's memory; a view of them is still good and brings them back."""
+        info, held = self._stored.tensors[name], self._maps.get(self._stored.paths[name])
+        if held is None or not hasattr(mmap, "MADV_DONTNEED") or info.end == info.start:
+            return
+        start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+        held.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+
     def fingerprint(self) -> str:
         return Fingerprints(self._stored.signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))
 
@@ -129,6 +139,9 @@ class PickledWeights:
 
     def read(self, name: str) -> torch.Tensor:
         return self._state[name].detach().contiguous()
+
+    def release(self, name: str) -> None:
+        """Nothing to do: the whole state dict is held."""
 
     def fingerprint(self) -> str:
         return Fingerprints(self._signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -89,7 +90,7 @@ class CheckpointWriter:
         if len(self._places) != sum(len(shard.tensors) for shard in self._shards):
             raise ValueError("two tensors have the same name")
         self._overwrite = overwrite
-        self._missing = set(self._places)
+        self._missing = {name: math.prod(info.shape) for name, (_, info) in self._places.items()}
         self._lock = threading.Lock()
         self._files: dict[str, int] = {}
         self._stack = ExitStack()
@@ -130,16 +131,34 @@ class CheckpointWriter:
             OutputError: Writing failed.
             ValueError: The tensor was not announced, is another than announced, or was written before.
         """
-        shard, info = self._places.get(name, (None, None))
-        if shard is None or info is None:
-            raise ValueError(f"tensor {name!r} was not announced")
-        raw = _bytes_of(info, tensor)
+        _refuse_other(self._place(name)[1], tensor, whole=True)
+        self.put_part(name, 0, tensor.detach().reshape(-1))
+
+    def put_part(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Writes some elements of a tensor; several threads may, in any order, each element once.
+
+        Args:
+            name: The tensor's name.
+            start: Index of the first element in the flat tensor.
+            values: The elements, flat, of the dtype announced.
+
+        Raises:
+            OutputError, ValueError: As for `put`.
+        """
+        shard, info = self._place(name)
+        _refuse_other(info, values)
+        raw = _bytes_of(values)
         with self._lock:
-            if name not in self._missing:
+            self._missing[name] = self._missing.get(name, 0) - values.numel()
+            if self._missing[name] < 0:
                 raise ValueError(f"tensor {name!r} was written before")
-            self._missing.remove(name)
         with self._failures():
-            _write_at(self._files[shard.file], raw, info.start)
+            _write_at(self._files[shard.file], raw, info.start + start * values.element_size())
+
+    def _place(self, name: str) -> tuple[Shard, TensorInfo]:
+        if name not in self._places:
+            raise ValueError(f"tensor {name!r} was not announced")
+        return self._places[name]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -151,8 +170,9 @@ class CheckpointWriter:
                 self._commit()
 
     def _commit(self) -> None:
-        if self._missing:
-            raise OutputError(f"{self.out} is incomplete: {name_some(sorted(self._missing))} were never written")
+        missing = sorted(name for name, count in self._missing.items() if count)
+        if missing:
+            raise OutputError(f"{self.out} is incomplete: {name_some(missing)} were never written")
         self._write_index()
         self._sync()
         self._replace_output()
@@ -270,17 +290,20 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)  # a system or file system that cannot reserve: a full disk shows when writing
 
 
-def _bytes_of(info: TensorInfo, tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes, after a check that it is the one announced."""
-    import torch
-
+def _refuse_other(info: TensorInfo, tensor: torch.Tensor, *, whole: bool = False) -> None:
+    """Refuses another dtype than announced, and for a whole tensor another shape."""
     from evomerge.checkpoints.tensors import DTYPE_NAMES
 
-    dtype = DTYPE_NAMES.get(tensor.dtype)
-    if tuple(tensor.shape) != info.shape or dtype != info.dtype:
-        got, announced = (f"{d} {shape_text(s)}" for d, s in ((dtype, tensor.shape), (info.dtype, info.shape)))
+    dtype, shape = DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape) if whole else info.shape
+    if (dtype, shape) != (info.dtype, info.shape):
+        got, announced = (f"{d} {shape_text(s)}" for d, s in ((dtype, shape), (info.dtype, info.shape)))
         raise ValueError(f"tensor {info.name!r} is {got}, announced was {announced}")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = values.cpu().contiguous()
     return memoryview(flat.view(torch.uint8).numpy().data).cast("B") if flat.numel() else memoryview(b"")
 
 

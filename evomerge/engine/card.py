@@ -60,17 +60,19 @@ def front_matter(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tags: tu
     return "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n"
 
 
-def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str = "") -> str:
+def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str = "", *, identify: bool = True) -> str:
     """A model card.
 
     Args:
         recipe: What was merged.
         checkpoints: The models, for licences and fingerprints.
         body: Markdown between the heading and the recipe: scores, lineage, samples.
+        identify: Name the models' contents by their hashes, for which each is read whole the first time ever.
     """
     _, warning = licence_verdict(licences(checkpoints))
     sources = [
-        f"- `{_public_name(model)}`, content `{checkpoints[model].fingerprint[:16]}`"
+        f"- `{_public_name(model)}`"
+        + (f", content `{checkpoints[model].fingerprint[:16]}`" if identify else "")
         + (" (base)" if model == recipe.base_model else "")
         for model in recipe.models()
     ]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from evomerge.engine.facts import CHUNK, OperationFacts
 from evomerge.engine.kernels import merging
-from evomerge.engine.selection import top
+from evomerge.engine.selection import top, top_sampled
 from evomerge.methods.combine import participants, shares
 from evomerge.methods.dare import keep_probability, terms
 from evomerge.methods.dare_ties import trims
@@ -81,7 +81,9 @@ def _dare_ties(method: str, settings: Settings, facts: OperationFacts) -> Work |
     for k, (i, factor) in enumerate(zip(indices, _singles(factors), strict=True)):
         if trims(settings.sources[i]) and keeps[k] > 0:
             survivors = partial(_survivors, facts, i, int(keeps[k]), keys[k], factor)
-            cuts[k] = top(survivors, facts.size, float(settings.sources[i]["density"]))
+            density, known = float(settings.sources[i]["density"]), facts.magnitudes(i)
+            sampled = top_sampled(survivors, density, known, chances[k], float(factor))
+            cuts[k] = sampled or top(survivors, facts.size, density)
     return _elect(settings, cuts, (keeps, keys), factors)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import math
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import TensorSpec
@@ -19,9 +23,9 @@ from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.engine.card import merge_card
 from evomerge.engine.dtypes import TORCH_DTYPES
-from evomerge.engine.execute import materialise
+from evomerge.engine.execute import execute_all, parts
 from evomerge.engine.facts import FactStore
-from evomerge.engine.operation import Operation
+from evomerge.engine.operation import Operation, inputs_of
 from evomerge.engine.plan import Plan, prepare
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.recipe import Recipe
@@ -49,7 +53,7 @@ def merge_to_folder(
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
-        progress: Called with (tensors written, tensors in all).
+        progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
         warn: Called with what is odd but possible.
 
     Returns:
@@ -59,10 +63,10 @@ def merge_to_folder(
         BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
         OutputError: When writing fails; what was there before is intact.
     """
-    plan, checkpoints, odd = prepare(recipe, allow_pickle=allow_pickle)
+    plan, checkpoints, odd = prepare(recipe, allow_pickle=allow_pickle, identify=False)
     for text in odd:
         warn(text)
-    card = merge_card(recipe, checkpoints)
+    card = merge_card(recipe, checkpoints, identify=False)
     write_checkpoint(
         plan, checkpoints, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
     )
@@ -89,38 +93,69 @@ def write_checkpoint(
         card: Text of README.md.
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file.
-        progress: Called with (tensors written, tensors in all).
+        progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
         finish: Called with the folder before it gets its final name, to add to it.
 
     Raises:
         OutputError: When writing fails.
     """
-    store = FactStore(checkpoints)
     wanted = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
-    with (
-        CheckpointWriter(out, wanted, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer,
-        ThreadPoolExecutor(torch.get_num_threads()) as pool,
-    ):
-
-        def one(operation: Operation) -> None:
-            value = materialise(operation, store, TORCH_DTYPES[operation.dtype], plan.family)
-            if not is_finite(value):
-                raise _not_finite(operation, checkpoints)
-            writer.put(operation.output, value)
-
-        for done, _ in enumerate(pool.map(one, plan.operations), start=1):
-            if progress is not None:
-                progress(done, len(plan.operations))
+    with CheckpointWriter(out, wanted, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer:
+        _write_weights(plan, checkpoints, writer, progress)
         write_companions(plan, checkpoints[plan.reference], writer.folder)
         (writer.folder / "README.md").write_text(card, encoding="utf-8")
         if finish is not None:
             finish(writer.folder)
 
 
+def _write_weights(
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], writer: CheckpointWriter, progress: Progress | None
+) -> None:
+    """Computes and writes the tensors, one per thread, the largest first.
+
+    A thread holds one part of its tensor and no more: where what is found out about a tensor serves no other one, it
+    is forgotten with it, and the inputs' pages are given back.
+    """
+    whole = FactStore(checkpoints) if any(_looks_at_model(op) for op in plan.operations) else None
+    order = sorted(plan.operations, key=lambda operation: -math.prod(operation.shape))
+    done = itertools.count(1)
+
+    def one(operation: Operation) -> None:
+        store = whole or FactStore(checkpoints)
+        for part in parts(operation, store, plan.family):
+            values = part.stored
+            if values is None:
+                values = _buffer(part.size, TORCH_DTYPES[operation.dtype])
+                part.compute(values)
+            if not is_finite(values):
+                raise _not_finite(operation, checkpoints)
+            writer.put_part(operation.output, part.start, values)
+        for tensor in inputs_of(operation):
+            checkpoints[tensor.model].release(tensor.tensor)
+        if progress is not None:
+            progress(next(done), len(order))
+
+    execute_all((functools.partial(one, operation) for operation in order), torch.get_num_threads())
+
+
+_buffers = threading.local()
+
+
+def _buffer(size: int, dtype: torch.dtype) -> Tensor:
+    """Room for `size` elements, this thread's own and the same every time: fresh memory costs more than arithmetic."""
+    held: Tensor | None = getattr(_buffers, "bytes", None)
+    if held is None or held.numel() < size * dtype.itemsize:
+        held = _buffers.bytes = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
+    return held[: size * dtype.itemsize].view(dtype)
+
+
+def _looks_at_model(operation: Operation) -> bool:
+    return operation.settings.shared.get("scope") == "model"
+
+
 def _not_finite(operation: Operation, checkpoints: Mapping[str, Checkpoint]) -> BadInput:
     """Says whose fault it is that a merged tensor has NaN or infinite elements."""
-    inputs = [*operation.sources, *([operation.base] if operation.base else [])]
-    broken = [i for i in inputs if not is_finite(checkpoints[i.model].tensor(i.tensor))]
+    broken = [i for i in inputs_of(operation) if not is_finite(checkpoints[i.model].tensor(i.tensor))]
     if broken:
         return CheckpointError([f"{i.model}: NaN or infinite weights in {i.tensor}" for i in broken])
     return RecipeError(

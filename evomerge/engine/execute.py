@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.facts import CHUNK, FactStore, Members, OperationFacts, chunks
 from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.methods.declaration import Block, Granularity
@@ -45,8 +46,53 @@ def execute(operation: Operation, store: FactStore, out: Tensor, family: Family 
 
 
 @dataclass(frozen=True)
+class Part:
+    """A bounded part of one operation's result, elements start..stop of the flat tensor."""
+
+    start: int
+    stop: int
+    _task: _Task
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return self.stop - self.start
+
+    @property
+    def stored(self) -> Tensor | None:
+        """These elements as a checkpoint stores them, where the result is a copy that changes nothing; else None."""
+        op = self._task.operation
+        if op.method != COPY or op.scale != 1.0:
+            return None
+        flat = self._task.store.flat(op.sources[0])
+        return flat[self.start : self.stop] if flat.dtype == TORCH_DTYPES[op.dtype] else None
+
+    def compute(self, out: Tensor) -> None:
+        """Writes it into `out`: flat, of its size."""
+        self._task.run(self.start, self.stop, out)
+
+
+def parts(operation: Operation, store: FactStore, family: Family = ()) -> Iterator[Part]:
+    """An operation's result in independent parts.
+
+    Args:
+        operation, store, family: As for `execute`.
+    """
+    task = _Task(operation, store, family)
+    step = _PIECE
+    if operation.method != COPY:
+        if get_method(operation.method).merge is None:
+            raise ValueError(f"{operation.method} copies layers and has nothing to compute")
+        whole, columns = math.prod(operation.shape), math.prod(operation.shape[1:])
+        least = {"element": 1, "row": max(1, columns if len(operation.shape) > 1 else whole), "tensor": max(1, whole)}
+        step = -(-_PIECE // least[task.granularity]) * least[task.granularity]
+    for start, stop in chunks(math.prod(operation.shape), step):
+        yield Part(start, stop, task)
+
+
+@dataclass(frozen=True)
 class Piece:
-    """A bounded part of one operation, for one thread.
+    """A part of one operation and the place for its result: work for one thread.
 
     Attributes:
         run: Does it.
@@ -63,21 +109,11 @@ class Piece:
 
 
 def pieces(operation: Operation, store: FactStore, out: Tensor, family: Family = ()) -> Iterator[Piece]:
-    """The same work as independent pieces of a bounded size, for several threads.
-
-    Args:
-        operation, store, out, family: As for `execute`.
-    """
-    task = _Task(operation, store, out.view(-1), family)
-    step = _PIECE
-    if operation.method != COPY:
-        if get_method(operation.method).merge is None:
-            raise ValueError(f"{operation.method} copies layers and has nothing to compute")
-        whole, columns = math.prod(operation.shape), math.prod(operation.shape[1:])
-        least = {"element": 1, "row": max(1, columns if len(operation.shape) > 1 else whole), "tensor": max(1, whole)}
-        step = -(-_PIECE // least[task.granularity]) * least[task.granularity]
-    for start, stop in chunks(task.out.numel(), step):
-        yield Piece(functools.partial(task.run, start, stop), stop - start, start == 0)
+    """The work of `execute` in independent pieces of a bounded size, for several threads."""
+    flat = out.view(-1)
+    for part in parts(operation, store, family):
+        run = functools.partial(part.compute, flat[part.start : part.stop])
+        yield Piece(run, part.size, part.start == 0)
 
 
 def execute_all(work: Iterable[Callable[[], None]], threads: int) -> None:
@@ -133,11 +169,10 @@ def materialise(operation: Operation, store: FactStore, dtype: torch.dtype, fami
 
 @dataclass(frozen=True)
 class _Task:
-    """One operation on its way into `out` (flat)."""
+    """One operation, and what is found out about it once for all its parts."""
 
     operation: Operation
     store: FactStore
-    out: Tensor
     family: Family
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -158,31 +193,31 @@ class _Task:
 
         return compiled(self.operation.method, self.operation.settings, self.facts)
 
-    def run(self, start: int, stop: int) -> None:
-        """Computes elements start..stop."""
+    def run(self, start: int, stop: int, out: Tensor) -> None:
+        """Computes elements start..stop into `out`."""
         if self.operation.method == COPY:
-            self._copy(start, stop)
+            self._copy(start, stop, out)
             return
         with self._lock:
             kernel = self.kernel
         if kernel is None:
-            self._call(start, stop)
+            self._call(start, stop, out)
             return
         result = torch.empty(CHUNK)
         for at, inputs in self.store.rows(self.facts.inputs(kernel.inputs), start, stop):
             merged = result[: inputs.shape[1]]
             kernel.run(inputs, at, merged.numpy())
-            self.out[at : at + merged.numel()] = merged
+            out[at - start : at - start + merged.numel()] = merged
 
-    def _copy(self, start: int, stop: int) -> None:
-        source, out = self.store.flat(self.operation.sources[0])[start:stop], self.out[start:stop]
+    def _copy(self, start: int, stop: int, out: Tensor) -> None:
+        source = self.store.flat(self.operation.sources[0])[start:stop]
         if self.operation.scale == 1.0:
             out.copy_(source)
             return
         for first, last in chunks(stop - start):
             out[first:last] = source[first:last].float() * self.operation.scale
 
-    def _call(self, start: int, stop: int) -> None:
+    def _call(self, start: int, stop: int, out: Tensor) -> None:
         """The method's own function, on float32 blocks."""
         op, merge = self.operation, get_method(self.operation.method).merge
         if merge is None:
@@ -191,7 +226,7 @@ class _Task:
             base = None if op.base is None else _part(self.store, op.base, at, shape)
             sources = [_part(self.store, source, at, shape) for source in op.sources]
             merged = merge(Block(base, sources, at, self.facts.at(at, shape)), op.settings)
-            self.out[at : at + merged.numel()] = merged.reshape(-1)
+            out[at - start : at - start + merged.numel()] = merged.reshape(-1)
 
 
 def _extents(

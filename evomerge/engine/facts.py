@@ -237,6 +237,10 @@ class OperationFacts:
             self.cuts[key] = self.store.trim(pairs, here, density)
         return self.cuts[key]
 
+    def magnitudes(self, source: int) -> Histogram:
+        """The magnitudes of a source's delta, counted."""
+        return self.store.histogram(self.base, self.sources[source])
+
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
         def pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
             if index >= 0:

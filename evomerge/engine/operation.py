@@ -49,6 +49,11 @@ class Operation:
     digest: str = ""
 
 
+def inputs_of(operation: Operation) -> tuple[Input, ...]:
+    """Everything that an operation reads."""
+    return operation.sources if operation.base is None else (*operation.sources, operation.base)
+
+
 def operation_digest(operation: Operation, *, stochastic: bool, context: str = "") -> str:
     """Hash of everything that the operation's result depends on.
 

@@ -57,12 +57,15 @@ class _Slot:
     suffix: str | None = None  # within the layer; None outside the counted layers
 
 
-def prepare(recipe: Recipe, *, allow_pickle: bool = False) -> tuple[Plan, Mapping[str, Checkpoint], tuple[str, ...]]:
+def prepare(
+    recipe: Recipe, *, allow_pickle: bool = False, identify: bool = True
+) -> tuple[Plan, Mapping[str, Checkpoint], tuple[str, ...]]:
     """Opens a recipe's models, gives them one vocabulary and plans the merge.
 
     Args:
         recipe: The recipe.
         allow_pickle: Also read pickle checkpoints.
+        identify: As for `make_plan`.
 
     Returns:
         The plan, the checkpoints to carry it out with, and what is odd but possible.
@@ -71,16 +74,25 @@ def prepare(recipe: Recipe, *, allow_pickle: bool = False) -> tuple[Plan, Mappin
         BadInput: As `open_checkpoints`, `align` and `make_plan`.
     """
     aligned = align(recipe, open_checkpoints(recipe.models(), allow_pickle=allow_pickle))
-    return make_plan(recipe, aligned.checkpoints, aligned.tokenizer), aligned.checkpoints, aligned.warnings
+    plan = make_plan(recipe, aligned.checkpoints, aligned.tokenizer, identify=identify)
+    return plan, aligned.checkpoints, aligned.warnings
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tokenizer: WrittenTokenizer | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    tokenizer: WrittenTokenizer | None = None,
+    *,
+    identify: bool = True,
+) -> Plan:
     """Resolves a recipe.
 
     Args:
         recipe: The recipe, its references as the keys of `checkpoints`.
         checkpoints: Open checkpoints by reference, with one vocabulary; see `evomerge.vocabulary.align`.
         tokenizer: What `align` gives the merged model as its tokenizer.
+        identify: Give every operation and the plan their content hashes, for which each model is read whole the first
+            time ever. Without, only what a stochastic method draws from is read.
 
     Raises:
         RecipeError: When the recipe asks for layers or parameters that do not exist, with all problems found.
@@ -93,9 +105,9 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tokenizer: 
     if layout.main is not None:
         recipe = expand_frankenmerge(recipe, layout.layer_count)
     _refuse_misfits(recipe, checkpoints)
-    planner = _Planner(recipe, checkpoints, layout)
+    planner = _Planner(recipe, checkpoints, layout, identify)
     slerped = _slerped_tables(recipe, checkpoints[reference])
-    tables = _Planner(_slerp_of(recipe), checkpoints, layout) if slerped else planner
+    tables = _Planner(_slerp_of(recipe), checkpoints, layout, identify) if slerped else planner
     drafts, problems = [], []
     for slot in planner.slots():
         try:
@@ -106,8 +118,12 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tokenizer: 
         raise RecipeError(problems)
     drafts.sort(key=lambda operation: operation.output)
     family = tuple((operation.base, operation.sources) for operation in drafts if operation.method != COPY)
-    operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
+    operations = tuple(drafts)
+    if identify:
+        operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
     config = merged_config(checkpoints, reference, planner.origins(), layout, operations)
+    if not identify:
+        return Plan(operations, config, "", family, reference, tokenizer)
     content = [[(op.output, op.digest) for op in operations], config, *([tokenizer.digest()] if tokenizer else [])]
     text = json.dumps(content, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -117,10 +133,11 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tokenizer: 
 class _Planner:
     """Walks the output's tensors; what slices share is looked up once."""
 
-    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], layout: Layout) -> None:
+    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], layout: Layout, identify: bool) -> None:
         self._recipe = recipe
         self._checkpoints = checkpoints
         self._layout = layout
+        self._identify = identify
         self._inputs = [slice_inputs(recipe, index) for index in range(len(recipe.parts))]
         self._dtype = safetensors_name(recipe.output_dtype) if recipe.output_dtype else None
         self._writers: dict[str, frozenset[str]] = {}
@@ -146,7 +163,7 @@ class _Planner:
                 t = where.layer / (length - 1) if length > 1 else 1.0
                 yield _Slot(name, LayerPlace(0, where.layer, t))
             elif where.position == "after":
-                yield _Slot(name, LayerPlace(last, 0, 1.0))
+                yield _Slot(name, LayerPlace(last, 0, 0.0))  # as in mergekit: the first value, behind the layers too
             else:
                 yield _Slot(name, LayerPlace(0, 0, 0.0))
 
@@ -194,10 +211,11 @@ class _Planner:
             RecipeError: When the recipe does not say enough, or a model lacks the tensor.
         """
         inputs = self._inputs[slot.place.slice_index]
-        sources = tuple(self._found(source, slot) for source in inputs.sources)
+        identify = self._identify or inputs.method.stochastic
+        sources = tuple(self._found(source, slot, identify) for source in inputs.sources)
         names = [source.tensor for source in sources]
         resolved = resolve(self._recipe, slot.place.slice_index, slot.output, slot.place.t, names)
-        base = self._found(inputs.base, slot) if inputs.base else None
+        base = self._found(inputs.base, slot, self._identify) if inputs.base else None
         origin = base or sources[0]
         info = self._checkpoints[origin.model].tensors[origin.tensor]
         wanted = self._dtype if self._dtype and info.dtype in FLOATS else info.dtype
@@ -209,7 +227,7 @@ class _Planner:
             slot.output, info.shape, wanted, method, base, sources, resolved.settings, seed=self._recipe.seed
         )
 
-    def _found(self, model: SliceInput, slot: _Slot) -> Input:
+    def _found(self, model: SliceInput, slot: _Slot, identify: bool) -> Input:
         checkpoint = self._checkpoints[model.model]
         name = slot.output
         if slot.suffix is not None:
@@ -219,7 +237,7 @@ class _Planner:
             name = checkpoint.layout.name(stack.prefix, model.start + slot.place.offset, slot.suffix)
         if name not in checkpoint.tensors:
             raise RecipeError(f"{model.model} has no tensor {name}")
-        return Input(model.model, name, checkpoint.fingerprint)
+        return Input(model.model, name, checkpoint.fingerprint if identify else "")
 
     def _copy_scale(self, inputs: SliceInputs, settings: Settings, residual: float, origin: Input) -> float:
         """`scale` multiplies every tensor of a slice, `residual_scale` only what a block last writes to the stream."""

@@ -22,6 +22,7 @@ FINE, COARSE = 13, 16  # lower bits that a histogram leaves out: of 16-bit model
 
 _HELD = 1 << 22  # scores that are held rather than computed again: 16 MB
 _PART = 1 << 16
+_DEVIATIONS = 6.0  # standard deviations of a sample's threshold: missed about once in a thousand million
 
 Floats = NDArray[np.float32]
 Bits = NDArray[Any]  # uint16 for bfloat16, uint32 for float32
@@ -149,6 +150,65 @@ def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: 
         return -1.0, -1
     found = cut([parts], [histogram], keep)
     return found.threshold, last_index(parts, found.bits, found.stay[0])
+
+
+def top_sampled(
+    scores: Callable[[], Iterator[tuple[int, Floats]]],
+    density: float,
+    population: Histogram,
+    chance: float,
+    factor: float,
+) -> tuple[float, int] | None:
+    """As `top`, where the scores are a random sample of magnitudes that were counted: looked at once.
+
+    The sample's threshold is near the population's. Scores above a bracket around it are counted, those within it are
+    held and ranked.
+
+    Args:
+        scores: As for `top`.
+        density: As for `top`.
+        population: The magnitudes that were drawn from.
+        chance: Probability to be drawn.
+        factor: What a drawn magnitude is multiplied by, in float32.
+
+    Returns:
+        None where the bracket misses the threshold, which chance alone hardly ever does.
+    """
+    from evomerge.engine.kernels import looking
+
+    low, high = (np.float32(bound) * np.float32(factor) for bound in _bracket(population, density, chance))
+    held, alive, above = [(np.empty(0, np.float32), np.empty(0, np.int64))], 0, 0
+    for start, values in scores():
+        inside, index = np.empty(values.size, np.float32), np.empty(values.size, np.int64)
+        size, more, larger = looking.collect(values, start, low, high, inside, index)
+        held.append((inside[:size].copy(), index[:size].copy()))
+        alive, above = alive + more, above + larger
+    keep = kept_count(alive, density)
+    if keep == 0:
+        return math.inf, -1
+    if keep >= alive:
+        return -1.0, -1
+    inside, index = (np.concatenate(columns) for columns in zip(*held, strict=True))
+    wanted = keep - above
+    if not 0 < wanted <= inside.size:
+        return None
+    threshold = np.partition(inside, inside.size - wanted)[inside.size - wanted]
+    equal = index[inside == threshold]
+    return float(threshold), int(equal[wanted - int((inside > threshold).sum()) - 1])
+
+
+def _bracket(population: Histogram, density: float, chance: float) -> tuple[float, float]:
+    """Magnitudes between which the top `density` of a random sample nearly surely ends."""
+    sample = max(1.0, chance * population.total)
+    apart = _DEVIATIONS * math.sqrt(density * (1.0 - density) / sample) + 2.0 / sample
+    ranks = (math.ceil((density + apart) * population.total), math.floor((density - apart) * population.total))
+    low, high = 0, 0x7F800000
+    if ranks[0] < population.total:
+        low = _bin_of([population], ranks[0])[0] << population.shift
+    if ranks[1] > 0:
+        high = ((_bin_of([population], ranks[1])[0] + 1) << population.shift) - 1
+    bounds = np.array([low, min(high, 0x7F800000)], dtype=np.uint32).view(np.float32)
+    return float(bounds[0]), float(bounds[1])
 
 
 def _from_zero(scores: Callable[[], Iterator[tuple[int, Floats]]]) -> Iterator[tuple[int, Bits, Bits]]:

@@ -184,7 +184,7 @@ def resolve(
         recipe: The recipe; a frankenmerge by pattern has to be expanded first (`expand_frankenmerge`).
         slice_index: Index into `Recipe.parts`: the first for embeddings, the last for final norm and head.
         tensor_name: The output's name; filters of parameters that are one for the tensor are matched against it.
-        t: Position within the slice (`LayerPlace.t`); 0 before the layers, 1 after them.
+        t: Position within the slice (`LayerPlace.t`); 0 outside the layers.
         source_tensor_names: The tensor's name in each of `slice_inputs(...).sources`, for the filters of parameters
             that are per source; None where they are the output's.
         methods: The merge methods there are.

@@ -228,7 +228,9 @@ def _misfits(models: Mapping[str, Checkpoint]) -> list[str]:
             if shape[0] != rows:
                 problems.append(f"{model}: {name} has {shape[0]} rows, {embedding} has {rows}")
             if widths.setdefault(name, shape[1:]) != shape[1:]:
-                problems.append(f"{model}: {name} has rows of {shape_text(shape[1:])}, in {first} {shape_text(widths[name])}")
+                problems.append(
+                    f"{model}: {name} has rows of {shape_text(shape[1:])}, in {first} {shape_text(widths[name])}"
+                )
     return problems
 
 

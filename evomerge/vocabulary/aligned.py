@@ -83,6 +83,10 @@ class AlignedWeights:
             result[torch.from_numpy(self._blank)] = _mean_row(result, self._blank).to(dtype)
         return result
 
+    def release(self, name: str) -> None:
+        for weights in self._weights.values() if name in self._names else [self._weights[self._model]]:
+            weights.release(name)
+
     def _fill(self, name: str, result: torch.Tensor) -> None:
         """Puts the defaults into the rows that the model has nothing for; those without any stay zero."""
         single = {row: parts[0] for row, parts in self._defaults.items() if len(parts) == 1}

@@ -98,6 +98,9 @@ class Held:
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
+    def release(self, name: str) -> None:
+        assert name in self._tensors
+
     def fingerprint(self) -> str:
         return self._print
 

@@ -94,6 +94,43 @@ def find_equal(base: Array, source: Array, magnitude: int, wanted: int) -> tuple
 
 
 @kernel
+def collect(
+    values: Array, start: int, low: np.float32, high: np.float32, inside: Array, index: Array
+) -> tuple[int, int, int]:
+    """Gathers the magnitudes between two bounds, and counts.
+
+    Args:
+        values: float32 [n]; NaN takes no part.
+        start: Flat index of the first.
+        low, high: The bounds, both within.
+        inside, index: Room for n magnitudes and their flat indices, int64.
+
+    Returns:
+        How many were gathered, how many are numbers, and how many of those are above `high`.
+    """
+    found, numbers, above = 0, 0, 0
+    for at in range(0, values.size, TILE):
+        tile = values[at : at + TILE]
+        some, alive, larger = np.uint32(0), np.uint32(0), np.uint32(0)
+        for j in range(tile.size):
+            size = abs(tile[j])
+            some += np.uint32((size >= low) & (size <= high))
+            alive += np.uint32(size == size)
+            larger += np.uint32(size > high)
+        numbers += int(alive)
+        above += int(larger)
+        if some:
+            for j in range(tile.size):
+                size = abs(tile[j])
+                inside[found] = size
+                index[found] = start + at + j
+                found += (size >= low) & (size <= high)
+                if found == inside.size:
+                    break
+    return found, numbers, above
+
+
+@kernel
 def add_products(base: Array, left: Array, right: Array, sums: Array) -> None:
     """Inner product of two deltas, added to the `PARTIAL` partial sums: float64 [PARTIAL]."""
     bits, other, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)

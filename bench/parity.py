@@ -1,0 +1,466 @@
+"""The same recipes through mergekit and through this engine, tensor by tensor.
+
+    python bench/parity.py --mergekit /path/to/mergekit/bin/python [--models models]
+
+mergekit lives in an environment of its own (`python -m venv mk && mk/bin/pip install torch mergekit`) and is called as
+its users call it, once in a process for all recipes. Every recipe is run on tiny random models in float32, and with
+`--models` on real ones (a folder with `base` and fine-tunes of it). It is computed in float32 by both, and written as
+float32 (target: 1e-6 of the tensor's largest element) and as bfloat16 (target: one rounding step).
+
+Where a trim's threshold is met by several elements, which of them stay is a matter of taste (here the first ones);
+such elements are counted, and left out of the largest difference. Stochastic methods cannot agree element by element:
+their mean and spread over seeds are compared in units of what chance allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from evomerge.engine.disk import merge_to_folder
+from evomerge.errors import EvoMergeError
+from evomerge.methods.registry import METHODS
+from evomerge.methods.trim import cutoff, kept_count
+from evomerge.recipe import parse_recipe
+
+RESULTS = Path(__file__).parent / "results" / "parity.md"
+SEEDS = 12
+DRIVER = """
+import json, sys
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for line in sys.stdin:
+    job = json.loads(line)
+    options = MergeOptions(lazy_unpickle=True, quiet=True, random_seed=job["seed"], write_model_card=False)
+    error = None
+    try:
+        run_merge(MergeConfiguration.model_validate(job["config"]), job["out"], options)
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"[:200]
+    print("answer " + json.dumps(error), flush=True)
+"""
+
+DELIBERATE = {
+    "dare": "kept elements are divided by the density (the paper), not scaled to the delta's L1 norm",
+    "della": "kept elements are divided by their own probability (the paper)",
+    "negative weights": "normalised by the sum of absolute weights: ties cannot blow up when weights cancel",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe without its models' places: `{base}`, `{a}`, `{b}`, `{c}` stand for them.
+
+    Attributes:
+        name: For the table.
+        recipe: The recipe.
+        stochastic: Draws random numbers.
+        differs: Why the results may differ on purpose, or None.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    stochastic: bool = False
+    differs: str | None = None
+
+
+def models(method: str, own: list[dict[str, Any]], *, base: bool = True, **top: Any) -> dict[str, Any]:
+    listed = [{"model": f"{{{name}}}", "parameters": values} for name, values in zip("abc", own, strict=False)]
+    return {"merge_method": method, **({"base_model": "{base}"} if base else {}), "models": listed, **top}
+
+
+W3 = [{"weight": 0.5}, {"weight": 0.3}, {"weight": 0.4}]
+D3 = [w | {"density": d} for w, d in zip(W3, (0.5, 0.4, 0.7), strict=True)]
+
+
+def cases(depth: int) -> Iterator[Case]:
+    """Every shared method, with what recipes do to its parameters."""
+    half = depth // 2
+    yield Case("linear", models("linear", W3, base=False))
+    yield Case("linear, not normalised", models("linear", W3, base=False, parameters={"normalize": False}))
+    yield Case("task_arithmetic", models("task_arithmetic", W3))
+    yield Case("task_arithmetic, lambda", models("task_arithmetic", W3, parameters={"lambda": 0.7}))
+    yield Case("task_arithmetic, normalised", models("task_arithmetic", W3, parameters={"normalize": True}))
+    gradient = [{"weight": [0.1, 0.9, 0.4]}, {"weight": [1.0, 0.0]}]
+    yield Case("task_arithmetic, gradients", models("task_arithmetic", gradient))
+    filters = [
+        {"weight": [{"filter": "self_attn", "value": [0.2, 0.8]}, {"filter": "mlp", "value": 0.1}, {"value": 0.5}]},
+        {"weight": [{"filter": "norm", "value": 1.0}, {"value": [0.6, 0.1, 0.3]}]},
+    ]
+    yield Case("task_arithmetic, filters", models("task_arithmetic", filters))
+    yield Case("ties", models("ties", D3))
+    yield Case("ties, not normalised", models("ties", D3, parameters={"normalize": False, "lambda": 1.3}))
+    density = [
+        {"weight": 1.0, "density": [1.0, 0.7, 0.1]},
+        {"weight": 0.5, "density": [{"filter": "mlp", "value": 0.3}, {"value": 0.8}]},
+    ]
+    yield Case("ties, density gradient and filter", models("ties", density))
+    yield Case("ties, int8_mask", models("ties", D3, parameters={"int8_mask": True}))
+    yield Case(
+        "ties, one weight negative",
+        models("ties", [{"weight": 1.0, "density": 0.6}, {"weight": -0.4, "density": 0.6}]),
+        differs=DELIBERATE["negative weights"],
+    )
+    yield Case("slerp", slerp({"t": 0.35}))
+    curve = [
+        {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+        {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+        {"value": 0.5},
+    ]
+    yield Case("slerp, gradients and filters", slerp({"t": curve}))
+    yield Case(
+        "slices",
+        {
+            "merge_method": "linear",
+            "slices": [
+                {
+                    "sources": [
+                        {"model": "{a}", "layer_range": [0, half], "parameters": {"weight": 0.7}},
+                        {"model": "{b}", "layer_range": [0, half], "parameters": {"weight": 0.3}},
+                    ]
+                },
+                {
+                    "sources": [
+                        {"model": "{b}", "layer_range": [half, depth], "parameters": {"weight": 1}},
+                        {"model": "{c}", "layer_range": [half, depth], "parameters": {"weight": 1}},
+                    ]
+                },
+            ],
+        },
+    )
+    yield Case(
+        "slices of ties",
+        {
+            "merge_method": "ties",
+            "base_model": "{base}",
+            "parameters": {"weight": 0.5},
+            "slices": [
+                {
+                    "sources": [
+                        {"model": "{base}", "layer_range": [0, half]},
+                        {"model": "{a}", "layer_range": [0, half], "parameters": {"density": 0.5}},
+                        {"model": "{b}", "layer_range": [0, half], "parameters": {"density": [0.2, 0.9]}},
+                    ]
+                },
+                {
+                    "parameters": {"weight": 0.9},
+                    "sources": [
+                        {"model": "{base}", "layer_range": [half, depth]},
+                        {"model": "{b}", "layer_range": [half, depth], "parameters": {"density": 0.5}},
+                        {"model": "{c}", "layer_range": [half, depth], "parameters": {"density": 1, "weight": 0.2}},
+                    ],
+                },
+            ],
+        },
+    )
+    yield Case(
+        "passthrough, stacked",
+        {
+            "merge_method": "passthrough",
+            "slices": [
+                {"sources": [{"model": "{a}", "layer_range": [0, half + 1]}]},
+                {"sources": [{"model": "{b}", "layer_range": [half - 1, depth]}]},
+            ],
+        },
+    )
+    yield Case(
+        "passthrough, scaled",
+        {
+            "merge_method": "passthrough",
+            "slices": [
+                {"sources": [{"model": "{a}", "layer_range": [0, half]}]},
+                {
+                    "sources": [
+                        {
+                            "model": "{b}",
+                            "layer_range": [half, depth],
+                            "parameters": {
+                                "scale": [
+                                    {"filter": "o_proj", "value": 0.5},
+                                    {"filter": "down_proj", "value": 0.5},
+                                    {"value": 1.0},
+                                ]
+                            },
+                        }
+                    ]
+                },
+            ],
+        },
+    )
+    yield Case(
+        "input_model_parameters",
+        models(
+            "task_arithmetic",
+            [{}, {}, {}],
+            input_model_parameters={"{a}": {"weight": 0.2}, "{b}": {"weight": 0.5}, "{c}": {"weight": [0.3, 0.6]}},
+        ),
+    )
+    for method in ("breadcrumbs", "breadcrumbs_ties"):
+        yield Case(method, models(method, [d | {"gamma": 0.02} for d in D3]))
+    yield Case("model_stock", models("model_stock", [{}, {}, {}]))
+    yield Case("model_stock, filter-wise", models("model_stock", [{}, {}, {}], parameters={"filter_wise": True}))
+    yield Case("sce", models("sce", [{}, {}, {}], parameters={"select_topk": 0.6}))
+    yield Case("sce, all", models("sce", [{}, {}, {}]))
+    yield Case("nuslerp", models("nuslerp", W3[:2], base=False))
+    yield Case("nuslerp, on deltas", models("nuslerp", W3[:2]))
+    yield Case(
+        "nuslerp, row-wise",
+        models("nuslerp", W3[:2], base=False, parameters={"nuslerp_row_wise": True, "nuslerp_flatten": False}),
+    )
+    yield Case("multislerp", models("multislerp", W3, base=False))
+    yield Case("multislerp, on deltas", models("multislerp", W3))
+    yield Case("karcher", models("karcher", [{}, {}, {}], base=False))
+    yield Case("nearswap", models("nearswap", [{}], parameters={"t": 0.01}))
+    yield Case("arcee_fusion", models("arcee_fusion", [{}]))
+    yield Case("dare_linear", models("dare_linear", D3), stochastic=True, differs=DELIBERATE["dare"])
+    yield Case("dare_linear, not rescaled", models("dare_linear", D3, parameters={"rescale": False}), stochastic=True)
+    yield Case("dare_ties", models("dare_ties", D3), stochastic=True, differs=DELIBERATE["dare"])
+    yield Case("della", models("della", [d | {"epsilon": 0.1} for d in D3]), stochastic=True)
+    yield Case("della_linear", models("della_linear", [d | {"epsilon": 0.1} for d in D3]), stochastic=True)
+
+
+def slerp(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "merge_method": "slerp",
+        "base_model": "{base}",
+        "models": [{"model": "{base}"}, {"model": "{a}"}],
+        "parameters": parameters,
+    }
+
+
+def placed(value: Any, places: Mapping[str, str]) -> Any:
+    """The recipe with its models' places filled in."""
+    if isinstance(value, str):
+        return places.get(value, value)
+    if isinstance(value, Mapping):
+        return {placed(key, places): placed(entry, places) for key, entry in value.items()}
+    return [placed(entry, places) for entry in value] if isinstance(value, list) else value
+
+
+@dataclass
+class Differences:
+    """How far two checkpoints are apart.
+
+    Attributes:
+        largest: Largest difference over the tensor's largest element.
+        steps: Largest difference in units of the last place of bfloat16.
+        differing: Elements that differ at all.
+        tied: Elements that differ, beyond rounding, and sit at a trim's threshold.
+        total: Elements.
+        where: The tensor with the largest difference.
+        names: Tensors that only one of the two has.
+    """
+
+    largest: float = 0.0
+    steps: float = 0.0
+    differing: int = 0
+    tied: int = 0
+    total: int = 0
+    where: str = ""
+    names: list[str] = field(default_factory=list)
+
+
+def compare(ours: Checkpoint, theirs: Checkpoint, ties: Ties | None) -> Differences:
+    found = Differences()
+    found.names = sorted(set(ours.tensors) ^ set(theirs.tensors))
+    for name in sorted(set(ours.tensors) & set(theirs.tensors)):
+        left, right = ours.tensor(name), theirs.tensor(name)
+        if left.shape != right.shape:
+            found.names.append(f"{name} {tuple(left.shape)} {tuple(right.shape)}")
+            continue
+        a, b = left.double().flatten(), right.double().flatten()
+        apart = (a - b).abs()
+        size = torch.maximum(a.abs(), b.abs())
+        step = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-38))) - 7)  # of bfloat16 at this size
+        found.total += a.numel()
+        found.differing += int((apart > 0).sum())
+        largest = max(float(size.max()), 1e-38)
+        wrong = (apart > 1e-6 * largest) & (apart > step * 1.001)
+        if ties is not None and bool(wrong.any()):
+            excused = wrong & ties.at_threshold(name, ours.tensors[name].shape)
+            found.tied += int(excused.sum())
+            apart = apart.masked_fill(excused, 0.0)
+        if float(apart.max()) / largest > found.largest:
+            found.largest, found.where = float(apart.max()) / largest, name
+        found.steps = max(found.steps, float((apart / step).max()))
+    return found
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Which elements have a delta exactly at the threshold of a trim, for recipes of whole models without slices."""
+
+    base: Checkpoint
+    sources: Mapping[str, Checkpoint]
+    densities: Mapping[str, float]
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> Ties | None:
+        listed = recipe.get("models", [])
+        densities = {m["model"]: (m.get("parameters") or {}).get("density") for m in listed}
+        if not densities or not all(isinstance(d, float) for d in densities.values()):
+            return None
+        return cls(opened[recipe["base_model"]], {m: opened[m] for m in densities}, densities)
+
+    def at_threshold(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        base = self.base.tensor(name).float().flatten()
+        found = torch.zeros(base.shape, dtype=torch.bool)
+        for model, density in self.densities.items():
+            scores = (self.sources[model].tensor(name).float().flatten() - base).abs()
+            threshold, _ = cutoff(scores, kept_count(scores.numel(), density))
+            found |= scores == threshold
+        return found
+
+
+def tiny(root: Path) -> dict[str, str]:
+    """A random Llama of four layers and three noisy copies of it, float32."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.models import write_tiny_llama
+
+    places = {"base": write_tiny_llama(root / "base", 0, hidden=64)}
+    for seed, name in enumerate("abc", start=1):
+        places[name] = write_tiny_llama(root / name, seed, base=places["base"], noise=0.01)
+    return {f"{{{name}}}": str(path) for name, path in places.items()}
+
+
+def real(folder: Path) -> dict[str, str]:
+    sources = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "base")[:3]
+    names = {"base": "base"} | dict(zip("abc", sources, strict=True))
+    return {f"{{{key}}}": str((folder / name).resolve()) for key, name in names.items()}
+
+
+class Mergekit:
+    """A process of another environment that merges what it is told to."""
+
+    def __init__(self, python: str, log: Path) -> None:
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [python, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+
+    def __call__(self, config: Mapping[str, Any], out: Path, seed: int = 0) -> str | None:
+        """Merges; returns what went wrong."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        shutil.rmtree(out, ignore_errors=True)
+        self._process.stdin.write(json.dumps({"config": config, "out": str(out), "seed": seed}) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                answer: str | None = json.loads(line.removeprefix("answer "))
+                return answer
+        raise SystemExit(f"mergekit ended: see {self._log.name}")
+
+    def close(self) -> None:
+        self._process.communicate()
+        self._log.close()
+
+
+def rows_of(
+    label: str, places: Mapping[str, str], depth: int, only: list[str], mergekit: Mergekit, root: Path
+) -> Iterator[str]:
+    """The rows of one family of models."""
+    opened = {place: open_checkpoint(place) for place in places.values()}
+    for case in cases(depth):
+        if case.recipe["merge_method"] not in METHODS or (only and not any(text in case.name for text in only)):
+            continue
+        recipe = placed(dict(case.recipe), places) | {"dtype": "float32"}
+        if not case.stochastic:
+            cells = [cell for out in ("float32", "bfloat16") for cell in once(recipe, out, opened, mergekit, root)]
+        elif label == "tiny":
+            cells = over_seeds(recipe, mergekit, root)
+        else:
+            continue
+        yield f"| {label} | {case.name} | " + " | ".join(cells) + f" | {case.differs or ''} |"
+
+
+def once(
+    recipe: Mapping[str, Any], dtype: str, opened: Mapping[str, Checkpoint], mergekit: Mergekit, root: Path
+) -> list[str]:
+    """The two cells of one dtype: the largest difference, and how many elements sit at a tied threshold."""
+    wanted = {**recipe, "out_dtype": dtype}
+    try:
+        ours = merge_to_folder(parse_recipe(wanted), root / "ours", overwrite=True)
+    except EvoMergeError as error:
+        return [f"refused here: {error}"[:160], ""]
+    if problem := mergekit(wanted, root / "theirs"):
+        return [f"fails in mergekit: {problem}"[:160], ""]
+    found = compare(open_checkpoint(str(ours)), open_checkpoint(str(root / "theirs")), Ties.of(wanted, opened))
+    largest = f"{found.largest:.1e}" if dtype == "float32" else f"{found.steps:.2f}"
+    if found.largest > (1e-6 if dtype == "float32" else 1e-2):
+        largest += f" ({found.where})"
+    return [largest, str(found.tied) + (f" (names differ: {found.names[:2]})" if found.names else "")]
+
+
+def over_seeds(recipe: Mapping[str, Any], mergekit: Mergekit, root: Path) -> list[str]:
+    """Mean and variance over seeds of both, as ratios."""
+    samples: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
+    start = _matrices(str(recipe["base_model"]))
+    for seed in range(SEEDS):
+        merge_to_folder(parse_recipe({**recipe, "seed": seed}), root / "ours", overwrite=True)
+        if problem := mergekit(recipe, root / "theirs", seed):
+            return [f"fails in mergekit: {problem}"[:160], "", "", ""]
+        for name, held in samples.items():
+            held.append(_matrices(str(root / name)) - start)
+    a, b = (torch.stack(held) for held in samples.values())
+    chance = b.var(0).sum() / SEEDS  # what the noise of a mean adds to its square
+    mean = float((a.mean(0) * b.mean(0)).sum() / ((b.mean(0) ** 2).sum() - chance))
+    spread = ((a.var(0) + b.var(0)) / SEEDS).sqrt()
+    z = ((a.mean(0) - b.mean(0)).abs() / spread)[spread > 0]
+    # Of a normal variable the mean magnitude is 0.80; a spread estimated from few seeds makes it a little more.
+    texts = f"{SEEDS} seeds: mean / mean {mean:.3f}, mean abs(z) {float(z.mean()):.2f}"
+    return [texts, "", f"variance / variance {float(a.var(0).mean() / b.var(0).mean()):.3f}", ""]
+
+
+def _matrices(folder: str) -> torch.Tensor:
+    checkpoint = open_checkpoint(folder)
+    names = sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 2)
+    return torch.cat([checkpoint.tensor(name).double().flatten() for name in names])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit", required=True, help="python of an environment that has mergekit")
+    parser.add_argument("--models", type=Path, help="a folder with `base` and its fine-tunes")
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose name holds one of these")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS}")
+    args = parser.parse_args()
+    rows = [
+        "| models | recipe | float32: largest difference | at a tied threshold | bfloat16: largest, in steps | "
+        "at a tied threshold | differs on purpose |",
+        "| --- " * 7 + "|",
+    ]
+    print("\n".join(rows), flush=True)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        root = Path(folder)
+        mergekit = Mergekit(args.mergekit, root / "mergekit.log")
+        families = [("tiny", tiny(root / "tiny"), 4)]
+        if args.models:
+            families.append(("real", real(args.models), 30))
+        for label, places, depth in families:
+            for row in rows_of(label, places, depth, args.only, mergekit, root):
+                rows.append(row)
+                print(row, flush=True)
+        mergekit.close()
+    if args.write:
+        RESULTS.write_text(
+            "# Parity with mergekit\n\n    python bench/parity.py --mergekit MK/bin/python --models models\n\n"
+            + "\n".join(rows)
+            + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
