@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import Layout
 
-_NO_TOKENS = re.compile(r"pos|token_type|patch")  # tables of something else that may be as tall
+_NO_TOKENS = re.compile(r"pos|wpe|token_type|patch")  # tables of something else that may be as tall
 
 
 def vocabulary_tensors(layout: Layout, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
