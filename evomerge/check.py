@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.compatible import not_finite
-from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.plan import Plan, prepare
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.models import single_model
 from evomerge.recipe import load_recipe
@@ -42,13 +42,12 @@ def check_file(path: Path) -> str:
 def check_recipe(path: Path) -> str:
     """Checks a recipe and the models it names."""
     recipe = load_recipe(path)
-    checkpoints = open_checkpoints(recipe.models())
+    plan, checkpoints, odd = prepare(recipe, open_checkpoints(recipe.models()))
     broken = [problem for checkpoint in checkpoints.values() for problem in not_finite(checkpoint)]
     if broken:
         raise CheckpointError(broken)
-    plan = make_plan(recipe, checkpoints)
     size = output_bytes(plan)
-    lines = [*(f"warning: {text}" for text in recipe.warnings)]
+    lines = [*(f"warning: {text}" for text in (*recipe.warnings, *odd))]
     lines.append(f"{path}: {recipe.merge_method} of {len(recipe.models())} models, {len(plan.operations)} tensors")
     lines.append(f"the checkpoint will take {_gigabytes(size)} on the disk ({_free(Path.cwd())} free here)")
     return "\n".join(lines)

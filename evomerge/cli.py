@@ -124,9 +124,15 @@ def merge(
     from evomerge.recipe import load_recipe
 
     wanted = load_recipe(recipe)
-    for text in wanted.warnings:
+
+    def warn(text: str) -> None:
         typer.echo(f"warning: {text}", err=True)
-    folder = merge_to_folder(wanted, out, overwrite=overwrite, max_shard_size=max_shard_size, allow_pickle=allow_pickle)
+
+    for text in wanted.warnings:
+        warn(text)
+    folder = merge_to_folder(
+        wanted, out, overwrite=overwrite, max_shard_size=max_shard_size, allow_pickle=allow_pickle, warn=warn
+    )
     typer.echo(str(folder))
 
 

@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import execute_all, parts
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation, inputs_of
-from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.plan import Plan, prepare
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.recipe import Recipe
 
@@ -44,6 +45,7 @@ def merge_to_folder(
     allow_pickle: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Path:
     """Carries out a recipe.
 
@@ -55,6 +57,7 @@ def merge_to_folder(
         allow_pickle: Also read pickle checkpoints.
         device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
         progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
+        warn: Called with what is odd but possible.
 
     Returns:
         `out`: config, generation config, tokenizer, weights and a model card.
@@ -64,8 +67,10 @@ def merge_to_folder(
         OutputError: When writing fails; what was there before is intact.
     """
     find_device(device)
-    checkpoints = open_checkpoints(recipe.models(), allow_pickle=allow_pickle)
-    plan = make_plan(recipe, checkpoints, identify=False)
+    opened = open_checkpoints(recipe.models(), allow_pickle=allow_pickle)
+    plan, checkpoints, odd = prepare(recipe, opened, identify=False)
+    for text in odd:
+        warn(text)
     card = merge_card(recipe, checkpoints, identify=False)
     write_checkpoint(
         plan,
@@ -179,14 +184,21 @@ def _not_finite(operation: Operation, checkpoints: Mapping[str, Checkpoint]) -> 
 
 
 def write_companions(plan: Plan, reference: Checkpoint, folder: Path) -> None:
-    """Writes config, generation config, and the reference's tokenizer with its chat template."""
+    """Writes config, generation config, and the tokenizer with its chat template."""
     if plan.config:
         _write_json(folder / "config.json", plan.config)
+    if plan.tokenizer is not None:
+        generation = plan.tokenizer.generation_config or _generation_defaults(plan.config)
+        if generation:
+            _write_json(folder / "generation_config.json", generation)
+        for name, content in plan.tokenizer.files.items():
+            (folder / name).write_bytes(content)
+        return
     if reference.folder is None:
         return
-    generation = reference.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+    own = reference.folder / "generation_config.json"
+    if own.is_file():
+        shutil.copyfile(own, folder / own.name)
     elif plan.config:
         _write_json(folder / "generation_config.json", _generation_defaults(plan.config))
     for path in reference.tokenizer_files:

@@ -11,6 +11,7 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compatible import check_compatible
 from evomerge.checkpoints.layout import Layout, Stack, residual_writers
+from evomerge.checkpoints.vocabulary import vocabulary_tensors
 from evomerge.engine.config import has_layer_list, merged_config
 from evomerge.engine.dtypes import FLOATS, safetensors_name
 from evomerge.engine.execute import Family
@@ -25,11 +26,15 @@ from evomerge.recipe import (
     Source,
     expand_frankenmerge,
     layer_places,
+    lookup,
     resolve,
     slice_inputs,
 )
+from evomerge.recipe.parameter_fields import EMBED_SLERP
 from evomerge.recipe.resolve import Input as SliceInput
 from evomerge.recipe.resolve import SliceInputs
+from evomerge.vocabulary.align import align
+from evomerge.vocabulary.written import WrittenTokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Plan:
         config: The merged model's config.json.
         digest: Content hash: plans with the same digest are the same model.
         family: The inputs that together make the model, for ``scope: model``.
-        reference: The model whose tokenizer and files the merged model takes.
+        reference: The model whose files the merged model takes.
+        tokenizer: The tokenizer to write instead of the reference's own; None where that one fits.
     """
 
     operations: tuple[Operation, ...]
@@ -49,6 +55,7 @@ class Plan:
     digest: str
     family: Family
     reference: str
+    tokenizer: WrittenTokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,40 @@ class _Slot:
     suffix: str | None = None  # within the layer; None outside the counted layers
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify: bool = True) -> Plan:
+def prepare(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify: bool = True
+) -> tuple[Plan, Mapping[str, Checkpoint], tuple[str, ...]]:
+    """Gives a recipe's models one vocabulary and plans the merge.
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Its models, open, by reference.
+        identify: As for `make_plan`.
+
+    Returns:
+        The plan, the checkpoints to carry it out with, and what is odd but possible.
+
+    Raises:
+        BadInput: As `align` and `make_plan`.
+    """
+    aligned = align(recipe, checkpoints)
+    plan = make_plan(recipe, aligned.checkpoints, aligned.tokenizer, identify=identify)
+    return plan, aligned.checkpoints, aligned.warnings
+
+
+def make_plan(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    tokenizer: WrittenTokenizer | None = None,
+    *,
+    identify: bool = True,
+) -> Plan:
     """Resolves a recipe.
 
     Args:
         recipe: The recipe, its references as the keys of `checkpoints`.
-        checkpoints: Open checkpoints by reference.
+        checkpoints: Open checkpoints by reference, with one vocabulary; see `evomerge.vocabulary.align`.
+        tokenizer: What `align` gives the merged model as its tokenizer.
         identify: Give every operation and the plan their content hashes, for which each model is read whole the first
             time ever. Without, only what a stochastic method draws from is read.
 
@@ -73,7 +108,8 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify
         RecipeError: When the recipe asks for layers or parameters that do not exist, with all problems found.
         CheckpointError: When the checkpoints do not fit each other.
     """
-    _refuse_tokenizer_work(recipe)
+    if tokenizer is None:
+        _refuse_tokenizer_work(recipe)
     reference = recipe.models()[0]
     layout = checkpoints[reference].layout
     _refuse_misfits(recipe, checkpoints)
@@ -81,9 +117,11 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify
     problems: list[str] = []
     origins: dict[Stack, tuple[tuple[str, int], ...]] = {}
     for planner in _planners(recipe, checkpoints, layout, identify):
+        slerped = _slerped_tables(planner.recipe, checkpoints[reference])
+        tables = planner.under(_slerp_of(planner.recipe)) if slerped else planner
         for slot in planner.slots():
             try:
-                drafts.append(planner.operation(slot))
+                drafts.append((tables if slot.output in slerped else planner).operation(slot))
             except RecipeError as error:
                 problems += [p for p in error.problems if p not in problems]
         if planner.stack is not None:
@@ -99,10 +137,11 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify
         operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
     config = merged_config(checkpoints, reference, origins, layout, operations)
     if not identify:
-        return Plan(operations, config, "", family, reference)
-    text = json.dumps([[(op.output, op.digest) for op in operations], config], sort_keys=True, default=str)
+        return Plan(operations, config, "", family, reference, tokenizer)
+    content = [[(op.output, op.digest) for op in operations], config, *([tokenizer.digest()] if tokenizer else [])]
+    text = json.dumps(content, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return Plan(operations, config, digest, family, reference)
+    return Plan(operations, config, digest, family, reference, tokenizer)
 
 
 def _planners(
@@ -135,7 +174,9 @@ def _copy(recipe: Recipe) -> Recipe:
 class _Planner:
     """Walks the output's tensors that it owns; what slices share is looked up once.
 
-    `stack` is the one whose layers the recipe's slices count; None where there is none, or several.
+    Attributes:
+        recipe: The recipe, whole models copied layer by layer written out as slices.
+        stack: The one whose layers the recipe's slices count; None where there is none, or several.
     """
 
     def __init__(
@@ -148,9 +189,9 @@ class _Planner:
         owns: Callable[[str], bool],
     ) -> None:
         recipe = recipe if stack is None else expand_frankenmerge(recipe, stack.length)
+        self.recipe = recipe
         self.stack = stack
         self._owns = owns
-        self._recipe = recipe
         self._checkpoints = checkpoints
         self._layout = layout
         self._identify = identify
@@ -158,18 +199,22 @@ class _Planner:
         self._dtype = safetensors_name(recipe.output_dtype) if recipe.output_dtype else None
         self._writers: dict[str, frozenset[str]] = {}
 
+    def under(self, recipe: Recipe) -> _Planner:
+        """The same tensors by another recipe."""
+        return _Planner(recipe, self._checkpoints, self._layout, self._identify, self.stack, self._owns)
+
     def slots(self) -> Iterator[_Slot]:
         """Every output tensor.
 
         Raises:
             RecipeError: When slices ask for layers that are not there, or there is no one stack to count them in.
         """
-        if self._recipe.slices:
+        if self.recipe.slices:
             self._check_ranges()
             yield from self._counted_layers()
-        last = len(self._recipe.parts) - 1
+        last = len(self.recipe.parts) - 1
         lengths = {stack.prefix: stack.length for stack in self._layout.stacks}
-        counted = self.stack.prefix if self.stack and self._recipe.slices else None
+        counted = self.stack.prefix if self.stack and self.recipe.slices else None
         for name in self._names(self._checkpoints[self._reference(0).model]):
             where = self._layout.locate(name)
             if (where.stack is not None and where.stack == counted) or not self._owns(name):
@@ -200,7 +245,7 @@ class _Planner:
             found = stack_list(self._layout.stacks)
             raise RecipeError(f"slices need one stack of layers to count in{several}; the model has: {found}")
         problems = []
-        for number, part in enumerate(self._recipe.slices):
+        for number, part in enumerate(self.recipe.slices):
             for source in part.sources:
                 length = self._length(source.model)
                 if source.layer_range is not None and source.layer_range[1] > length:
@@ -234,7 +279,7 @@ class _Planner:
     def _counted_layers(self) -> Iterator[_Slot]:
         if self.stack is None:
             return
-        for output, place in enumerate(layer_places(self._recipe, self.stack.length)):
+        for output, place in enumerate(layer_places(self.recipe, self.stack.length)):
             origin = self._reference(place.slice_index)
             held = self._checkpoints[origin.model]
             for suffix in held.layout.suffixes(self.stack.prefix, origin.start + place.offset):
@@ -250,7 +295,7 @@ class _Planner:
         identify = self._identify or inputs.method.stochastic
         sources = tuple(self._found(source, slot, identify) for source in inputs.sources)
         names = [source.tensor for source in sources]
-        resolved = resolve(self._recipe, slot.place.slice_index, slot.output, slot.place.t, names)
+        resolved = resolve(self.recipe, slot.place.slice_index, slot.output, slot.place.t, names)
         base = self._found(inputs.base, slot, self._identify) if inputs.base else None
         origin = base or sources[0]
         info = self._checkpoints[origin.model].tensors[origin.tensor]
@@ -260,7 +305,7 @@ class _Planner:
             return Operation(slot.output, info.shape, wanted, COPY, None, (origin,), Settings(), scale=scale)
         method = resolved.method.name
         return Operation(
-            slot.output, info.shape, wanted, method, base, sources, resolved.settings, seed=self._recipe.seed
+            slot.output, info.shape, wanted, method, base, sources, resolved.settings, seed=self.recipe.seed
         )
 
     def _found(self, model: SliceInput, slot: _Slot, identify: bool) -> Input:
@@ -289,27 +334,44 @@ class _Planner:
         if self.stack is None:
             return ()
         found = []
-        for place in layer_places(self._recipe, self.stack.length):
+        for place in layer_places(self.recipe, self.stack.length):
             origin = self._reference(place.slice_index)
             found.append((origin.model, origin.start + place.offset))
         return tuple(found)
 
 
 def _refuse_tokenizer_work(recipe: Recipe) -> None:
-    """Says what would otherwise be passed over in silence: the tokenizer is the base's, or the first model's.
+    """Says what would otherwise be passed over in silence: the models' vocabularies were not aligned.
 
     Raises:
-        RecipeError: When the recipe asks for another tokenizer or chat template.
+        RecipeError: When the recipe asks for a tokenizer.
     """
-    asked = {"tokenizer_source": recipe.tokenizer_source, "tokenizer": recipe.tokenizer}
-    asked["chat_template"] = recipe.chat_template
-    problems = [
-        f"{key}: not carried out; the merged model takes {recipe.models()[0]}'s tokenizer and chat template as they are"
-        for key, value in asked.items()
-        if value is not None and not (key == "tokenizer_source" and value == "base")
-    ]
-    if problems:
-        raise RecipeError(problems)
+    if recipe.asks_for_tokenizer:
+        key = "tokenizer" if recipe.tokenizer_source is None else "tokenizer_source"
+        raise RecipeError(f"{key}: not carried out here: every candidate of a search has one and the same tokenizer")
+
+
+def _slerp_of(recipe: Recipe) -> Recipe:
+    """The recipe with every slice merged by SLERP."""
+    slices = tuple(replace(part, merge_method=None) for part in recipe.slices)
+    return replace(recipe, merge_method="slerp", slices=slices)
+
+
+def _slerped_tables(recipe: Recipe, reference: Checkpoint) -> frozenset[str]:
+    """The tensors of the vocabulary that ``embed_slerp`` takes out of the recipe's method.
+
+    It does so under a tokenizer source, by ``t`` or else by the weights, and not where layers are copied.
+    """
+    if not recipe.asks_for_tokenizer:
+        return frozenset()
+    found = []
+    for name in vocabulary_tensors(reference.layout, reference.tensors):
+        last = reference.layout.locate(name).position == "after"
+        part = len(recipe.parts) - 1 if last else 0
+        wanted = lookup(recipe, part, EMBED_SLERP, name, 0.0)
+        if wanted and not slice_inputs(recipe, part).method.copies_layers:
+            found.append(name)
+    return frozenset(found)
 
 
 def _refuse_misfits(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
