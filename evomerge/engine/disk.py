@@ -7,21 +7,24 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.compatible import mixed_architectures
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
-from evomerge.checkpoints.writer import CheckpointWriter
+from evomerge.checkpoints.writer import CheckpointWriter, refuse_taken
 from evomerge.engine.card import merge_card
 from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import materialise
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation
 from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.steps import step_results
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.recipe import Recipe
 
@@ -37,9 +40,11 @@ def merge_to_folder(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     allow_pickle: bool = False,
+    allow_crimes: bool = False,
     progress: Progress | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Carries out a recipe.
+    """Carries out a recipe, its earlier steps first.
 
     Args:
         recipe: What to merge.
@@ -47,7 +52,9 @@ def merge_to_folder(
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
-        progress: Called with (tensors written, tensors in all).
+        allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
+        progress: Called with (tensors written, tensors in all), for each step anew.
+        finish: Called with the folder before it gets its final name, to add to it or take from it.
 
     Returns:
         `out`: config, generation config, tokenizer, weights and a model card.
@@ -56,13 +63,29 @@ def merge_to_folder(
         BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
         OutputError: When writing fails; what was there before is intact.
     """
-    checkpoints = open_checkpoints(recipe.models(), allow_pickle=allow_pickle)
-    plan = make_plan(recipe, checkpoints)
-    card = merge_card(recipe, checkpoints)
-    write_checkpoint(
-        plan, checkpoints, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
-    )
+    checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle)
+    if not allow_crimes:
+        refuse_crimes(checkpoints)
+    refuse_taken(out.resolve(), overwrite)
+    step = partial(write_checkpoint, card="", progress=progress)
+    with step_results(recipe, checkpoints, out, step) as opened:
+        write_checkpoint(
+            make_plan(recipe, opened),
+            opened,
+            out,
+            card=merge_card(recipe, opened),
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            progress=progress,
+            finish=finish,
+        )
     return out
+
+
+def refuse_crimes(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raises CheckpointError where the models' configs name different architectures."""
+    if mixed := mixed_architectures(checkpoints):
+        raise CheckpointError(f"{mixed}: if that is meant, allow it with --allow-crimes; tensors still have to fit")
 
 
 def write_checkpoint(

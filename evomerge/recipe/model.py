@@ -165,7 +165,7 @@ class Recipe:
                 yield source.model
 
     def to_mapping(self) -> dict[str, Any]:
-        """The recipe as plain values, as in YAML, without its steps; `parse_recipe` reads it back as an equal recipe."""
+        """This merge, without its steps, as in YAML; `parse_recipe` reads it back as an equal recipe."""
         mapping: dict[str, Any] = {"name": self.name, "merge_method": self.merge_method, "base_model": self.base_model}
         body: dict[str, Any] = {}
         if self.slices:

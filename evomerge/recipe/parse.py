@@ -16,8 +16,8 @@ from evomerge.recipe.model import Recipe, Slice, Source
 from evomerge.recipe.parameter_fields import parameters_at
 from evomerge.recipe.references import reference_at, resolve_models
 from evomerge.recipe.settings import Parameters
-from evomerge.recipe.tokenizer_fields import tokenizer_at, tokenizer_source_at
 from evomerge.recipe.steps import link
+from evomerge.recipe.tokenizer_fields import tokenizer_at, tokenizer_source_at
 from evomerge.strict_yaml import read_documents
 
 _TOP = (
@@ -67,7 +67,8 @@ def parse_recipe(
     if len(documents) == 1:
         recipe = _parse_document(documents[0], where, methods)
         return recipe if beside is None else resolve_models(recipe, beside)
-    recipes, problems = [], []
+    recipes: list[Recipe] = []
+    problems: list[str] = []
     for number, document in enumerate(documents, start=1):
         try:
             recipes.append(_parse_document(document, f"{where}: document {number}", methods))
