@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from evomerge.errors import BadInput, EvoMergeError
+from evomerge.merge_command import Crimes, merge
 
 app = typer.Typer(
     name="evomerge",
@@ -111,23 +112,7 @@ def export(
         typer.echo(text)
 
 
-@app.command()
-def merge(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as a mergekit configuration.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="The checkpoint's folder.", show_default=False)],
-    overwrite: Overwrite = False,
-    max_shard_size: ShardSize = "5GB",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also read pickle checkpoints.")] = False,
-) -> None:
-    """Carry out one recipe, no search."""
-    from evomerge.engine.disk import merge_to_folder
-    from evomerge.recipe import load_recipe
-
-    wanted = load_recipe(recipe)
-    for text in wanted.warnings:
-        typer.echo(f"warning: {text}", err=True)
-    folder = merge_to_folder(wanted, out, overwrite=overwrite, max_shard_size=max_shard_size, allow_pickle=allow_pickle)
-    typer.echo(str(folder))
+app.command()(merge)
 
 
 @app.command("eval")
@@ -166,11 +151,12 @@ def evaluate(
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="A search.yaml or a recipe.", show_default=False)],
+    allow_crimes: Crimes = False,
 ) -> None:
     """Find everything that can be wrong with a search or a recipe, in seconds; estimate what it needs."""
     from evomerge.check import check_file
 
-    typer.echo(check_file(file))
+    typer.echo(check_file(file, allow_crimes=allow_crimes))
 
 
 @app.command()

@@ -297,7 +297,7 @@ def test_a_parameter_of_another_method_is_a_warning(
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(path: Path) -> str:
+    def broken(path: Path, **options: bool) -> str:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("evomerge.check.check_file", broken)
