@@ -6,5 +6,6 @@ evomerge.evaluate("merged", ["arc_easy"]) score a model
 """
 
 from evomerge.api import evaluate, merge, search
+from evomerge.dare import DareConfig, DareMerger
 
-__all__ = ["evaluate", "merge", "search"]
+__all__ = ["DareConfig", "DareMerger", "evaluate", "merge", "search"]

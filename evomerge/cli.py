@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from evomerge.dare_command import dare
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.merge_command import Crimes, merge
 
@@ -113,6 +114,7 @@ def export(
 
 
 app.command()(merge)
+app.command()(dare)
 
 
 @app.command("eval")
