@@ -57,9 +57,10 @@ def check_recipe(path: Path, *, allow_crimes: bool = False) -> str:
     broken = [problem for checkpoint in checkpoints.values() for problem in not_finite(checkpoint)]
     if broken:
         raise CheckpointError(broken)
-    plans = plan_documents(recipe, checkpoints)
+    warnings = list(recipe.warnings)
+    plans = plan_documents(recipe, checkpoints, warnings.append)
     sizes = [output_bytes(plan) for plan in plans]
-    lines = [*(f"warning: {text}" for text in recipe.warnings)]
+    lines = [*(f"warning: {text}" for text in warnings)]
     for document, plan, size in zip(recipe.documents, plans, sizes, strict=False):
         what = f"{document.merge_method} of {len(document.models())} models, {len(plan.operations)} tensors"
         lines.append(f"{path}: {what}" if document is recipe else f"step {document.name}: {what}, {_gigabytes(size)}")

@@ -158,7 +158,7 @@ def _carry_out(
             say.tell(f"reads {reference}: {len(model.tensors)} tensors, {model.nbytes / 1e9:.3f} GB")
     started = time.monotonic()
     with tensor_progress(say.level >= 1) as progress:
-        folder = merge_to_folder(wanted, out, progress=progress, **options)
+        folder = merge_to_folder(wanted, out, progress=progress, warn=say.warn, **options)
     for file in sorted(folder.glob("*.safetensors")):
         say.tell(f"wrote {file}: {file.stat().st_size / 1e9:.3f} GB")
     say.tell(f"{len(wanted.documents)} merge{'s' * (len(wanted.documents) > 1)} in {time.monotonic() - started:.1f} s")

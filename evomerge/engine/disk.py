@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +24,7 @@ from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import materialise
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation
-from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.plan import Plan, prepare
 from evomerge.engine.steps import step_results
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.recipe import Recipe
@@ -42,6 +43,7 @@ def merge_to_folder(
     allow_pickle: bool = False,
     allow_crimes: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] = warnings.warn,
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Carries out a recipe, its earlier steps first.
@@ -54,6 +56,7 @@ def merge_to_folder(
         allow_pickle: Also read pickle checkpoints.
         allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
         progress: Called with (tensors written, tensors in all), for each step anew.
+        warn: Called with what is odd but possible.
         finish: Called with the folder before it gets its final name, to add to it or take from it.
 
     Returns:
@@ -67,18 +70,16 @@ def merge_to_folder(
     if not allow_crimes:
         refuse_crimes(checkpoints)
     refuse_taken(out.resolve(), overwrite)
-    step = partial(write_checkpoint, card="", progress=progress)
-    with step_results(recipe, checkpoints, out, step) as opened:
-        write_checkpoint(
-            make_plan(recipe, opened),
-            opened,
-            out,
-            card=merge_card(recipe, opened),
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            progress=progress,
-            finish=finish,
-        )
+
+    def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
+        plan, aligned, odd = prepare(document, opened)
+        for text in odd:
+            warn(text)
+        write_checkpoint(plan, aligned, folder, progress=progress, **options)
+
+    with step_results(recipe, checkpoints, out, partial(carry_out, card="")) as opened:
+        card = merge_card(recipe, opened)
+        carry_out(recipe, opened, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, finish=finish)
     return out
 
 

@@ -51,6 +51,24 @@ class _Slot:
     suffix: str | None = None  # within the layer; None outside the counted layers
 
 
+def prepare(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint]
+) -> tuple[Plan, Mapping[str, Checkpoint], tuple[str, ...]]:
+    """Plans one merge (not the steps before it).
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Its models, open, by reference.
+
+    Returns:
+        The plan, the checkpoints to carry it out with, and what is odd but possible.
+
+    Raises:
+        BadInput: As `make_plan`.
+    """
+    return make_plan(recipe, checkpoints), checkpoints, ()
+
+
 def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     """Resolves a recipe.
 

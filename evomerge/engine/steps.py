@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.checkpoints.header import TensorInfo, TensorSpec
 from evomerge.checkpoints.lock import output_lock
-from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.plan import Plan, prepare
 from evomerge.errors import BadInput, EvoMergeError, OutputError
 from evomerge.recipe import Recipe
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     import torch
 
 
-class Write(Protocol):
-    """Writes a plan's result into a folder: `evomerge.engine.disk.write_checkpoint` with all else decided."""
+class CarryOut(Protocol):
+    """Carries out one merge, its models open, into a folder."""
 
-    def __call__(self, plan: Plan, checkpoints: Mapping[str, Checkpoint], out: Path, /) -> None: ...
+    def __call__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], out: Path, /) -> None: ...
 
 
 @contextmanager
 def step_results(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], out: Path, write: Write
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], out: Path, carry_out: CarryOut
 ) -> Iterator[Mapping[str, Checkpoint]]:
     """Carries out the steps of a recipe; their results last as long as the block.
 
@@ -35,7 +35,7 @@ def step_results(
         recipe: The recipe.
         checkpoints: Its external models, open, by reference.
         out: Where the final result will be; temporary folders are made beside it and removed, whatever happens.
-        write: Writes one step's result.
+        carry_out: Carries out one step.
 
     Yields:
         The checkpoints that the final merge reads, by reference.
@@ -52,7 +52,7 @@ def step_results(
     with _folder_beside(out) as folder:
         for number, step in enumerate(recipe.steps, start=1):
             result = folder / f"step-{number}"
-            write(make_plan(step, opened), opened, result)
+            carry_out(step, opened, result)
             opened |= {reference: _open(result, reference) for reference in _references_to(step, recipe)}
         yield opened
 
@@ -87,12 +87,15 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         yield folder
 
 
-def plan_documents(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[Plan]:
+def plan_documents(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], warn: Callable[[str], None] = lambda text: None
+) -> list[Plan]:
     """Plans every merge of a recipe from headers alone, nothing carried out.
 
     Args:
         recipe: The recipe.
         checkpoints: Its external models, open, by reference.
+        warn: Called with what is odd but possible.
 
     Returns:
         The plans in the order of the work. They end before a document that cannot be planned without the tensors or
@@ -108,7 +111,7 @@ def plan_documents(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> lis
         if (document.tokenizer_source or document.tokenizer) and set(document.models()) - set(checkpoints):
             break
         try:
-            plan = make_plan(document, known)
+            plan, _, odd = prepare(document, known)
         except _NotThereYet:
             break
         except BadInput as error:
@@ -116,6 +119,8 @@ def plan_documents(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> lis
                 raise
             raise type(error)([f"the merge '{document.name}': {problem}" for problem in error.problems]) from error
         plans.append(plan)
+        for text in odd:
+            warn(text)
         if document.name is not None:
             known[document.name] = Checkpoint(document.name, None, plan.config, _Promised(plan))
     return plans
