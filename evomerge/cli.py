@@ -162,6 +162,21 @@ def check(
 
 
 @app.command()
+def init(
+    models: Annotated[list[str], typer.Argument(help="Folders, Hub ids, base+adapter, zoo:NAME.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The ancestor; else it is looked for among the models.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("search.yaml"),
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks to search on, separated by commas.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Look at models: how they differ, whether they can be merged; write a search.yaml to start from."""
+    from evomerge.starter import init_search
+
+    wanted = [task.strip() for task in tasks.split(",") if task.strip()]
+    typer.echo(init_search(models, output, base=base, tasks=wanted, overwrite=overwrite))
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in detail.", show_default=False)] = None,
 ) -> None:
