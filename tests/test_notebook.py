@@ -18,6 +18,7 @@ from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.methods.registry import METHODS
 from evomerge.notebook import recipe_body
 from tests.frame import environment
+from tests.models import write_tiny_llama
 
 # What a method needs to be told beyond its papers' values.
 NEEDED: dict[str, dict[str, Any]] = {"frankenmerge": {"pattern": "AABB"}}
@@ -186,3 +187,44 @@ def test_refused_models(tiny_family: dict[str, Path], tmp_path: Path) -> None:
 def test_importing_it_loads_no_torch() -> None:
     code = "import sys, evomerge; evomerge.merge_models, evomerge.DareMerger; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def extended(folder: Path, seed: int) -> Path:
+    """A tiny model with two more tokens than the others have."""
+    write_tiny_llama(folder, seed)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<x>", "<y>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_vocabularies_of_other_sizes_are_aligned_by_text(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """To the base's tokens where there is a base, else to those of all; a token that one lacks is the other's."""
+    base, a, b = tiny_family["base"], tiny_family["a"], extended(tmp_path / "b", 9)
+    narrow = evomerge.merge_models("task_arithmetic", base=base, models=[a, b])
+    assert (narrow.config.vocab_size, len(narrow.tokenizer)) == (259, 259)
+    wide = evomerge.merge_models("linear", models=[a, b])
+    rows = wide.model.embed_tokens.weight
+    assert (wide.config.vocab_size, len(wide.tokenizer), rows.shape[0]) == (261, 261, 261)
+    theirs = load_file(b / "model.safetensors")["model.embed_tokens.weight"]
+    for token in ("<x>", "<y>"):
+        index = wide.tokenizer.convert_tokens_to_ids(token)
+        torch.testing.assert_close(rows[index].detach(), theirs[index])
+    first = evomerge.merge_models("linear", models=[a, b], tokenizer_source=f"model:{a}")
+    assert first.config.vocab_size == 259
+
+
+def test_a_step_of_another_vocabulary(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """The final merge takes the tokenizer that an earlier one made."""
+    a, b = str(tiny_family["a"]), str(extended(tmp_path / "b", 9))
+    united = [{"model": model, "parameters": {"weight": 1}} for model in (a, b)]
+    final = [{"model": model, "parameters": {"weight": 1}} for model in ("first", a)]
+    documents = [
+        {"name": "first", "merge_method": "linear", "tokenizer_source": "union", "models": united},
+        {"merge_method": "linear", "tokenizer_source": "model:first", "models": final},
+    ]
+    out = evomerge.merge(documents, tmp_path / "out")
+    assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (261, 32)
+    assert len(AutoTokenizer.from_pretrained(out)) == 261

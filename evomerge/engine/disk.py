@@ -150,14 +150,21 @@ def _not_finite(operation: Operation, checkpoints: Mapping[str, Checkpoint]) -> 
 
 
 def write_companions(plan: Plan, reference: Checkpoint, folder: Path) -> None:
-    """Writes config, generation config, and the reference's tokenizer with its chat template."""
+    """Writes config, generation config, and the tokenizer with its chat template."""
     if plan.config:
         _write_json(folder / "config.json", plan.config)
+    if plan.tokenizer is not None:
+        generation = plan.tokenizer.generation_config or _generation_defaults(plan.config)
+        if generation:
+            _write_json(folder / "generation_config.json", generation)
+        for name, content in plan.tokenizer.files.items():
+            (folder / name).write_bytes(content)
+        return
     if reference.folder is None:
         return
-    generation = reference.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+    own = reference.folder / "generation_config.json"
+    if own.is_file():
+        shutil.copyfile(own, folder / own.name)
     elif plan.config:
         _write_json(folder / "generation_config.json", _generation_defaults(plan.config))
     for path in reference.tokenizer_files:

@@ -11,6 +11,7 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compatible import check_compatible
 from evomerge.checkpoints.layout import Layout, residual_writers
+from evomerge.checkpoints.vocabulary import vocabulary_tensors
 from evomerge.engine.config import merged_config
 from evomerge.engine.dtypes import FLOATS, safetensors_name
 from evomerge.engine.execute import Family
@@ -18,9 +19,12 @@ from evomerge.engine.operation import COPY, Input, Operation, operation_digest
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.declaration import Settings
 from evomerge.methods.registry import get_method
-from evomerge.recipe import LayerPlace, Recipe, expand_frankenmerge, layer_places, resolve, slice_inputs
+from evomerge.recipe import LayerPlace, Recipe, expand_frankenmerge, layer_places, lookup, resolve, slice_inputs
+from evomerge.recipe.parameter_fields import EMBED_SLERP
 from evomerge.recipe.resolve import Input as SliceInput
 from evomerge.recipe.resolve import SliceInputs
+from evomerge.vocabulary.align import align
+from evomerge.vocabulary.written import WrittenTokenizer
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Plan:
         config: The merged model's config.json.
         digest: Content hash: plans with the same digest are the same model.
         family: The inputs that together make the model, for ``scope: model``.
-        reference: The model whose tokenizer and files the merged model takes.
+        reference: The model whose files the merged model takes.
+        tokenizer: The tokenizer to write instead of the reference's own; None where that one fits.
     """
 
     operations: tuple[Operation, ...]
@@ -40,6 +45,7 @@ class Plan:
     digest: str
     family: Family
     reference: str
+    tokenizer: WrittenTokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class _Slot:
 def prepare(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint]
 ) -> tuple[Plan, Mapping[str, Checkpoint], tuple[str, ...]]:
-    """Plans one merge (not the steps before it).
+    """Gives a recipe's models one vocabulary and plans the merge (not the steps before it).
 
     Args:
         recipe: The recipe.
@@ -64,33 +70,38 @@ def prepare(
         The plan, the checkpoints to carry it out with, and what is odd but possible.
 
     Raises:
-        BadInput: As `make_plan`.
+        BadInput: As `align` and `make_plan`.
     """
-    return make_plan(recipe, checkpoints), checkpoints, ()
+    aligned = align(recipe, checkpoints)
+    return make_plan(recipe, aligned.checkpoints, aligned.tokenizer), aligned.checkpoints, aligned.warnings
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan:
+def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tokenizer: WrittenTokenizer | None = None) -> Plan:
     """Resolves a recipe.
 
     Args:
         recipe: The recipe, its references as the keys of `checkpoints`.
-        checkpoints: Open checkpoints by reference.
+        checkpoints: Open checkpoints by reference, with one vocabulary; see `evomerge.vocabulary.align`.
+        tokenizer: What `align` gives the merged model as its tokenizer.
 
     Raises:
         RecipeError: When the recipe asks for layers or parameters that do not exist, with all problems found.
         CheckpointError: When the checkpoints do not fit each other.
     """
-    _refuse_tokenizer_work(recipe)
+    if tokenizer is None:
+        _refuse_tokenizer_work(recipe)
     reference = recipe.models()[0]
     layout = checkpoints[reference].layout
     if layout.main is not None:
         recipe = expand_frankenmerge(recipe, layout.layer_count)
     _refuse_misfits(recipe, checkpoints)
     planner = _Planner(recipe, checkpoints, layout)
+    slerped = _slerped_tables(recipe, checkpoints[reference])
+    tables = _Planner(_slerp_of(recipe), checkpoints, layout) if slerped else planner
     drafts, problems = [], []
     for slot in planner.slots():
         try:
-            drafts.append(planner.operation(slot))
+            drafts.append((tables if slot.output in slerped else planner).operation(slot))
         except RecipeError as error:
             problems += [p for p in error.problems if p not in problems]
     if problems:
@@ -99,9 +110,10 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     family = tuple((operation.base, operation.sources) for operation in drafts if operation.method != COPY)
     operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
     config = merged_config(checkpoints, reference, planner.origins(), layout, operations)
-    text = json.dumps([[(op.output, op.digest) for op in operations], config], sort_keys=True, default=str)
+    content = [[(op.output, op.digest) for op in operations], config, *([tokenizer.digest()] if tokenizer else [])]
+    text = json.dumps(content, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return Plan(operations, config, digest, family, reference)
+    return Plan(operations, config, digest, family, reference, tokenizer)
 
 
 class _Planner:
@@ -235,20 +247,37 @@ class _Planner:
 
 
 def _refuse_tokenizer_work(recipe: Recipe) -> None:
-    """Says what would otherwise be passed over in silence: the tokenizer is the base's, or the first model's.
+    """Says what would otherwise be passed over in silence: the models' vocabularies were not aligned.
 
     Raises:
-        RecipeError: When the recipe asks for another tokenizer or chat template.
+        RecipeError: When the recipe asks for a tokenizer.
     """
-    asked = {"tokenizer_source": recipe.tokenizer_source, "tokenizer": recipe.tokenizer}
-    asked["chat_template"] = recipe.chat_template
-    problems = [
-        f"{key}: not carried out; the merged model takes {recipe.models()[0]}'s tokenizer and chat template as they are"
-        for key, value in asked.items()
-        if value is not None and not (key == "tokenizer_source" and value == "base")
-    ]
-    if problems:
-        raise RecipeError(problems)
+    if recipe.asks_for_tokenizer:
+        key = "tokenizer" if recipe.tokenizer_source is None else "tokenizer_source"
+        raise RecipeError(f"{key}: not carried out here: every candidate of a search has one and the same tokenizer")
+
+
+def _slerp_of(recipe: Recipe) -> Recipe:
+    """The recipe with every slice merged by SLERP."""
+    slices = tuple(replace(part, merge_method=None) for part in recipe.slices)
+    return replace(recipe, merge_method="slerp", slices=slices)
+
+
+def _slerped_tables(recipe: Recipe, reference: Checkpoint) -> frozenset[str]:
+    """The tensors of the vocabulary that ``embed_slerp`` takes out of the recipe's method.
+
+    It does so under a tokenizer source, by ``t`` or else by the weights, and not where layers are copied.
+    """
+    if not recipe.asks_for_tokenizer:
+        return frozenset()
+    found = []
+    for name in vocabulary_tensors(reference.layout, reference.tensors):
+        last = reference.layout.locate(name).position == "after"
+        place = (len(recipe.parts) - 1, 1.0) if last else (0, 0.0)
+        wanted = lookup(recipe, place[0], EMBED_SLERP, name, place[1])
+        if wanted and not slice_inputs(recipe, place[0]).method.copies_layers:
+            found.append(name)
+    return frozenset(found)
 
 
 def _refuse_misfits(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:

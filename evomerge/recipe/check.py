@@ -9,6 +9,7 @@ from evomerge.methods.declaration import Method
 from evomerge.recipe.fields import Findings, join
 from evomerge.recipe.frankenmerge import pattern_problems
 from evomerge.recipe.model import Recipe, Slice
+from evomerge.recipe.parameter_fields import EMBED_SLERP
 from evomerge.recipe.resolve import SliceInputs, base_needed, resolve, slice_inputs
 from evomerge.recipe.settings import Parameters, conditionals
 
@@ -29,6 +30,8 @@ def check_recipe(found: Findings, recipe: Recipe, methods: Mapping[str, Method])
         _check_required(found, path, recipe, part, inputs)
         if len(found.problems) == before:
             _probe(found, path, recipe, index, methods)
+    if recipe.parameters.get(EMBED_SLERP) and not recipe.asks_for_tokenizer:
+        found.warn(f"parameters.{EMBED_SLERP}", "has no effect without tokenizer_source")
     known = recipe.models()
     for model, _ in recipe.input_model_parameters:
         if model not in known:

@@ -32,6 +32,7 @@ _IMPLIED: Mapping[str, Mapping[str, Any]] = {
 }
 _BASE_AMONG_SOURCES = ("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _COPIED = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
+_OLD_SOURCE = "model:"  # older versions wanted this before a model's name, today's does not know it
 
 
 def mergekit_mapping(recipe: Recipe) -> dict[str, Any] | None:
@@ -60,7 +61,13 @@ def mergekit_mapping(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.merge_method == "dare" and not any(name == "normalize" for name, _ in _all_settings(recipe)):
         mapping["parameters"] = mapping.get("parameters", {}) | {"normalize": True}
     whole = recipe.to_mapping()
-    return mapping | {key: whole[key] for key in _COPIED if key in whole}
+    return mapping | {key: _todays(key, whole[key]) for key in _COPIED if key in whole}
+
+
+def _todays(key: str, value: Any) -> Any:
+    if key == "tokenizer":
+        return value | {"source": value["source"].removeprefix(_OLD_SOURCE)}
+    return value.removeprefix(_OLD_SOURCE) if key == "tokenizer_source" else value
 
 
 def _sayable_parts(recipe: Recipe, method: str) -> bool:
@@ -86,6 +93,9 @@ def _sayable_settings(recipe: Recipe, method: str) -> bool:
     """Whether no setting asks for what mergekit does not do."""
     implied = _IMPLIED.get(method, {})
     settings = list(_all_settings(recipe))
+    # Today's mergekit passes over embed_slerp: what it asks for is what SLERP does anyway, and no other method.
+    if method != "slerp" and recipe.asks_for_tokenizer and any(n == "embed_slerp" and s for n, s in settings):
+        return False
     if any(name in implied and setting != implied[name] for name, setting in settings):
         return False
     names = {name for name, _ in settings}

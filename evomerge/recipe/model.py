@@ -127,6 +127,11 @@ class Recipe:
         """The dtype to write, or None for that of the models."""
         return self.out_dtype or self.dtype
 
+    @property
+    def asks_for_tokenizer(self) -> bool:
+        """Whether the merged model's vocabulary is more than the base's (or first model's) as it is."""
+        return self.tokenizer_source is not None or self.tokenizer is not None
+
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal characters that depend on what the recipe says, not on key order or on 1 against 1.0."""

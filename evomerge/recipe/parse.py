@@ -13,7 +13,7 @@ from evomerge.methods.registry import METHODS
 from evomerge.recipe.check import check_recipe
 from evomerge.recipe.fields import Findings, integer_at, join, kind_of, list_at, mapping_at, number_at, text_at
 from evomerge.recipe.model import Recipe, Slice, Source
-from evomerge.recipe.parameter_fields import parameters_at
+from evomerge.recipe.parameter_fields import EMBED_SLERP, parameters_at
 from evomerge.recipe.references import reference_at, resolve_models
 from evomerge.recipe.settings import Parameters
 from evomerge.recipe.steps import link
@@ -127,7 +127,7 @@ class _Reader:
             base_model=self._reference("base_model", top.get("base_model")),
             sources=sources,
             slices=slices,
-            parameters=self._parameters("parameters", top.get("parameters"), used),
+            parameters=self._parameters("parameters", top.get("parameters"), used + self._of_embeddings(top)),
             input_model_parameters=self._input_model_parameters(top.get("input_model_parameters"), used),
             module=module,
             module_parameters=self._parameters(join(body_path, "parameters"), module_parameters, used),
@@ -272,6 +272,12 @@ class _Reader:
 
     def _parameters(self, path: str, value: Any, used: list[Method], of_source: bool = False) -> Parameters:
         return parameters_at(self.found, path, value, used, self.methods.values(), of_source)
+
+    def _of_embeddings(self, top: Mapping[str, Any]) -> list[Method]:
+        """SLERP, where ``embed_slerp`` has it merge the embeddings: then its parameters have an effect."""
+        parameters = top.get("parameters")
+        wanted = isinstance(parameters, Mapping) and parameters.get(EMBED_SLERP) is True
+        return [method for method in self.methods.values() if wanted and method.name == "slerp"]
 
     def _input_model_parameters(self, value: Any, used: list[Method]) -> tuple[tuple[str, Parameters], ...]:
         if value is None:
