@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import evomerge
+from evomerge.check import check_file
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.steps import plan_documents
@@ -188,3 +190,25 @@ def test_a_search_takes_no_list_of_documents(tmp_path: Path, capsys: pytest.Capt
         ended = invoke(capsys, command, path)
         assert ended.code == 2
         assert "has 2 documents" in ended.err
+
+
+def test_an_adapter_on_the_result_of_a_step(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """`first+adapter` is (a + b) / 2 with B A added to one weight (rank 2, alpha 2: a scale of 1)."""
+    name = "model.layers.0.mlp.up_proj"
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 32, generator=generator), torch.randn(64, 2, generator=generator)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    weights = {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    first = linear(tiny_family["a"], tiny_family["b"], name="first")
+    out = evomerge.merge([first, linear(f"first+{adapter}", "first", weights=(1, 3))], tmp_path / "out")
+    a, b, merged = (load_file(folder / "model.safetensors") for folder in (tiny_family["a"], tiny_family["b"], out))
+    for key, value in merged.items():
+        added = up @ down / 4 if key == f"{name}.weight" else 0
+        torch.testing.assert_close(value, (a[key] + b[key]) / 2 + added, atol=1e-6, rtol=1e-5)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump_all([first, linear(f"first+{adapter}")]))
+    assert "what comes after step first shows when that is there" in check_file(path)
