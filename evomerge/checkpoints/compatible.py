@@ -21,6 +21,14 @@ def not_finite(checkpoint: Checkpoint) -> list[str]:
     return [f"{checkpoint.reference}: NaN or infinite weights in {name_some(broken)}"] if broken else []
 
 
+def mixed_architectures(checkpoints: Mapping[str, Checkpoint]) -> str:
+    """Says which architectures the models' configs name, where they differ; "" where they agree or say nothing."""
+    named = {reference: _architecture(model) for reference, model in checkpoints.items() if model.config}
+    if len(set(named.values())) < 2:
+        return ""
+    return f"different architectures: {', '.join(f'{reference} is {kind}' for reference, kind in named.items())}"
+
+
 def check_compatible(
     base: Checkpoint | None, sources: Mapping[str, Checkpoint], *, layers_may_differ: bool = False
 ) -> list[str]:

@@ -112,7 +112,7 @@ class CheckpointWriter:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(output_lock(self.out.parent / f".{self.out.name}.lock", self.out))
             self._recover()
-            self._refuse_taken()
+            refuse_taken(self.out, self._overwrite)
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             self.folder.mkdir()
             self._refuse_full_disk()
@@ -196,18 +196,6 @@ class CheckpointWriter:
         pattern = re.compile(re.escape(self._beside(role, "").name) + r"\d+")
         return sorted(path for path in self.out.parent.iterdir() if pattern.fullmatch(path.name))
 
-    def _refuse_taken(self) -> None:
-        if not self.out.exists():
-            return
-        if not self.out.is_dir():
-            raise OutputError(f"{self.out} is a file: a checkpoint is a folder")
-        content = sorted(path.name for path in self.out.iterdir())
-        if content and not self._overwrite:
-            raise OutputError(f"{self.out} is not empty: choose another folder, or allow overwriting it")
-        known = [name for name in content if name == "config.json" or name.endswith(".safetensors")]
-        if content and not known:
-            raise OutputError(f"{self.out} is not overwritten: it holds {name_some(content)} and no checkpoint")
-
     def _refuse_full_disk(self) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < self.nbytes:
@@ -256,6 +244,20 @@ class CheckpointWriter:
                 free = shutil.disk_usage(_existing(self.out)).free
                 raise OutputError(_too_full(self.out, self.nbytes, free)) from error
             raise OutputError(f"{self.out} cannot be written: {error.strerror or error}") from error
+
+
+def refuse_taken(out: Path, overwrite: bool) -> None:
+    """Raises OutputError where `out` is something that a checkpoint may not take the place of."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file: a checkpoint is a folder")
+    content = sorted(path.name for path in out.iterdir())
+    if content and not overwrite:
+        raise OutputError(f"{out} is not empty: choose another folder, or allow overwriting it")
+    known = [name for name in content if name == "config.json" or name.endswith(".safetensors")]
+    if content and not known:
+        raise OutputError(f"{out} is not overwritten: it holds {name_some(content)} and no checkpoint")
 
 
 def _shard(file: str, specs: list[TensorSpec]) -> Shard:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.compatible import mixed_architectures
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
-from evomerge.checkpoints.writer import CheckpointWriter
+from evomerge.checkpoints.writer import CheckpointWriter, refuse_taken
 from evomerge.engine.card import merge_card
 from evomerge.engine.device import find_device
 from evomerge.engine.dtypes import TORCH_DTYPES
@@ -28,6 +29,7 @@ from evomerge.engine.execute import execute_all, parts
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation, inputs_of
 from evomerge.engine.plan import Plan, prepare
+from evomerge.engine.steps import step_results
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.recipe import Recipe
 
@@ -44,10 +46,12 @@ def merge_to_folder(
     max_shard_size: str | int = "5GB",
     allow_pickle: bool = False,
     device: str = "cpu",
+    allow_crimes: bool = False,
     progress: Progress | None = None,
     warn: Callable[[str], None] = warnings.warn,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Carries out a recipe.
+    """Carries out a recipe, its earlier steps first.
 
     Args:
         recipe: What to merge.
@@ -56,8 +60,11 @@ def merge_to_folder(
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
         device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
-        progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
+        allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
+        progress: Called with (tensors written, tensors in all), by the thread that wrote the last one; for each step
+            anew.
         warn: Called with what is odd but possible.
+        finish: Called with the folder before it gets its final name, to add to it or take from it.
 
     Returns:
         `out`: config, generation config, tokenizer, weights and a model card.
@@ -67,22 +74,27 @@ def merge_to_folder(
         OutputError: When writing fails; what was there before is intact.
     """
     find_device(device)
-    opened = open_checkpoints(recipe.models(), allow_pickle=allow_pickle)
-    plan, checkpoints, odd = prepare(recipe, opened, identify=False)
-    for text in odd:
-        warn(text)
-    card = merge_card(recipe, checkpoints, identify=False)
-    write_checkpoint(
-        plan,
-        checkpoints,
-        out,
-        card=card,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        device=device,
-        progress=progress,
-    )
+    checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle)
+    if not allow_crimes:
+        refuse_crimes(checkpoints)
+    refuse_taken(out.resolve(), overwrite)
+
+    def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
+        plan, aligned, odd = prepare(document, opened, identify=False)
+        for text in odd:
+            warn(text)
+        write_checkpoint(plan, aligned, folder, device=device, progress=progress, **options)
+
+    with step_results(recipe, checkpoints, out, functools.partial(carry_out, card="")) as opened:
+        card = merge_card(recipe, opened, identify=False)
+        carry_out(recipe, opened, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, finish=finish)
     return out
+
+
+def refuse_crimes(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raises CheckpointError where the models' configs name different architectures."""
+    if mixed := mixed_architectures(checkpoints):
+        raise CheckpointError(f"{mixed}: if that is meant, allow it with --allow-crimes; tensors still have to fit")
 
 
 def write_checkpoint(

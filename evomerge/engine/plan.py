@@ -70,7 +70,7 @@ class _Slot:
 def prepare(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify: bool = True
 ) -> tuple[Plan, Mapping[str, Checkpoint], tuple[str, ...]]:
-    """Gives a recipe's models one vocabulary and plans the merge.
+    """Gives a recipe's models one vocabulary and plans the merge (not the steps before it).
 
     Args:
         recipe: The recipe.

@@ -52,14 +52,21 @@ class Resident:
         checkpoints: Open checkpoints by reference.
         dtype: What the model computes in; None for the plan's own dtypes.
         device: Where it lives.
+        private: Copy what could be bound, so that nothing of the model is a view of a checkpoint's file.
     """
 
     def __init__(
-        self, checkpoints: Mapping[str, Checkpoint], dtype: torch.dtype | None = None, device: str = "cpu"
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        *,
+        private: bool = False,
     ) -> None:
         self.store = FactStore(checkpoints, room=_ROOM)
         self._dtype = dtype
         self._device = torch.device(device)
+        self._private = private
         self._skeletons: OrderedDict[str, nn.Module] = OrderedDict()
         self._owned: dict[str, Tensor] = {}
         self._digests: dict[str, str] = {}
@@ -106,7 +113,7 @@ class Resident:
     def _bindable(self, operation: Operation) -> bool:
         """The stored tensor is already what the model needs."""
         wanted = self._dtype or TORCH_DTYPES[operation.dtype]
-        if operation.method != COPY or operation.scale != 1.0 or self._device.type != "cpu":
+        if self._private or operation.method != COPY or operation.scale != 1.0 or self._device.type != "cpu":
             return False
         stored = self.store.flat(operation.sources[0]).dtype
         return stored == wanted and stored == TORCH_DTYPES[operation.dtype]

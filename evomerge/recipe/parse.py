@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from evomerge.recipe.model import Recipe, Slice, Source
 from evomerge.recipe.parameter_fields import EMBED_SLERP, parameters_at
 from evomerge.recipe.references import reference_at, resolve_models
 from evomerge.recipe.settings import Parameters
+from evomerge.recipe.steps import link
 from evomerge.recipe.tokenizer_fields import tokenizer_at, tokenizer_source_at
-from evomerge.strict_yaml import read_yaml
+from evomerge.strict_yaml import read_documents
 
 _TOP = (
     *("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", "input_model_parameters"),
@@ -44,7 +45,7 @@ def load_recipe(path: str | Path, *, methods: Mapping[str, Method] = METHODS) ->
 
 
 def parse_recipe(
-    data: Mapping[str, Any] | str,
+    data: Mapping[str, Any] | Sequence[Any] | str,
     *,
     where: str = "recipe",
     beside: Path | None = None,
@@ -53,7 +54,8 @@ def parse_recipe(
     """Reads a recipe.
 
     Args:
-        data: YAML text, or what it says as plain values.
+        data: YAML text, or what it says as plain values. Several documents, or a list, are several merges of which
+            one may name another's result; the one without a name is the recipe's own, or else the last.
         where: What the recipe is called in messages.
         beside: The file or folder that relative model paths are looked for beside; None leaves them as they are.
         methods: The merge methods there are.
@@ -61,9 +63,39 @@ def parse_recipe(
     Raises:
         RecipeError: With every problem found.
     """
-    plain = read_yaml(data, where, RecipeError) if isinstance(data, str) else data
-    if plain is None:
-        raise RecipeError(f"{where}: is empty: a recipe needs at least merge_method and models")
+    documents = _documents(data, where)
+    if len(documents) == 1:
+        recipe = _parse_document(documents[0], where, methods)
+        return recipe if beside is None else resolve_models(recipe, beside)
+    recipes: list[Recipe] = []
+    problems: list[str] = []
+    for number, document in enumerate(documents, start=1):
+        try:
+            recipes.append(_parse_document(document, f"{where}: document {number}", methods))
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return link(recipes, where, beside)
+
+
+def _documents(data: Mapping[str, Any] | Sequence[Any] | str, where: str) -> Sequence[Any]:
+    """At least one document, each as plain values."""
+    plain: Any = data
+    if isinstance(data, str):
+        read = read_documents(data, where, RecipeError)
+        if not read:
+            raise RecipeError(f"{where}: is empty: a recipe needs at least merge_method and models")
+        plain = read if len(read) > 1 else read[0]
+    if isinstance(plain, list | tuple):
+        if not plain:
+            raise RecipeError(f"{where}: is an empty list: a recipe needs at least merge_method and models")
+        return plain
+    return [plain]
+
+
+def _parse_document(plain: Any, where: str, methods: Mapping[str, Method]) -> Recipe:
+    """One merge, its references as written."""
     if not isinstance(plain, Mapping):
         raise RecipeError(f"{where}: expected a mapping with merge_method and models, got {kind_of(plain)}")
     found = Findings(where)
@@ -72,8 +104,7 @@ def parse_recipe(
         check_recipe(found, recipe, methods)
     if found.problems:
         raise RecipeError(dict.fromkeys(found.problems))  # what several modules share is said once
-    recipe = replace(recipe, warnings=tuple(found.warnings))
-    return recipe if beside is None else resolve_models(recipe, beside)
+    return replace(recipe, warnings=tuple(found.warnings))
 
 
 @dataclass(frozen=True)

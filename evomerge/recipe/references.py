@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,24 @@ def _resolve_part(part: str, beside: Path | None) -> str:
     return part if found is None else str(found)
 
 
-def resolve_models(recipe: Recipe, beside: Path | None) -> Recipe:
-    """The recipe with every local model reference in it made absolute."""
+def without_adapter(reference: str) -> str:
+    """What stands before the first plus sign: the model itself, where no name has a plus sign in it."""
+    return reference.partition("+")[0].strip()
+
+
+def resolve_models(recipe: Recipe, beside: Path | None, *, names: Container[str] = ()) -> Recipe:
+    """The recipe with every local model reference in it made absolute.
+
+    Args:
+        recipe: The recipe.
+        beside: The file or folder to look beside first; see `resolve_path`.
+        names: Other merges' names, which mean those merges' results, whatever folder is called the same.
+    """
 
     def resolved(reference: str) -> str:
+        model, plus, adapter = reference.partition("+")
+        if model.strip() in names:
+            return f"{model.strip()}{plus}{_resolve_part(adapter, beside) if plus else ''}"
         return resolve_reference(reference, beside)
 
     return _resolved(recipe, resolved)
