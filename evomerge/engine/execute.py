@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from evomerge.engine.dtypes import TORCH_DTYPES
-from evomerge.engine.facts import CHUNK, FactStore, Members, OperationFacts, chunks
+from evomerge.engine.facts import CHUNK, FactStore, Members, chunks
 from evomerge.engine.operation import COPY, Input, Operation
+from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.declaration import Block, Granularity
 from evomerge.methods.registry import get_method
 from evomerge.threads import run_all
