@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from evomerge.errors import BadInput
-from evomerge.merge_command import WITHOUT_EFFECT, mergekit_size, wanted_device
+from evomerge.merge_command import WITHOUT_EFFECT, _seeded, mergekit_size, wanted_device
+from evomerge.recipe import parse_recipe
 from tests.frame import files, invoke
 
 VALUES = {"write_threads": ["2"], "lora_merge_cache": ["somewhere"], "lora_merge_dtype": ["float32"]}
@@ -87,6 +88,15 @@ def test_random_seed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {name: dict(files(recipe.parent / name)) for name in ("zero", "three", "written")}
     assert found["three"] == found["written"]
     assert found["three"]["model.safetensors"] != found["zero"]["model.safetensors"]
+
+
+def test_random_seed_of_modules_and_steps() -> None:
+    models = [{"model": "a"}, {"model": "b"}]
+    modules = {"encoder": {"models": models}, "decoder": {"models": [{"model": "first"}, *models]}}
+    shared = {"merge_method": "linear", "parameters": {"weight": 1}, "seed": 2}
+    recipe = parse_recipe([shared | {"name": "first", "models": models}, shared | {"modules": modules}])
+    for seed, found in ((2, recipe), (7, _seeded(recipe, 7))):
+        assert [one.seed for one in (*found.documents, *found.modules)] == [seed] * 4
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import evomerge
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.methods.registry import METHODS
 from evomerge.notebook import recipe_body
+from tests.architectures import ARCHITECTURES
+from tests.engine.test_architectures import load
 from tests.frame import environment
 from tests.models import write_tiny_llama
 
@@ -228,3 +231,27 @@ def test_a_step_of_another_vocabulary(tiny_family: dict[str, Path], tmp_path: Pa
     out = evomerge.merge(documents, tmp_path / "out")
     assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (261, 32)
     assert len(AutoTokenizer.from_pretrained(out)) == 261
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "llava", "vit"])
+def test_other_architectures(family_of: Callable[[str], dict[str, Path]], tmp_path: Path, name: str) -> None:
+    """Some of their modules are not the stored tensors one by one: experts in one tensor, other names."""
+    family, architecture = family_of(name), ARCHITECTURES[name]
+    given = {"weights": [0.5, 0.3]}
+    merged = evomerge.merge_models("task_arithmetic", base=family["base"], models=paths(family), **given)
+    recipe = recipe_body("task_arithmetic", paths(family), str(family["base"]), given, 0)
+    written = load(architecture, evomerge.merge(recipe, tmp_path / "out"))
+    assert type(merged) is type(written)
+    assert {k for k, v in written.state_dict().items() if not torch.equal(merged.state_dict()[k], v)} == set()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llava"])
+def test_memory_of_their_own(family_of: Callable[[str], dict[str, Path]], tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(family_of(name)["a"], tmp_path / "a"))
+    merged = evomerge.merge_models("passthrough", models=[copy], pattern="A")
+    before = {key: value.clone() for key, value in merged.state_dict().items()}
+    size = (copy / "model.safetensors").stat().st_size
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\0" * (size - size // 2))
+    assert {key for key, value in merged.state_dict().items() if not torch.equal(value, before[key])} == set()

@@ -14,9 +14,11 @@ from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import Layout, layout_of
 from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.modules import find_shares, owner
+from evomerge.engine.plan import make_plan
 from evomerge.engine.resident import Resident
 from evomerge.errors import RecipeError
 from evomerge.recipe import parse_recipe
+from evomerge.vocabulary.written import WrittenTokenizer
 from tests.architectures import ARCHITECTURES, outputs
 from tests.engine.recipes import opened, plan_of
 from tests.engine.test_architectures import load, tensors
@@ -178,6 +180,17 @@ def test_several_passthroughs(family_of: Families) -> None:
     models = {op.output.split(".")[0]: op.sources[0].model for op in plan.operations}
     assert models["language_model"] == str(family["a"])
     assert models["vision_tower"] == str(family["b"])
+
+
+def test_embed_slerp_takes_the_tables_out_of_the_module_that_has_them(family_of: Families) -> None:
+    family = family_of("llava")
+    recipe = {"merge_method": "linear", "base_model": str(family["base"]), "tokenizer_source": "base"}
+    recipe |= {"parameters": {"embed_slerp": True}}
+    tables = {ARCHITECTURES["llava"].embedding, ARCHITECTURES["llava"].head}
+    for names, expected in ((("text_decoder", "vision_tower"), tables), (("vision_tower",), set())):
+        parsed = parse_recipe(recipe | {"modules": {name: whole(family, 0.3) for name in names}})
+        plan = make_plan(parsed, opened(parsed.models()), WrittenTokenizer({}, {}))
+        assert {op.output for op in plan.operations if op.method == "slerp"} == expected
 
 
 def test_the_whole_model_is_no_scope_of_modules(family_of: Families) -> None:

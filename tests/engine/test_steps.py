@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import evomerge
 from evomerge.check import check_file
-from evomerge.checkpoints.checkpoint import open_checkpoints
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.engine import compiled, disk
 from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.steps import plan_documents
 from evomerge.errors import BadInput, CheckpointError, OutputError, RecipeError
@@ -212,3 +213,33 @@ def test_an_adapter_on_the_result_of_a_step(tiny_family: dict[str, Path], tmp_pa
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump_all([first, linear(f"first+{adapter}")]))
     assert "what comes after step first shows when that is there" in check_file(path)
+
+
+def test_a_device_computes_every_step(
+    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(chain(tiny_family))
+    here = load_file(merge_to_folder(recipe, tmp_path / "here") / "model.safetensors")
+    monkeypatch.setattr(disk, "find_device", torch.device)  # the processor as a device: no compiled kernels
+    monkeypatch.setattr(compiled, "compiled", None)
+    there = load_file(merge_to_folder(recipe, tmp_path / "there", device="cpu") / "model.safetensors")
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=2e-6, atol=1e-7, msg=name)
+
+
+def test_models_are_not_read_for_their_hashes(
+    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single merge tells no candidates apart; its steps, a call's and a check's neither."""
+
+    def refuse(checkpoint: Checkpoint) -> str:
+        raise AssertionError(f"{checkpoint} was hashed")
+
+    monkeypatch.setattr(Checkpoint, "fingerprint", property(refuse))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(chain(tiny_family)))
+    merge_to_folder(parse_recipe(chain(tiny_family)), tmp_path / "out")
+    assert "task_arithmetic" in check_file(path)
+    evomerge.merge_models("ties", base=tiny_family["base"], models=[tiny_family["a"], tiny_family["b"]])
+    with pytest.raises(AssertionError, match="was hashed"):  # what a draw depends on
+        evomerge.merge_models("dare", base=tiny_family["base"], models=[tiny_family["a"]])
