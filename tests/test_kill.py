@@ -141,11 +141,11 @@ def _merge_recipe(folder: Path, family: dict[str, Path]) -> Path:
 SLOW = """
 import sys, time
 from evomerge.engine import disk
-whole = disk.materialise
+whole = disk.parts
 def slowly(*args, **kwargs):
     time.sleep(0.05)
     return whole(*args, **kwargs)
-disk.materialise = slowly
+disk.parts = slowly
 from evomerge.cli import main
 main()
 """
