@@ -3,8 +3,20 @@
 evomerge.search("search.yaml")            evolve a merge
 evomerge.merge("recipe.yaml", "merged")   carry out one recipe
 evomerge.evaluate("merged", ["arc_easy"]) score a model
+evomerge.merge_models("ties", base=..., models=[...], densities=[...])   a merge as a loaded model
 """
 
 from evomerge.api import evaluate, merge, search
+from evomerge.dare import DareConfig, DareMerger
+from evomerge.notebook import dare_merge_llama, merge_models, ties_merge_llama
 
-__all__ = ["evaluate", "merge", "search"]
+__all__ = [
+    "DareConfig",
+    "DareMerger",
+    "dare_merge_llama",
+    "evaluate",
+    "merge",
+    "merge_models",
+    "search",
+    "ties_merge_llama",
+]

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from evomerge.spec import SearchSpec
 
 
-def merge(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, **options: Any) -> Path:
+def merge(
+    recipe: Recipe | Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path, out: str | Path, **options: Any
+) -> Path:
     """Carries out one recipe.
 
     Args:
-        recipe: A recipe, its mapping, or the path of its YAML file.
+        recipe: A recipe, its mapping (or a list of them, for a merge in several steps), or the path of its YAML file.
         out: The checkpoint's folder.
         options: As for `evomerge.engine.disk.merge_to_folder`.
 
@@ -32,7 +34,7 @@ def merge(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, **op
 
     if isinstance(recipe, str | Path):
         recipe = load_recipe(Path(recipe))
-    elif isinstance(recipe, Mapping):
+    elif isinstance(recipe, Mapping | Sequence):
         recipe = parse_recipe(recipe)
     for text in recipe.warnings:
         warnings.warn(text, stacklevel=2)

@@ -9,21 +9,23 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.compatible import not_finite
-from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.disk import refuse_crimes
+from evomerge.engine.plan import Plan
+from evomerge.engine.steps import plan_documents
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.gates import look_before
 from evomerge.models import single_model
 from evomerge.recipe import load_recipe
 from evomerge.spec import SearchSpec, load_spec
-from evomerge.strict_yaml import read_yaml
+from evomerge.strict_yaml import read_documents
 from evomerge.tables import table
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 
-_SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # a recipe has none of them
+_SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
 
 
-def check_file(path: Path) -> str:
-    """Checks a search.yaml or a recipe.
+def check_file(path: Path, *, allow_crimes: bool = False) -> str:
+    """Checks a search.yaml or a recipe; `allow_crimes` as for `evomerge.engine.disk.merge_to_folder`.
 
     Returns:
         What was found and what it will need, as text.
@@ -32,26 +34,43 @@ def check_file(path: Path) -> str:
         BadInput: With every problem found.
     """
     try:
-        data = read_yaml(path.read_text(encoding="utf-8"), str(path), BadInput)
+        documents = read_documents(path.read_text(encoding="utf-8"), str(path), BadInput)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-    if isinstance(data, dict) and not _SEARCH_KEYS & set(data):
-        return check_recipe(path)
+    if documents and not any(_is_search(document) for document in documents):
+        return check_recipe(path, allow_crimes=allow_crimes)
     return check_search(load_spec(path))
 
 
-def check_recipe(path: Path) -> str:
+def _is_search(document: Any) -> bool:
+    """Anything but a recipe, or a list of them."""
+    if isinstance(document, dict):
+        return "merge_method" not in document and bool(_SEARCH_KEYS & set(document))
+    return not isinstance(document, list)
+
+
+def check_recipe(path: Path, *, allow_crimes: bool = False) -> str:
     """Checks a recipe and the models it names."""
     recipe = load_recipe(path)
-    checkpoints = open_checkpoints(recipe.models())
+    checkpoints = open_checkpoints(recipe.external_models())
+    if not allow_crimes:
+        refuse_crimes(checkpoints)
     broken = [problem for checkpoint in checkpoints.values() for problem in not_finite(checkpoint)]
     if broken:
         raise CheckpointError(broken)
-    plan = make_plan(recipe, checkpoints)
-    size = output_bytes(plan)
-    lines = [*(f"warning: {text}" for text in recipe.warnings)]
-    lines.append(f"{path}: {recipe.merge_method} of {len(recipe.models())} models, {len(plan.operations)} tensors")
-    lines.append(f"the checkpoint will take {_gigabytes(size)} on the disk ({_free(Path.cwd())} free here)")
+    warnings = list(recipe.warnings)
+    plans = plan_documents(recipe, checkpoints, warnings.append)
+    sizes = [output_bytes(plan) for plan in plans]
+    lines = [*(f"warning: {text}" for text in warnings)]
+    for document, plan, size in zip(recipe.documents, plans, sizes, strict=False):
+        what = f"{document.merge_method} of {len(document.models())} models, {len(plan.operations)} tensors"
+        lines.append(f"{path}: {what}" if document is recipe else f"step {document.name}: {what}, {_gigabytes(size)}")
+    if len(plans) < len(recipe.documents):
+        lines.append(f"{path}: what comes after step {recipe.steps[len(plans) - 1].name} shows when that is there")
+    else:
+        lines.append(f"the checkpoint will take {_gigabytes(sizes[-1])} on the disk ({_free(Path.cwd())} free here)")
+    if recipe.steps:
+        lines.append(f"its steps take {_gigabytes(sum(sizes[: len(recipe.steps)]))} beside it until it is there")
     return "\n".join(lines)
 
 

@@ -13,8 +13,10 @@ from typing import Annotated, NoReturn, get_args
 
 import typer
 
+from evomerge.dare_command import dare
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.evaluation.backends import BackendName
+from evomerge.merge_command import Crimes, merge
 
 app = typer.Typer(
     name="evomerge",
@@ -113,23 +115,8 @@ def export(
         typer.echo(text)
 
 
-@app.command()
-def merge(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as a mergekit configuration.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="The checkpoint's folder.", show_default=False)],
-    overwrite: Overwrite = False,
-    max_shard_size: ShardSize = "5GB",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also read pickle checkpoints.")] = False,
-) -> None:
-    """Carry out one recipe, no search."""
-    from evomerge.engine.disk import merge_to_folder
-    from evomerge.recipe import load_recipe
-
-    wanted = load_recipe(recipe)
-    for text in wanted.warnings:
-        typer.echo(f"warning: {text}", err=True)
-    folder = merge_to_folder(wanted, out, overwrite=overwrite, max_shard_size=max_shard_size, allow_pickle=allow_pickle)
-    typer.echo(str(folder))
+app.command()(merge)
+app.command()(dare)
 
 
 @app.command("eval")
@@ -175,11 +162,27 @@ def evaluate(
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="A search.yaml or a recipe.", show_default=False)],
+    allow_crimes: Crimes = False,
 ) -> None:
     """Find everything that can be wrong with a search or a recipe, in seconds; estimate what it needs."""
     from evomerge.check import check_file
 
-    typer.echo(check_file(file))
+    typer.echo(check_file(file, allow_crimes=allow_crimes))
+
+
+@app.command()
+def init(
+    models: Annotated[list[str], typer.Argument(help="Folders, Hub ids, base+adapter, zoo:NAME.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The ancestor; else it is looked for among the models.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("search.yaml"),
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks to search on, separated by commas.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Look at models: how they differ, whether they can be merged; write a search.yaml to start from."""
+    from evomerge.starter import init_search
+
+    wanted = [task.strip() for task in tasks.split(",") if task.strip()]
+    typer.echo(init_search(models, output, base=base, tasks=wanted, overwrite=overwrite))
 
 
 @app.command()

@@ -7,7 +7,7 @@ such as ``1e-5`` is a number, although YAML 1.1 asks for a dot in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import yaml
@@ -53,8 +53,20 @@ def read_yaml(text: str, where: str, error: type[BadInput]) -> Any:
     Raises:
         BadInput: `error`, for text that is no YAML (with the line), duplicate keys, or several documents.
     """
+    documents = read_documents(text, where, error)
+    if len(documents) > 1:
+        raise error(f"{where}: has {len(documents)} documents (separated by ---), expected one")
+    return documents[0] if documents else None
+
+
+def read_documents(text: str, where: str, error: type[BadInput]) -> list[Any]:
+    """Reads every YAML document of a text, those that are empty left out; see `read_yaml`.
+
+    Raises:
+        BadInput: `error`, for text that is no YAML (with the line), or duplicate keys.
+    """
     try:
-        documents = [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]
+        return [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -65,9 +77,6 @@ def read_yaml(text: str, where: str, error: type[BadInput]) -> Any:
         raise error(f"{where}: not valid YAML: {problem}") from None
     except RecursionError:
         raise error(f"{where}: not valid YAML: nested too deeply") from None
-    if len(documents) > 1:
-        raise error(f"{where}: has {len(documents)} documents (separated by ---), expected one")
-    return documents[0] if documents else None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -98,3 +107,8 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _SHORT_FLOAT, list("-+0
 def write_yaml(data: Any) -> str:
     """Writes plain values as YAML that `read_yaml` reads back as the same, keys in the order given."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=100)
+
+
+def write_documents(documents: Iterable[Any]) -> str:
+    """Writes several YAML documents that `read_documents` reads back as the same."""
+    return "---\n".join(write_yaml(document) for document in documents)

@@ -8,17 +8,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from evomerge.spec import load_spec
+from tests.architectures import ARCHITECTURES, write_family
 from tests.frame import search_spec
 from tests.models import write_tiny_llama
 
+transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small gain nothing from a second thread, and wait for it on a busy machine
 
 
@@ -30,6 +34,13 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for seed, name in enumerate("abc", start=1):
         family[name] = write_tiny_llama(root / name, seed, base=family["base"])
     return family
+
+
+@pytest.fixture(scope="session")
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """Gives a base and two noisy copies of an architecture: {"base", "a", "b"} -> folder, each written once."""
+    root = tmp_path_factory.mktemp("architectures")
+    return functools.cache(lambda name: write_family(ARCHITECTURES[name], root / name))
 
 
 @pytest.fixture(scope="session", autouse=True)

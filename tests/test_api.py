@@ -23,7 +23,8 @@ def recipe(family: dict[str, Path]) -> dict[str, Any]:
 
 
 def test_exported_names() -> None:
-    assert sorted(evomerge.__all__) == ["evaluate", "merge", "search"]
+    calls = ["dare_merge_llama", "evaluate", "merge", "merge_models", "search", "ties_merge_llama"]
+    assert sorted(evomerge.__all__) == ["DareConfig", "DareMerger", *calls]
     assert all(callable(getattr(evomerge, name)) for name in evomerge.__all__)
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from evomerge.checkpoints import writer
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.checkpoints.header import TensorSpec, read_header
 from evomerge.checkpoints.lock import output_lock
@@ -338,6 +339,82 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+_KILLED_EVERYWHERE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from evomerge.checkpoints import writer
+from evomerge.checkpoints.header import TensorSpec
+
+os.fsync = lambda descriptor: None  # a killed process loses nothing that is written; waiting for the disk takes long
+out, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
+if not exchange:
+    writer._exchange = lambda left, right: False
+
+def write(value, at=None):
+    left = at
+    def event(*_):
+        nonlocal left
+        if left is not None:
+            left -= 1
+            if left < 0:
+                left = None  # killing is an event, too
+                os.kill(os.getpid(), signal.SIGKILL)
+    if at is not None:
+        sys.addaudithook(lambda name, _: event() if name.partition(".")[0] in ("open", "os", "shutil") else None)
+        for call in ("pwrite", "fsync", "posix_fallocate", "close"):  # what Python does not announce
+            plain = getattr(os, call)
+            setattr(os, call, lambda *a, plain=plain: (event(), plain(*a))[1])
+    specs = [TensorSpec(name, (4,), "F32") for name in "abc"]
+    with writer.CheckpointWriter(out, specs, max_shard_bytes=20, overwrite=True) as checkpoint:
+        for name in "abc":
+            checkpoint.put(name, torch.full((4,), value))
+        (checkpoint.folder / "config.json").write_text(str(value))
+
+def content():
+    return {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else None
+
+write(1.0)
+old = content()
+write(2.0)
+new = content()
+for before in (old, None):
+    at, states = 0, []
+    while True:
+        if before is None:
+            __import__("shutil").rmtree(out, ignore_errors=True)
+        else:
+            write(1.0)
+        child = os.fork()
+        if child == 0:
+            write(2.0, at)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        found = content()
+        states.append("old" if found == before else "new" if found == new else "none" if found is None else "half")
+        write(3.0)  # whoever comes next finds nothing in the way, and leaves nothing
+        assert [path.name for path in out.parent.iterdir()] == [out.name], sorted(out.parent.iterdir())
+        if status == 0:
+            break
+        assert os.WIFSIGNALED(status), status
+        at += 1
+    print(*dict.fromkeys(states), at, sep=",")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["exchange", "two renames"])
+def test_killed_at_any_point(tmp_path: Path, how: str) -> None:
+    """At every call that touches the disk, with and without an older checkpoint: the old one whole, or the new one."""
+    command = [sys.executable, "-c", _KILLED_EVERYWHERE, str(tmp_path / "out"), how]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    over_old, over_nothing = (line.split(",") for line in done.stdout.splitlines())
+    assert over_old[:-1] == (["old", "new"] if how == "exchange" else ["old", "none", "new"])
+    assert over_nothing[:-1] == ["old", "new"]
+    assert min(int(over_old[-1]), int(over_nothing[-1])) > 25
+
+
 def test_killed_between_the_two_renames(tmp_path: Path) -> None:
     """The old checkpoint is back before the next writer looks at what is there."""
     out = tmp_path / "out"
@@ -368,6 +445,7 @@ def test_a_rename_that_fails_brings_the_old_one_back(tmp_path: Path, monkeypatch
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(writer, "_exchange", lambda left, right: False)
     with pytest.raises(OutputError, match=r"out cannot be written: Input/output error"):
         _write(out, overwrite=True)
     monkeypatch.undo()

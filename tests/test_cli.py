@@ -18,7 +18,7 @@ from evomerge.cli import main
 from tests.frame import TASKS, files, invoke, process, search_spec
 from tests.models import write_tiny_llama
 
-COMMANDS = ("run", "resume", "status", "export", "lineage", "merge", "eval", "check", "methods")
+COMMANDS = ("run", "resume", "status", "export", "lineage", "merge", "dare", "eval", "check", "init", "methods")
 
 
 def write_recipe(path: Path, family: dict[str, Path], **more: Any) -> Path:
@@ -297,7 +297,7 @@ def test_a_parameter_of_another_method_is_a_warning(
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(path: Path) -> str:
+    def broken(path: Path, **options: bool) -> str:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("evomerge.check.check_file", broken)

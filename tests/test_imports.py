@@ -62,7 +62,14 @@ FORBIDDEN = {
     "evomerge.evaluation": ["evomerge.recipe", "evomerge.search", "evomerge.engine", "evomerge.spec", "optuna"],
     "evomerge.search": ["torch", "transformers", "evomerge.engine", "evomerge.evaluation", "evomerge.checkpoints"],
     "evomerge.recipe": ["torch", "transformers", "evomerge.engine", "evomerge.search", "evomerge.evaluation"],
-    "evomerge.checkpoints": ["evomerge.engine", "evomerge.recipe", "evomerge.search", "evomerge.evaluation"],
+    "evomerge.vocabulary": ["evomerge.engine", "evomerge.methods", "evomerge.search", "evomerge.evaluation"],
+    "evomerge.checkpoints": [
+        "evomerge.engine",
+        "evomerge.vocabulary",
+        "evomerge.recipe",
+        "evomerge.search",
+        "evomerge.evaluation",
+    ],
     "evomerge.methods": [
         *("evomerge.engine", "evomerge.recipe", "evomerge.search", "evomerge.evaluation", "evomerge.checkpoints"),
         *("os", "io", "pathlib", "logging", "random", "time", "yaml", "tempfile", "shutil"),

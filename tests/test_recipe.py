@@ -111,9 +111,17 @@ def test_shared_parameter_at_a_source_is_a_warning() -> None:
 
 
 def test_parameters_known_everywhere() -> None:
-    recipe = parse_recipe(LINEAR | {"parameters": {"int8_mask": True, "embed_slerp": 1}})
+    recipe = parse_recipe(LINEAR | {"parameters": {"int8_mask": True, "embed_slerp": 1}, "tokenizer_source": "base"})
     assert recipe.warnings == ()
     assert recipe.parameters["embed_slerp"] is True
+
+
+def test_embed_slerp() -> None:
+    """It is about the embeddings under a tokenizer source, and SLERP's parameters then have an effect."""
+    wanted = {"parameters": {"embed_slerp": True, "t": 0.5}}
+    assert parse_recipe(LINEAR | wanted | {"tokenizer_source": "base"}).warnings == ()
+    (warning,) = parse_recipe(LINEAR | wanted).warnings
+    assert warning == "recipe: parameters.embed_slerp: has no effect without tokenizer_source"
 
 
 def test_the_word_on_is_no_truth_value() -> None:
@@ -240,7 +248,10 @@ TOP = st.fixed_dictionaries(
         "dtype": st.sampled_from(DTYPES),
         "chat_template": NAME,
         "tokenizer": st.fixed_dictionaries(
-            {"source": NAME, "tokens": st.dictionaries(st.text(max_size=8), st.just({"force": True}), max_size=3)}
+            {
+                "source": NAME,
+                "tokens": st.dictionaries(st.text(max_size=8), st.just({"source": "a", "force": True}), max_size=3),
+            }
         ),
         "seed": st.integers(0, 2**63),
         "name": NAME,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import RecipeError
-from evomerge.recipe import expand_frankenmerge, layer_places, load_recipe, parse_recipe, resolve
+from evomerge.recipe import Recipe, expand_frankenmerge, layer_places, load_recipe, parse_recipe, resolve
 
 CORPUS = Path(__file__).parent / "recipes"
 BAD = sorted((CORPUS / "bad").glob("*.yaml"))
@@ -55,15 +55,16 @@ def test_good_recipe_has_no_warnings(path: Path) -> None:
 
 @pytest.mark.parametrize("path", GOOD, ids=lambda path: path.stem)
 def test_good_recipe_resolves_for_every_layer(path: Path) -> None:
-    recipe = expand_frankenmerge(load_recipe(path), 16)
-    places = layer_places(recipe, 16)
-    assert [place.slice_index for place in places if place.offset == 0] == list(range(len(recipe.parts)))
-    for k, place in enumerate(places):
-        for suffix in ("self_attn.q_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"):
-            tensor = resolve(recipe, place.slice_index, f"model.layers.{k}.{suffix}", place.t)
-            assert len(tensor.settings.sources) == len(tensor.sources) >= 1
-    for name, index, t in (("model.embed_tokens.weight", 0, 0.0), ("lm_head.weight", -1, 1.0)):
-        assert resolve(recipe, index % len(recipe.parts), name, t).sources
+    whole = load_recipe(path)
+    for recipe in (expand_frankenmerge(one, 16) for one in whole.modules or (whole,)):
+        places = layer_places(recipe, 16)
+        assert [place.slice_index for place in places if place.offset == 0] == list(range(len(recipe.parts)))
+        for k, place in enumerate(places):
+            for suffix in ("self_attn.q_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"):
+                tensor = resolve(recipe, place.slice_index, f"model.layers.{k}.{suffix}", place.t)
+                assert len(tensor.settings.sources) == len(tensor.sources) >= 1
+        for name, index, t in (("model.embed_tokens.weight", 0, 0.0), ("lm_head.weight", -1, 1.0)):
+            assert resolve(recipe, index % len(recipe.parts), name, t).sources
 
 
 @pytest.mark.parametrize("path", GOOD, ids=lambda path: path.stem)
@@ -76,6 +77,12 @@ def test_mergekit_export_means_the_same_here(path: Path) -> None:
         assert path.stem in ours | {"iso_c_without_embeddings", "tsv_merge"}
         return
     again = parse_recipe(text)
+    for mine, theirs in zip(recipe.modules or (recipe,), again.modules or (again,), strict=True):
+        assert mine.module == theirs.module
+        _mean_the_same(mine, theirs)
+
+
+def _mean_the_same(recipe: Recipe, again: Recipe) -> None:
     name = "model.layers.{}.mlp.down_proj.weight"
     for k, place in enumerate(layer_places(recipe, 16)):
         mine = resolve(recipe, place.slice_index, name.format(k), place.t)

@@ -211,3 +211,22 @@ SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}]}
 )
 def test_what_mergekit_cannot_say(data: dict[str, Any]) -> None:
     assert exported(data) is None
+
+
+def test_tokenizer_settings_in_todays_words() -> None:
+    """Today's mergekit takes a tokenizer's model without the `model:` of older versions."""
+    block = {"source": "model:org/b", "tokens": {"<x>": {"source": "a", "force": True}}, "pad_to_multiple_of": 64}
+    common = {"merge_method": "linear", "models": WEIGHTED, "chat_template": "chatml"}
+    assert exported(common | {"tokenizer": block}) == common | {"tokenizer": block | {"source": "org/b"}}
+    for source, said in (("model:org/b", "org/b"), ("org/b", "org/b"), ("union", "union"), ("base", "base")):
+        assert exported(common | {"tokenizer_source": source}) == common | {"tokenizer_source": said}
+
+
+def test_embed_slerp_is_said_where_it_changes_nothing() -> None:
+    """mergekit passes over it: under a tokenizer source it would merge the embeddings by another method than we do."""
+    wanted = {"parameters": {"embed_slerp": True, "t": 0.5}, "base_model": "a", "tokenizer_source": "union"}
+    models = [{"model": "a"}, {"model": "b"}]
+    slerp = {"merge_method": "slerp", "models": models, **wanted}
+    assert exported(slerp) == slerp
+    assert exported({"merge_method": "linear", "models": WEIGHTED, **wanted}) is None
+    assert exported({"merge_method": "linear", "models": WEIGHTED, "parameters": {"embed_slerp": True}}) is not None

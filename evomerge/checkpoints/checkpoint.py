@@ -105,9 +105,7 @@ class Checkpoint:
     @cached_property
     def tokenizer_files(self) -> tuple[Path, ...]:
         """The tokenizer's files, chat template included; () without a tokenizer."""
-        if self.folder is None:
-            return ()
-        return tuple(self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file())
+        return () if self.folder is None else tokenizer_files(self.folder)
 
     def check_finite(self) -> list[str]:
         """The names of tensors with NaN or infinite elements, sorted. Reads the whole model."""
@@ -115,6 +113,11 @@ class Checkpoint:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             finite = list(pool.map(lambda name: is_finite(self.tensor(name)), names))
         return [name for name, fine in zip(names, finite, strict=True) if not fine]
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that a tokenizer is read from, chat template included."""
+    return tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
 
 
 def open_checkpoint(reference: str, *, beside: Path | None = None, allow_pickle: bool = False) -> Checkpoint:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
+from evomerge.checkpoints.vocabulary import vocabulary_tensors
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.checkpoint import Checkpoint
@@ -18,6 +19,14 @@ def not_finite(checkpoint: Checkpoint) -> list[str]:
     """What to say of a checkpoint's NaN or infinite weights; [] when there are none. Reads the whole model."""
     broken = checkpoint.check_finite()
     return [f"{checkpoint.reference}: NaN or infinite weights in {name_some(broken)}"] if broken else []
+
+
+def mixed_architectures(checkpoints: Mapping[str, Checkpoint]) -> str:
+    """Says which architectures the models' configs name, where they differ; "" where they agree or say nothing."""
+    named = {reference: _architecture(model) for reference, model in checkpoints.items() if model.config}
+    if len(set(named.values())) < 2:
+        return ""
+    return f"different architectures: {', '.join(f'{reference} is {kind}' for reference, kind in named.items())}"
 
 
 def check_compatible(
@@ -130,7 +139,8 @@ def _some(names: list[str], tensors: Mapping[str, TensorInfo]) -> str:
 
 def _shapes(reference_name: str, reference: Checkpoint, name: str, model: Checkpoint, shared: list[str]) -> list[str]:
     different = [tensor for tensor in shared if reference.tensors[tensor].shape != model.tensors[tensor].shape]
-    vocabulary = [tensor for tensor in different if _only_rows_differ(tensor, reference, model)]
+    tables = vocabulary_tensors(reference.layout, reference.tensors)
+    vocabulary = [t for t in different if t in tables and _only_rows_differ(t, reference, model)]
     others = [
         f"{tensor} ({shape_text(model.tensors[tensor].shape)} against {shape_text(reference.tensors[tensor].shape)})"
         for tensor in different
@@ -149,10 +159,4 @@ def _shapes(reference_name: str, reference: Checkpoint, name: str, model: Checkp
 
 def _only_rows_differ(tensor: str, reference: Checkpoint, model: Checkpoint) -> bool:
     ours, theirs = reference.tensors[tensor].shape, model.tensors[tensor].shape
-    outer = tensor in (reference.layout.embedding, reference.layout.head) or _head_bias(tensor, reference)
-    return outer and len(ours) == len(theirs) and ours[1:] == theirs[1:]
-
-
-def _head_bias(tensor: str, reference: Checkpoint) -> bool:
-    head = reference.layout.head
-    return head is not None and tensor == f"{head.removesuffix('.weight')}.bias"
+    return len(ours) == len(theirs) and ours[1:] == theirs[1:]

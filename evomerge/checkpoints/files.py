@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -54,13 +55,15 @@ def signature(path: Path) -> Signature:
     """What changes when a file is written to or replaced: (size, mtime in ns, inode).
 
     Raises:
-        CheckpointError: The file cannot be looked at.
+        CheckpointError: The file cannot be looked at, or is a pipe or a device, which might never end.
     """
     try:
-        stat = path.stat()
+        found = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} cannot be read: it is not an ordinary file")
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -69,10 +72,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It cannot be read, or is not a JSON object.
     """
+    if not path.exists() and not path.is_symlink():
+        return {}
+    signature(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))  # lenient: real configs contain Infinity
-    except FileNotFoundError:
-        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):

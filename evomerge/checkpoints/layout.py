@@ -276,11 +276,12 @@ def _embedding(outer: list[TensorSpec], config: Mapping[str, Any]) -> TensorSpec
 
 
 def _head(outer: list[TensorSpec], embedding: TensorSpec | None) -> str | None:
-    """The matrix after the layers with a row per token."""
+    """The matrix after the layers with a row per token: by its shape, or by a name that says so."""
     for info in outer:
         if len(info.shape) != 2 or _position(info.name) == "before":
             continue
-        if "lm_head" in info.name or "embed_out" in info.name or (embedding and info.shape == embedding.shape):
+        named = _module_and_kind(info.name)[0][-1] in ("lm_head", "embed_out")
+        if named or (embedding and info.shape == embedding.shape):
             return info.name
     return None
 

@@ -19,7 +19,8 @@ from evomerge.errors import CheckpointError
 from evomerge.paths import resolve_path
 
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_WEIGHTS = ["*.safetensors"]
 
 
 def split_adapter(reference: str, beside: Path | None) -> tuple[str, str | None]:
@@ -38,13 +39,14 @@ def split_adapter(reference: str, beside: Path | None) -> tuple[str, str | None]
     return splits[0]
 
 
-def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = False) -> Path:
+def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = False, weights: bool = True) -> Path:
     """The folder or file that a reference without an adapter leads to, downloaded or trained if need be.
 
     Args:
         reference: What the user wrote.
         beside: The folder of the file it stands in.
         allow_pickle: Also download pickled weights.
+        weights: Download weights at all; False for a tokenizer alone.
 
     Raises:
         CheckpointError: There is no such model; says where it was looked for and what is near.
@@ -66,7 +68,7 @@ def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = Fals
     if hub is None:
         raise CheckpointError(f"{looked}{_near(reference, beside)}")
     try:
-        return _download(hub["id"], hub["revision"], allow_pickle)
+        return _download(hub["id"], hub["revision"], _kinds(weights, allow_pickle))
     except Exception as error:  # the Hub client's errors differ between its versions (requests, httpx, its own)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"{looked}, and for {reference!r} on the Hugging Face Hub ({reason}){_near(reference, beside)}"
@@ -81,10 +83,14 @@ def _where(beside: Path | None) -> str:
     return f"beside and above {beside} and in the working directory" if beside else "in the working directory"
 
 
-def _download(model: str, revision: str | None, allow_pickle: bool) -> Path:
+def _kinds(weights: bool, allow_pickle: bool) -> list[str]:
+    """The files of a repository that are wanted."""
+    return [*_SMALL, *(_WEIGHTS if weights else []), *(["*.bin"] if weights and allow_pickle else [])]
+
+
+def _download(model: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [*_WANTED, "*.bin"] if allow_pickle else _WANTED
     return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 

@@ -6,12 +6,14 @@ before any work is spent, and tensors are written at their place in any order. R
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -112,7 +114,7 @@ class CheckpointWriter:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(output_lock(self.out.parent / f".{self.out.name}.lock", self.out))
             self._recover()
-            self._refuse_taken()
+            refuse_taken(self.out, self._overwrite)
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             self.folder.mkdir()
             self._refuse_full_disk()
@@ -198,18 +200,6 @@ class CheckpointWriter:
         pattern = re.compile(re.escape(self._beside(role, "").name) + r"\d+")
         return sorted(path for path in self.out.parent.iterdir() if pattern.fullmatch(path.name))
 
-    def _refuse_taken(self) -> None:
-        if not self.out.exists():
-            return
-        if not self.out.is_dir():
-            raise OutputError(f"{self.out} is a file: a checkpoint is a folder")
-        content = sorted(path.name for path in self.out.iterdir())
-        if content and not self._overwrite:
-            raise OutputError(f"{self.out} is not empty: choose another folder, or allow overwriting it")
-        known = [name for name in content if name == "config.json" or name.endswith(".safetensors")]
-        if content and not known:
-            raise OutputError(f"{self.out} is not overwritten: it holds {name_some(content)} and no checkpoint")
-
     def _refuse_full_disk(self) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < self.nbytes:
@@ -230,6 +220,10 @@ class CheckpointWriter:
         _fsync(self.folder)
 
     def _replace_output(self) -> None:
+        """By one exchange of names where the system has it: there is no moment without an output."""
+        if self.out.exists() and _exchange(self.folder, self.out):
+            _fsync(self.out.parent)
+            return  # what is called a temporary folder now is the previous output, and is cleared on leaving
         previous = self._beside("previous", str(os.getpid()))
         replacing = self.out.exists()
         if replacing:
@@ -254,6 +248,20 @@ class CheckpointWriter:
                 free = shutil.disk_usage(_existing(self.out)).free
                 raise OutputError(_too_full(self.out, self.nbytes, free)) from error
             raise OutputError(f"{self.out} cannot be written: {error.strerror or error}") from error
+
+
+def refuse_taken(out: Path, overwrite: bool) -> None:
+    """Raises OutputError where `out` is something that a checkpoint may not take the place of."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file: a checkpoint is a folder")
+    content = sorted(path.name for path in out.iterdir())
+    if content and not overwrite:
+        raise OutputError(f"{out} is not empty: choose another folder, or allow overwriting it")
+    known = [name for name in content if name == "config.json" or name.endswith(".safetensors")]
+    if content and not known:
+        raise OutputError(f"{out} is not overwritten: it holds {name_some(content)} and no checkpoint")
 
 
 def _shard(file: str, specs: list[TensorSpec]) -> Shard:
@@ -334,6 +342,16 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Swaps the names of two folders at once; False where the system or the file system cannot (then nothing is done).
+
+    Linux's renameat2 with RENAME_EXCHANGE, https://man7.org/linux/man-pages/man2/rename.2.html
+    """
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(left), here, os.fsencode(right), exchange) == 0
 
 
 def _existing(path: Path) -> Path:

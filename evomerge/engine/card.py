@@ -48,9 +48,9 @@ def licence_verdict(stated: Mapping[str, str | None]) -> tuple[str | None, str |
 
 def front_matter(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tags: tuple[str, ...] = ()) -> str:
     """The YAML block that the Hub reads: base models, the relation `merge`, the licence when all agree."""
-    licence, _ = licence_verdict(licences(checkpoints))
+    licence, _ = licence_verdict(licences(_external(recipe, checkpoints)))
     metadata: dict[str, Any] = {
-        "base_model": [_public_name(model) for model in recipe.models()],
+        "base_model": [_public_name(model) for model in recipe.external_models()],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["evomerge", "merge", recipe.merge_method, *tags],
@@ -69,12 +69,12 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
         body: Markdown between the heading and the recipe: scores, lineage, samples.
         identify: Name the models' contents by their hashes, for which each is read whole the first time ever.
     """
-    _, warning = licence_verdict(licences(checkpoints))
+    _, warning = licence_verdict(licences(_external(recipe, checkpoints)))
     sources = [
         f"- `{_public_name(model)}`"
         + (f", content `{checkpoints[model].fingerprint[:16]}`" if identify else "")
-        + (" (base)" if model == recipe.base_model else "")
-        for model in recipe.models()
+        + (" (base)" if any(model == document.base_model for document in recipe.documents) else "")
+        for model in recipe.external_models()
     ]
     parts = [
         front_matter(recipe, checkpoints),
@@ -85,6 +85,11 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
         f"## Recipe\n\n```yaml\n{recipe.to_yaml().strip()}\n```\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _external(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models that were there before; what a step made of them has no licence of its own."""
+    return {model: checkpoints[model] for model in recipe.external_models()}
 
 
 def _public_name(reference: str) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.engine.facts import CHUNK, OperationFacts
+from evomerge.engine.facts import CHUNK
 from evomerge.engine.kernels import merging, spread
+from evomerge.engine.operation_facts import OperationFacts
 from evomerge.engine.ranks import Levels
 from evomerge.engine.selection import sample_bracket, top
 from evomerge.methods import breadcrumbs, della, sce

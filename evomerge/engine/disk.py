@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.compatible import mixed_architectures
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
-from evomerge.checkpoints.writer import CheckpointWriter
+from evomerge.checkpoints.writer import CheckpointWriter, refuse_taken
 from evomerge.engine.card import merge_card
+from evomerge.engine.device import find_device
 from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import execute_all, parts
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation, inputs_of
-from evomerge.engine.plan import Plan, make_plan
+from evomerge.engine.plan import Plan, prepare
+from evomerge.engine.steps import step_results
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.recipe import Recipe
 
@@ -41,9 +45,13 @@ def merge_to_folder(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     allow_pickle: bool = False,
+    device: str = "cpu",
+    allow_crimes: bool = False,
     progress: Progress | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Carries out a recipe.
+    """Carries out a recipe, its earlier steps first.
 
     Args:
         recipe: What to merge.
@@ -51,7 +59,12 @@ def merge_to_folder(
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
-        progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
+        device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
+        allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
+        progress: Called with (tensors written, tensors in all), by the thread that wrote the last one; for each step
+            anew.
+        warn: Called with what is odd but possible.
+        finish: Called with the folder before it gets its final name, to add to it or take from it.
 
     Returns:
         `out`: config, generation config, tokenizer, weights and a model card.
@@ -60,13 +73,28 @@ def merge_to_folder(
         BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
         OutputError: When writing fails; what was there before is intact.
     """
-    checkpoints = open_checkpoints(recipe.models(), allow_pickle=allow_pickle)
-    plan = make_plan(recipe, checkpoints, identify=False)
-    card = merge_card(recipe, checkpoints, identify=False)
-    write_checkpoint(
-        plan, checkpoints, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
-    )
+    find_device(device)
+    checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle)
+    if not allow_crimes:
+        refuse_crimes(checkpoints)
+    refuse_taken(out.resolve(), overwrite)
+
+    def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
+        plan, aligned, odd = prepare(document, opened, identify=False)
+        for text in odd:
+            warn(text)
+        write_checkpoint(plan, aligned, folder, device=device, progress=progress, **options)
+
+    with step_results(recipe, checkpoints, out, functools.partial(carry_out, card="")) as opened:
+        card = merge_card(recipe, opened, identify=False)
+        carry_out(recipe, opened, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, finish=finish)
     return out
+
+
+def refuse_crimes(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raises CheckpointError where the models' configs name different architectures."""
+    if mixed := mixed_architectures(checkpoints):
+        raise CheckpointError(f"{mixed}: if that is meant, allow it with --allow-crimes; tensors still have to fit")
 
 
 def write_checkpoint(
@@ -77,6 +105,7 @@ def write_checkpoint(
     card: str,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    device: str = "cpu",
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
@@ -89,15 +118,17 @@ def write_checkpoint(
         card: Text of README.md.
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file.
+        device: As for `merge_to_folder`.
         progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
         finish: Called with the folder before it gets its final name, to add to it.
 
     Raises:
         OutputError: When writing fails.
     """
+    elsewhere = find_device(device)
     wanted = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
     with CheckpointWriter(out, wanted, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer:
-        _write_weights(plan, checkpoints, writer, progress)
+        _write_weights(plan, checkpoints, writer, progress, elsewhere)
         write_companions(plan, checkpoints[plan.reference], writer.folder)
         (writer.folder / "README.md").write_text(card, encoding="utf-8")
         if finish is not None:
@@ -105,7 +136,11 @@ def write_checkpoint(
 
 
 def _write_weights(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], writer: CheckpointWriter, progress: Progress | None
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    writer: CheckpointWriter,
+    progress: Progress | None,
+    device: torch.device | None,
 ) -> None:
     """Computes and writes the tensors, one per thread, the largest first.
 
@@ -118,7 +153,7 @@ def _write_weights(
 
     def one(operation: Operation) -> None:
         store = whole or FactStore(checkpoints)
-        for part in parts(operation, store, plan.family):
+        for part in parts(operation, store, plan.family, device):
             values = _buffer(part.size, TORCH_DTYPES[operation.dtype])
             part.compute(values)
             if not is_finite(values):
@@ -159,14 +194,21 @@ def _not_finite(operation: Operation, checkpoints: Mapping[str, Checkpoint]) -> 
 
 
 def write_companions(plan: Plan, reference: Checkpoint, folder: Path) -> None:
-    """Writes config, generation config, and the reference's tokenizer with its chat template."""
+    """Writes config, generation config, and the tokenizer with its chat template."""
     if plan.config:
         _write_json(folder / "config.json", plan.config)
+    if plan.tokenizer is not None:
+        generation = plan.tokenizer.generation_config or _generation_defaults(plan.config)
+        if generation:
+            _write_json(folder / "generation_config.json", generation)
+        for name, content in plan.tokenizer.files.items():
+            (folder / name).write_bytes(content)
+        return
     if reference.folder is None:
         return
-    generation = reference.folder / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+    own = reference.folder / "generation_config.json"
+    if own.is_file():
+        shutil.copyfile(own, folder / own.name)
     elif plan.config:
         _write_json(folder / "generation_config.json", _generation_defaults(plan.config))
     for path in reference.tokenizer_files:

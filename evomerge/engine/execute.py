@@ -1,7 +1,7 @@
 """Carries out one operation, block by block: float32 inside the block, rounded once on the way out.
 
 A compiled kernel does the work where there is one (`compiled`); otherwise the method's own function does, on float32
-blocks.
+blocks. On another device it always does: blocks are sent there one by one, facts about whole tensors come from here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evomerge.engine.facts import CHUNK, FactStore, Members, OperationFacts, chunks
+from evomerge.engine.facts import CHUNK, FactStore, Members, chunks
 from evomerge.engine.operation import COPY, Input, Operation
+from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.declaration import Block, Granularity
 from evomerge.methods.registry import get_method
 from evomerge.threads import run_all
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
     from evomerge.engine.compiled import Work
 
 _PIECE = 1 << 21  # elements: large enough that handing a piece to a thread costs nothing
+_SENT = 1 << 24  # elements of a block that is sent to a device: 64 MB in float32
 
 Family = Members
 
 
-def execute(operation: Operation, store: FactStore, out: Tensor, family: Family = ()) -> None:
+def execute(
+    operation: Operation, store: FactStore, out: Tensor, family: Family = (), device: torch.device | None = None
+) -> None:
     """Writes the operation's result into `out`, rounding once to `out`'s dtype.
 
     Args:
@@ -38,8 +42,9 @@ def execute(operation: Operation, store: FactStore, out: Tensor, family: Family 
         store: Facts and tensors of the open checkpoints.
         out: Contiguous tensor of the operation's shape.
         family: The inputs that together make the model, for `scope: model`.
+        device: Where the method's own function computes; None for compiled kernels where there are some.
     """
-    for piece in pieces(operation, store, out, family):
+    for piece in pieces(operation, store, out, family, device):
         piece()
 
 
@@ -61,20 +66,22 @@ class Part:
         self._task.run(self.start, self.stop, out)
 
 
-def parts(operation: Operation, store: FactStore, family: Family = ()) -> Iterator[Part]:
+def parts(
+    operation: Operation, store: FactStore, family: Family = (), device: torch.device | None = None
+) -> Iterator[Part]:
     """An operation's result in independent parts.
 
     Args:
-        operation, store, family: As for `execute`.
+        operation, store, family, device: As for `execute`.
     """
-    task = _Task(operation, store, family)
-    step = _PIECE
+    task = _Task(operation, store, family, device)
+    step = _PIECE if device is None else _SENT
     if operation.method != COPY:
         if get_method(operation.method).merge is None:
             raise ValueError(f"{operation.method} copies layers and has nothing to compute")
         whole, columns = math.prod(operation.shape), math.prod(operation.shape[1:])
         least = {"element": 1, "row": max(1, columns if len(operation.shape) > 1 else whole), "tensor": max(1, whole)}
-        step = -(-_PIECE // least[task.granularity]) * least[task.granularity]
+        step = -(-step // least[task.granularity]) * least[task.granularity]
     for start, stop in chunks(math.prod(operation.shape), step):
         yield Part(start, stop, task)
 
@@ -97,10 +104,12 @@ class Piece:
         self.run()
 
 
-def pieces(operation: Operation, store: FactStore, out: Tensor, family: Family = ()) -> Iterator[Piece]:
+def pieces(
+    operation: Operation, store: FactStore, out: Tensor, family: Family = (), device: torch.device | None = None
+) -> Iterator[Piece]:
     """The work of `execute` in independent pieces of a bounded size, for several threads."""
     flat = out.view(-1)
-    for part in parts(operation, store, family):
+    for part in parts(operation, store, family, device):
         run = functools.partial(part.compute, flat[part.start : part.stop])
         yield Piece(run, part.size, part.start == 0)
 
@@ -121,10 +130,16 @@ def execute_all(work: Iterable[Callable[[], None]], threads: int) -> None:
     run_all(sorted(work, key=rank), threads)
 
 
-def materialise(operation: Operation, store: FactStore, dtype: torch.dtype, family: Family = ()) -> Tensor:
-    """The operation's result as a new tensor, rounded once to `dtype`."""
+def materialise(
+    operation: Operation,
+    store: FactStore,
+    dtype: torch.dtype,
+    family: Family = (),
+    device: torch.device | None = None,
+) -> Tensor:
+    """The operation's result as a new tensor in memory, rounded once to `dtype`; `device` as for `execute`."""
     out = torch.empty(operation.shape, dtype=dtype)
-    execute(operation, store, out, family)
+    execute(operation, store, out, family, device)
     return out
 
 
@@ -135,6 +150,7 @@ class _Task:
     operation: Operation
     store: FactStore
     family: Family
+    device: torch.device | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
@@ -145,11 +161,23 @@ class _Task:
     def facts(self) -> OperationFacts:
         op = self.operation
         columns = math.prod(op.shape[1:] if len(op.shape) > 1 else op.shape)
-        return OperationFacts(self.store, op.base, op.sources, columns, op.output, op.seed, self.family, whole=op.shape)
+        return OperationFacts(
+            self.store,
+            op.base,
+            op.sources,
+            columns,
+            op.output,
+            op.seed,
+            self.family,
+            whole=op.shape,
+            device=self.device,
+        )
 
     @functools.cached_property
     def kernel(self) -> Work | None:
         """The compiled work, if there is one."""
+        if self.device is not None:
+            return None
         from evomerge.engine.compiled import compiled
 
         return compiled(self.operation.method, self.operation.settings, self.facts)
@@ -183,15 +211,20 @@ class _Task:
         op, merge = self.operation, get_method(self.operation.method).merge
         if merge is None:
             return
-        for at, shape in _extents(op.shape, self.granularity, start, stop):
-            base = None if op.base is None else _part(self.store, op.base, at, shape)
-            sources = [_part(self.store, source, at, shape) for source in op.sources]
+        limit = CHUNK if self.device is None else _SENT
+        for at, shape in _extents(op.shape, self.granularity, start, stop, limit):
+            base = None if op.base is None else self._part(op.base, at, shape)
+            sources = [self._part(source, at, shape) for source in op.sources]
             merged = merge(Block(base, sources, at, self.facts.at(at, shape)), op.settings)
             out[at - start : at - start + merged.numel()] = merged.reshape(-1)
 
+    def _part(self, tensor: Input, start: int, shape: tuple[int, ...]) -> Tensor:
+        stored = self.store.flat(tensor)[start : start + math.prod(shape)]
+        return (stored if self.device is None else stored.to(self.device)).float().view(shape)
+
 
 def _extents(
-    shape: tuple[int, ...], granularity: Granularity, start: int, stop: int
+    shape: tuple[int, ...], granularity: Granularity, start: int, stop: int, limit: int
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(flat start, block shape) of each block of a piece."""
     columns = math.prod(shape[1:])
@@ -199,14 +232,10 @@ def _extents(
         yield 0, shape
     elif granularity == "row" and len(shape) > 1:
         width = max(1, columns)
-        for first, last in chunks((stop - start) // width, max(1, CHUNK // width)):
+        for first, last in chunks((stop - start) // width, max(1, limit // width)):
             yield start + first * width, (last - first, columns)
     elif granularity == "row":
         yield 0, (1, math.prod(shape))
     else:
-        for first, last in chunks(stop - start):
+        for first, last in chunks(stop - start, limit):
             yield start + first, (last - first,)
-
-
-def _part(store: FactStore, tensor: Input, start: int, shape: tuple[int, ...]) -> Tensor:
-    return store.flat(tensor)[start : start + math.prod(shape)].float().view(shape)

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compatible import check_compatible
-from evomerge.checkpoints.layout import Layout, residual_writers
-from evomerge.engine.config import merged_config
+from evomerge.checkpoints.layout import Layout, Stack, residual_writers
+from evomerge.checkpoints.vocabulary import vocabulary_tensors
+from evomerge.engine.config import has_layer_list, merged_config
 from evomerge.engine.dtypes import FLOATS, safetensors_name
 from evomerge.engine.execute import Family
+from evomerge.engine.modules import Share, find_shares, owner, stack_list
 from evomerge.engine.operation import COPY, Input, Operation, operation_digest
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.declaration import Settings
 from evomerge.methods.registry import get_method
-from evomerge.recipe import LayerPlace, Recipe, expand_frankenmerge, layer_places, resolve, slice_inputs
+from evomerge.recipe import (
+    LayerPlace,
+    Recipe,
+    Source,
+    expand_frankenmerge,
+    layer_places,
+    lookup,
+    resolve,
+    slice_inputs,
+)
+from evomerge.recipe.parameter_fields import EMBED_SLERP
 from evomerge.recipe.resolve import Input as SliceInput
 from evomerge.recipe.resolve import SliceInputs
+from evomerge.vocabulary.align import align
+from evomerge.vocabulary.written import WrittenTokenizer
 
 
 @dataclass(frozen=True)
@@ -32,7 +46,8 @@ class Plan:
         config: The merged model's config.json.
         digest: Content hash: plans with the same digest are the same model.
         family: The inputs that together make the model, for ``scope: model``.
-        reference: The model whose tokenizer and files the merged model takes.
+        reference: The model whose files the merged model takes.
+        tokenizer: The tokenizer to write instead of the reference's own; None where that one fits.
     """
 
     operations: tuple[Operation, ...]
@@ -40,6 +55,7 @@ class Plan:
     digest: str
     family: Family
     reference: str
+    tokenizer: WrittenTokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +67,40 @@ class _Slot:
     suffix: str | None = None  # within the layer; None outside the counted layers
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify: bool = True) -> Plan:
+def prepare(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify: bool = True
+) -> tuple[Plan, Mapping[str, Checkpoint], tuple[str, ...]]:
+    """Gives a recipe's models one vocabulary and plans the merge (not the steps before it).
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Its models, open, by reference.
+        identify: As for `make_plan`.
+
+    Returns:
+        The plan, the checkpoints to carry it out with, and what is odd but possible.
+
+    Raises:
+        BadInput: As `align` and `make_plan`.
+    """
+    aligned = align(recipe, checkpoints)
+    plan = make_plan(recipe, aligned.checkpoints, aligned.tokenizer, identify=identify)
+    return plan, aligned.checkpoints, aligned.warnings
+
+
+def make_plan(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    tokenizer: WrittenTokenizer | None = None,
+    *,
+    identify: bool = True,
+) -> Plan:
     """Resolves a recipe.
 
     Args:
         recipe: The recipe, its references as the keys of `checkpoints`.
-        checkpoints: Open checkpoints by reference.
+        checkpoints: Open checkpoints by reference, with one vocabulary; see `evomerge.vocabulary.align`.
+        tokenizer: What `align` gives the merged model as its tokenizer.
         identify: Give every operation and the plan their content hashes, for which each model is read whole the first
             time ever. Without, only what a stochastic method draws from is read.
 
@@ -64,19 +108,26 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify
         RecipeError: When the recipe asks for layers or parameters that do not exist, with all problems found.
         CheckpointError: When the checkpoints do not fit each other.
     """
-    _refuse_tokenizer_work(recipe)
+    if tokenizer is None:
+        _refuse_tokenizer_work(recipe)
     reference = recipe.models()[0]
     layout = checkpoints[reference].layout
-    if layout.main is not None:
-        recipe = expand_frankenmerge(recipe, layout.layer_count)
     _refuse_misfits(recipe, checkpoints)
-    planner = _Planner(recipe, checkpoints, layout, identify)
-    drafts, problems = [], []
-    for slot in planner.slots():
-        try:
-            drafts.append(planner.operation(slot))
-        except RecipeError as error:
-            problems += [p for p in error.problems if p not in problems]
+    drafts: list[Operation] = []
+    problems: list[str] = []
+    origins: dict[Stack, tuple[tuple[str, int], ...]] = {}
+    for planner in _planners(recipe, checkpoints, layout, identify):
+        slerped = _slerped_tables(planner.recipe, checkpoints[reference])
+        tables = planner.under(_slerp_of(planner.recipe)) if slerped else planner
+        for slot in planner.slots():
+            try:
+                drafts.append((tables if slot.output in slerped else planner).operation(slot))
+            except RecipeError as error:
+                problems += [p for p in error.problems if p not in problems]
+        if planner.stack is not None:
+            origins[planner.stack] = planner.origins()
+    if recipe.modules and any(draft.settings.shared.get("scope") == "model" for draft in drafts):
+        problems.append("scope: 'model' is not possible beside 'modules', each of which is merged on its own")
     if problems:
         raise RecipeError(problems)
     drafts.sort(key=lambda operation: operation.output)
@@ -84,19 +135,63 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify
     operations = tuple(drafts)
     if identify:
         operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
-    config = merged_config(checkpoints, reference, planner.origins(), layout, operations)
+    config = merged_config(checkpoints, reference, origins, layout, operations)
     if not identify:
-        return Plan(operations, config, "", family, reference)
-    text = json.dumps([[(op.output, op.digest) for op in operations], config], sort_keys=True, default=str)
+        return Plan(operations, config, "", family, reference, tokenizer)
+    content = [[(op.output, op.digest) for op in operations], config, *([tokenizer.digest()] if tokenizer else [])]
+    text = json.dumps(content, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return Plan(operations, config, digest, family, reference)
+    return Plan(operations, config, digest, family, reference, tokenizer)
+
+
+def _planners(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], layout: Layout, identify: bool
+) -> Iterator[_Planner]:
+    """One for the whole model, or one for each module and one that copies what no module decides from the reference."""
+    modules = recipe.modules or ((recipe,) if recipe.module is not None else ())
+    if not modules:
+        yield _Planner(recipe, checkpoints, layout, identify, layout.main, lambda name: True)
+        return
+    shares = find_shares([str(module.module) for module in modules], layout)
+    if len(layout.stacks) == len(shares) == 1:
+        yield _Planner(modules[0], checkpoints, layout, identify, layout.main, lambda name: True)
+        return
+
+    def owned_by(share: Share | None) -> Callable[[str], bool]:
+        return lambda name: owner(name, layout, shares) == share
+
+    for module, share in zip(modules, shares, strict=True):
+        yield _Planner(module, checkpoints, layout, identify, share.stack, owned_by(share))
+    yield _Planner(_copy(recipe), checkpoints, layout, identify, None, owned_by(None))
+
+
+def _copy(recipe: Recipe) -> Recipe:
+    """The reference model as it is, in the recipe's dtype."""
+    reference = Source(recipe.models()[0])
+    return Recipe("frankenmerge", sources=(reference,), dtype=recipe.dtype, out_dtype=recipe.out_dtype)
 
 
 class _Planner:
-    """Walks the output's tensors; what slices share is looked up once."""
+    """Walks the output's tensors that it owns; what slices share is looked up once.
 
-    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], layout: Layout, identify: bool) -> None:
-        self._recipe = recipe
+    Attributes:
+        recipe: The recipe, whole models copied layer by layer written out as slices.
+        stack: The one whose layers the recipe's slices count; None where there is none, or several.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        checkpoints: Mapping[str, Checkpoint],
+        layout: Layout,
+        identify: bool,
+        stack: Stack | None,
+        owns: Callable[[str], bool],
+    ) -> None:
+        recipe = recipe if stack is None else expand_frankenmerge(recipe, stack.length)
+        self.recipe = recipe
+        self.stack = stack
+        self._owns = owns
         self._checkpoints = checkpoints
         self._layout = layout
         self._identify = identify
@@ -104,21 +199,25 @@ class _Planner:
         self._dtype = safetensors_name(recipe.output_dtype) if recipe.output_dtype else None
         self._writers: dict[str, frozenset[str]] = {}
 
+    def under(self, recipe: Recipe) -> _Planner:
+        """The same tensors by another recipe."""
+        return _Planner(recipe, self._checkpoints, self._layout, self._identify, self.stack, self._owns)
+
     def slots(self) -> Iterator[_Slot]:
         """Every output tensor.
 
         Raises:
             RecipeError: When slices ask for layers that are not there, or there is no one stack to count them in.
         """
-        if self._recipe.slices:
+        if self.recipe.slices:
             self._check_ranges()
             yield from self._counted_layers()
-        last = len(self._recipe.parts) - 1
+        last = len(self.recipe.parts) - 1
         lengths = {stack.prefix: stack.length for stack in self._layout.stacks}
-        main = self._layout.main.prefix if self._layout.main and self._recipe.slices else None
+        counted = self.stack.prefix if self.stack and self.recipe.slices else None
         for name in self._names(self._checkpoints[self._reference(0).model]):
             where = self._layout.locate(name)
-            if where.stack is not None and where.stack == main:
+            if (where.stack is not None and where.stack == counted) or not self._owns(name):
                 continue
             if where.stack is not None and where.layer is not None:
                 length = lengths[where.stack]
@@ -141,13 +240,14 @@ class _Planner:
         return inputs.base or inputs.sources[0]
 
     def _check_ranges(self) -> None:
-        if self._layout.main is None:
-            found = ", ".join(f"{s.prefix} ({s.length} layers)" for s in self._layout.stacks) or "none"
-            raise RecipeError(f"slices need one stack of layers to count in; the model has: {found}")
+        if self.stack is None:
+            several = " (say which under 'modules:')" if len(self._layout.stacks) > 1 else ""
+            found = stack_list(self._layout.stacks)
+            raise RecipeError(f"slices need one stack of layers to count in{several}; the model has: {found}")
         problems = []
-        for number, part in enumerate(self._recipe.slices):
+        for number, part in enumerate(self.recipe.slices):
             for source in part.sources:
-                length = self._checkpoints[source.model].layout.layer_count
+                length = self._length(source.model)
                 if source.layer_range is not None and source.layer_range[1] > length:
                     problems.append(
                         f"slices[{number}]: layer_range {list(source.layer_range)} of {source.model}, "
@@ -155,16 +255,35 @@ class _Planner:
                     )
         if problems:
             raise RecipeError(problems)
+        self._check_kinds()
+
+    def _length(self, model: str) -> int:
+        """Layers of the counted stack in one model."""
+        return 0 if self.stack is None else _depth(self._checkpoints[model], self.stack)
+
+    def _check_kinds(self) -> None:
+        """Refuses a layer of one kind in the place of another, where only its number tells a model which kind it is."""
+        stack = self.stack
+        reference = self._checkpoints[self._reference(0).model]
+        if stack is None or has_layer_list(reference.config, stack, self._layout):
+            return
+        kinds = [reference.layout.suffixes(stack.prefix, layer) for layer in range(_depth(reference, stack))]
+        for output, (model, layer) in enumerate(self.origins()):
+            expected = kinds[min(output, len(kinds) - 1)]
+            if self._checkpoints[model].layout.suffixes(stack.prefix, layer) != expected:
+                raise RecipeError(
+                    f"slices: layer {output} of the output is layer {layer} of {model}, which is of another kind than "
+                    f"layer {output} of {stack.prefix} (other tensors), and config.json has no list of the kinds"
+                )
 
     def _counted_layers(self) -> Iterator[_Slot]:
-        main = self._layout.main
-        if main is None:
+        if self.stack is None:
             return
-        for output, place in enumerate(layer_places(self._recipe, self._layout.layer_count)):
+        for output, place in enumerate(layer_places(self.recipe, self.stack.length)):
             origin = self._reference(place.slice_index)
             held = self._checkpoints[origin.model]
-            for suffix in _suffixes(held, origin.start + place.offset):
-                yield _Slot(self._layout.name(main.prefix, output, suffix), place, suffix)
+            for suffix in held.layout.suffixes(self.stack.prefix, origin.start + place.offset):
+                yield _Slot(self._layout.name(self.stack.prefix, output, suffix), place, suffix)
 
     def operation(self, slot: _Slot) -> Operation:
         """The operation of one output tensor, without its digest.
@@ -176,7 +295,7 @@ class _Planner:
         identify = self._identify or inputs.method.stochastic
         sources = tuple(self._found(source, slot, identify) for source in inputs.sources)
         names = [source.tensor for source in sources]
-        resolved = resolve(self._recipe, slot.place.slice_index, slot.output, slot.place.t, names)
+        resolved = resolve(self.recipe, slot.place.slice_index, slot.output, slot.place.t, names)
         base = self._found(inputs.base, slot, self._identify) if inputs.base else None
         origin = base or sources[0]
         info = self._checkpoints[origin.model].tensors[origin.tensor]
@@ -186,17 +305,14 @@ class _Planner:
             return Operation(slot.output, info.shape, wanted, COPY, None, (origin,), Settings(), scale=scale)
         method = resolved.method.name
         return Operation(
-            slot.output, info.shape, wanted, method, base, sources, resolved.settings, seed=self._recipe.seed
+            slot.output, info.shape, wanted, method, base, sources, resolved.settings, seed=self.recipe.seed
         )
 
     def _found(self, model: SliceInput, slot: _Slot, identify: bool) -> Input:
         checkpoint = self._checkpoints[model.model]
         name = slot.output
-        if slot.suffix is not None:
-            stack = checkpoint.layout.main
-            if stack is None:
-                raise RecipeError(f"{model.model} has no single stack of layers")
-            name = checkpoint.layout.name(stack.prefix, model.start + slot.place.offset, slot.suffix)
+        if slot.suffix is not None and self.stack is not None:
+            name = checkpoint.layout.name(self.stack.prefix, model.start + slot.place.offset, slot.suffix)
         if name not in checkpoint.tensors:
             raise RecipeError(f"{model.model} has no tensor {name}")
         return Input(model.model, name, checkpoint.fingerprint if identify else "")
@@ -210,61 +326,75 @@ class _Planner:
         if residual == 1.0:
             return scale
         if origin.model not in self._writers:
-            self._writers[origin.model] = _writers(self._checkpoints[origin.model])
+            self._writers[origin.model] = _writers(self._checkpoints[origin.model], self.stack)
         return scale * residual if origin.tensor in self._writers[origin.model] else scale
 
     def origins(self) -> tuple[tuple[str, int], ...]:
         """The (model, layer) that each output layer mainly comes from, for what the config says layer by layer."""
-        if self._layout.main is None:
+        if self.stack is None:
             return ()
         found = []
-        for place in layer_places(self._recipe, self._layout.layer_count):
+        for place in layer_places(self.recipe, self.stack.length):
             origin = self._reference(place.slice_index)
             found.append((origin.model, origin.start + place.offset))
         return tuple(found)
 
 
 def _refuse_tokenizer_work(recipe: Recipe) -> None:
-    """Says what would otherwise be passed over in silence: the tokenizer is the base's, or the first model's.
+    """Says what would otherwise be passed over in silence: the models' vocabularies were not aligned.
 
     Raises:
-        RecipeError: When the recipe asks for another tokenizer or chat template.
+        RecipeError: When the recipe asks for a tokenizer.
     """
-    asked = {"tokenizer_source": recipe.tokenizer_source, "tokenizer": recipe.tokenizer}
-    asked["chat_template"] = recipe.chat_template
-    problems = [
-        f"{key}: not carried out; the merged model takes {recipe.models()[0]}'s tokenizer and chat template as they are"
-        for key, value in asked.items()
-        if value is not None and not (key == "tokenizer_source" and value == "base")
-    ]
-    if problems:
-        raise RecipeError(problems)
+    if recipe.asks_for_tokenizer:
+        key = "tokenizer" if recipe.tokenizer_source is None else "tokenizer_source"
+        raise RecipeError(f"{key}: not carried out here: every candidate of a search has one and the same tokenizer")
+
+
+def _slerp_of(recipe: Recipe) -> Recipe:
+    """The recipe with every slice merged by SLERP."""
+    slices = tuple(replace(part, merge_method=None) for part in recipe.slices)
+    return replace(recipe, merge_method="slerp", slices=slices)
+
+
+def _slerped_tables(recipe: Recipe, reference: Checkpoint) -> frozenset[str]:
+    """The tensors of the vocabulary that ``embed_slerp`` takes out of the recipe's method.
+
+    It does so under a tokenizer source, by ``t`` or else by the weights, and not where layers are copied.
+    """
+    if not recipe.asks_for_tokenizer:
+        return frozenset()
+    found = []
+    for name in vocabulary_tensors(reference.layout, reference.tensors):
+        last = reference.layout.locate(name).position == "after"
+        part = len(recipe.parts) - 1 if last else 0
+        wanted = lookup(recipe, part, EMBED_SLERP, name, 0.0)
+        if wanted and not slice_inputs(recipe, part).method.copies_layers:
+            found.append(name)
+    return frozenset(found)
 
 
 def _refuse_misfits(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
     """Names the checkpoints that cannot be merged, before any tensor is looked at."""
     base = recipe.base_model
     sources = {model: checkpoints[model] for model in recipe.models() if model != base}
-    problems = check_compatible(checkpoints[base] if base else None, sources)
+    sliced = any(part.length is not None for part in recipe.parts)
+    problems = check_compatible(checkpoints[base] if base else None, sources, layers_may_differ=sliced)
     if problems:
         raise CheckpointError(problems)
 
 
-def _suffixes(checkpoint: Checkpoint, layer: int) -> list[str]:
-    """Names of a layer's tensors within the layer, in order."""
-    stack = checkpoint.layout.main
-    if stack is None:
-        return []
-    start = checkpoint.layout.name(stack.prefix, layer, "")
-    return [name.removeprefix(start) for name in checkpoint.tensors if name.startswith(start)]
+def _depth(checkpoint: Checkpoint, stack: Stack) -> int:
+    """How many layers a model has in what is called like another's stack."""
+    return next((own.length for own in checkpoint.layout.stacks if own.prefix == stack.prefix), 0)
 
 
-def _writers(checkpoint: Checkpoint) -> frozenset[str]:
+def _writers(checkpoint: Checkpoint, stack: Stack | None) -> frozenset[str]:
     """The tensors that `residual_scale` multiplies."""
-    layout = checkpoint.layout
-    if layout.main is None:
+    if stack is None:
         return frozenset()
-    layers = (residual_writers(layout, checkpoint.tensors, layer) for layer in range(layout.layer_count))
+    layout, tensors, depth = checkpoint.layout, checkpoint.tensors, _depth(checkpoint, stack)
+    layers = (residual_writers(layout, tensors, layer, stack=stack.prefix) for layer in range(depth))
     return frozenset(name for layer in layers for name in layer)
 
 

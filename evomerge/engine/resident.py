@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +52,21 @@ class Resident:
         checkpoints: Open checkpoints by reference.
         dtype: What the model computes in; None for the plan's own dtypes.
         device: Where it lives.
+        private: Copy what could be bound, so that nothing of the model is a view of a checkpoint's file.
     """
 
     def __init__(
-        self, checkpoints: Mapping[str, Checkpoint], dtype: torch.dtype | None = None, device: str = "cpu"
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        *,
+        private: bool = False,
     ) -> None:
         self.store = FactStore(checkpoints, room=_ROOM)
         self._dtype = dtype
         self._device = torch.device(device)
+        self._private = private
         self._skeletons: OrderedDict[str, nn.Module] = OrderedDict()
         self._owned: dict[str, Tensor] = {}
         self._digests: dict[str, str] = {}
@@ -73,22 +82,21 @@ class Resident:
         """
         model = self._skeleton(plan)
         slots = _slots(model)
-        unknown = [op.output for op in plan.operations if op.output not in slots]
-        missing = sorted(set(slots) - {op.output for op in plan.operations} - _tied(model))
-        if unknown or missing:
-            raise CandidateError(
-                f"{type(model).__name__} does not have the checkpoint's tensors one by one: "
-                f"unexpected {unknown[:3]}, missing {missing[:3]}"
-            )
         bound, kept, stale = self._sort(plan.operations)
         self._compute(stale, plan.family)
-        for operation in plan.operations:
-            value = self._owned.get(operation.output)
-            if value is None or operation.output in bound:
-                value = self.store.flat(operation.sources[0]).view(operation.shape)
-            _bind(slots[operation.output], value)
-        model.tie_weights()  # type: ignore[operator]
+        state = {op.output: self._value(op, op.output in bound) for op in plan.operations}
+        if state.keys() <= slots.keys() <= state.keys() | _tied(model):
+            for name, value in state.items():
+                _bind(slots[name], value)
+            model.tie_weights()  # type: ignore[operator]
+        else:
+            model = _loaded(type(model), plan.config, state, self._dtype, self._device)
         return model, Written(len(stale), len(bound), kept)
+
+    def _value(self, operation: Operation, bound: bool) -> Tensor:
+        """The operation's result: storage of our own, or the source's where it serves as it is."""
+        held = None if bound else self._owned.get(operation.output)
+        return self.store.flat(operation.sources[0]).view(operation.shape) if held is None else held
 
     def _sort(self, operations: Iterable[Operation]) -> tuple[set[str], int, list[Operation]]:
         """(outputs that a stored tensor serves as it is, how many are there already, what has to be computed)."""
@@ -105,7 +113,7 @@ class Resident:
     def _bindable(self, operation: Operation) -> bool:
         """The stored tensor is already what the model needs."""
         wanted = self._dtype or TORCH_DTYPES[operation.dtype]
-        if operation.method != COPY or operation.scale != 1.0 or self._device.type != "cpu":
+        if self._private or operation.method != COPY or operation.scale != 1.0 or self._device.type != "cpu":
             return False
         stored = self.store.flat(operation.sources[0]).dtype
         return stored == wanted and stored == TORCH_DTYPES[operation.dtype]
@@ -156,18 +164,78 @@ def empty_model(config: Mapping[str, object], device: torch.device) -> nn.Module
         CandidateError: When the config names no architecture that transformers knows.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     content = dict(config)
     if "model_type" not in content:
         raise CandidateError("the merged config.json has no model_type: a model cannot be built from it")
     resolved = AutoConfig.for_model(**content)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(resolved)
+        model = _model_class(config)._from_config(resolved)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _model_class(config: Mapping[str, object]) -> Any:
+    """The class that config.json names, else the causal language model of its type."""
+    import transformers
+
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else []:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = type(transformers.AutoConfig.for_model(str(config["model_type"])))
+    if kind not in mapping:
+        raise CandidateError(f"the merged config.json names no model class: architectures is {named!r}")
+    return mapping[kind]
+
+
+def _loaded(
+    kind: type[nn.Module],
+    config: Mapping[str, object],
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> nn.Module:
+    """A new model by transformers' own loading.
+
+    For architectures whose modules are not the checkpoint's tensors one by one: it renames them, and puts the experts
+    of a layer into one tensor, which costs a copy of them.
+
+    Raises:
+        CandidateError: When tensors are missing or left over.
+    """
+    from transformers import AutoConfig
+
+    with _no_progress_bar():
+        model, report = kind.from_pretrained(  # type: ignore[attr-defined]
+            None,
+            config=AutoConfig.for_model(**dict(config)),
+            state_dict=state,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+        )
+    wrong = {key: sorted(map(str, names))[:3] for key, names in report.items() if names}
+    if wrong:
+        raise CandidateError(f"{kind.__name__} does not have the checkpoint's tensors: {wrong}")
+    return model.to(device).requires_grad_(False).eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 Slot = tuple[nn.Module, str]

@@ -82,7 +82,8 @@ class Facts(Protocol):
     """Whole-tensor facts that a method may need while it sees one block of a tensor at a time.
 
     Source i is counted as in `Block.sources`. `scope` "model" means the flattened whole model instead of this tensor.
-    All sums are accumulated in float64.
+    All sums are accumulated in float64. What is said element by element is on the block's device; inner products and
+    variances, of which coefficients are made, are in memory.
     """
 
     def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:

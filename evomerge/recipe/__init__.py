@@ -2,7 +2,8 @@
 
 from evomerge.recipe.frankenmerge import expand_frankenmerge, random_pattern
 from evomerge.recipe.model import Recipe, Slice, Source
-from evomerge.recipe.parse import DTYPES, load_recipe, parse_recipe
+from evomerge.recipe.parse import load_recipe, parse_recipe
+from evomerge.recipe.reader import DTYPES
 from evomerge.recipe.references import resolve_models, resolve_reference
 from evomerge.recipe.resolve import (
     Input,

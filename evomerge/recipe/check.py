@@ -9,6 +9,7 @@ from evomerge.methods.declaration import Method
 from evomerge.recipe.fields import Findings, join
 from evomerge.recipe.frankenmerge import pattern_problems
 from evomerge.recipe.model import Recipe, Slice
+from evomerge.recipe.parameter_fields import EMBED_SLERP
 from evomerge.recipe.resolve import SliceInputs, base_needed, resolve, slice_inputs
 from evomerge.recipe.settings import Parameters, conditionals
 
@@ -17,6 +18,17 @@ MAX_PATTERN_MODELS = 26
 
 def check_recipe(found: Findings, recipe: Recipe, methods: Mapping[str, Method]) -> None:
     """Adds to `found` what is wrong with a recipe whose keys, types and ranges are right."""
+    for one in recipe.modules or (recipe,):
+        _check_parts(found, one, methods)
+    if recipe.parameters.get(EMBED_SLERP) and not recipe.asks_for_tokenizer:
+        found.warn(f"parameters.{EMBED_SLERP}", "has no effect without tokenizer_source")
+    known = recipe.models()
+    for model, _ in recipe.input_model_parameters:
+        if model not in known:
+            found.error(f"input_model_parameters.{model}", f"is no model of this recipe{suggest(model, known)}")
+
+
+def _check_parts(found: Findings, recipe: Recipe, methods: Mapping[str, Method]) -> None:
     for index, part in enumerate(recipe.parts):
         path = _part_path(recipe, index)
         inputs = slice_inputs(recipe, index, methods=methods)
@@ -29,10 +41,6 @@ def check_recipe(found: Findings, recipe: Recipe, methods: Mapping[str, Method])
         _check_required(found, path, recipe, part, inputs)
         if len(found.problems) == before:
             _probe(found, path, recipe, index, methods)
-    known = recipe.models()
-    for model, _ in recipe.input_model_parameters:
-        if model not in known:
-            found.error(f"input_model_parameters.{model}", f"is no model of this recipe{suggest(model, known)}")
 
 
 def _part_path(recipe: Recipe, index: int) -> str:

@@ -17,7 +17,7 @@ from evomerge.recipe.settings import Parameters, Setting, chain, restrict
 
 
 def expand_frankenmerge(recipe: Recipe, layer_count: int, *, methods: Mapping[str, Method] = METHODS) -> Recipe:
-    """Writes a frankenmerge of whole models out as slices; any other recipe comes back as it is.
+    """Writes a frankenmerge of whole models out as slices; any other recipe, and one of modules, comes back as it is.
 
     Output layer k is layer k of the model that the pattern's letter k names (A is the first listed); a short pattern
     starts over, and without one every layer draws its model from the recipe's seed. Gradients run over the whole stack.
@@ -31,7 +31,7 @@ def expand_frankenmerge(recipe: Recipe, layer_count: int, *, methods: Mapping[st
         RecipeError: The pattern is longer than the models, or has letters that no model answers to.
     """
     method = methods[recipe.merge_method]
-    if recipe.slices or not method.copies_layers:
+    if recipe.slices or recipe.modules or not method.copies_layers:
         return recipe
     pattern, seed = recipe.parameters.get("pattern"), recipe.parameters.get("seed", recipe.seed)
     count = len(recipe.sources)

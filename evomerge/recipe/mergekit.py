@@ -64,6 +64,7 @@ _BASE_AMONG_SOURCES = (
 )
 _SOURCES = {"slerp": 1, "nearswap": 1, "nuslerp": 2}  # that mergekit takes, beside the base
 _COPIED = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
+_OLD_SOURCE = "model:"  # older versions wanted this before a model's name, today's does not know it
 
 
 def mergekit_mapping(recipe: Recipe) -> dict[str, Any] | None:
@@ -72,6 +73,10 @@ def mergekit_mapping(recipe: Recipe) -> dict[str, Any] | None:
     None for methods and parameters that mergekit lacks, a method or residual scale of a slice's own, a pattern, and
     models that only we can read. A seed is left out: mergekit draws without one.
     """
+    if recipe.modules:
+        said = [mergekit_mapping(module) for module in recipe.modules]
+        modules = {name: body for one in said if one is not None for name, body in one["modules"].items()}
+        return None if said[0] is None or None in said else said[0] | {"modules": modules}
     method = _NAMES.get(recipe.merge_method, recipe.merge_method)
     if method not in _KNOWN or not (_sayable_parts(recipe, method) and _sayable_settings(recipe, method)):
         return None
@@ -92,7 +97,13 @@ def mergekit_mapping(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.merge_method == "dare" and not any(name == "normalize" for name, _ in _all_settings(recipe)):
         mapping["parameters"] = mapping.get("parameters", {}) | {"normalize": True}
     whole = recipe.to_mapping()
-    return mapping | {key: whole[key] for key in _COPIED if key in whole}
+    return mapping | {key: _todays(key, whole[key]) for key in _COPIED if key in whole}
+
+
+def _todays(key: str, value: Any) -> Any:
+    if key == "tokenizer":
+        return value | {"source": value["source"].removeprefix(_OLD_SOURCE)}
+    return value.removeprefix(_OLD_SOURCE) if key == "tokenizer_source" else value
 
 
 def _sayable_parts(recipe: Recipe, method: str) -> bool:
@@ -118,6 +129,9 @@ def _sayable_settings(recipe: Recipe, method: str) -> bool:
     """Whether no setting asks for what mergekit does not do."""
     implied = _IMPLIED.get(method, {})
     settings = list(_all_settings(recipe))
+    # Today's mergekit passes over embed_slerp: what it asks for is what SLERP does anyway, and no other method.
+    if method != "slerp" and recipe.asks_for_tokenizer and any(n == "embed_slerp" and s for n, s in settings):
+        return False
     if any(name in implied and setting != implied[name] for name, setting in settings):
         return False
     if method.startswith("della") and not _within_reach(settings):

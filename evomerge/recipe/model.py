@@ -12,7 +12,7 @@ from typing import Any
 from evomerge.recipe.mergekit import mergekit_mapping
 from evomerge.recipe.settings import Parameters, plain
 from evomerge.recipe.tokenizer import TokenizerBlock
-from evomerge.strict_yaml import write_yaml
+from evomerge.strict_yaml import write_documents
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ class Recipe:
         slices: The output's layers from first to last, when they are given.
         parameters: What is set for all.
         input_model_parameters: (model, what is set for it wherever it is a source), sorted by model.
-        module: Name of the one entry of a ``modules:`` block, or None.
+        module: Name of the entry of a ``modules:`` block that this is, or None.
         module_parameters: What is set for that module.
+        modules: The merge of each entry of a ``modules:`` block of several; `sources` and `slices` are then empty.
         dtype: mergekit's working dtype; here the output's, when `out_dtype` is None.
         out_dtype: The output's dtype.
         tokenizer_source: ``base``, ``union``, ``model:PATH`` or a path; exclusive with `tokenizer`.
@@ -95,6 +96,7 @@ class Recipe:
         chat_template: ``auto``, a template's name, or the template.
         seed: For methods that draw random numbers.
         name: What other recipes may call the result.
+        steps: The merges to carry out before this one, in order; this one, and those after each, name their results.
         warnings: What parsing found odd but possible; no part of the recipe's identity.
     """
 
@@ -106,6 +108,7 @@ class Recipe:
     input_model_parameters: tuple[tuple[str, Parameters], ...] = ()
     module: str | None = None
     module_parameters: Parameters = field(default_factory=Parameters)
+    modules: tuple[Recipe, ...] = ()
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | None = None
@@ -113,11 +116,14 @@ class Recipe:
     chat_template: str | None = None
     seed: int = 0
     name: str | None = None
+    steps: tuple[Recipe, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def parts(self) -> tuple[Slice, ...]:
-        """The slices; the ``models:`` form is one slice of all layers."""
+        """The slices, of all modules; the ``models:`` form is one slice of all layers."""
+        if self.modules:
+            return tuple(part for module in self.modules for part in module.parts)
         return self.slices or (Slice(sources=self.sources),)
 
     @property
@@ -125,17 +131,38 @@ class Recipe:
         """The dtype to write, or None for that of the models."""
         return self.out_dtype or self.dtype
 
+    @property
+    def asks_for_tokenizer(self) -> bool:
+        """Whether the merged model's vocabulary is more than the base's (or first model's) as it is."""
+        return self.tokenizer_source is not None or self.tokenizer is not None
+
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal characters that depend on what the recipe says, not on key order or on 1 against 1.0."""
         mapping = self.to_mapping()
         mapping.pop("name", None)
+        if self.steps:
+            mapping["steps"] = [[step.name, step.digest] for step in self.steps]
         text = json.dumps(_canonical(mapping), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def models(self) -> tuple[str, ...]:
-        """Every model whose weights are read, without repeats: the base first, then in order of appearance."""
+        """Every model whose weights are read, without repeats: the base first, then in order of appearance.
+
+        An earlier step counts as the model that it makes.
+        """
         return tuple(dict.fromkeys(self._references()))
+
+    def external_models(self) -> tuple[str, ...]:
+        """Every model that has to be there before anything is merged: those of all steps, no step's result."""
+        made = {step.name for step in self.steps}
+        every = [reference for document in self.documents for reference in document.models()]
+        return tuple(dict.fromkeys(reference for reference in every if reference.partition("+")[0] not in made))
+
+    @property
+    def documents(self) -> tuple[Recipe, ...]:
+        """Every merge in the order of the work, this one last."""
+        return (*self.steps, self)
 
     def _references(self) -> Iterator[str]:
         if self.base_model is not None:
@@ -147,17 +174,15 @@ class Recipe:
                 yield source.model
 
     def to_mapping(self) -> dict[str, Any]:
-        """The recipe as plain values, as in YAML; `parse_recipe` reads it back as an equal recipe."""
+        """This merge, without its steps, as in YAML; `parse_recipe` reads it back as an equal recipe."""
         mapping: dict[str, Any] = {"name": self.name, "merge_method": self.merge_method, "base_model": self.base_model}
-        body: dict[str, Any] = {}
-        if self.slices:
-            body["slices"] = [part.to_mapping() for part in self.slices]
+        if self.modules or self.module is not None:
+            mapping["modules"] = {
+                str(module.module): module._body() | _parameters("parameters", module.module_parameters)
+                for module in self.modules or (self,)
+            }
         else:
-            body["models"] = [source.to_mapping() for source in self.sources]
-        if self.module is not None:
-            mapping["modules"] = {self.module: body | _parameters("parameters", self.module_parameters)}
-        else:
-            mapping |= body
+            mapping |= self._body()
         mapping |= _parameters("parameters", self.parameters)
         if self.input_model_parameters:
             entries = {model: _plain_items(items) for model, items in self.input_model_parameters}
@@ -168,17 +193,30 @@ class Recipe:
         mapping["seed"] = self.seed or None
         return {key: value for key, value in mapping.items() if value is not None}
 
+    def _body(self) -> dict[str, Any]:
+        if self.slices:
+            return {"slices": [part.to_mapping() for part in self.slices]}
+        return {"models": [source.to_mapping() for source in self.sources]}
+
     def to_yaml(self) -> str:
-        """The recipe as YAML."""
-        return write_yaml(self.to_mapping())
+        """The recipe as YAML, a document for each step."""
+        return write_documents(document.to_mapping() for document in self.documents)
 
     def to_mergekit_yaml(self) -> str | None:
         """The recipe as mergekit would have it, or None where mergekit cannot say the same.
 
         A frankenmerge given by a pattern is said in slices: pass it through `expand_frankenmerge` first.
         """
-        mapping = mergekit_mapping(self)
-        return None if mapping is None else write_yaml(mapping)
+        documents = []
+        for document in self.documents:
+            mapping = mergekit_mapping(document)
+            if mapping is None:
+                return None
+            named = (
+                {"name": document.name} if document is not self else {}
+            )  # unnamed is what mergekit-multi calls final
+            documents.append(named | mapping)
+        return write_documents(documents)
 
 
 def _plain_items(parameters: Parameters) -> dict[str, Any]:

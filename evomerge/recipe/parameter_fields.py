@@ -11,8 +11,9 @@ from evomerge.recipe.fields import Findings, choice_at, integer_at, join, kind_o
 from evomerge.recipe.settings import Conditional, Gradient, Parameters, Scalar, Setting
 
 # What a recipe may set beside a method's own parameters. `int8_mask` (mergekit's way to save memory) changes nothing
-# here; `embed_slerp` is about embeddings under a tokenizer source.
-EVERYWHERE = (Parameter("int8_mask", default=False, kind="bool"), Parameter("embed_slerp", default=False, kind="bool"))
+# here; `embed_slerp` merges embeddings and head by SLERP under a tokenizer source.
+EMBED_SLERP = "embed_slerp"
+EVERYWHERE = (Parameter("int8_mask", default=False, kind="bool"), Parameter(EMBED_SLERP, default=False, kind="bool"))
 RESIDUAL_SCALE = Parameter("residual_scale", default=1.0)
 LAYOUT_NAMES = ("pattern", "seed")  # of methods that copy layers: about the order of layers, not about any tensor
 

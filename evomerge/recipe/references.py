@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,37 @@ def _resolve_part(part: str, beside: Path | None) -> str:
     return part if found is None else str(found)
 
 
-def resolve_models(recipe: Recipe, beside: Path | None) -> Recipe:
-    """The recipe with every local model reference in it made absolute."""
+def without_adapter(reference: str) -> str:
+    """What stands before the first plus sign: the model itself, where no name has a plus sign in it."""
+    return reference.partition("+")[0].strip()
+
+
+def resolve_models(recipe: Recipe, beside: Path | None, *, names: Container[str] = ()) -> Recipe:
+    """The recipe with every local model reference in it made absolute.
+
+    Args:
+        recipe: The recipe.
+        beside: The file or folder to look beside first; see `resolve_path`.
+        names: Other merges' names, which mean those merges' results, whatever folder is called the same.
+    """
 
     def resolved(reference: str) -> str:
+        model, plus, adapter = reference.partition("+")
+        if model.strip() in names:
+            return f"{model.strip()}{plus}{_resolve_part(adapter, beside) if plus else ''}"
         return resolve_reference(reference, beside)
 
+    return _resolved(recipe, resolved)
+
+
+def _resolved(recipe: Recipe, resolved: Callable[[str], str]) -> Recipe:
     inputs = [(resolved(model), parameters) for model, parameters in recipe.input_model_parameters]
     return replace(
         recipe,
         base_model=_optional(recipe.base_model, resolved),
         sources=tuple(_source(source, resolved) for source in recipe.sources),
         slices=tuple(_slice(part, resolved) for part in recipe.slices),
+        modules=tuple(_resolved(module, resolved) for module in recipe.modules),
         input_model_parameters=tuple(sorted(inputs, key=lambda entry: entry[0])),
         tokenizer_source=_optional(recipe.tokenizer_source, lambda text: _tokenizer_model(text, resolved)),
         tokenizer=None if recipe.tokenizer is None else _tokenizer(recipe.tokenizer, resolved),

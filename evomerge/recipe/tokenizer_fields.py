@@ -50,6 +50,8 @@ def _rule(found: Findings, path: str, value: Any) -> TokenRule:
         found.error(join(path, "force"), f"expected true or false, got {kind_of(force)}")
         force = False
     source = fields.get("source")
+    if force and source is None:
+        found.error(path, "force needs a source: it says where the token comes from in every model")
     return TokenRule(None if source is None else _token_source(found, join(path, "source"), source), force)
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.engine.disk import merge_to_folder, parse_size
-from evomerge.errors import BadInput, OutputError, RecipeError
+from evomerge.errors import BadInput, OutputError
 from evomerge.recipe import parse_recipe
 from tests.engine.recipes import recipe_for, single
 from tests.frame import files
@@ -233,11 +233,3 @@ def test_sizes(text: str | int, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(BadInput, match="is no size such as 500MB or 5GB"):
         parse_size(text)
-
-
-def test_tokenizer_work_is_refused_not_ignored(tiny_family: dict[str, Path], tmp_path: Path) -> None:
-    models = [{"model": str(tiny_family[name]), "parameters": {"weight": 1.0}} for name in "ab"]
-    recipe = parse_recipe({"merge_method": "linear", "models": models, "tokenizer_source": "union"})
-    with pytest.raises(RecipeError, match="tokenizer_source: not carried out"):
-        merge_to_folder(recipe, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -18,8 +18,8 @@ from evomerge import threads
 from evomerge.engine import compiled, facts, selection
 from evomerge.engine import execute as engine
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
-from evomerge.engine.facts import OperationFacts
 from evomerge.engine.operation import COPY, Input, Operation
+from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.declaration import Method, Settings
 from evomerge.methods.facts import merge_tensors
 from evomerge.methods.registry import METHODS

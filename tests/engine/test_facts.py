@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.engine.facts import CHUNK, OperationFacts
+from evomerge.engine.facts import CHUNK
 from evomerge.engine.operation import Input
+from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.facts import TensorFacts
 from evomerge.methods.random_field import field_key
 from evomerge.methods.trim import kept

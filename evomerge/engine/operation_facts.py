@@ -1,0 +1,163 @@
+"""What a method may ask about one operation's tensors (`Facts`), answered from the facts of the whole run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evomerge.engine.facts import FactStore, Members
+from evomerge.engine.operation import Input
+from evomerge.engine.selection import Histogram
+from evomerge.methods.declaration import Cut, Scope
+from evomerge.methods.random_field import field_key, kept_elements, uniform16
+
+T = TypeVar("T")
+
+
+def _pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
+    if index >= 0:
+        return sources[index]
+    if base is None:
+        raise ValueError("an operation without a base has no base to multiply")
+    return base
+
+
+@dataclass(frozen=True)
+class OperationFacts:
+    """`Facts` of one operation, over the run's `FactStore`; `at` gives those of one of its blocks.
+
+    Attributes:
+        store: Where whole-tensor facts are kept.
+        base: The base's tensor.
+        sources: The sources' tensors.
+        columns: Row length of the tensor: its size over its first dimension, or its size where it is a vector.
+        output: Name of the output tensor, which seeds the random field.
+        seed: The recipe's seed.
+        family: The operation's tensors and its fellows' for `scope: model`: one (base, sources) per tensor, in order.
+        shape: Shape of the block.
+        start: Flat index of its first element.
+        whole: Shape of the tensor.
+        device: Where the block is, when that is not in memory; what is said of its elements goes there.
+        cuts: What of this operation was asked for already.
+    """
+
+    store: FactStore
+    base: Input | None
+    sources: tuple[Input, ...]
+    columns: int
+    output: str
+    seed: int
+    family: Members = ()
+    shape: tuple[int, ...] = ()
+    start: int = 0
+    whole: tuple[int, ...] = ()
+    device: torch.device | None = None
+    cuts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Elements of the tensor."""
+        return self.store.flat(self.sources[0]).numel()
+
+    def at(self, start: int, shape: tuple[int, ...]) -> OperationFacts:
+        """The facts as seen from one block."""
+        return replace(self, start=start, shape=shape)
+
+    def _members(self, scope: Scope) -> Members:
+        return self.family if scope == "model" else ((self.base, self.sources),)
+
+    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:
+        def find() -> Cut:
+            members = self._members(scope)
+            here = members.index((self.base, self.sources))
+            return self.store.trim(tuple((base, sources[source]) for base, sources in members), here, density)
+
+        return self._asked(("trim", source, density, scope), find)
+
+    def band(self, source: int, density: float, gamma: float) -> tuple[Cut, Cut]:
+        pair = (self.base, self.sources[source])
+        return self._asked(("band", source, density, gamma), lambda: self.store.band(pair, density, gamma))
+
+    def selection(self, fraction: float) -> tuple[Cut, list[float]]:
+        base, *sources = self.inputs([-1, *range(len(self.sources))])
+        return self._asked(("selection", fraction), lambda: self.store.selection(base, tuple(sources), fraction))
+
+    def _asked(self, key: tuple[Any, ...], find: Callable[[], T]) -> T:
+        """The answer to a question of this operation; asked of the store once."""
+        if key not in self.cuts:
+            self.cuts[key] = find()
+        answer: T = self.cuts[key]
+        return answer
+
+    def magnitudes(self, source: int) -> Histogram:
+        """The magnitudes of a source's delta, counted."""
+        return self.store.histogram(self.base, self.sources[source])
+
+    def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
+        return math.fsum(
+            self.store.dot(base if of == "deltas" else None, _pick(base, sources, left), _pick(base, sources, right))
+            for base, sources in self._members(scope)
+        )
+
+    def products(
+        self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
+    ) -> Tensor:
+        one, other = (_pick(self.base, self.sources, index) for index in (left, right))
+        shape = self.whole if len(self.whole) > 1 else (1, self.size)
+        along = along if len(self.whole) > 1 else "rows"
+        found = self.store.products(self.base if of == "deltas" else None, one, other, shape, along)
+        if along == "columns":
+            return found.view(1, -1, 1)
+        vectors = math.prod(shape[1:-1])
+        return self._rows_here(found.view(-1, vectors, 1))
+
+    def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
+        if scope == "tensor":
+            return self.store.variance(self.base, self.sources[source], None)
+        return self._rows_here(self.store.variance(self.base, self.sources[source], self.columns)).unsqueeze(1)
+
+    def importance(self, source: int) -> tuple[Tensor, float]:
+        base, theirs = self.inputs([-1, source])
+        factors, threshold = self.store.importance(base, theirs, max(1, self.columns))
+        return self._rows_here(factors).to(self.device), threshold
+
+    def _rows_here(self, each: Tensor) -> Tensor:
+        first = self.start // self.columns if self.columns else 0
+        return each[first : first + self.shape[0]]
+
+    def levels(self, source: int) -> Tensor:
+        stop = self.start + math.prod(self.shape)
+        found = self.store.levels(self.base, self.sources[source], max(1, self.columns), self.start, stop)
+        return torch.from_numpy(found).view(self.shape).to(self.device)
+
+    def field(self, source: int) -> Tensor:
+        numbers = uniform16(self.key(source), self.start, math.prod(self.shape))
+        return torch.from_numpy(numbers.astype(np.int32)).view(self.shape).to(self.device)
+
+    def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return self.store.remember((key, self.base, self.sources, self.device), compute)
+
+    def key(self, source: int) -> tuple[int, int]:
+        """The key of a source's random field for this tensor."""
+        return field_key(self.seed, self.output, self.sources[source].fingerprint)
+
+    def keep(self, source: int, density: float) -> Tensor:
+        mask = kept_elements(self.key(source), self.start, math.prod(self.shape), density)
+        return torch.from_numpy(mask).view(self.shape).to(self.device)
+
+    def inputs(self, indices: Sequence[int]) -> tuple[Input, ...]:
+        """The tensors of these sources; -1 is the base.
+
+        Raises:
+            ValueError: There is no base.
+        """
+        found = tuple(self.base if index < 0 else self.sources[index] for index in indices)
+        if any(tensor is None for tensor in found):
+            raise ValueError("this operation has no base")
+        return tuple(tensor for tensor in found if tensor is not None)

@@ -1,0 +1,127 @@
+"""Plain safetensors files, key by key: whatever tensors they hold, with no model or layout behind them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.header import name_some, shape_text
+from evomerge.checkpoints.lock import output_lock
+from evomerge.engine.disk import Progress, write_checkpoint
+from evomerge.engine.dtypes import FLOATS
+from evomerge.engine.facts import FactStore
+from evomerge.engine.operation import COPY, Input, Operation
+from evomerge.engine.plan import Plan
+from evomerge.errors import CheckpointError, OutputError
+from evomerge.methods.declaration import Settings
+from evomerge.methods.registry import get_method
+
+
+def plan_files(
+    checkpoints: Mapping[str, Checkpoint],
+    base: str,
+    files: Sequence[str],
+    method: str,
+    settings: Mapping[str, Any],
+    *,
+    seed: int = 0,
+) -> tuple[list[Operation], list[str]]:
+    """One operation for each of the base's tensors, over the files that have it.
+
+    Args:
+        checkpoints: Open files by reference.
+        base: The base's.
+        files: Those to merge into it.
+        method: A method that needs a base.
+        settings: Its per-source parameters, the same for every file.
+        seed: For methods that draw random numbers.
+
+    Returns:
+        The operations; and what is odd: tensors that not every file has. What no file has, and what is not of floating
+        point, is copied from the base.
+
+    Raises:
+        CheckpointError: Shapes or dtypes that do not fit, or a file that has none of the base's tensors.
+    """
+    origin = checkpoints[base]
+    found = [_fit(origin, name, checkpoints[name]) for name in dict.fromkeys(files)]
+    if problems := [problem for file in found for problem in file[0]]:
+        raise CheckpointError(problems)
+    drawing = get_method(method).stochastic
+    operations = []
+    for key, info in origin.tensors.items():
+        held = [name for name in files if key in checkpoints[name].tensors] if info.dtype in FLOATS else []
+        one = Input(base, key, "")
+        if held:
+            sources = tuple(Input(name, key, checkpoints[name].fingerprint if drawing else "") for name in held)
+            values = get_method(method).settings([settings] * len(held))
+            operations.append(Operation(key, info.shape, info.dtype, method, one, sources, values, seed))
+        else:
+            operations.append(Operation(key, info.shape, info.dtype, COPY, None, (one,), Settings()))
+    return operations, [note for file in found for note in file[1]]
+
+
+def _fit(base: Checkpoint, name: str, file: Checkpoint) -> tuple[list[str], list[str]]:
+    """(why a file cannot be merged into the base, what is odd about it)."""
+    theirs, ours = file.tensors, base.tensors
+    shared = sorted(theirs.keys() & ours.keys())
+    if not shared:
+        return [f"{name}: has none of the tensors of {base.reference}"], []
+    notes, problems = [], []
+    if lacking := sorted(ours.keys() - theirs.keys()):
+        notes.append(f"{name}: lacks {name_some(lacking)}: it takes no part there")
+    if extra := sorted(theirs.keys() - ours.keys()):
+        notes.append(f"{name}: has {name_some(extra)}, which {base.reference} lacks: left out")
+    for key in shared:
+        if theirs[key].shape != ours[key].shape:
+            shapes = f"{shape_text(theirs[key].shape)} against {shape_text(ours[key].shape)}"
+            problems.append(f"{name}: {key}: its shape is not the base's ({shapes})")
+        elif (theirs[key].dtype in FLOATS) != (ours[key].dtype in FLOATS):
+            problems.append(f"{name}: {key}: is {theirs[key].dtype}, the base's is {ours[key].dtype}")
+    return problems, notes
+
+
+def largest_deltas(operation: Operation, store: FactStore) -> list[float]:
+    """The largest magnitude of each source's delta, read chunk by chunk; NaN where an element is."""
+    largest = np.zeros(len(operation.sources))
+    if operation.base is None or math.prod(operation.shape) == 0:
+        return [float(size) for size in largest]
+    for _, rows in store.rows([operation.base, *operation.sources]):
+        largest = np.maximum(largest, np.abs(rows[1:] - rows[0]).max(axis=1))
+    return [float(size) for size in largest]
+
+
+def write_file(
+    operations: Sequence[Operation],
+    checkpoints: Mapping[str, Checkpoint],
+    out: Path,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Carries out operations into one safetensors file, streamed; it gets its name when it is complete.
+
+    Raises:
+        BadInput: NaN or infinite weights, by file and tensor.
+        OutputError: Writing failed; a file that was there is intact.
+    """
+    whole = out.resolve()
+    folder = whole.with_name(f".{whole.name}.writing")
+    plan = Plan(tuple(operations), {}, "", (), next(iter(checkpoints)))
+    try:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        with output_lock(whole.with_name(f".{whole.name}.lock"), out):
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                write_checkpoint(plan, checkpoints, folder, card="", max_shard_size=sys.maxsize, progress=progress)
+                (folder / "model.safetensors").replace(whole)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}") from error

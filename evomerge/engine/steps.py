@@ -1,0 +1,149 @@
+"""The earlier merges of a recipe with several documents: each a temporary checkpoint beside the output, read by map."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from evomerge.checkpoints.header import TensorInfo, TensorSpec
+from evomerge.checkpoints.lock import output_lock
+from evomerge.engine.plan import Plan, prepare
+from evomerge.errors import BadInput, EvoMergeError, OutputError
+from evomerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CarryOut(Protocol):
+    """Carries out one merge, its models open, into a folder."""
+
+    def __call__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], out: Path, /) -> None: ...
+
+
+@contextmanager
+def step_results(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], out: Path, carry_out: CarryOut
+) -> Iterator[Mapping[str, Checkpoint]]:
+    """Carries out the steps of a recipe; their results last as long as the block.
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Its external models, open, by reference.
+        out: Where the final result will be; temporary folders are made beside it and removed, whatever happens.
+        carry_out: Carries out one step.
+
+    Yields:
+        The checkpoints that the final merge reads, by reference.
+
+    Raises:
+        BadInput: Something is wrong with a step; as far as headers tell, that is found before the first is written.
+        OutputError: When writing fails.
+    """
+    if not recipe.steps:
+        yield checkpoints
+        return
+    plan_documents(recipe, checkpoints)
+    opened = dict(checkpoints)
+    with _folder_beside(out) as folder:
+        for number, step in enumerate(recipe.steps, start=1):
+            result = folder / f"step-{number}"
+            carry_out(step, opened, result)
+            opened |= {reference: _open(result, reference) for reference in _references_to(step, recipe)}
+        yield opened
+
+
+def _references_to(step: Recipe, recipe: Recipe) -> list[str]:
+    """How other documents mention the result of a step: its name, or its name with an adapter."""
+    every = dict.fromkeys(reference for document in recipe.documents for reference in document.models())
+    return [reference for reference in every if reference.partition("+")[0] == step.name]
+
+
+def _open(result: Path, reference: str) -> Checkpoint:
+    _, plus, adapter = reference.partition("+")
+    checkpoint = open_checkpoint(f"{result}{plus}{adapter}")
+    checkpoint.reference = reference  # messages speak of it as the recipe does
+    return checkpoint
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """A folder for intermediate results, cleared of what a killed process left there."""
+    whole = out.resolve()
+    folder = whole.parent / f".{whole.name}.steps"
+    with ExitStack() as stack:
+        try:
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(output_lock(whole.parent / f"{folder.name}.lock", out))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+def plan_documents(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], warn: Callable[[str], None] = lambda text: None
+) -> list[Plan]:
+    """Plans every merge of a recipe from headers alone, nothing carried out.
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Its external models, open, by reference.
+        warn: Called with what is odd but possible.
+
+    Returns:
+        The plans in the order of the work. They end before a document that cannot be planned without the tensors or
+        the tokenizer that an earlier one would make.
+
+    Raises:
+        BadInput: What is wrong with a document.
+    """
+    known, plans = dict(checkpoints), []
+    for document in recipe.documents:
+        if any(reference not in known for reference in document.models()):  # a step with an adapter
+            break
+        if (document.tokenizer_source or document.tokenizer) and set(document.models()) - set(checkpoints):
+            break
+        try:
+            plan, _, odd = prepare(document, known, identify=False)
+        except _NotThereYet:
+            break
+        except BadInput as error:
+            if document is recipe:
+                raise
+            raise type(error)([f"the merge '{document.name}': {problem}" for problem in error.problems]) from error
+        plans.append(plan)
+        for text in odd:
+            warn(text)
+        if document.name is not None:
+            known[document.name] = Checkpoint(document.name, None, plan.config, _Promised(plan))
+    return plans
+
+
+class _NotThereYet(EvoMergeError):
+    """A tensor that no step has made yet was asked for."""
+
+
+class _Promised:
+    """The weights that a plan will make: names, shapes and dtypes, no numbers."""
+
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, plan: Plan) -> None:
+        specs = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
+        self.tensors = {spec.name: TensorInfo(spec.name, spec.shape, spec.dtype, 0, spec.nbytes) for spec in specs}
+
+    def read(self, name: str) -> torch.Tensor:
+        raise _NotThereYet(name)
+
+    def release(self, name: str) -> None:
+        """There is nothing to let go of."""
+
+    def fingerprint(self) -> str:
+        return ""  # a plan that is not carried out draws nothing from it

@@ -1,0 +1,222 @@
+"""Looks at models before a search: whether they fit, how far apart they are, and a search.yaml to start from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.compatible import check_compatible, mixed_architectures, not_finite
+from evomerge.engine.card import licences
+from evomerge.engine.dtypes import FLOATS
+from evomerge.engine.facts import FactStore
+from evomerge.engine.operation import Input
+from evomerge.errors import BadInput, CheckpointError
+from evomerge.files import write_atomic
+from evomerge.methods.registry import METHODS
+from evomerge.recipe import resolve_reference
+from evomerge.spec import parse_spec
+from evomerge.strict_yaml import read_yaml, write_yaml
+from evomerge.tables import table
+
+_LOOK_AT = 50_000_000  # elements of each model: enough for three digits, and seconds for any model
+_CLEARLY = 0.9  # an ancestor is this much nearer to the others, all in all, than any of them is
+_EVERYWHERE = ("linear", "task_arithmetic", "ties", "dare_ties")
+_TASKS = ("arc_easy", "hellaswag")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How models lie to each other, over a sample of their tensors.
+
+    Attributes:
+        norms: Length of each model's weights, by reference.
+        distances: Length of the difference of two, by both references, in either order.
+        share: Fraction of the elements that were looked at.
+    """
+
+    norms: Mapping[str, float]
+    distances: Mapping[tuple[str, str], float]
+    share: float
+
+    def cosine(self, base: str, left: str, right: str) -> float:
+        """Of the angle between two deltas; 0 where one of them is 0. From the three sides of their triangle."""
+        a, b, c = (self.distances[pair] for pair in ((base, left), (base, right), (left, right)))
+        return (a * a + b * b - c * c) / (2 * a * b) if a * b > 0 else 0.0
+
+
+def init_search(
+    references: Sequence[str], out: Path, *, base: str | None = None, tasks: Sequence[str] = (), overwrite: bool = False
+) -> str:
+    """Looks at models and writes a search.yaml for them.
+
+    Args:
+        references: The models; the ancestor may be among them.
+        out: The file to write.
+        base: The ancestor; None to find out whether one of the models is it.
+        tasks: What to search on; the file's first line asks for them where there are none.
+        overwrite: Replace a file that is there.
+
+    Returns:
+        What was found, as text.
+
+    Raises:
+        BadInput: With everything that keeps the models from being merged, or a file that is there.
+    """
+    if out.exists() and not overwrite:
+        raise BadInput(f"{out}: is there already: choose another name with --output, or --overwrite it")
+    given = [*([base] if base else []), *references]
+    opened = open_checkpoints(resolve_reference(reference, Path.cwd()) for reference in given)
+    if len(opened) < 2:
+        raise BadInput(f"init: give at least two models, the base included, got {len(opened)}")
+    _refuse(opened)
+    geometry = measure(opened)
+    origin = ancestor(geometry) if base is None else next(iter(opened))
+    text = search_yaml(opened, origin, out, tasks)
+    parse_spec(read_yaml(text, str(out), BadInput), where=str(out), beside=out.resolve().parent)
+    write_atomic(out, text)
+    return "\n".join(
+        [report(opened, origin, geometry, guessed=base is None), f"wrote {out}; next: evomerge check {out}"]
+    )
+
+
+def _refuse(opened: Mapping[str, Checkpoint]) -> None:
+    """Raises CheckpointError with every reason why the models cannot be merged."""
+    problems = [problem for model in opened.values() for problem in not_finite(model)]
+    problems += check_compatible(None, opened)
+    if problems:
+        raise CheckpointError(problems)
+
+
+def measure(opened: Mapping[str, Checkpoint]) -> Geometry:
+    """Distances between models, over tensors drawn evenly from the list of all of them."""
+    first = next(iter(opened.values()))
+    names = [name for name, info in first.tensors.items() if info.dtype in FLOATS]
+    total = sum(first.tensors[name].numel for name in names)
+    chosen = names[:: max(1, math.ceil(total / _LOOK_AT))] if names else []
+    store = FactStore(opened)
+
+    def inputs(model: str) -> list[Input]:
+        return [Input(model, name, opened[model].fingerprint) for name in chosen]
+
+    norms = {model: math.sqrt(math.fsum(store.dot(None, one, one) for one in inputs(model))) for model in opened}
+    distances: dict[tuple[str, str], float] = {}
+    for left, right in combinations(opened, 2):
+        squares = [store.dot(a, b, b) for a, b in zip(inputs(left), inputs(right), strict=True)]
+        distances[left, right] = distances[right, left] = math.sqrt(math.fsum(squares))
+    looked_at = sum(first.tensors[name].numel for name in chosen)
+    return Geometry(norms, distances, looked_at / total if total else 1.0)
+
+
+def ancestor(geometry: Geometry) -> str | None:
+    """The model in the middle of the others, which is where fine-tunes started; None where none is clearly there.
+
+    Changes of about one length in about independent directions lie sqrt(2) times as far from each other as from
+    where they began.
+    """
+    models = list(geometry.norms)
+    if len(models) < 3:
+        return None
+    sums = {m: math.fsum(geometry.distances[m, other] for other in models if other != m) for m in models}
+    nearest, second = sorted(models, key=lambda m: sums[m])[:2]
+    return nearest if sums[nearest] < _CLEARLY * sums[second] else None
+
+
+def report(opened: Mapping[str, Checkpoint], base: str | None, geometry: Geometry, *, guessed: bool) -> str:
+    """What the models are and how they lie to each other, as text."""
+    sources = [model for model in opened if model != base]
+    rows = [_row(model, checkpoint, base, geometry) for model, checkpoint in opened.items()]
+    header = ["model", "architecture", "layers", "vocabulary", "dtype", "licence", "from the base"]
+    lines = [table(header if base else header[:-1], rows), ""]
+    if mixed := mixed_architectures(opened):
+        lines.append(f"warning: {mixed}, although their tensors fit")
+    if base is not None and guessed:
+        lines.append(f"base: {base}, which lies in the middle of the others (--base says otherwise)")
+    elif base is None:
+        lines.append("base: no model is clearly the ancestor of the others; name it with --base if there is one")
+    if base is not None and len(sources) > 1:
+        names = _source_names(sources)
+        pairs = combinations(names.items(), 2)
+        cosines = [[one, other, f"{geometry.cosine(base, a, b):+.3f}"] for (one, a), (other, b) in pairs]
+        lines += ["", table(["what this one learned", "and that one", "cosine"], cosines)]
+        lines.append("a cosine near 0: they changed different things, which merges well; below 0: they undo each other")
+    if geometry.share < 1:
+        lines.append(f"measured on {geometry.share:.0%} of the weights")
+    return "\n".join([*lines, ""])
+
+
+def _row(name: str, model: Checkpoint, base: str | None, geometry: Geometry) -> list[str]:
+    kinds = model.config.get("architectures")
+    embedding = model.layout.embedding
+    dtypes = [info.dtype for info in model.tensors.values()]
+    row = [
+        name,
+        str(kinds[0]) if isinstance(kinds, list) and kinds else "not stated",
+        str(model.layout.layer_count) if model.layout.main else "-",
+        str(model.tensors[embedding].shape[0]) if embedding else "-",
+        max(sorted(set(dtypes)), key=dtypes.count),
+        licences({name: model})[name] or "not stated",
+    ]
+    if base is not None:
+        moved = "the base" if name == base else f"{geometry.distances[base, name] / geometry.norms[base]:.2%}"
+        row.append(moved)
+    return row
+
+
+def search_yaml(opened: Mapping[str, Checkpoint], base: str | None, out: Path, tasks: Sequence[str]) -> str:
+    """A search.yaml for these models, with a word on what to choose."""
+    sources = _source_names([model for model in opened if model != base])
+    where = out.resolve().parent
+    models = {"base": _written(base, where)} if base else {}
+    layers = next(iter(opened.values())).layout.layer_count if next(iter(opened.values())).layout.main else 1
+    stored = {info.dtype for model in opened.values() for info in model.tensors.values()}
+    methods = [name for name in _EVERYWHERE if base or not METHODS[name].base_needed({})]
+    space = {"methods": methods, "layer_groups": max(1, min(6, layers))}
+    parts: list[dict[str, Any]] = [
+        {"name": out.name.removesuffix(".yaml").removesuffix(".yml")},
+        {"models": models | {"sources": {name: _written(model, where) for name, model in sources.items()}}},
+        {"space": space},
+        {
+            "evaluation": {
+                "tasks": list(tasks) or list(_TASKS),
+                "splits": {"search": 100, "select": 200, "test": 400},
+                "dtype": "float32" if "F32" in stored else "bfloat16",
+            }
+        },
+        {"search": {"algorithm": "ga", "candidates": 200, "seed": 0}},
+    ]
+    remarks = {
+        "models": "the common ancestor, and what to merge" if base else "no base: methods on deltas need one",
+        "space": "`evomerge methods` lists the methods; layer_groups: genes for each part of the layers",
+        "evaluation": "lm-eval tasks by name, or your own with include_path: choose what the merge should be good at",
+    }
+    blocks = []
+    for part in parts:
+        (key,) = part
+        remark = f"# {remarks[key]}\n" if key in remarks else ""
+        blocks.append(remark + write_yaml(part))
+    head = f"# evomerge check {out.name} && evomerge run {out.name}\n"
+    return head + "\n".join(blocks)
+
+
+def _source_names(models: Sequence[str]) -> dict[str, str]:
+    """A name for each model: the last part of its reference, numbered where two have the same."""
+    names: dict[str, str] = {}
+    for model in models:
+        last = model.rstrip("/").replace("+", "/").replace(":", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_") or "model"
+        plain = "source" if plain == "base" else plain
+        name = next(n for n in [plain, *(f"{plain}-{k}" for k in range(2, len(models) + 2))] if n not in names)
+        names[name] = model
+    return names
+
+
+def _written(reference: str, folder: Path) -> str:
+    """A reference as the file has it: from its own folder where the model lies below that."""
+    path = Path(reference)
+    return str(path.relative_to(folder)) if path.is_absolute() and path.is_relative_to(folder) else reference

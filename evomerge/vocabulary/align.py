@@ -1,0 +1,280 @@
+"""The way in: the models of a recipe with one vocabulary, and the tokenizer that goes with it.
+
+With a tokenizer source, rows are matched by the text of their tokens, and every model gets the rows of the merged
+vocabulary: the engine sees models that fit. Without one, models with more rows lose those beyond the smallest
+vocabulary, provided that the rows they keep mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evomerge.checkpoints.checkpoint import Checkpoint, tokenizer_files
+from evomerge.checkpoints.files import read_json_object
+from evomerge.checkpoints.header import name_some, shape_text
+from evomerge.checkpoints.reference import find_model
+from evomerge.checkpoints.vocabulary import vocabulary_tensors
+from evomerge.errors import CheckpointError
+from evomerge.recipe import Recipe, TokenizerBlock
+from evomerge.vocabulary.chat import chosen_template
+from evomerge.vocabulary.output import Vocabulary, output_vocabulary, shortened
+from evomerge.vocabulary.rows import RowMaps, Vocabularies, map_rows
+from evomerge.vocabulary.tokenizer import Tokenizer, read_tokenizer
+from evomerge.vocabulary.written import WrittenTokenizer, files_of, fitting_ids, with_chat_template
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_MODEL = "model:"
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Models with one vocabulary.
+
+    Attributes:
+        checkpoints: The models by reference, with the merged vocabulary's rows where that changes any.
+        tokenizer: What is written beside the merged weights; None for the reference model's files as they are.
+        warnings: What was odd but possible.
+    """
+
+    checkpoints: Mapping[str, Checkpoint]
+    tokenizer: WrittenTokenizer | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Aligned:
+    """Gives the models of a recipe one vocabulary.
+
+    Args:
+        recipe: The recipe, its references as the keys of `checkpoints`.
+        checkpoints: Open checkpoints by reference.
+
+    Raises:
+        RecipeError: What the recipe says of tokens, tokenizers or the chat template cannot be carried out.
+        CheckpointError: A tokenizer is missing or cannot be used, or the models' rows cannot be told or matched.
+    """
+    models = {reference: checkpoints[reference] for reference in recipe.models()}
+    tokenizers = _Tokenizers(models)
+    block = _block(recipe)
+    aligned = _by_row(recipe, models, tokenizers) if block is None else _by_token(recipe, block, models, tokenizers)
+    if recipe.chat_template is not None:
+        aligned = _with_template(recipe, recipe.chat_template, aligned, tokenizers)
+    return Aligned({**checkpoints, **aligned.checkpoints}, aligned.tokenizer, aligned.warnings)
+
+
+class _Tokenizers:
+    """The models' tokenizers, each read once and only when it is needed."""
+
+    def __init__(self, models: Mapping[str, Checkpoint]) -> None:
+        self._models = models
+        self._read: dict[str, Tokenizer] = {}
+
+    def has(self, model: str) -> bool:
+        return bool(self._models[model].tokenizer_files)
+
+    def of(self, model: str) -> Tokenizer:
+        """A model's tokenizer.
+
+        Raises:
+            CheckpointError: It has none.
+        """
+        folder = self._models[model].folder
+        if folder is None or not self.has(model):
+            raise CheckpointError(f"{model}: has no tokenizer, which the recipe needs: give a folder with one")
+        if model not in self._read:
+            self._read[model] = read_tokenizer(model, folder)
+        return self._read[model]
+
+    def all(self) -> list[Tokenizer]:
+        """The tokenizers of the models that have one, in the order of the recipe."""
+        return [self.of(model) for model in self._models if self.has(model)]
+
+
+def _block(recipe: Recipe) -> TokenizerBlock | None:
+    if recipe.tokenizer is not None:
+        return recipe.tokenizer
+    return None if recipe.tokenizer_source is None else TokenizerBlock(source=recipe.tokenizer_source)
+
+
+def _by_token(
+    recipe: Recipe, block: TokenizerBlock, models: Mapping[str, Checkpoint], tokenizers: _Tokenizers
+) -> Aligned:
+    if misfits := _misfits(models):
+        raise CheckpointError(misfits)
+    reference = recipe.models()[0]
+    rows = _row_counts(models)
+    own = tokenizers.of(reference)
+    others = [tokenizers.of(model) for model in models if model != reference and tokenizers.has(model)]
+    start = _start(block.source, own, models, tokenizers)
+    vocabulary = output_vocabulary(block, start, others, rows)
+    tokens = {model: (tokenizers.of(model) if tokenizers.has(model) else own).tokens for model in models}
+    warnings = [
+        f"{model}: has no tokenizer; taken to have that of {reference}" for model in models if not tokenizers.has(model)
+    ]
+    held = Vocabularies(tokens, rows, recipe.base_model)
+    maps = map_rows(vocabulary.tokens, vocabulary.rows, held, dict(block.tokens))
+    warnings += [*vocabulary.warnings, *_doubts(held, vocabulary, maps)]
+    aligned = _aligned(models, maps, exact=recipe.output_dtype is not None)
+    before = None if start.folder == own.folder else own
+    return _finished(reference, aligned, vocabulary, before, warnings)
+
+
+def _start(source: str, own: Tokenizer, models: Mapping[str, Checkpoint], tokenizers: _Tokenizers) -> Tokenizer:
+    """The tokenizer that the merged vocabulary starts from."""
+    if source in ("base", "union"):
+        return own
+    reference = source.removeprefix(_MODEL)
+    if reference in models:
+        return tokenizers.of(reference)
+    path = find_model(reference, None, weights=False)
+    folder = path if path.is_dir() else path.parent
+    if not tokenizer_files(folder):
+        raise CheckpointError(f"{reference}: has no tokenizer, which the recipe takes as tokenizer source")
+    return read_tokenizer(reference, folder)
+
+
+def _doubts(held: Vocabularies, vocabulary: Vocabulary, maps: RowMaps) -> list[str]:
+    doubts = []
+    if maps.unknown:
+        named = name_some(repr(token) for token in maps.unknown)
+        doubts.append(f"no model has the {_tokens(len(maps.unknown))} {named}: zeros, until they are trained")
+    count = len(vocabulary.tokens)
+    for model in held.tokens:
+        mine = sum(held.row(model, token) is not None for token in vocabulary.tokens)
+        if 2 * mine < count:
+            doubts.append(
+                f"{model}: has {mine} of the merged vocabulary's {_tokens(count)}; the others' rows are not its own"
+            )
+    return doubts
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
+def _by_row(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizers: _Tokenizers) -> Aligned:
+    """Without a tokenizer source: rows keep their numbers, as far as every model has them."""
+    reference = recipe.models()[0]
+    if _misfits(models):  # they are merged as they are, or refused with all else that does not fit
+        return Aligned(models)
+    rows = _row_counts(models)
+    smallest = min(rows.values())
+    unlike = _unlike(reference, smallest, tokenizers, models)
+    if len(set(rows.values())) == 1:
+        return Aligned(models, warnings=tuple(f"{text}; {_ADVICE}" for text in unlike))
+    if unlike:
+        raise CheckpointError([f"{text}; {_ADVICE}" for text in unlike])
+    counts = ", ".join(f"{model} {count}" for model, count in rows.items())
+    warnings = [f"the vocabularies differ in size ({counts} rows): cut to the smallest, {smallest} rows; {_ADVICE}"]
+    maps = _first_rows(models, smallest)
+    aligned = _aligned(models, maps, exact=False)
+    if not tokenizers.has(reference):
+        return Aligned(aligned, warnings=tuple(warnings))
+    return _finished(reference, aligned, shortened(tokenizers.of(reference), smallest), None, warnings)
+
+
+_ADVICE = "with tokenizer_source: union or base they are matched by token"
+
+
+def _first_rows(models: Iterable[str], rows: int) -> RowMaps:
+    import numpy as np
+
+    every: NDArray[np.int64] = np.arange(rows)
+    return RowMaps(dict.fromkeys(models, every), {}, every[:0], ())
+
+
+def _unlike(reference: str, rows: int, tokenizers: _Tokenizers, models: Mapping[str, Checkpoint]) -> list[str]:
+    """Models whose rows stand for other tokens than the reference's, though they will be merged by number."""
+    found: list[str] = []
+    if not tokenizers.has(reference):
+        return found
+    files = _tokenizer_json(models[reference])
+    for model, checkpoint in models.items():
+        if model == reference or not tokenizers.has(model) or (files and files == _tokenizer_json(checkpoint)):
+            continue
+        ours, theirs = ({i: t for t, i in tokenizers.of(m).tokens.items() if i < rows} for m in (reference, model))
+        different = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
+        if different:
+            i = different[0]
+            found.append(
+                f"{model}: another vocabulary: {len(different)} rows stand for other tokens than in {reference} (row "
+                f"{i}: {theirs[i]!r} against {ours[i]!r})"
+            )
+    return found
+
+
+def _tokenizer_json(checkpoint: Checkpoint) -> bytes | None:
+    path = next((path for path in checkpoint.tokenizer_files if path.name == "tokenizer.json"), None)
+    return None if path is None else path.read_bytes()
+
+
+def _misfits(models: Mapping[str, Checkpoint]) -> list[str]:
+    """Why rows cannot be moved: an embedding cannot be told, a head has other rows than it, or columns are others."""
+    problems: list[str] = []
+    widths: dict[str, tuple[int, ...]] = {}
+    first = next(iter(models), "")
+    for model, checkpoint in models.items():
+        embedding = checkpoint.layout.embedding
+        if embedding is None:
+            problems.append(f"{model}: no token embedding can be told, so its vocabulary cannot be matched")
+            continue
+        rows = checkpoint.tensors[embedding].shape[0]
+        for name in vocabulary_tensors(checkpoint.layout, checkpoint.tensors):
+            shape = checkpoint.tensors[name].shape
+            if shape[0] != rows:
+                problems.append(f"{model}: {name} has {shape[0]} rows, {embedding} has {rows}")
+            if widths.setdefault(name, shape[1:]) != shape[1:]:
+                problems.append(
+                    f"{model}: {name} has rows of {shape_text(shape[1:])}, in {first} {shape_text(widths[name])}"
+                )
+    return problems
+
+
+def _row_counts(models: Mapping[str, Checkpoint]) -> dict[str, int]:
+    """The rows of each model's embedding, where there is one."""
+    named = {model: checkpoint.layout.embedding for model, checkpoint in models.items()}
+    return {model: models[model].tensors[name].shape[0] for model, name in named.items() if name is not None}
+
+
+def _aligned(models: Mapping[str, Checkpoint], maps: RowMaps, *, exact: bool) -> dict[str, Checkpoint]:
+    from evomerge.vocabulary.aligned import aligned_checkpoint
+
+    return {model: aligned_checkpoint(model, models, maps, exact=exact) for model in models}
+
+
+def _finished(
+    reference: str,
+    aligned: Mapping[str, Checkpoint],
+    vocabulary: Vocabulary,
+    before: Tokenizer | None,
+    warnings: list[str],
+) -> Aligned:
+    """Makes the reference model's config agree with the vocabulary, and collects the tokenizer's files."""
+    checkpoint = aligned[reference]
+    folder = vocabulary.start.folder
+    config, lost = fitting_ids(checkpoint.config, read_json_object(folder / "config.json"), vocabulary, before)
+    given = read_json_object(folder / "generation_config.json")
+    generation, lost_too = fitting_ids(checkpoint.generation_config, given, vocabulary, before)
+    sized = Checkpoint(checkpoint.reference, checkpoint.folder, config, checkpoint.weights)
+    files = WrittenTokenizer(files_of(vocabulary), generation)
+    every = dict.fromkeys([*warnings, *lost, *lost_too])
+    return Aligned({**aligned, reference: sized}, files, tuple(every))
+
+
+def _with_template(recipe: Recipe, wanted: str, aligned: Aligned, tokenizers: _Tokenizers) -> Aligned:
+    reference = recipe.models()[0]
+    template = chosen_template(wanted, tokenizers.all())
+    if template is None:
+        warnings = (*aligned.warnings, "chat_template: auto finds none: no model has one")
+        return Aligned(aligned.checkpoints, aligned.tokenizer, warnings)
+    written = aligned.tokenizer
+    if written is None:
+        own = tokenizers.of(reference)
+        files = {path.name: path.read_bytes() for path in tokenizer_files(own.folder)}
+        written = WrittenTokenizer(files, aligned.checkpoints[reference].generation_config)
+    files = with_chat_template(written.files, template)
+    return Aligned(aligned.checkpoints, WrittenTokenizer(files, written.generation_config), aligned.warnings)

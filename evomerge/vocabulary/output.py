@@ -1,0 +1,157 @@
+"""The merged model's vocabulary: whose tokenizer it starts from, and what is added to that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.errors import CheckpointError, RecipeError
+from evomerge.recipe.tokenizer import TokenizerBlock
+from evomerge.vocabulary.document import added_tokens, notation, plain_entry, with_tokens, without_tokens
+from evomerge.vocabulary.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The merged model's tokens.
+
+    Attributes:
+        tokens: Token -> its row.
+        rows: Number of rows, padding and gaps included.
+        start: The tokenizer that it starts from.
+        document: What tokenizer.json has to say; None where that tokenizer's files serve as they are.
+        warnings: What was odd but possible.
+    """
+
+    tokens: Mapping[str, int]
+    rows: int
+    start: Tokenizer
+    document: Mapping[str, Any] | None
+    warnings: tuple[str, ...] = ()
+
+
+def output_vocabulary(
+    block: TokenizerBlock, start: Tokenizer, others: Iterable[Tokenizer], rows: Mapping[str, int]
+) -> Vocabulary:
+    """Builds the vocabulary that a recipe asks for.
+
+    Tokens keep the ids that they have in the tokenizer it starts from. Under ``union`` the others' ordinary tokens
+    follow, model by model, then their added ones; the tokens that the recipe names come last.
+
+    Args:
+        block: The recipe's ``tokenizer:``.
+        start: The tokenizer that it starts from: the base's, or the one the recipe names.
+        others: The other models' tokenizers, in the order of the recipe; only ``union`` looks at them.
+        rows: Rows of the models' embeddings. A token of the base or, under ``union``, of another model beyond its rows
+            has no weights, and is left out.
+
+    Raises:
+        RecipeError: The tokens cannot share one tokenizer.
+        CheckpointError: Tokens would have to be added to a tokenizer that is not in tokenizer.json.
+    """
+    document = start.document
+    tokens = dict(start.tokens)
+    changed = False
+    if block.source in ("base", "union"):
+        tokens, document, changed = _stripped(start, rows[start.model])
+    union = list(others) if block.source == "union" else []
+    ordinary, added, warnings = _united(tokens, document, union, rows)
+    wanted = [token for token, _ in block.tokens if token not in tokens and token not in ordinary]
+    added |= {token: plain_entry(token) for token in wanted if token not in added}
+    free = max(tokens.values(), default=-1) + 1
+    new = [token for token in (*ordinary, *added) if token not in tokens]
+    tokens |= {token: free + i for i, token in enumerate(new)}
+    if new or added:
+        document = _extended(start, document, ordinary, added, tokens, union)
+        changed = True
+    size = max(tokens.values()) + 1
+    multiple = block.pad_to_multiple_of or 1
+    padded = -(-size // multiple) * multiple
+    return Vocabulary(tokens, padded, start, document if changed else None, tuple(warnings))
+
+
+def shortened(start: Tokenizer, rows: int) -> Vocabulary:
+    """A model's own vocabulary, cut to its first `rows` rows."""
+    tokens, document, changed = _stripped(start, rows)
+    return Vocabulary(tokens, rows, start, document if changed else None)
+
+
+def _stripped(start: Tokenizer, rows: int) -> tuple[dict[str, int], Mapping[str, Any] | None, bool]:
+    """Leaves out the tokens that have no row."""
+    dropped = [token for token, number in start.tokens.items() if number >= rows]
+    if not dropped:
+        return dict(start.tokens), start.document, False
+    document = _needed(start, start.document, "take tokens without weights out of")
+    kept = {token: number for token, number in start.tokens.items() if number < rows}
+    return kept, without_tokens(document, dropped), True
+
+
+def _united(
+    tokens: Mapping[str, int],
+    document: Mapping[str, Any] | None,
+    others: Iterable[Tokenizer],
+    rows: Mapping[str, int],
+) -> tuple[dict[str, None], dict[str, Mapping[str, Any]], list[str]]:
+    """(new ordinary tokens in order, entries of added tokens that are new or new in that role, warnings)."""
+    ordinary: dict[str, None] = {}
+    held = added_tokens(document) if document is not None else {}
+    added: dict[str, Mapping[str, Any]] = {}
+    warnings: list[str] = []
+    for other in others:
+        theirs = added_tokens(_needed(other, other.document, "unite"))
+        new = False
+        for token, number in other.tokens.items():
+            if number >= rows[other.model]:
+                continue
+            if token in theirs:
+                known = held.get(token, added.get(token))
+                if known is None:
+                    added[token] = theirs[token]
+                elif _flags(known) != _flags(theirs[token]):
+                    warnings.append(f"{other.model}: adds {token!r} with other settings than before: the first count")
+            elif token not in tokens:
+                ordinary[token] = None
+                new = True
+        if new and document is not None:
+            _refuse_other_notation(document, other)
+    return {token: None for token in ordinary if token not in added}, added, warnings
+
+
+def _flags(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "id"}
+
+
+def _refuse_other_notation(document: Mapping[str, Any], other: Tokenizer) -> None:
+    ours, theirs = notation(document), notation(other.document or {})
+    if ours != theirs:
+        raise RecipeError(
+            f"tokenizer source union: {other.model} writes its tokens as {', '.join(theirs)}, the base as "
+            f"{', '.join(ours)}: they cannot share one tokenizer; use tokenizer_source: base"
+        )
+
+
+def _needed(tokenizer: Tokenizer, document: Mapping[str, Any] | None, what: str) -> Mapping[str, Any]:
+    if document is None:
+        raise CheckpointError(
+            f"{tokenizer.model}: its tokenizer is {type(tokenizer.loaded).__name__}, which has no tokenizer.json, so "
+            f"that one cannot {what} it"
+        )
+    return document
+
+
+def _extended(
+    start: Tokenizer,
+    document: Mapping[str, Any] | None,
+    ordinary: Iterable[str],
+    added: Mapping[str, Mapping[str, Any]],
+    tokens: Mapping[str, int],
+    union: Iterable[Tokenizer],
+) -> Mapping[str, Any]:
+    document = _needed(start, document, "add tokens to")
+    donors = [other.document for other in union if other.document is not None]
+    new = {token: tokens[token] for token in ordinary}
+    try:
+        return with_tokens(document, new, added, tokens, donors)
+    except RecipeError as error:
+        raise RecipeError([f"{start.model}: {problem}" for problem in error.problems]) from None

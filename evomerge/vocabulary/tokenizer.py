@@ -1,0 +1,72 @@
+"""A model's tokenizer, read through transformers: what its users get is what counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer.
+
+    Attributes:
+        model: The reference of the model it belongs to, for messages.
+        folder: Where its files are.
+        loaded: As transformers has it.
+    """
+
+    model: str
+    folder: Path
+    loaded: PreTrainedTokenizerBase
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Token -> id, in the order of the ids."""
+        return dict(sorted(self.loaded.get_vocab().items(), key=lambda item: item[1]))
+
+    @cached_property
+    def document(self) -> Mapping[str, Any] | None:
+        """What tokenizer.json says; None for a tokenizer that is Python code."""
+        backend = getattr(self.loaded, "backend_tokenizer", None)
+        return None if backend is None else json.loads(backend.to_str())
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template, the default one of several; None without."""
+        template: Any = self.loaded.chat_template
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        return template.strip() or None if isinstance(template, str) else None
+
+    def role(self, name: str) -> int | None:
+        """The id of the token with a role ("bos", "eos", "pad", ...); None without one."""
+        token = getattr(self.loaded, f"{name}_token", None) if name in _ROLES else None
+        return None if token is None else self.tokens.get(str(token))
+
+
+def read_tokenizer(model: str, folder: Path) -> Tokenizer:
+    """Reads the tokenizer of a folder; no remote code is run.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the compiled tokenizers raise plain Exception for a file that they cannot read
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{model}: no tokenizer could be read from {folder}: {reason}") from error
+    return Tokenizer(model, folder, loaded)
