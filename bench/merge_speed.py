@@ -34,6 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "merge.md"
 SOURCES = ("one", "two", "three")
 HIDDEN, WIDE, HEADS, GROUPS, VOCABULARY = 2048, 5632, 32, 4, 32000
 DEPTH = 22
+SETTLE = 5.0  # seconds
 
 WEIGHTS = {"weight": [0.5, 0.3, 0.4]}
 DENSE = WEIGHTS | {"density": [0.5, 0.4, 0.6]}
@@ -100,7 +101,12 @@ class Cost:
 
 
 def run(command: Sequence[str], log: Path) -> Cost:
-    """Runs a command to its end and watches it."""
+    """Runs a command to its end and watches it.
+
+    A virtual machine gives freed memory back to its host after a while, and is slow to get it again: a command that
+    comes right behind a deletion would write several times as fast as one that starts up first. So all of them wait.
+    """
+    time.sleep(SETTLE)
     with log.open("ab") as out:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"HF_HUB_OFFLINE": "1"})

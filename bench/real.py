@@ -21,8 +21,8 @@ STAGES = ("plan", "materialise", "score")
 
 
 def costs(candidates: tuple[Candidate, ...]) -> str:
-    """Where a candidate's time goes, over the candidates that were computed (not read back)."""
-    computed = [c for c in candidates if "score" in c.seconds]
+    """Where a candidate's time goes, over those that were scored in full and computed (not read back)."""
+    computed = [c for c in candidates if c.state == "done" and "score" in c.seconds]
     rows = []
     for method in sorted({str(c.recipe["merge_method"]) for c in computed}):
         mine = [c for c in computed if c.recipe["merge_method"] == method]

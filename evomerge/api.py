@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -72,7 +72,10 @@ def evaluate(
     device: str = "cpu",
     batch_tokens: int | None = None,
     apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool | None = None,
+    system_instruction: str | None = None,
     backend: str = "native",
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Scores a model with the evaluator that a search uses.
 
@@ -86,10 +89,14 @@ def evaluate(
         device: Where it runs.
         batch_tokens: Tokens a batch; None for what suits the device.
         apply_chat_template: Render prompts as conversations.
-        backend: "native", or "hf" for lm-eval's own HFLM.
+        fewshot_as_multiturn: Each example a turn of its own; None for where a chat template is applied.
+        system_instruction: What every prompt begins with.
+        backend: "native", "hf" for lm-eval's own HFLM, or "vllm" (on a GPU, with the extra of that name).
+        tell: Gets what is worth a warning; Python's own warnings do unless given.
 
     Returns:
-        `{"model", "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`.
+        `{"model", "tasks": {TASK: {METRIC: {"value", "stderr", "n"}}}}`, and under "groups" the same of every group
+        that has metrics of its own.
 
     Raises:
         BadInput: When the model or a task cannot be used.
@@ -99,10 +106,12 @@ def evaluate(
     from evomerge.engine.dtypes import torch_dtype
     from evomerge.engine.plan import make_plan
     from evomerge.engine.resident import Resident
-    from evomerge.errors import BadInput
-    from evomerge.evaluation.evaluator import BackendName, Evaluator
+    from evomerge.errors import BadInput, TaskError
+    from evomerge.evaluation.backends import BackendName
+    from evomerge.evaluation.evaluator import Evaluator
+    from evomerge.evaluation.groups import group_scores
     from evomerge.evaluation.scores import score_table, table_to_json
-    from evomerge.evaluation.tasks import load_tasks
+    from evomerge.evaluation.tasks import find_tasks
     from evomerge.models import load_config, load_tokenizer, single_model
     from evomerge.recipe import parse_recipe, resolve_reference
 
@@ -116,15 +125,25 @@ def evaluate(
         raise BadInput(f"--dtype: '{dtype}' is not one of float32, bfloat16, float16") from None
     reference = resolve_reference(model, Path.cwd())
     checkpoint = open_checkpoint(reference)
+    found = find_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot)
+    if found.problems:
+        raise TaskError(found.problems)
     evaluator = Evaluator(
-        load_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot),
+        found.tasks,
         load_tokenizer(checkpoint),
         load_config(checkpoint),
         batch_tokens=batch_tokens,
         apply_chat_template=apply_chat_template,
+        fewshot_as_multiturn=fewshot_as_multiturn,
+        system_instruction=system_instruction,
         backend=cast(BackendName, backend),
     )
+    selection = {name: indices[:limit] for name, indices in evaluator.everything.items()}
+    for text in evaluator.check(selection):
+        (tell or warnings.warn)(text)
     plan = make_plan(parse_recipe(single_model(reference)), {reference: checkpoint})
     resident, _ = Resident({reference: checkpoint}, wanted, device).write(plan)
-    selection = {name: indices[:limit] for name, indices in evaluator.everything.items()}
-    return {"model": model, "tasks": table_to_json(score_table(evaluator.score(resident, selection)))}
+    scores = score_table(evaluator.score(resident, selection))
+    groups = group_scores(found, scores)
+    result = {"model": model, "tasks": table_to_json(scores)}
+    return result | ({"groups": table_to_json(groups)} if groups else {})

@@ -13,6 +13,7 @@ from evomerge.engine.disk import refuse_crimes
 from evomerge.engine.plan import Plan
 from evomerge.engine.steps import plan_documents
 from evomerge.errors import BadInput, CheckpointError
+from evomerge.gates import look_before
 from evomerge.models import single_model
 from evomerge.recipe import load_recipe
 from evomerge.spec import SearchSpec, load_spec
@@ -76,6 +77,7 @@ def check_recipe(path: Path, *, allow_crimes: bool = False) -> str:
 def check_search(spec: SearchSpec) -> str:
     """Checks a search: models, tasks, splits, space; scores a few items to estimate the time."""
     bench = Workbench(spec)
+    warnings = [*bench.look_at_items(), *look_before(bench)]
     source = next(iter(spec.models.sources.values()))
     plan = bench.plan(single_model(source))
     size = output_bytes(plan)
@@ -89,6 +91,7 @@ def check_search(spec: SearchSpec) -> str:
     budget = spec.search.candidates
     return "\n".join(
         [
+            *(f"warning: {text}" for text in warnings),
             f"{spec.name}: {len(spec.models.sources)} sources, {bench.space.size} genes, {budget} candidates of "
             f"{spec.search.algorithm}",
             table(["task", "type", *splits], rows),

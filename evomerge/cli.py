@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_args
 
 import typer
 
 from evomerge.dare_command import dare
 from evomerge.errors import BadInput, EvoMergeError
+from evomerge.evaluation.backends import BackendName
 from evomerge.merge_command import Crimes, merge
 
 app = typer.Typer(
@@ -120,7 +122,7 @@ app.command()(dare)
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, a Hub id, base+adapter, zoo:NAME.", show_default=False)],
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.", show_default=False)],
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, groups or tags, separated by commas.", show_default=False)],
     include_path: Annotated[list[Path] | None, typer.Option(help="Folder with more task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -128,7 +130,11 @@ def evaluate(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens a batch.", min=16, show_default="what suits")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     chat: Annotated[bool, typer.Option("--apply-chat-template", help="Render prompts as conversations.")] = False,
-    backend: Annotated[str, typer.Option(help="native, or hf for lm-eval's own HFLM.")] = "native",
+    multiturn: Annotated[
+        bool | None, typer.Option("--fewshot-as-multiturn/--no-fewshot-as-multiturn", help="Examples as turns.")
+    ] = None,
+    system_instruction: Annotated[str | None, typer.Option(help="What every prompt begins with.")] = None,
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(BackendName))}.")] = "native",
     as_json: AsJson = False,
 ) -> None:
     """Score any checkpoint with the same evaluator that a search uses."""
@@ -145,7 +151,10 @@ def evaluate(
         batch_tokens=batch_tokens,
         num_fewshot=num_fewshot,
         apply_chat_template=chat,
+        fewshot_as_multiturn=multiturn,
+        system_instruction=system_instruction,
         backend=backend,
+        tell=lambda text: typer.echo(f"warning: {text}", err=True),
     )
     typer.echo(json.dumps(result, indent=2) if as_json else score_table(result))
 
@@ -197,6 +206,7 @@ def _interruptible() -> None:
 
 def main() -> None:
     """Entry point: our own errors become messages and exit codes; a bug keeps its traceback."""
+    gc.set_threshold(100_000, 50, 100)  # torch's import alone would have what it makes searched many times over
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Where other processes compete for the cores, threads that spin at every barrier make scoring six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evomerge.comparison import close_rivals, compare, number, verdict
 from evomerge.errors import CandidateError, EvoMergeError, RunError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.fitness import Fitness
-from evomerge.search.candidate import Candidate, count_states, ranked
+from evomerge.search.candidate import Candidate, count_items, count_states, ranked
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ class Row:
 
 
 def finish(
-    bench: Workbench, folder: RunFolder, scorer: Scorer, known: tuple[Candidate, ...], display: Display
+    bench: Workbench,
+    folder: RunFolder,
+    scorer: Scorer,
+    known: tuple[Candidate, ...],
+    display: Display,
+    baseline: tuple[Candidate, ...] = (),
 ) -> dict[str, Any]:
     """Chooses the winner and measures it.
 
@@ -40,6 +46,14 @@ def finish(
     old ones in their proportion. It is read once on `test`, beside every source, the base, the uniform average and the
     best candidate of generation 0; the guard tasks are read for the same models. A candidate that gives no finite
     scores on the new items is left out, and said to be.
+
+    Args:
+        bench: Models, tasks and splits.
+        folder: Where the result goes.
+        scorer: Scores recipes.
+        known: The search's candidates.
+        display: Where progress is shown.
+        baseline: The candidates of an equal-budget random search, whose winner is one more of those to beat.
 
     Returns:
         The result, also written to result.json.
@@ -51,45 +65,75 @@ def finish(
     if not order:
         reasons = sorted({c.failure_kind or "unknown" for c in known})
         raise RunError(f"{folder.root}: none of {len(known)} candidates could be scored ({', '.join(reasons)})")
-    measured = []
     finalists = order[: folder.spec.search.finalists]
-    for place, candidate in enumerate(finalists, start=1):
-        display.say(f"scoring finalist {place} of {len(finalists)} on the select items")
-        row = Row(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
-        measured.append(_read(row, (SEARCH, SELECT), scorer, display))
-    scored = [row for row in measured if row is not None]
-    pooled = {row.candidate: scorer.fitness.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
+    scored, pooled = _finals(finalists, scorer, display, "finalist")
     best_first = sorted(scored, key=lambda row: -pooled[row.candidate])  # stable: the better on `search` first
     winner = next(filter(None, (_complete(row, bench, scorer, display) for row in best_first)), None)
     if winner is None:
         raise EvoMergeError(f"{folder.root}: none of the {len(finalists)} finalists could be scored on the new items")
-    completed = [_complete(row, bench, scorer, display) for row in _rivals(bench, known, winner.candidate)]
-    rivals = [row for row in completed if row is not None]
+    wanted = _rivals(bench, known, winner.candidate) + _random_winner(folder, scorer, baseline, display)
+    completed = [_complete(row, bench, scorer, display) for row in wanted]
+    rivals = {row.name: row for row in completed if row is not None}
     candidate = next(c for c in finalists if c.number == winner.candidate)
+    steering, reported = scorer.fitness.unweighted, scorer.reported
+    differences = compare(winner.splits[TEST], {name: row.splits[TEST] for name, row in rivals.items()}, reported)
     result = {
         "run": folder.spec.name,
         "state": "finished",
         "candidates": {**count_states(known), "budget": folder.spec.search.candidates},
+        "items": count_items(known),
         "scale": folder.spec.evaluation.scale,
-        "goals": [
-            {"task": g.task, "metric": g.metric, "weight": g.weight, "reference": g.reference}
-            for g in scorer.fitness.goals
-        ],
+        "goals": _goals_json(reported, steering),
         "winner": {
-            **_row_json(winner, scorer.fitness),
+            **_row_json(winner, reported),
             "generation": candidate.generation,
             "operator": candidate.operator,
             "parents": list(candidate.parents),
         },
-        "baselines": {row.name: _rival_json(row, winner, scorer.fitness) for row in rivals},
+        "selection_bias": _selection_bias(winner, reported),
+        "baselines": {
+            name: {**_row_json(row, reported), "winner_less_this": differences[name]} for name, row in rivals.items()
+        },
         "finalists": [
-            {"candidate": row.candidate, "pooled": pooled[row.candidate], **_fitness_json(row.splits, scorer.fitness)}
+            {
+                "candidate": row.candidate,
+                "pooled": pooled[row.candidate],
+                "winner_less_this": _on_all_choosing_items(winner, row, steering),
+                **_fitness_json(row.splits, reported),
+            }
             for row in scored
         ],
+        "informative": _informative_json(scorer, {c.number: c.fitness for c in finalists}, scored),
+        "within_noise_of": close_rivals(differences),
+        "verdict": verdict(differences, {name: reported(row.splits[TEST]) for name, row in rivals.items()}),
     }
-    result["verdict"] = verdict(result)
     folder.write_result(result)
     return result
+
+
+def _finals(
+    finalists: Sequence[Candidate], scorer: Scorer, display: Display, what: str
+) -> tuple[list[Row], dict[int | None, float]]:
+    """The finalists that have scores on `select`, best on `search` first, and by number their fitness over both."""
+    measured = []
+    for place, candidate in enumerate(finalists, start=1):
+        display.say(f"scoring {what} {place} of {len(finalists)} on the select items")
+        row = Row(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
+        measured.append(_read(row, (SEARCH, SELECT), scorer, display))
+    scored = [row for row in measured if row is not None]
+    steering = scorer.fitness.unweighted
+    pooled = {row.candidate: steering.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
+    return scored, pooled
+
+
+def _random_winner(folder: RunFolder, scorer: Scorer, baseline: Sequence[Candidate], display: Display) -> list[Row]:
+    """The winner of the random search, by the same rule; its number is one of its own record, so the row has none."""
+    finalists = ranked(baseline)[: folder.spec.search.finalists]
+    scored, pooled = _finals(finalists, scorer, display, "the random search's finalist")
+    if not scored:
+        return []
+    chosen = max(scored, key=lambda row: pooled[row.candidate])
+    return [Row(f"random search: its {chosen.name}", None, chosen.recipe, chosen.splits)]
 
 
 def _rivals(bench: Workbench, known: Sequence[Candidate], winner: int | None) -> list[Row]:
@@ -132,30 +176,61 @@ def _row_json(row: Row, fitness: Fitness) -> dict[str, Any]:
 def _fitness_json(splits: Mapping[str, Scores], fitness: Fitness) -> dict[str, Any]:
     return {
         "fitness": {
-            split: {"value": fitness(scores), "stderr": _number(fitness.stderr(scores))}
+            split: {
+                "value": fitness(scores),
+                "stderr": number(fitness.stderr(scores)),
+                "n": fitness.count(scores),
+            }
             for split, scores in splits.items()
             if split != GUARD
         }
     }
 
 
-def _rival_json(row: Row, winner: Row, fitness: Fitness) -> dict[str, Any]:
-    value, stderr = fitness.difference(winner.splits[TEST], row.splits[TEST])
-    return {**_row_json(row, fitness), "winner_less_this": {"value": value, "stderr": _number(stderr)}}
+def _goals_json(reported: Fitness, steering: Fitness) -> list[dict[str, Any]]:
+    return [
+        {"task": g.task, "metric": g.metric, "weight": g.weight, "reference": g.reference, "steered_by": by.metric}
+        for g, by in zip(reported.goals, steering.goals, strict=True)
+    ]
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _selection_bias(winner: Row, fitness: Fitness) -> dict[str, float | None]:
+    """What the fitness lost from the items that steered to those that chose nothing; other items, so not paired."""
+    searched, tested = winner.splits[SEARCH], winner.splits[TEST]
+    stderr = math.hypot(fitness.stderr(searched), fitness.stderr(tested))
+    return {"value": fitness(searched) - fitness(tested), "stderr": number(stderr)}
 
 
-def verdict(result: Mapping[str, Any]) -> str:
-    """One sentence on whether the winner is better than what a person would have tried first."""
-    if not result["baselines"]:
-        return "There was nothing to compare the winner with."
-    name, rival = max(result["baselines"].items(), key=lambda item: item[1]["fitness"][TEST]["value"])
-    gain, stderr = rival["winner_less_this"]["value"], rival["winner_less_this"]["stderr"]
-    spread = "unknown" if stderr is None else f"{stderr:.3f}"
-    measured = f"fitness {gain:+.3f} (standard error of the paired difference {spread}) on the test items"
-    if stderr is None or abs(gain) <= 2 * stderr:
-        return f"The winner is within noise of the best baseline, {name}: {measured}."
-    return f"The winner is {'better' if gain > 0 else 'worse'} than the best baseline, {name}: {measured}."
+def _on_all_choosing_items(winner: Row, row: Row, fitness: Fitness) -> dict[str, float | None]:
+    """The winner less another finalist, by what chose it: `search` and `select` items together."""
+    ours, theirs = ([model.splits[split] for split in (SEARCH, SELECT)] for model in (winner, row))
+    value, stderr = fitness.pooled_difference(ours, theirs)
+    return {"value": value, "stderr": number(stderr)}
+
+
+def _informative_json(
+    scorer: Scorer, estimates: Mapping[int, float | None], rows: Sequence[Row]
+) -> dict[str, Any] | None:
+    """The items that steered, and for the finalists what these said beside what all search items say."""
+    if not scorer.samples:
+        return None
+    steering = scorer.fitness.unweighted
+    return {
+        "tasks": {
+            task: {
+                "items": len(sample.items),
+                "of": sum(size for size, _ in sample.strata),
+                "effective": sample.effective,
+                "strata": [{"items": size, "drawn": drawn} for size, drawn in sample.strata],
+            }
+            for task, sample in scorer.samples.items()
+        },
+        "finalists": [
+            {
+                "candidate": row.candidate,
+                "estimate": None if row.candidate is None else estimates[row.candidate],
+                "all_search_items": steering(row.splits[SEARCH]),
+            }
+            for row in rows
+        ],
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.scores import ItemScores, concatenate
+from evomerge.evaluation.statistics import DRAWS, resampled_sums
 
 Scores = Mapping[str, ItemScores]
 
@@ -49,13 +50,37 @@ class Goal:
 
 @dataclass(frozen=True)
 class Fitness:
-    """Weighted mean of the goals. Higher is better, whatever the metrics' own directions are."""
+    """Weighted mean of the goals. Higher is better, whatever the metrics' own directions are.
+
+    Attributes:
+        goals: The goals.
+        items: Task to the weights of its items, by id, where they were drawn unevenly; then it takes scores on
+            these items of that task, or on some of them.
+    """
 
     goals: tuple[Goal, ...]
+    items: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def unweighted(self) -> Fitness:
+        """The same goals on items that all count alike."""
+        return replace(self, items={})
+
+    def weighed(self, scores: Scores) -> Scores:
+        """The scores with the weights of their items."""
+        return {
+            task: part.weighted([self.items[task][item] for item in part.items]) if task in self.items else part
+            for task, part in scores.items()
+        }
 
     def __call__(self, scores: Scores) -> float:
         """The fitness of a candidate's scores."""
-        return self._mean([goal.value(_value(scores, goal))[0] for goal in self.goals])
+        weighed = self.weighed(scores)
+        return self._mean([goal.value(_value(weighed, goal))[0] for goal in self.goals])
+
+    def count(self, scores: Scores) -> int:
+        """The items that the fitness is made of, over all goals."""
+        return sum(scores[goal.task].score(goal.metric).n for goal in self.goals)
 
     def pooled(self, parts: Sequence[Scores]) -> float:
         """The fitness over several disjoint sets of items taken together.
@@ -66,7 +91,8 @@ class Fitness:
 
     def stderr(self, scores: Scores) -> float:
         """Standard error of the fitness (delta method; tasks are independent); NaN where there is none."""
-        return self._spread([_influence(scores, goal) for goal in self.goals])
+        weighed = self.weighed(scores)
+        return self._spread([_influence(weighed, goal) for goal in self.goals])
 
     def difference(self, ours: Scores, theirs: Scores) -> tuple[float, float]:
         """Fitness of one candidate less another's on the same items, and the standard error of that paired difference.
@@ -75,10 +101,47 @@ class Fitness:
             ValueError: When the items differ.
         """
         for goal in self.goals:
-            if ours[goal.task].items != theirs[goal.task].items:
-                raise ValueError(f"{goal.task}: the two were not scored on the same items")
-        influences = [_influence(ours, goal) - _influence(theirs, goal) for goal in self.goals]
+            _same_items(ours, theirs, goal.task)
+        left, right = self.weighed(ours), self.weighed(theirs)
+        influences = [_influence(left, goal) - _influence(right, goal) for goal in self.goals]
         return self(ours) - self(theirs), self._spread(influences)
+
+    def pooled_difference(self, ours: Sequence[Scores], theirs: Sequence[Scores]) -> tuple[float, float]:
+        """As `difference`, over several disjoint sets of items taken together."""
+        value = self.pooled(ours) - self.pooled(theirs)
+        if not all(s[goal.task].raceable(goal.metric) for goal in self.goals for s in (*ours, *theirs)):
+            return value, math.nan
+        joined = [{g.task: concatenate([s[g.task] for s in parts]) for g in self.goals} for parts in (ours, theirs)]
+        return value, self.difference(joined[0], joined[1])[1]
+
+    def resampled(self, models: Sequence[Scores], draws: int = DRAWS, seed: int = 0) -> NDArray[np.float64] | None:
+        """The fitness of some models on bootstrap samples of the items: the same samples for all of them.
+
+        Each task's items are drawn by themselves, as many as there are.
+
+        Returns:
+            [models, draws]; None when a goal is no mean or ratio of items, so that nothing is known of its noise.
+
+        Raises:
+            ValueError: When the items differ.
+        """
+        models = [self.weighed(scores) for scores in models]
+        values = []
+        for k, goal in enumerate(self.goals):
+            parts = [_same_items(scores, models[0], goal.task) for scores in models]
+            if not all(part.raceable(goal.metric) for part in parts):
+                return None
+            columns = np.stack([column for part in parts for column in part.columns(goal.metric)], axis=1)
+            sums = resampled_sums(columns, draws, np.random.default_rng([seed, k]))
+            values.append(
+                [
+                    [goal.value(part.of_sums(goal.metric, *pair))[0] for pair in sums[:, 2 * m : 2 * m + 2].tolist()]
+                    for m, part in enumerate(parts)
+                ]
+            )
+        weights = np.array([goal.weight for goal in self.goals])
+        mean: NDArray[np.float64] = np.einsum("g,gmd->md", weights / weights.sum(), np.array(values))
+        return mean
 
     def relative_to(self, sources: Sequence[Scores]) -> Fitness:
         """The same goals as ratios to the best source's value.
@@ -95,7 +158,7 @@ class Fitness:
             goals.append(replace(goal, reference=best))
         if problems:
             raise TaskError(problems)
-        return Fitness(tuple(goals))
+        return replace(self, goals=tuple(goals))
 
     def _mean(self, values: Sequence[float]) -> float:
         total = sum(goal.weight for goal in self.goals)
@@ -110,6 +173,13 @@ class Fitness:
                 return math.nan
             variance += (goal.weight / total) ** 2 * float(influence.var(ddof=1)) / n
         return math.sqrt(variance)
+
+
+def _same_items(ours: Scores, theirs: Scores, task: str) -> ItemScores:
+    """Our scores of a task, if they are of the same items."""
+    if ours[task].items != theirs[task].items:
+        raise ValueError(f"{task}: the two were not scored on the same items")
+    return ours[task]
 
 
 def _value(scores: Scores, goal: Goal) -> float:

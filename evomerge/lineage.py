@@ -20,6 +20,7 @@ def lineage(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
             "recipe_hash": candidate.phenotype,
             "state": candidate.state,
             "fitness": candidate.fitness,
+            "items": candidate.items,
             "genome": candidate.genome.to_json(),
         }
         for candidate in sorted(candidates, key=lambda candidate: candidate.number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
@@ -65,3 +67,11 @@ def load_config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.for_model(**checkpoint.config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.reference}: config.json describes no model we can run: {error}") from error
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identity of how a tokenizer turns text into tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    content = json.dumps([rules, type(tokenizer).__name__, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

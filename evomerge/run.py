@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from evomerge.display import Display
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.export import keep_best
 from evomerge.finish import finish
+from evomerge.gates import look_before
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search import AlgorithmSettings, Stop, get_algorithm, search
+from evomerge.search import AlgorithmSettings, Candidate, Finished, Record, Stop, get_algorithm, search
 from evomerge.spec import SearchSpec
 from evomerge.strict_yaml import write_yaml
 from evomerge.tables import result_table
 from evomerge.workbench import Workbench
 
 log = logging.getLogger("evomerge")
+
+_MOST_RANDOM = 10  # times the search's candidates, for a random search whose candidates see few items each
 
 
 def start(
@@ -85,30 +88,82 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
             display.say(text)
         scorer = Scorer(bench, folder)
         record = folder.record(bench.space)
+        if not len(record):  # a run that goes on has passed them
+            for text in [*bench.look_at_items(), *look_before(bench)]:
+                display.say(f"warning: {text}")
         display.begin(folder, record.candidates(), gene_count=bench.space.size)
-        scorer.settle_references(display)
+        scorer.settle(display)
         wanted = folder.spec.search
-        ended = search(
-            bench.space,
-            get_algorithm(wanted.algorithm),
-            scorer,
-            record,
-            Stop(wanted.candidates, hours=wanted.stop.hours, stale_generations=wanted.stop.stale_generations),
-            seed=wanted.seed,
-            settings=AlgorithmSettings(population=wanted.population),
-            progress=display.candidate,
-        )
+        stop = Stop(wanted.candidates, hours=wanted.stop.hours, stale_generations=wanted.stop.stale_generations)
+        ended = _search(folder, bench, scorer, record, wanted.algorithm, stop, display.candidate)
         display.say(ended.message)
         if ended.reason == "interrupted":
             raise KeyboardInterrupt
         if ended.reason == "failures":
             raise EvoMergeError(f"{folder.root}: {ended.message}")
-        result = finish(bench, folder, scorer, record.candidates(), display)
+        baseline = _baseline(folder, bench, scorer, ended.candidates, display)
+        result = finish(bench, folder, scorer, ended.candidates, display, baseline)
+        if scorer.reused:
+            display.say(f"{scorer.reused} item evaluations of this session came from the cache of earlier runs")
+        if result["within_noise_of"]:
+            display.say(f"warning: {result['verdict']}")
         keep_best(bench, folder, result, display)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         display.say(f"peak memory {peak:.2f} GB, the models' memory-mapped files included")
     print(result_table(result))
     return result
+
+
+def _search(
+    folder: RunFolder,
+    bench: Workbench,
+    scorer: Scorer,
+    record: Record,
+    algorithm: str,
+    stop: Stop,
+    progress: Callable[[Candidate], None],
+) -> Finished:
+    """One search of the run's space, on its items and by its seed."""
+    # Where items end a search in the middle of a generation, the order decides which candidates there are.
+    arrange = scorer.arrange if folder.spec.evaluation.reuse_prefixes and stop.items is None else None
+    return search(
+        bench.space,
+        get_algorithm(algorithm),
+        scorer,
+        record,
+        stop,
+        seed=folder.spec.search.seed,
+        settings=AlgorithmSettings(population=folder.spec.search.population),
+        progress=progress,
+        before_generation=scorer.before_generation,
+        arrange=arrange,
+    )
+
+
+def _baseline(
+    folder: RunFolder, bench: Workbench, scorer: Scorer, found: tuple[Candidate, ...], display: Display
+) -> tuple[Candidate, ...]:
+    """The candidates of a random search that spends as many item evaluations as the search did, if one is asked for.
+
+    It begins with the same generation 0, races by the same rule, and may try several times as many candidates where
+    racing stops most of them early.
+    """
+    if folder.spec.search.baseline is None:
+        return ()
+    items = sum(candidate.items for candidate in found)
+    display.say(f"random search as a baseline: {items} item evaluations, as the search had")
+
+    def progress(candidate: Candidate) -> None:
+        value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
+        display.say(f"random search, candidate {candidate.number}: {value}")
+
+    record = folder.record(bench.space, baseline=True)
+    stop = Stop(_MOST_RANDOM * len(found), items=items)
+    ended = _search(folder, bench, scorer, record, "random", stop, progress)
+    if ended.reason == "interrupted":
+        raise KeyboardInterrupt
+    display.say(f"random search: {ended.message}")
+    return ended.candidates
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from evomerge.search.candidate import Candidate, best
 from evomerge.spec import SearchSpec
 
 if TYPE_CHECKING:
+    from evomerge.evaluation.informative import Sample
     from evomerge.evaluation.scores import ItemScores
     from evomerge.search.record import Record
     from evomerge.search.space import SearchSpace
@@ -120,11 +121,12 @@ class RunFolder:
         changed = _diff(before["versions"], json.loads(json.dumps(environment["versions"])))
         return [f"versions differ from the run's first ones; equal up to rounding:\n{changed}"] if changed else []
 
-    def record(self, space: SearchSpace | None = None) -> Record:
-        """The study; a space is needed to append to it."""
+    def record(self, space: SearchSpace | None = None, *, baseline: bool = False) -> Record:
+        """The study, or that of the baseline's random search; a space is needed to append to it."""
         from evomerge.search.record import Record
 
-        return Record.open(self.spec.run.storage or self.root / "study.log", self.spec.name, space=space)
+        name = f"{self.spec.name}-random" if baseline else self.spec.name
+        return Record.open(self.spec.run.storage or self.root / "study.log", name, space=space)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All recorded candidates, by number."""
@@ -157,8 +159,22 @@ class RunFolder:
         """Stores what the finished run found."""
         write_atomic(self.root / "result.json", json.dumps(result, indent=2))
 
+    def samples(self) -> dict[str, Sample] | None:
+        """The items that steer, where they are a part of the search items and were drawn already."""
+        from evomerge.evaluation.informative import Sample
+
+        path = self.root / "informative.json"
+        if not path.is_file():
+            return None
+        return {task: Sample.from_json(sample) for task, sample in json.loads(path.read_text()).items()}
+
+    def write_samples(self, samples: Mapping[str, Sample]) -> None:
+        """Stores the items that steer."""
+        content = {task: sample.to_json() for task, sample in samples.items()}
+        write_atomic(self.root / "informative.json", json.dumps(content, indent=2))
+
     def scores(self, plan: str, split: str) -> dict[str, ItemScores] | None:
-        """Per-item scores of a plan on a split, if they were measured."""
+        """Per-item scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
         from evomerge.evaluation.scores import load_scores
 
         path = self._scores_path(plan, split)
@@ -185,10 +201,11 @@ def _only_begun(root: Path) -> bool:
 
 
 def _identity(spec: SearchSpec) -> dict[str, Any]:
-    """What may not change under a run: all but its budget, its stopping rules, its place and what it keeps."""
+    """What may not change under a run: all but its budget, stopping rules, baseline, cache, place and what it keeps."""
     content = spec.model_dump(mode="json")
     content["run"] = {"storage": content["run"]["storage"]}
-    for key in ("candidates", "stop"):
+    del content["evaluation"]["cache"]
+    for key in ("candidates", "stop", "baseline"):
         del content["search"][key]
     return content
 

@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from evomerge.engine.plan import Plan
 from evomerge.errors import CandidateError, EvoMergeError, RecipeError
+from evomerge.evaluation.informative import Sample, draw_samples
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
-from evomerge.fitness import Fitness
+from evomerge.fitness import Fitness, Scores
+from evomerge.measuring import Measurer, joined, size, taken
 from evomerge.models import single_model
-from evomerge.search import Outcome, Proposal
-from evomerge.workbench import SEARCH, Workbench
+from evomerge.planning import Planner
+from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
+from evomerge.search import Candidate, Outcome, Proposal, ranked
+from evomerge.search.baselines import baselines
+from evomerge.workbench import SEARCH, STEER, Selection, Workbench
 
 if TYPE_CHECKING:
     from evomerge.display import Display
     from evomerge.runfolder import RunFolder
 
 
+@dataclass
+class _Measured:
+    """What is known of a recipe on a split: its scores, on how many items, in how many seconds by stage, and what a
+    race saw, block by block."""
+
+    scores: Scores = field(default_factory=dict)
+    items: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    looks: list[Look] = field(default_factory=list)
+
+
 class Scorer:
     """Scores proposals; what was measured once is read back.
+
+    The items of a split are scored in parts, the same for every candidate: one part, or with racing several blocks of
+    the items that steer.
+
+    Attributes:
+        fitness: What steers.
+        reported: What the result is told in: the same goals by the metrics that were asked for.
+        samples: Task to the items that steer, where they are a part of the search items.
 
     Args:
         bench: Models, tasks and splits.
@@ -29,42 +55,188 @@ class Scorer:
     def __init__(self, bench: Workbench, folder: RunFolder) -> None:
         self._bench = bench
         self._folder = folder
-        self.fitness: Fitness = bench.goals
+        self._planner = Planner(bench)
+        self._measurer = Measurer(bench)
+        self._parts: dict[str, tuple[Selection, ...]] = {split: (part,) for split, part in bench.selections.items()}
+        self._order = {task: {item: k for k, item in enumerate(bench.evaluator.items(task))} for task in bench.tasks}
+        self._race: Race | None = None
+        self._blocks: tuple[int, ...] = ()  # the order in which the generation sees the blocks
+        self._full: dict[str, Scores] = {}  # the full scores that it races against, by phenotype
+        self.fitness: Fitness = bench.steering
+        self.reported: Fitness = bench.goals
+        self.samples: Mapping[str, Sample] = {}
 
-    def settle_references(self, display: Display) -> None:
-        """Scores the sources on the search items, which fixes the relative scale."""
-        if self._bench.spec.evaluation.scale == "raw":
-            return
-        sources = []
-        for name, reference in self._bench.spec.models.sources.items():
-            display.say(f"scoring {name}, for the relative scale")
+    @property
+    def reused(self) -> int:
+        """Item evaluations that came from the user's cache."""
+        return self._measurer.reused
+
+    @property
+    def _steering(self) -> str:
+        """The split that steers."""
+        return STEER if self.samples else SEARCH
+
+    def settle(self, display: Display) -> None:
+        """Settles what every candidate is measured by: the sources' scores, the items that steer, a race's blocks."""
+        evaluation = self._bench.spec.evaluation
+        goals = zip(self.reported.goals, self.fitness.goals, strict=True)
+        if changed := {f"{by.metric} in place of {asked.metric}": None for asked, by in goals if by != asked}:
+            display.say(f"what steers is {', '.join(changed)}; the result will be told in what was asked for")
+        if evaluation.racing and evaluation.informative is None:  # first, so that the sources are scored by blocks too
+            self._settle_racing(display)
+        if evaluation.scale == "relative":
+            sources = [
+                self._reference(f"models.sources.{name}", single_model(reference), display)
+                for name, reference in self._bench.spec.models.sources.items()
+            ]
+            self.fitness = self._bench.relative(self._bench.steering, sources)
+            self.reported = self._bench.relative(self._bench.goals, sources)
+        if evaluation.informative is not None:
+            self._settle_informative(evaluation.informative, display)
+            if evaluation.racing:
+                self._settle_racing(display)
+
+    def _settle_informative(self, fraction: float, display: Display) -> None:
+        """Draws the items that steer, from what generation 0 does on all of them."""
+        scouts = []
+        for start in baselines(self._bench.space):
+            display.say(f"scoring {start.name} on all search items, to see which of them tell candidates apart")
             try:
-                sources.append(self.scores(single_model(reference), SEARCH)[0])
-            except CandidateError as error:
-                raise EvoMergeError(f"models.sources.{name}: cannot be scored: {error}") from error
-        self.fitness = self._bench.relative(self._bench.goals, sources)
+                scouts.append(self.scores(start.recipe, SEARCH)[0])
+            except (CandidateError, RecipeError) as error:
+                display.say(f"{start.name} is left out: {error}")
+        if not scouts:
+            raise EvoMergeError(f"{self._folder.root}: no candidate of generation 0 could be scored")
+        smooth = {goal.task: self._bench.tasks[goal.task].smooth(goal.metric) for goal in self.fitness.goals}
+        seed = self._bench.spec.search.seed
+        self.samples = self._folder.samples() or draw_samples(scouts, smooth, fraction, seed)
+        self._folder.write_samples(self.samples)
+        self._bench.steer_by(self.samples)
+        self._parts[STEER] = (self._bench.selections[STEER],)
+        weights = {t: dict(zip(s.items, s.weights, strict=True)) for t, s in self.samples.items()}
+        self.fitness = replace(self.fitness, items=weights)
+        told = (f"{task} {len(s.items)} of {sum(n for n, _ in s.strata)}" for task, s in self.samples.items())
+        display.say(f"the items that tell candidates apart steer: {', '.join(told)}")
 
-    def scores(self, recipe: Mapping[str, Any], split: str) -> tuple[Mapping[str, ItemScores], Mapping[str, float]]:
-        """Per-item scores of a recipe on a split, and the seconds they cost (none when they were kept)."""
+    def _reference(self, name: str, recipe: Mapping[str, Any], display: Display) -> Mapping[str, ItemScores]:
+        display.say(f"scoring {name} on the search items")
+        try:
+            return self.scores(recipe, SEARCH)[0]
+        except CandidateError as error:
+            raise EvoMergeError(f"{name}: cannot be scored: {error}") from error
+
+    def _settle_racing(self, display: Display) -> None:
+        """Cuts the items that steer into blocks, if candidates can be compared on part of them."""
+        spec = self._bench.spec
+        blocks = draw_blocks(self._bench.selections[self._steering], spec.search.seed)
+        if len(blocks) == 1:
+            display.say("no racing: a task has too few items that steer for blocks")
+            return
+        plan = self._bench.plan(single_model(next(iter(spec.models.sources.values()))))
+        kept = taken(self._kept(plan, self._steering), self._measurer.items(blocks[0]))
+        try:
+            seen = kept or self._measurer(plan, blocks[0])[0]
+        except CandidateError as error:
+            display.say(f"no racing: the first source cannot be scored: {error}")
+            return
+        # Where all search items steer, what is reported of them is put together from the blocks too.
+        goals = [*self.fitness.goals, *(() if self.samples else self.reported.goals)]
+        whole = dict.fromkeys(f"{g.task} {g.metric}" for g in goals if not seen[g.task].raceable(g.metric))
+        if whole:
+            display.say(f"no racing: {', '.join(whole)} is no mean or ratio of items, so a part of them says nothing")
+            return
+        self._parts[self._steering] = blocks
+        if kept is None:
+            self._folder.write_scores(plan.digest, self._steering, seen)
+        sizes = dict.fromkeys(str(size(block)) for block in blocks)
+        display.say(f"racing: the items that steer come in {len(blocks)} blocks of {' or '.join(sizes)}")
+
+    def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
+        """The order in which a generation costs least; the scores are the same bits in any."""
+        return self._planner.arrange(proposals)
+
+    def before_generation(self, history: tuple[Candidate, ...]) -> None:
+        """Freezes whom a generation races against: nothing that happens in it changes that."""
+        self._race = None
+        leaders = ranked(history)[:CONTROLS]
+        if not leaders or len(self._parts[self._steering]) == 1:
+            return
+        rival = leaders[min(PLACE, len(leaders)) - 1]
+        known, self._full = self._full, {}
+        for leader in leaders:
+            self._full[leader.phenotype] = known.get(leader.phenotype) or self.scores(leader.recipe, self._steering)[0]
+        generation = 1 + max(candidate.generation for candidate in history)
+        self._blocks = block_order(len(self._parts[self._steering]), self._bench.spec.search.seed, generation)
+        looks = {c.number: self._looks(self._full[c.phenotype]) for c in leaders}
+        self._race = Race.against(self.fitness, rival.number, looks)
+
+    def _looks(self, scores: Scores) -> list[Scores]:
+        """A full score as it is at every look of the generation."""
+        seen: Scores = {}
+        looks = []
+        for count, block in enumerate(self._blocks, start=1):
+            piece = taken(scores, self._measurer.items(self._parts[self._steering][block]))
+            if piece is None:
+                raise ValueError("a candidate with a full score lacks items of a block")
+            seen = joined(seen, piece, self._order)
+            if count in look_after(len(self._blocks)):
+                looks.append(seen)
+        return looks
+
+    def scores(self, recipe: Mapping[str, Any], split: str) -> tuple[Scores, Mapping[str, float]]:
+        """Per-item scores of a recipe on a whole split, and the seconds they cost (hardly any when they were kept)."""
         started = time.perf_counter()
         plan = self._bench.plan(recipe)
-        seconds = {"plan": time.perf_counter() - started}
-        kept = self._folder.scores(plan.digest, split)
-        if kept is not None:
-            return kept, seconds
-        scores, stages = self._bench.measure(plan, split)
-        self._folder.write_scores(plan.digest, split, scores)
-        return scores, seconds | stages
+        measured = self._measure(plan, split, time.perf_counter() - started)
+        return measured.scores, measured.seconds
+
+    def _measure(self, plan: Plan, split: str, planning: float, race: Race | None = None) -> _Measured:
+        """Scores a plan, made in `planning` seconds, part by part, until the split is done or the race is lost."""
+        measured = _Measured(seconds={"plan": planning})
+        kept = before = self._kept(plan, split)
+        parts = self._parts[split]
+        looks = look_after(len(parts))
+        for count, number in enumerate(self._blocks if race is not None else range(len(parts)), start=1):
+            piece = taken(kept, self._measurer.items(parts[number]))
+            if piece is None:
+                piece, stages = self._measurer(plan, parts[number])
+                kept = joined(kept, piece, self._order)
+                for stage, seconds in stages.items():
+                    measured.seconds[stage] = measured.seconds.get(stage, 0.0) + seconds
+            measured.scores = joined(measured.scores, piece, self._order)
+            measured.items += size(parts[number])
+            if race is not None and count in looks[:-1]:
+                look = race.look(looks.index(count), measured.scores)
+                measured.looks += [] if look is None else [look]
+                if look is not None and look.lost:
+                    break
+        if kept is not before:
+            self._folder.write_scores(plan.digest, split, kept)
+        return measured
+
+    def _kept(self, plan: Plan, split: str) -> Scores:
+        """What the run's folder has of a plan's scores on a split: all, some, or none."""
+        kept: Scores | None = self._folder.scores(plan.digest, split)
+        if kept is None and split == STEER and (whole := self._folder.scores(plan.digest, SEARCH)) is not None:
+            kept = taken(whole, self._measurer.items(self._bench.selections[STEER]))
+        return kept or {}
 
     def __call__(self, proposal: Proposal) -> Outcome:
         """Scores one proposal on the search items; a candidate's own failure is an outcome, not an error."""
+        race = self._race
         try:
-            scores, seconds = self.scores(proposal.recipe, SEARCH)
+            plan, planning = self._planner(proposal)
+            measured = self._measure(plan, self._steering, planning, race)
         except CandidateError as error:
             return Outcome(None, state="failed", failure=f"not scored: {error}")
         except RecipeError as error:
             return Outcome(None, state="failed", failure=f"impossible recipe: {error}")
         except MemoryError:
             return Outcome(None, state="failed", failure="out of memory: the model could not be materialised or scored")
-        table = {SEARCH: table_to_json(score_table(scores))}
-        return Outcome(self.fitness(scores), scores=table, seconds=dict(seconds))
+        table = {SEARCH: table_to_json(score_table(self.fitness.weighed(measured.scores)))}
+        estimates = {look.items: look.estimate for look in measured.looks}
+        if race is not None and measured.looks and measured.looks[-1].lost:
+            last = measured.looks[-1]
+            return Outcome(last.estimate, table, "pruned", race.reason(last), measured.seconds, estimates=estimates)
+        fitness = self.fitness(measured.scores)
+        return Outcome(fitness, table, seconds=measured.seconds, estimates={**estimates, measured.items: fitness})

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evomerge.errors import SpecError, suggest
+from evomerge.evaluation.backends import BackendName
 from evomerge.paths import resolve_path
 from evomerge.recipe import resolve_reference
 from evomerge.strict_yaml import read_yaml
@@ -105,15 +106,19 @@ class Evaluation(_Part):
     scale: Literal["relative", "raw"] = "relative"
     splits: Splits = Splits()
     guard: list[str] = []
-    fitness: Literal["metric", "smooth"] = "metric"
+    fitness: Literal["metric", "smooth"] = "smooth"
+    informative: float | None = Field(None, gt=0, lt=1)
     racing: bool = False
+    cache: bool = True
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     batch_tokens: int | None = Field(None, ge=16)  # what suits the device
     reuse_prefixes: bool = True
     max_length: int | None = Field(None, ge=8)
     apply_chat_template: bool = False
-    backend: Literal["native", "hf"] = "native"
+    fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied
+    system_instruction: str | None = None
+    backend: BackendName = "native"
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -143,6 +148,7 @@ class Search(_Part):
     candidates: int = Field(100, ge=1)
     objectives: Literal["mean"] = "mean"
     seed: int = Field(0, ge=0)
+    baseline: Literal["random"] | None = None
     stop: Stop = Stop()
     finalists: int = Field(8, ge=1)
 
@@ -241,9 +247,14 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
             f"search.algorithm: '{spec.search.algorithm}' is not one of {', '.join(sorted(ALGORITHMS))}"
             f"{suggest(spec.search.algorithm, ALGORITHMS)}"
         )
+    if spec.search.baseline == spec.search.algorithm:
+        problems.append(f"search.baseline: {spec.search.baseline} is the algorithm itself; leave one of the two out")
     names = [task.task for task in spec.evaluation.tasks]
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
     problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in names]
+    device = spec.evaluation.device
+    if spec.evaluation.backend == "vllm" and not device.startswith("cuda"):
+        problems.append(f"evaluation.device: backend vllm shares the candidates' GPU; cuda is needed, got {device!r}")
     if spec.models.base is None and any(METHODS[m].needs_base for m in spec.space.methods if m in METHODS):
         wanting = [m for m in spec.space.methods if m in METHODS and METHODS[m].needs_base]
         problems.append(f"models.base: missing, and {', '.join(wanting)} need a base model")

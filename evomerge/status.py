@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge.files import held
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import Candidate, best, count_states
+from evomerge.search.candidate import Candidate, best, count_items, count_states
 from evomerge.tables import score_text, table
 
 
@@ -26,12 +26,13 @@ def read_status(run: Path) -> dict[str, Any]:
     finished = result is not None and result["candidates"]["budget"] >= budget
     state = "finished" if finished else ("running" if held(folder.root / ".lock") else "stopped")
     leader = best(known)
-    seconds = [c.seconds["total"] for c in known if c.state == "done" and "total" in c.seconds]
+    seconds = [c.seconds["total"] for c in known if c.state != "failed" and "total" in c.seconds]
     rate = len(seconds) / sum(seconds) * 3600 if seconds and sum(seconds) > 0 else None
     status: dict[str, Any] = {
         "run": folder.spec.name,
         "state": state,
         "candidates": {**count_states(known), "budget": budget},
+        "items": count_items(known),
         "best": None if leader is None else _entry(leader),
         "baselines": {c.operator: dict(c.scores) for c in known if c.generation == 0 and c.state == "done"},
         "candidates_per_hour": rate,
@@ -56,7 +57,13 @@ def render_status(status: Mapping[str, Any]) -> str:
         f"{status['run']}: {status['state']}; {counts['done']} scored, {counts['failed']} failed, "
         f"{counts['pruned']} pruned of {counts['budget']}"
     ]
-    if status["candidates_per_hour"]:
+    if counts["pruned"]:
+        items = status["items"]
+        lines.append(
+            f"racing: {items['evaluated']} item evaluations instead of {items['without_racing']}, "
+            f"{items['saved']:.0%} saved"
+        )
+    if status["candidates_per_hour"] and status["state"] != "finished":
         left = timedelta(seconds=round(status["seconds_left"]))
         lines.append(f"{status['candidates_per_hour']:.0f} candidates an hour, {left} left")
     if status["best"]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
@@ -15,17 +16,22 @@ from evomerge.engine.prefix import depth_digests
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.informative import Sample
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
-from evomerge.evaluation.tasks import LoadedTask, load_tasks
+from evomerge.evaluation.tasks import LoadedTask, TaskSet, find_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
-from evomerge.models import load_config, load_tokenizer, open_models
+from evomerge.models import load_config, load_tokenizer, open_models, single_model
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.search import SearchSpace, build_space
 from evomerge.spec import SearchSpec, Splits
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
+STEER = "steer"
+"""The search items that steer, where they are a part of the `search` split; that split itself otherwise."""
 Selection = Mapping[str, tuple[int, ...]]
+
+_DEPTHS = 256  # plans of which `Workbench.depths` is remembered
 
 
 class Workbench:
@@ -37,15 +43,18 @@ class Workbench:
         evaluator: The tasks that steer and those that guard.
         selections: Split -> task -> positions of its items.
         space: The search space.
-        goals: The goals on the raw scale.
+        goals: The goals on the raw scale, by the metrics that are reported.
+        steering: The same goals by the metrics that steer: the smooth ones where the specification wants them.
     """
 
     def __init__(self, spec: SearchSpec) -> None:
         self.spec = spec
         with _Together() as found:  # a wrong model and a wrong metric are told in one go
             self.checkpoints: dict[str, Checkpoint] = found.of(open_models, spec)
-            self.tasks: dict[str, LoadedTask] = found.of(_load_tasks, spec)
-            self.goals: Fitness = found.of(_goals, spec, self.tasks)
+            known: TaskSet = found.of(_find_tasks, spec)
+            self.tasks: dict[str, LoadedTask] = found.of(lambda known: dict(known.tasks), known)
+            self.goals: Fitness = found.of(_goals, spec, known)
+            self.steering: Fitness = found.of(_steering, spec, self.tasks, self.goals)
             self.space: SearchSpace = found.of(make_space, spec, self.checkpoints)
         self.tokenizer = load_tokenizer(self.reference_model)
         evaluation = spec.evaluation
@@ -56,17 +65,36 @@ class Workbench:
             batch_tokens=evaluation.batch_tokens,
             max_length=evaluation.max_length,
             apply_chat_template=evaluation.apply_chat_template,
+            fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+            system_instruction=evaluation.system_instruction,
             backend=evaluation.backend,
             reuse_prefixes=evaluation.reuse_prefixes,
         )
-        self.selections = _selections(spec, self.evaluator, self.tasks)
+        self.selections = _selections(spec, self.evaluator, known)
+        self.selections[STEER] = self.selections[SEARCH]
         self._resident: Resident | None = None
+        self._depths: dict[str, tuple[str, ...]] = {}
 
     @property
     def reference_model(self) -> Checkpoint:
         """The model whose tokenizer and layout count: the base, or the first source."""
         models = self.spec.models
         return self.checkpoints[models.base or next(iter(models.sources.values()))]
+
+    def look_at_items(self) -> list[str]:
+        """Builds what the items of every split ask, so that what cannot be scored is found before a model is.
+
+        Returns:
+            What is worth a warning.
+
+        Raises:
+            TaskError: With every task that has an item that cannot be scored.
+        """
+        # What steers is some or all of the search items.
+        chosen = [selection for split, selection in self.selections.items() if selection and split != STEER]
+        tasks = dict.fromkeys(task for selection in chosen for task in selection)
+        together = {task: [k for selection in chosen for k in selection.get(task, ())] for task in tasks}
+        return self.evaluator.check(together)
 
     def plan(self, recipe: Mapping[str, Any]) -> Plan:
         """Resolves a candidate's recipe."""
@@ -76,8 +104,22 @@ class Workbench:
         """A candidate's recipe as the engine reads it."""
         return parse_recipe(recipe, where="candidate")
 
-    def measure(self, plan: Plan, split: str) -> tuple[dict[str, ItemScores], dict[str, float]]:
-        """Materialises a plan in memory and scores it on a split.
+    def steer_by(self, samples: Mapping[str, Sample]) -> None:
+        """Lets a part of the search items steer."""
+        places = {task: {item: k for k, item in enumerate(self.evaluator.items(task))} for task in samples}
+        drawn = {task: tuple(places[task][item] for item in sample.items) for task, sample in samples.items()}
+        self.selections[STEER] = {**self.selections[SEARCH], **drawn}
+
+    def depths(self, plan: Plan) -> tuple[str, ...]:
+        """For each layer the identity of the hidden states before it, worked out once for each of the latest plans."""
+        if plan.digest not in self._depths:
+            if len(self._depths) >= _DEPTHS:
+                del self._depths[next(iter(self._depths))]
+            self._depths[plan.digest] = depth_digests(plan)
+        return self._depths[plan.digest]
+
+    def measure(self, plan: Plan, selection: Selection) -> tuple[dict[str, ItemScores], dict[str, float]]:
+        """Materialises a plan in memory and scores it on some items.
 
         Returns:
             Per-item scores by task, and the seconds that each stage took: materialise, score.
@@ -88,8 +130,17 @@ class Workbench:
         started = time.perf_counter()
         model, _ = self.resident.write(plan)
         written = time.perf_counter()
-        scores = self.evaluator.score(model, self.selections[split], depth_digests(plan))
+        scores = self.evaluator.score(model, selection, self.depths(plan))
         return scores, {"materialise": written - started, "score": time.perf_counter() - written}
+
+    def settle(self) -> None:
+        """Has the reference model decide how models are scored, so that no candidate's turn does.
+
+        Raises:
+            CandidateError: When its logits are not finite.
+        """
+        model, _ = self.resident.write(self.plan(single_model(self.reference_model.reference)))
+        self.evaluator.prepare(model)
 
     @property
     def resident(self) -> Resident:
@@ -194,59 +245,52 @@ def tensor_group_filters(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return filters
 
 
-def _load_tasks(spec: SearchSpec) -> dict[str, LoadedTask]:
+def _find_tasks(spec: SearchSpec) -> TaskSet:
+    """The tasks that steer and guard, as far as they can be loaded."""
     evaluation = spec.evaluation
     shots = {task.task: task.num_fewshot for task in evaluation.tasks}
     names = [task.task for task in evaluation.tasks] + evaluation.guard
-    return load_tasks(names, include_path=evaluation.include_paths, num_fewshot=shots)
-
-
-def _members(spec: SearchSpec, name: str, tasks: Mapping[str, LoadedTask]) -> list[str]:
-    """The tasks that a name of the specification stands for: itself, or the members of a group."""
-    return [name] if name in tasks else list(load_tasks([name], include_path=spec.evaluation.include_paths))
+    return find_tasks(names, include_path=evaluation.include_paths, num_fewshot=shots)
 
 
 def _sizes(splits: Splits) -> dict[str, float | int]:
     return {name: int(size) if size > 1 else float(size) for name, size in splits.model_dump().items()}
 
 
-def _selections(spec: SearchSpec, evaluator: Evaluator, tasks: Mapping[str, LoadedTask]) -> dict[str, Selection]:
+def _selections(spec: SearchSpec, evaluator: Evaluator, known: TaskSet) -> dict[str, Selection]:
     """The items of each split. Guard tasks are read whole, as far as the test split's size goes."""
     evaluation = spec.evaluation
-    members = {task.task: _members(spec, task.task, tasks) for task in evaluation.tasks}
-    names = [name for task in evaluation.tasks for name in members[task.task]]
-    per_task = {name: _sizes(t.splits) for t in evaluation.tasks if t.splits for name in members[t.task]}
+    names = [name for task in evaluation.tasks for name in known.members[task.task]]
+    per_task = {name: _sizes(t.splits) for t in evaluation.tasks if t.splits for name in known.members[t.task]}
     items = {name: evaluator.items(name) for name in names}
     drawn: dict[str, Selection] = dict(split_items(items, _sizes(evaluation.splits), spec.search.seed, per_task))
     size = _sizes(evaluation.splits)[TEST]
-    guarding = [name for guard in evaluation.guard for name in _members(spec, guard, tasks)]
+    guarding = [name for guard in evaluation.guard for name in known.members[guard]]
     guards = {name: evaluator.items(name) for name in guarding}
     sized = {name: {GUARD: min(size, len(ids)) if isinstance(size, int) else size} for name, ids in guards.items()}
     drawn[GUARD] = split_items(guards, {GUARD: size}, spec.search.seed, sized).get(GUARD, {}) if guards else {}
     return drawn
 
 
-def _goals(spec: SearchSpec, tasks: Mapping[str, LoadedTask]) -> Fitness:
+def _goals(spec: SearchSpec, known: TaskSet) -> Fitness:
     """The goals on the raw scale; a group's weight is shared by its members.
 
     Raises:
-        TaskError: For a metric that a task does not have.
+        TaskError: For a name that stands for no task, and for a metric that a task does not have.
         SpecError: When the raw scale would add up different units.
     """
     goals: list[Goal] = []
-    problems: list[str] = []
+    problems = list(known.problems)
     for wanted in spec.evaluation.tasks:
-        members = _members(spec, wanted.task, tasks)
+        members = known.members.get(wanted.task, ())
         for name in members:
-            task = tasks[name]
+            task = known.tasks[name]
             metric = wanted.metric or task.metrics[0]
             try:
                 task.require_metric(metric)
             except TaskError as error:
                 problems += error.problems
                 continue
-            if spec.evaluation.fitness == "smooth" and task.output_type == "multiple_choice":
-                metric = "prob"
             direction = task.higher_is_better[metric.partition(",")[0]]
             goals.append(Goal(name, metric, wanted.weight / len(members), direction))
     if problems:
@@ -255,3 +299,17 @@ def _goals(spec: SearchSpec, tasks: Mapping[str, LoadedTask]) -> Fitness:
     if mixed:
         raise SpecError(mixed)
     return Fitness(tuple(goals))
+
+
+def _steering(spec: SearchSpec, tasks: Mapping[str, LoadedTask], goals: Fitness) -> Fitness:
+    """The goals by the metrics that steer."""
+    if spec.evaluation.fitness == "metric":
+        return goals
+    smooth = {goal.task: tasks[goal.task].smooth(goal.metric) for goal in goals.goals}
+    directions = {goal.task: tasks[goal.task].higher_is_better for goal in goals.goals}
+    return Fitness(
+        tuple(
+            replace(g, metric=smooth[g.task], higher_is_better=directions[g.task][smooth[g.task].partition(",")[0]])
+            for g in goals.goals
+        )
+    )

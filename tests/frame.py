@@ -41,6 +41,7 @@ def search_spec(family: Mapping[str, Path], **changes: Any) -> dict[str, Any]:
             "splits": {"search": 0.5, "select": 0.25, "test": 0.25},
             "guard": ["tiny_answer"],
             "dtype": "float32",
+            "cache": False,  # another test has scored the same models
         },
         "search": {"algorithm": "ga", "population": 4, "candidates": 18, "finalists": 3},
         "run": {"keep": 1},

@@ -105,3 +105,25 @@ def test_evaluate_refuses(tiny_family: dict[str, Path], tmp_path: Path) -> None:
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CandidateError, match="finite"):
         evomerge.evaluate(str(broken), ["tiny_text"], include_path=paths)
+
+
+def test_prompts_are_put_together_as_asked_for(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+
+    def loss(**options: Any) -> float:
+        result = evomerge.evaluate(str(tiny_family["a"]), ["tiny_choice"], include_path=TASKS, limit=4, **options)
+        return float(result["tasks"]["tiny_choice"]["loss"]["value"])
+
+    assert loss() == loss(fewshot_as_multiturn=False)  # no chat, no examples
+    assert loss() != loss(system_instruction="Answer in one word.")
+
+
+def test_warnings_go_where_they_are_asked_to_go(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    from tests.evaluation.conftest import documents, write_documents, write_task
+
+    write_documents(tmp_path / "data" / "docs.jsonl", documents(2))
+    write_task(tmp_path / "tasks", "long", kind="mc", doc_to_text="{{text*40}}")
+    told: list[str] = []
+    evomerge.evaluate(str(tiny_family["a"]), ["long"], include_path=tmp_path / "tasks", tell=told.append)
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="task 'long': 2 of 2 items are longer than the context of 512 tokens"):
+        evomerge.evaluate(str(tiny_family["a"]), ["long"], include_path=tmp_path / "tasks")

@@ -100,6 +100,39 @@ def test_stderr_and_difference_against_a_bootstrap(relative: bool) -> None:
     assert stderr < math.hypot(fitness.stderr(ours), fitness.stderr(theirs))
 
 
+def test_bootstrap_of_the_fitness_agrees_with_the_delta_method() -> None:
+    generator = np.random.default_rng(4)
+    models = [
+        {
+            "mc": mean(generator.random(300) < 0.6 + 0.1 * k),
+            "text": bits(-generator.uniform(50, 70, 100), generator.integers(40, 60, 100)),
+        }
+        for k in range(2)
+    ]
+    fitness = Fitness((ACC, BPB)).relative_to(models)
+    resampled = fitness.resampled(models)
+    assert resampled is not None
+    assert resampled.shape == (2, 2000)
+    for scores, row in zip(models, resampled, strict=True):
+        assert row.mean() == pytest.approx(fitness(scores), abs=0.1 * row.std())
+        assert row.std() == pytest.approx(fitness.stderr(scores), rel=0.06)
+    spread = (resampled[0] - resampled[1]).std()
+    assert spread == pytest.approx(fitness.difference(*models)[1], rel=0.06)
+    again = fitness.resampled(models)
+    assert again is not None
+    np.testing.assert_array_equal(again, resampled)
+    with pytest.raises(ValueError, match="mc: the two were not scored on the same items"):
+        fitness.resampled([models[0], {**models[1], "mc": mean([1.0] * 300, start=1)}])
+
+
+def test_pooled_difference_is_that_of_all_items() -> None:
+    ours, theirs = (
+        [{"mc": mean(rows[:3])}, {"mc": mean(rows[3:], start=3)}] for rows in ([1, 0, 1, 1, 1], [0, 0, 1, 1, 0])
+    )
+    whole = Fitness((ACC,)).difference({"mc": mean([1, 0, 1, 1, 1])}, {"mc": mean([0, 0, 1, 1, 0])})
+    assert Fitness((ACC,)).pooled_difference(ours, theirs) == pytest.approx(whole)
+
+
 def test_difference_needs_the_same_items() -> None:
     with pytest.raises(ValueError, match="mc: the two were not scored on the same items"):
         Fitness((ACC,)).difference({"mc": mean([1, 0])}, {"mc": mean([1, 0], start=1)})
@@ -130,6 +163,8 @@ def test_a_metric_that_is_no_mean_of_items_steers_without_an_error() -> None:
     value, stderr = goals.difference({"f": corpus(0.75, 4)}, scores)
     assert value == 0.25
     assert math.isnan(stderr)
+    assert goals.resampled([scores]) is None
+    assert math.isnan(goals.pooled_difference([{"f": corpus(0.75, 4)}], [scores])[1])
     # 1 item at 1.0 and 3 items at 0.5, by their numbers.
     assert goals.pooled([{"f": corpus(1.0, 1)}, {"f": corpus(0.5, 3, start=1)}]) == pytest.approx(0.625)
 

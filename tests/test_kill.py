@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
+from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
+from evomerge.spec import parse_spec
 from evomerge.workbench import Workbench
 from tests.frame import command, environment, files, invoke, process, search_spec
 from tests.test_run import lasting
@@ -82,6 +84,30 @@ def test_killed_three_times_is_never_stopped(finished_run: Path, tiny_family: di
     assert weights[0] == weights[1] != {}
 
 
+def test_killed_in_the_middle_of_a_race(
+    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With racing, a random baseline and a score cache that is new: as never stopped, and never cached."""
+    changes = {"evaluation__racing": True, "search__baseline": "random", "run__keep": 0}
+    whole = parse_spec(search_spec(tiny_family, **changes))
+    start(whole, folder=tmp_path / "whole")
+    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(search_spec(tiny_family, evaluation__cache=True, **changes)))
+    folder = tmp_path / "run"
+    with _running(command(["run", "tiny.yaml", "--dir", folder]), tmp_path) as running:
+        _wait(running, lambda: _recorded(folder) >= 13)  # generation 1 races
+        running.send_signal(signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL
+    resume(folder)
+    ours, theirs = RunFolder.existing(folder), RunFolder.existing(tmp_path / "whole")
+    assert "pruned" in {candidate.state for candidate in ours.candidates()}
+    for baseline in (False, True):
+        records = [run.record(baseline=baseline).candidates() for run in (ours, theirs)]
+        assert lasting(records[0]) == lasting(records[1])
+    assert ours.result() == theirs.result()
+    assert dict(files(folder / "scores")) == dict(files(tmp_path / "whole" / "scores"))
+
+
 def test_stopped_by_the_user(
     finished_run: Path, tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,13 +140,13 @@ def test_sigterm_stops_as_ctrl_c_does(
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(search_spec(tiny_family, run__keep=0)))
     measure, before = Workbench.measure, signal.getsignal(signal.SIGTERM)
-    measured: list[str] = []
+    measured: list[Any] = []
 
-    def terminated(self: Workbench, plan: Any, split: str) -> Any:
-        measured.append(split)
+    def terminated(self: Workbench, plan: Any, part: Any) -> Any:
+        measured.append(part)
         if len(measured) == 6:
             signal.raise_signal(signal.SIGTERM)
-        return measure(self, plan, split)
+        return measure(self, plan, part)
 
     monkeypatch.setattr(Workbench, "measure", terminated)
     try:

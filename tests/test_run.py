@@ -14,11 +14,14 @@ import yaml
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, RecipeError, RunError
 from evomerge.evaluation.scores import ItemScores
 from evomerge.files import exclusive
+from evomerge.planning import Planner
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search import Candidate
+from evomerge.search import Candidate, Proposal
 from evomerge.spec import SearchSpec, load_spec, parse_spec
+from evomerge.status import read_status, render_status
+from evomerge.tables import result_table
 from evomerge.workbench import SEARCH, SELECT, TEST, Workbench
 from tests.frame import changed, files, search_spec
 from tests.models import write_tiny_llama
@@ -100,28 +103,120 @@ def test_winner_is_the_best_finalist_over_search_and_select(finished_run: Path) 
     best = max(result["finalists"], key=lambda f: f["pooled"])
     assert result["winner"]["candidate"] == best["candidate"]
     for split in (SEARCH, SELECT, TEST):
-        assert set(result["winner"]["fitness"][split]) == {"value", "stderr"}
+        measured = result["winner"]["fitness"][split]
+        assert set(measured) == {"value", "stderr", "n"}
+        assert measured["n"] == {SEARCH: 20, SELECT: 10, TEST: 10}[split]
     assert set(result["winner"]["scores"]) == {"search", "select", "test", "guard"}
     names = {"parent:base", "parent:a", "parent:b", "parent:c", "uniform average"}
     winner = candidates(finished_run)[result["winner"]["candidate"]]
     assert set(result["baselines"]) >= names - {winner.operator}
     for row in result["baselines"].values():
-        measured = result["winner"]["fitness"]["test"]["value"] - row["fitness"]["test"]["value"]
-        assert row["winner_less_this"]["value"] == pytest.approx(measured)
+        gain = result["winner"]["fitness"]["test"]["value"] - row["fitness"]["test"]["value"]
+        assert row["winner_less_this"]["value"] == pytest.approx(gain)
+        low, high = row["winner_less_this"]["interval"]
+        assert low <= row["winner_less_this"]["value"] <= high
+        assert {"wins", "losses", "p"} <= set(row["winner_less_this"]["tasks"]["tiny_choice"])
     assert result["verdict"].startswith("The winner is ")
+    log = (finished_run / "log.txt").read_text()
+    assert (f"warning: {result['verdict']}" in log) == bool(result["within_noise_of"])
+    fitness = result["winner"]["fitness"]
+    assert result["selection_bias"]["value"] == pytest.approx(fitness[SEARCH]["value"] - fitness[TEST]["value"])
+    for finalist in result["finalists"]:
+        assert finalist["winner_less_this"]["value"] == pytest.approx(best["pooled"] - finalist["pooled"])
+        if finalist["candidate"] == best["candidate"]:
+            assert finalist["winner_less_this"] == {"value": 0.0, "stderr": 0.0}
+
+
+@pytest.mark.parametrize(("fitness", "steering"), [("smooth", "prob"), ("metric", "acc")])
+def test_accuracy_is_reported_whatever_steers(
+    tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], fitness: str, steering: str
+) -> None:
+    changes: dict[str, Any] = {"search__candidates": 7, "search__finalists": 2, "run__keep": 0}
+    result = start(
+        parse_spec(search_spec(tiny_family, evaluation__fitness=fitness, **changes)), folder=tmp_path / "run"
+    )
+    assert [(g["metric"], g["steered_by"]) for g in result["goals"]] == [
+        ("acc", steering),
+        ("bits_per_byte", "bits_per_byte"),
+    ]
+    found = {c.operator: c for c in candidates(tmp_path / "run")}
+    sources = [found[f"parent:{name}"].scores[SEARCH] for name in "abc"]
+    best_bits = min(s["tiny_text"]["bits_per_byte"]["value"] for s in sources)
+
+    def relative(scores: Any, metric: str) -> float:
+        best = max(s["tiny_choice"][metric]["value"] for s in sources)
+        bits = best_bits / scores["tiny_text"]["bits_per_byte"]["value"]
+        return float((scores["tiny_choice"][metric]["value"] / best + 2 * bits) / 3)
+
+    for candidate in found.values():
+        assert candidate.fitness == pytest.approx(relative(candidate.scores[SEARCH], steering))
+    for split in (SEARCH, TEST):
+        told = relative(result["winner"]["scores"][split], "acc")
+        assert result["winner"]["fitness"][split]["value"] == pytest.approx(told)
+    assert "tiny_choice acc" in capsys.readouterr().out
 
 
 def test_relative_fitness_of_the_sources(finished_run: Path) -> None:
-    """The fitness is each task's score over the best source's, bits per byte inverted, weighted 1 : 2."""
+    """The fitness is each task's score over the best source's, bits per byte inverted, weighted 1 : 2.
+
+    What steers is the probability of the right choice, in accuracy's place.
+    """
     found = {c.operator: c for c in candidates(finished_run)}
     sources = [found[f"parent:{name}"].scores[SEARCH] for name in "abc"]
-    best_acc = max(s["tiny_choice"]["acc"]["value"] for s in sources)
+    best_prob = max(s["tiny_choice"]["prob"]["value"] for s in sources)
     best_bits = min(s["tiny_text"]["bits_per_byte"]["value"] for s in sources)
     for candidate in found.values():
         scores = candidate.scores[SEARCH]
-        acc = scores["tiny_choice"]["acc"]["value"] / best_acc
+        prob = scores["tiny_choice"]["prob"]["value"] / best_prob
         bits = best_bits / scores["tiny_text"]["bits_per_byte"]["value"]
-        assert candidate.fitness == pytest.approx((acc + 2 * bits) / 3)
+        assert candidate.fitness == pytest.approx((prob + 2 * bits) / 3)
+
+
+def test_items_that_tell_candidates_apart_steer(
+    tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the search items are scored; the record has estimates, the finalists are scored on all of them."""
+    changes: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__informative": 0.5}
+    short = parse_spec(search_spec(tiny_family, search__candidates=5, **changes))
+    start(short, folder=tmp_path / "parts")
+    capsys.readouterr()
+    result = resume(tmp_path / "parts", candidates=7)
+    table = capsys.readouterr().out
+    whole = parse_spec(search_spec(tiny_family, search__candidates=7, **changes))
+    assert start(whole, folder=tmp_path / "whole") == result
+    assert lasting(candidates(tmp_path / "parts")) == lasting(candidates(tmp_path / "whole"))
+    told = result["informative"]
+    assert {t: (row["items"], row["of"]) for t, row in told["tasks"].items()} == {
+        "tiny_choice": (6, 12),
+        "tiny_text": (4, 8),
+    }
+    samples = RunFolder.existing(tmp_path / "whole").samples()
+    assert samples is not None
+    bench = Workbench(whole)
+    for task, sample in samples.items():
+        assert set(sample.items) < {bench.evaluator.items(task)[k] for k in bench.selections[SEARCH][task]}
+        assert sum(sample.weights) == pytest.approx(told["tasks"][task]["of"])
+    found = {c.number: c for c in candidates(tmp_path / "whole")}
+    folder = RunFolder.existing(tmp_path / "whole")
+    for finalist in told["finalists"]:
+        candidate = found[finalist["candidate"]]
+        assert finalist["estimate"] == candidate.fitness
+        assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
+        kept = folder.scores(bench.plan(candidate.recipe).digest, SEARCH)
+        assert kept is not None
+        acc = kept["tiny_choice"]
+        drawn = dict(zip(samples["tiny_choice"].items, samples["tiny_choice"].weights, strict=True))
+        weights = [drawn.get(item, 0.0) for item in acc.items]
+        expected = float(acc.values("acc") @ weights) / sum(weights)
+        assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["value"] == pytest.approx(expected)
+    for candidate in found.values():
+        if candidate.generation == 0:  # was scored on all of them, and is judged by the same part as the others
+            kept = folder.scores(bench.plan(candidate.recipe).digest, SEARCH)
+            assert kept is not None
+            assert len(kept["tiny_choice"].items) == 12
+        assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
+    assert "estimated from those drawn" in table
+    assert result["winner"]["scores"][SEARCH]["tiny_choice"]["acc"]["n"] == 12
 
 
 def test_splits_are_disjoint(small: SearchSpec) -> None:
@@ -131,6 +226,38 @@ def test_splits_are_disjoint(small: SearchSpec) -> None:
         assert sorted(i for part in parts for i in part) == list(range(count))
         assert [len(part) for part in parts] == [count // 2, count // 4, count // 4]
     assert list(bench.selections["guard"]) == ["tiny_answer"]
+
+
+def test_a_run_of_an_older_version_is_shown_and_goes_on(finished_run: Path, tmp_path: Path) -> None:
+    """What this version added is missing from its specification, its record and its result."""
+    root = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    resolved = yaml.safe_load((root / "resolved.yaml").read_text())
+    for key in ("informative", "cache", "reuse_prefixes"):
+        del resolved["evaluation"][key]
+    del resolved["search"]["baseline"]
+    (root / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+    result = json.loads((root / "result.json").read_text())
+    for key in ("items", "selection_bias", "informative", "within_noise_of"):
+        del result[key]
+    for goal in result["goals"]:
+        del goal["steered_by"]
+    for row in result["baselines"].values():
+        row["winner_less_this"] = {key: row["winner_less_this"][key] for key in ("value", "stderr")}
+    (root / "result.json").write_text(json.dumps(result))
+    lines = (root / "study.log").read_text().splitlines()
+    (root / "study.log").write_text("".join(json.dumps(_without_estimates(json.loads(line))) + "\n" for line in lines))
+    status = read_status(root)
+    assert status["items"] == {"evaluated": 0, "without_racing": 0, "saved": 0.0}
+    assert result["verdict"] in render_status(status)
+    assert "winner: candidate" in result_table(result)
+    assert len(candidates(root)) == 18
+    assert resume(root, candidates=19)["candidates"]["done"] == 19
+
+
+def _without_estimates(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of the journal as it was before candidates had estimates."""
+    entry.get("intermediate_values", {}).clear()
+    return entry
 
 
 def test_rerun_of_a_finished_run_changes_nothing(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,8 +368,8 @@ def test_folder_begun_and_killed(small: SearchSpec, tmp_path: Path) -> None:
 
 
 def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    """Makes `Scorer.scores` raise where `fails(recipe, split)` gives an error."""
-    scores = Scorer.scores
+    """Makes the scorer raise where `fails(recipe, split)` gives an error."""
+    scores, planned = Scorer.scores, Planner.__call__
 
     def breaking(self: Scorer, recipe: Any, split: str) -> Any:
         error = fails(recipe, split)
@@ -250,7 +377,14 @@ def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
             raise error
         return scores(self, recipe, split)
 
+    def failing(self: Planner, proposal: Proposal) -> Any:
+        error = fails(proposal.recipe, SEARCH)
+        if error is not None:
+            raise error
+        return planned(self, proposal)
+
     monkeypatch.setattr(Scorer, "scores", breaking)
+    monkeypatch.setattr(Planner, "__call__", failing)
 
 
 @pytest.mark.parametrize(
@@ -355,14 +489,6 @@ def test_raw_scale_and_random_search(tiny_family: dict[str, Path], tmp_path: Pat
     for candidate in found:
         assert candidate.fitness == -candidate.scores[SEARCH]["tiny_text"]["bits_per_byte"]["value"]
     assert "guard" not in result["winner"]["scores"]
-
-
-def test_smooth_fitness_steers_by_probability(tiny_family: dict[str, Path]) -> None:
-    bench = Workbench(parse_spec(search_spec(tiny_family, evaluation__fitness="smooth")))
-    assert [(goal.task, goal.metric) for goal in bench.goals.goals] == [
-        ("tiny_choice", "prob"),
-        ("tiny_text", "bits_per_byte"),
-    ]
 
 
 def test_what_is_wrong_is_told_together(tiny_family: dict[str, Path], tmp_path: Path) -> None:

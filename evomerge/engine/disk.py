@@ -154,10 +154,8 @@ def _write_weights(
     def one(operation: Operation) -> None:
         store = whole or FactStore(checkpoints)
         for part in parts(operation, store, plan.family, device):
-            values = part.stored
-            if values is None:
-                values = _buffer(part.size, TORCH_DTYPES[operation.dtype])
-                part.compute(values)
+            values = _buffer(part.size, TORCH_DTYPES[operation.dtype])
+            part.compute(values)
             if not is_finite(values):
                 raise _not_finite(operation, checkpoints)
             writer.put_part(operation.output, part.start, values)

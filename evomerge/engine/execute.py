@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.facts import CHUNK, FactStore, Members, chunks
 from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.engine.operation_facts import OperationFacts
@@ -61,15 +60,6 @@ class Part:
     def size(self) -> int:
         """How many elements it has."""
         return self.stop - self.start
-
-    @property
-    def stored(self) -> Tensor | None:
-        """These elements as a checkpoint stores them, where the result is a copy that changes nothing; else None."""
-        op = self._task.operation
-        if op.method != COPY or op.scale != 1.0:
-            return None
-        flat = self._task.store.flat(op.sources[0])
-        return flat[self.start : self.stop] if flat.dtype == TORCH_DTYPES[op.dtype] else None
 
     def compute(self, out: Tensor) -> None:
         """Writes it into `out`: flat, of its size."""

@@ -28,7 +28,7 @@ from evomerge.methods import arcee_fusion
 from evomerge.methods.declaration import Cut as Kept
 from evomerge.methods.trim import band_counts, kept_count
 
-CHUNK = 1 << 15  # elements: float32 temporaries of this size stay in a processor's second-level cache
+CHUNK = 1 << 17  # elements: float32 temporaries of this size stay in the caches, and Python has few of them to hand out
 _LOOK = 1 << 20  # elements that are only looked at
 _LATEST = 32  # segments of ranks: for the chunks that follow
 _READ_AT_ONCE = 64  # tensors; those of an adapter cost a matrix product each

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.backends import BackendName
 from evomerge.evaluation.metrics import item_scores
 from evomerge.evaluation.native import NativeBackend
 from evomerge.evaluation.prefixes import Depths, Prefixes
-from evomerge.evaluation.requests import Encoder, Requests, build_requests
+from evomerge.evaluation.quiet import quiet
+from evomerge.evaluation.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.tasks import LoadedTask
 
@@ -22,14 +24,11 @@ Selection = Mapping[str, Sequence[int]]
 """Task to positions of its items."""
 
 
-BackendName = Literal["native", "hf"]
-
-
 class Backend(Protocol):
     """What answers requests."""
 
     def prepare(self, model: Any) -> None:
-        """Gets to know the model; called before the first score."""
+        """Gets to know the model as it is now; called before every score."""
 
     def respond(
         self, model: Any, requests: Requests, indices: Sequence[int], depths: Depths = ()
@@ -50,7 +49,9 @@ class Evaluator:
         batch_tokens: Tokens in a batch, fixed for the whole run; None for what suits the device.
         max_length: Longest input in tokens; the model's context if None.
         apply_chat_template: Whether prompts are rendered as conversations.
-        backend: "native", or "hf" for lm-eval's HFLM itself.
+        fewshot_as_multiturn: Whether each example is a turn of its own; None for where a chat template is applied.
+        system_instruction: What every prompt begins with.
+        backend: "native"; "hf" for lm-eval's HFLM itself; "vllm" for lm-eval's VLLM on a live engine.
         reuse_prefixes: Whether hidden states of layers that candidates share are kept (needs `depths` in `score`).
 
     Raises:
@@ -66,6 +67,8 @@ class Evaluator:
         batch_tokens: int | None = None,
         max_length: int | None = None,
         apply_chat_template: bool = False,
+        fewshot_as_multiturn: bool | None = None,
+        system_instruction: str | None = None,
         backend: BackendName = "native",
         reuse_prefixes: bool = True,
     ) -> None:
@@ -75,7 +78,9 @@ class Evaluator:
         self.tasks: dict[str, LoadedTask] = {loaded.name: loaded for loaded in listed}
         self.max_length = max_length or resolve_max_length(config, tokenizer)
         self.encoder = Encoder(tokenizer, self.max_length)
-        self._chat = apply_chat_template
+        self.prompting = Prompting(apply_chat_template, fewshot_as_multiturn, system_instruction)
+        if apply_chat_template:
+            self.encoder.require_chat_template()
         self._requests: dict[str, Requests] = {}
         self._hashes: dict[str, tuple[str, ...]] = {}
         self.prefixes = Prefixes() if reuse_prefixes and backend == "native" else None
@@ -83,10 +88,14 @@ class Evaluator:
         if backend == "native":
             text = getattr(config, "text_config", None) or config
             self._backend = NativeBackend(self.encoder, int(text.vocab_size), batch_tokens, self.prefixes)
-        else:
+        elif backend == "hf":
             from evomerge.evaluation.hf import HFBackend
 
             self._backend = HFBackend(tokenizer, self.max_length, batch_tokens)
+        else:
+            from evomerge.evaluation.vllm import VLLMBackend
+
+            self._backend = VLLMBackend(tokenizer, self.max_length)
 
     @cached_property
     def everything(self) -> dict[str, tuple[int, ...]]:
@@ -142,7 +151,7 @@ class Evaluator:
     def requests(self, task: str) -> Requests:
         """What the task asks, built on first use."""
         if task not in self._requests:
-            self._requests[task] = build_requests(self._task(task), self.encoder, apply_chat_template=self._chat)
+            self._requests[task] = build_requests(self._task(task), self.encoder, self.prompting)
         return self._requests[task]
 
     def item_hash(self, task: str, index: int) -> str:
@@ -151,6 +160,35 @@ class Evaluator:
             by_item = self.requests(task).by_item
             self._hashes[task] = tuple(_hash(instances) for instances in by_item)
         return self._hashes[task][index]
+
+    def check(self, selection: Selection | None = None) -> list[str]:
+        """Builds and encodes what some items ask, so that what cannot be scored is found before any model is.
+
+        Returns:
+            Warnings: texts that lose their beginning because they are longer than the context.
+
+        Raises:
+            TaskError: With what is wrong with the first such item of every task, all at once.
+        """
+        problems: list[str] = []
+        warnings: list[str] = []
+        for task, indices in (self.everything if selection is None else selection).items():
+            try:
+                by_item = self.requests(task).by_item
+                with quiet():  # tokenizers have an opinion on long texts, too
+                    # Every request is looked at: the second one of an item may be what cannot be scored.
+                    cut = sum(max(list(map(self.encoder.is_cut, by_item[k]))) for k in indices)
+            except TaskError as error:
+                problems += error.problems
+                continue
+            if cut:
+                warnings.append(
+                    f"task {task!r}: {cut} of {len(indices)} items are longer than the context of {self.max_length}"
+                    " tokens; their prompts lose their beginning, as in lm-eval"
+                )
+        if problems:
+            raise TaskError(problems)
+        return warnings
 
     def layout_digest(self, selection: Selection | None = None) -> str:
         """Identity of how a selection is batched: scores under equal digests are rounded alike."""

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
+from lm_eval.api.instance import Instance
+
 from evomerge.errors import CandidateError
 from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Requests
+
+PROBE = Requests("probe", ((Instance("loglikelihood", {}, ("1 2 3", " 4"), 0, ("probe", 0, 1)),),))
+"""One log-likelihood of nothing in particular, which shows whether a model's numbers are finite."""
 
 
 class HFBackend:
@@ -27,7 +32,13 @@ class HFBackend:
         self.batch_size = max(1, (batch_tokens or 4096) // 128)
 
     def prepare(self, model: Any) -> None:
-        """Nothing to find out."""
+        """Asks for one log-likelihood: generated text does not show that it was drawn from NaN.
+
+        Raises:
+            CandidateError: It is not finite.
+        """
+        with quiet():
+            ask(self._lm(model), PROBE, [0])
 
     def respond(
         self, model: Any, requests: Requests, indices: Sequence[int], depths: Sequence[str] = ()
@@ -37,32 +48,42 @@ class HFBackend:
         Raises:
             CandidateError: A log-likelihood is not finite.
         """
+        with quiet():
+            return ask(self._lm(model), requests, indices)
+
+    def _lm(self, model: Any) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        with quiet():
-            lm = HFLM(
-                pretrained=model,
-                tokenizer=copy.deepcopy(self.tokenizer),
-                max_length=self.max_length,
-                batch_size=self.batch_size,
-            )
-            asked = [instance for index in indices for instance in requests.by_item[index]]
-            answers: dict[int, list[Any]] = {}
-            for kind in dict.fromkeys(instance.request_type for instance in asked):
-                rows = [k for k, instance in enumerate(asked) if instance.request_type == kind]
-                rows = [k for k in rows for _ in range(asked[k].repeats)]
-                given = getattr(lm, kind)([copy.deepcopy(asked[k]) for k in rows], disable_tqdm=True)
-                for k, answer in zip(rows, given, strict=True):
-                    answers.setdefault(k, []).append(answer)
-        _require_finite(answers)
-        sizes = [len(requests.by_item[index]) for index in indices]
-        flat = iter(answers[k] for k in range(len(asked)))
-        return [[next(flat) for _ in range(size)] for size in sizes]
+        return HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(self.tokenizer),
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+        )
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of the batches."""
         text = repr(("hf", self.batch_size, self.max_length, tuple(indices)))
         return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def ask(lm: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
+    """What one of lm-eval's own models answers: for each item, for each instance, one per repeat.
+
+    Raises:
+        CandidateError: A log-likelihood is not finite.
+    """
+    asked = [instance for index in indices for instance in requests.by_item[index]]
+    answers: dict[int, list[Any]] = {}
+    for kind in dict.fromkeys(instance.request_type for instance in asked):
+        rows = [k for k, instance in enumerate(asked) if instance.request_type == kind]
+        rows = [k for k in rows for _ in range(asked[k].repeats)]
+        given = getattr(lm, kind)([copy.deepcopy(asked[k]) for k in rows], disable_tqdm=True)
+        for k, answer in zip(rows, given, strict=True):
+            answers.setdefault(k, []).append(answer)
+    _require_finite(answers)
+    flat = iter(answers[k] for k in range(len(asked)))
+    return [[next(flat) for _ in requests.by_item[index]] for index in indices]
 
 
 def _require_finite(answers: dict[int, list[Any]]) -> None:

@@ -44,7 +44,9 @@ def item_scores(loaded: LoadedTask, indices: Sequence[int], instances: Sequence[
                 # The first filter's metrics go by their plain name; with several, each goes by "metric,filter" too.
                 for full in [metric] * (k == 0) + [f"{metric},{name}"] * (len(names) > 1):
                     values.setdefault(full, [None] * len(indices))[position] = value
-    return _collect(loaded, indices, values, _smooth(loaded, indices, instances))
+    # A class may make its choices itself; which of them is right, only its own code knows.
+    unknown = loaded.output_type == "multiple_choice" and loaded.task.get_config("doc_to_choice") is None
+    return _collect(loaded, indices, values, {} if unknown else _smooth(loaded, indices, instances))
 
 
 def _process(loaded: LoadedTask, index: int, results: list[Any]) -> dict[str, Any]:
@@ -112,29 +114,40 @@ def _aggregate(loaded: LoadedTask, name: str, aggregate: Callable[[Any], Any], r
 def _smooth(loaded: LoadedTask, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> dict[str, Array]:
     """What varies smoothly where accuracy jumps.
 
-    multiple_choice: `prob`, the right choice's share of the choices' total probability, and `loss`, minus its log.
-    loglikelihood: `nll`, minus the log-likelihood.
+    multiple_choice: `prob`, the right choice's share of the choices' total probability, and `loss`, minus its log;
+    `prob_norm`, the same share by log-likelihoods per character (as `acc_norm` compares them) times the choices' mean
+    length; `nll_byte`, minus the right choice's log-likelihood per byte.
+    loglikelihood: `prob`, the probability of the continuation, and `nll`, minus its log.
     """
     if loaded.output_type == "loglikelihood":
-        return {"nll": np.array([-float(group[0].resps[0][0]) for group in instances])}
+        column = np.array([float(group[0].resps[0][0]) for group in instances])
+        return {"prob": np.exp(column), "nll": -column}
     if loaded.output_type != "multiple_choice":
         return {}
-    losses = []
+    rows = []
     for index, group in zip(indices, instances, strict=True):
-        right, count = _right_choices(loaded, index)
+        right, choices = _right_choices(loaded, index)
         if not right:
             return {}
-        lls = np.array([float(instance.resps[0][0]) for instance in group[:count]])
-        losses.append(np.logaddexp.reduce(lls) - np.logaddexp.reduce(lls[right]))
-    column = np.array(losses, dtype=np.float64)
-    return {"prob": np.exp(-column), "loss": column}
+        lls = np.array([float(instance.resps[0][0]) for instance in group[: len(choices)]])
+        lengths = np.array([float(max(len(choice), 1)) for choice in choices])
+        sizes = np.array([float(max(len(choice.encode()), 1)) for choice in choices])
+        normed = lls / lengths * lengths.mean()
+        rows.append((_log_share(lls, right), _log_share(normed, right), float((lls / sizes)[right].max())))
+    share, share_norm, per_byte = np.array(rows, dtype=np.float64).T
+    return {"prob": np.exp(share), "loss": -share, "prob_norm": np.exp(share_norm), "nll_byte": -per_byte}
 
 
-def _right_choices(loaded: LoadedTask, index: int) -> tuple[list[int], int]:
-    """The right choices of a document, and how many choices it has; none where the label is not among them."""
+def _log_share(lls: Array, right: Sequence[int]) -> float:
+    """Log of the right choices' share of the total probability."""
+    return float(np.logaddexp.reduce(lls[list(right)]) - np.logaddexp.reduce(lls))
+
+
+def _right_choices(loaded: LoadedTask, index: int) -> tuple[list[int], list[str]]:
+    """The right choices of a document, and all its choices; none where the label is not among them."""
     task, doc = loaded.task, loaded.docs[index]
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
     labels = gold if isinstance(gold, list) else [gold]
     numbers = [choices.index(label) if label in choices else label for label in labels]
-    return [n for n in numbers if isinstance(n, int) and 0 <= n < len(choices)], len(choices)
+    return [n for n in numbers if isinstance(n, int) and 0 <= n < len(choices)], [str(choice) for choice in choices]

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 Place = tuple[int, int]
 """Position of an item, and of an instance in it."""
 
-_LAYOUTS = 64
-"""Layouts kept: one per task and block of items is enough for a search."""
+_LAYOUTS = 512
+"""Layouts kept: enough for every task's blocks of items and its splits in a search of some twenty tasks."""
 
 
 class NativeBackend:

@@ -1,10 +1,11 @@
-"""Other packages' progress bars and chatter, kept off the screen while they build tasks."""
+"""Around other packages' code while it builds tasks: no chatter on the screen, no chance in what it draws."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import random
 from collections.abc import Iterator
 
 _CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub", "fsspec")
@@ -30,3 +31,25 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """The seeds of `lm_eval` in the global generators within; afterwards they are as they were.
+
+    Some tasks shuffle choices with Python's or numpy's global generator, and would ask something else every time.
+    """
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  (what tasks draw from)
+    with torch.random.fork_rng():
+        random.setstate(random.Random(DEFAULT_RANDOM_SEED).getstate())
+        np.random.set_state(np.random.RandomState(DEFAULT_OTHER_SEED).get_state())  # noqa: NPY002
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)  # noqa: NPY002

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import TaskError
@@ -41,10 +41,17 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
             raise TaskError("the tokenizer has neither a BOS nor an EOS token; set one in tokenizer_config.json")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self._pairs: dict[tuple[Any, ...], list[Pair]] = {}
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token."""
+        """The end-of-text token.
+
+        Raises:
+            TaskError: The tokenizer has none, so that no generated text would end.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise TaskError("the tokenizer has no EOS token, which generated text ends with; set one in its config")
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -89,10 +96,18 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
     def pairs(self, instance: Any) -> list[Pair]:
         """The (context, continuation) tokens of one log-likelihood request; several for a text in windows.
 
+        Requests of equal texts are encoded once.
+
         Raises:
             TaskError: The continuation is empty or longer than the model's context.
         """
-        where = f"task {instance.task_name!r}, item {instance.doc_id}"
+        key = (instance.request_type, *instance.args)
+        if key not in self._pairs:
+            self._pairs[key] = self._encode_pairs(instance)
+        return self._pairs[key]
+
+    def _encode_pairs(self, instance: Any) -> list[Pair]:
+        where = _where(instance)
         if instance.request_type == "loglikelihood_rolling":
             return list(self.loglikelihood_rolling([instance])[0])
         if not instance.args[1]:
@@ -106,16 +121,42 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
             )
         return [pair]
 
-    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        """A conversation as text, as HFLM renders it: without the system role where the template has none.
+    def is_cut(self, instance: Any) -> bool:
+        """Whether a request's context loses its beginning, because all of it is longer than the model's context.
+
+        A text in windows loses nothing.
 
         Raises:
-            TaskError: The tokenizer has no chat template.
+            TaskError: The request cannot be encoded, or what it generates leaves no room for its prompt.
         """
+        if instance.request_type != "generate_until":
+            pairs = self.pairs(instance)
+            if not pairs:
+                raise TaskError(f"{_where(instance)}: its text is empty, so there is nothing to score")
+            lone = instance.request_type == "loglikelihood"
+            return lone and sum(map(len, pairs[0])) > self.max_length + 1
+        _ = self.eot_token_id
+        limit = int(normalize_gen_kwargs(dict(instance.args[1]), 256)["max_gen_toks"])
+        if limit >= self.max_length:
+            raise TaskError(
+                f"task {instance.task_name!r} generates up to {limit} tokens, which leaves no room for a prompt in the"
+                f" model's context of {self.max_length}"
+            )
+        return len(self.tok_encode(instance.args[0])) > self.max_length - limit
+
+    def require_chat_template(self) -> None:
+        """Checks that the tokenizer has a chat template.
+
+        Raises:
+            TaskError: It has none.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise TaskError("apply_chat_template is on, but the tokenizer has no chat template; turn it off")
+
+    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+        """A conversation as text, as HFLM renders it: without the system role where the template has none."""
         import jinja2
 
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise TaskError("apply_chat_template is on, but the tokenizer has no chat template")
         options = {
             "tokenize": False,
             "add_generation_prompt": add_generation_prompt,
@@ -126,6 +167,10 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
         except jinja2.exceptions.TemplateError:
             history = [message for message in chat_history if message["role"] != "system"]
             return str(self.tokenizer.apply_chat_template(history, **options))
+
+
+def _where(instance: Any) -> str:
+    return f"task {instance.task_name!r}, item {instance.doc_id}"
 
 
 @dataclass(frozen=True)
@@ -148,31 +193,56 @@ class Requests:
         ]
 
 
-def build_requests(loaded: Any, encoder: Encoder, *, apply_chat_template: bool = False) -> Requests:
+@dataclass(frozen=True)
+class Prompting:
+    """How prompts are put together, as lm-eval's options of the same names say.
+
+    Attributes:
+        apply_chat_template: Whether prompts are rendered as conversations.
+        fewshot_as_multiturn: Whether each example is a turn of its own; None for lm-eval's default: where a chat
+            template is applied.
+        system_instruction: What the conversation, or the text, begins with.
+    """
+
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+
+    def options(self, encoder: Encoder) -> dict[str, Any]:
+        """Arguments of lm-eval's `build_all_requests`."""
+        chat, multiturn = self.apply_chat_template, self.fewshot_as_multiturn
+        return {
+            "apply_chat_template": chat,
+            "chat_template": encoder.apply_chat_template if chat else None,
+            "fewshot_as_multiturn": chat if multiturn is None else multiturn,
+            "system_instruction": self.system_instruction,
+        }
+
+
+def build_requests(loaded: Any, encoder: Encoder, prompting: Prompting) -> Requests:
     """Builds the requests of every document of a task with lm-eval's own code.
 
     Args:
         loaded: A `LoadedTask`.
         encoder: Renders the chat template.
-        apply_chat_template: Whether prompts are rendered as a conversation.
+        prompting: How prompts are put together.
 
     Raises:
         TaskError: The task has no documents, or its templates do not fit them.
     """
-    from evomerge.evaluation.quiet import quiet
+    from evomerge.evaluation.quiet import quiet, seeded
 
+    loaded.task.set_fewshot_seed(seed=loaded.fewshot_seed)
     try:
-        with quiet():
-            loaded.task.build_all_requests(
-                rank=0,
-                world_size=1,
-                apply_chat_template=apply_chat_template,
-                chat_template=encoder.apply_chat_template if apply_chat_template else None,
-            )
+        with quiet(), seeded():
+            loaded.task.build_all_requests(rank=0, world_size=1, **prompting.options(encoder))
     except TaskError:
         raise
     except Exception as error:  # a task's templates and functions can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "larger than population" in reason:
+            wanted = loaded.task.get_config("num_fewshot")
+            reason = f"it wants {wanted} examples before a question, more than the split that they come from has"
         raise TaskError(f"task {loaded.name!r}: its requests cannot be built: {reason}") from error
     grouped: dict[int, list[Any]] = {}
     for instance in loaded.task.instances:

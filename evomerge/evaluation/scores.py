@@ -108,7 +108,7 @@ class ItemScores:
         Raises:
             TaskError: As `score`, or the metric is no mean or ratio of items.
         """
-        numerators, denominators = self._columns(metric)
+        numerators, denominators = self.columns(metric)
         total = float(np.sum(denominators))
         if total == 0:
             raise TaskError(f"task {self.task!r}, metric {metric!r}: nothing was scored, so there is no score")
@@ -117,6 +117,10 @@ class ItemScores:
         terms = (numerators - ratio * denominators) * (len(self.items) / total)
         return _apply(transform, ratio), _slope(transform, ratio) * terms
 
+    def of_sums(self, metric: str, numerator: float, denominator: float) -> float:
+        """The metric where its items' numerators and denominators add up to these; NaN where nothing does."""
+        return _apply(self.transforms.get(metric, MEAN), numerator / denominator) if denominator else math.nan
+
     def scores(self) -> dict[str, Score]:
         """Every metric that has a value here."""
         measured = (name for name in self.names if name in self.corpus or np.any(self.metrics[name][1] != 0))
@@ -124,7 +128,7 @@ class ItemScores:
 
     def values(self, metric: str) -> Array:
         """The metric of every item on its own, transformed; NaN where an item has no value."""
-        numerators, denominators = self._columns(metric)
+        numerators, denominators = self.columns(metric)
         with np.errstate(invalid="ignore", divide="ignore"):
             ratios = np.where(denominators != 0, numerators / denominators, np.nan)
         return np.array([_apply(self.transforms.get(metric, MEAN), float(ratio)) for ratio in ratios])
@@ -140,7 +144,22 @@ class ItemScores:
             self.transforms,
         )
 
-    def _columns(self, metric: str) -> tuple[Array, Array]:
+    def weighted(self, weights: npt.ArrayLike) -> ItemScores:
+        """These scores with each item standing for `weights[k]` items of a whole that they were drawn from.
+
+        Ratios become Hájek's estimates for the whole. Their standard errors treat the items as drawn independently,
+        which is never too optimistic for a stratified draw. Corpus metrics are left out: they cannot be weighted.
+        """
+        scale = np.asarray(weights, dtype=np.float64)
+        columns = {name: (a * scale, b * scale) for name, (a, b) in self.metrics.items()}
+        return ItemScores(self.task, self.items, columns, self.higher_is_better, self.transforms)
+
+    def columns(self, metric: str) -> tuple[Array, Array]:
+        """The items' numerators and denominators.
+
+        Raises:
+            TaskError: The task has no such metric, or it is no mean or ratio of items.
+        """
         if metric not in self.metrics:
             known = ", ".join(self.names)
             raise TaskError(f"task {self.task!r} has no metric {metric!r}{suggest(metric, self.names)}; it has {known}")

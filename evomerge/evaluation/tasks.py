@@ -1,29 +1,34 @@
 """lm-eval tasks by name: shipped ones, and those of any include path, with their data files found.
 
-Only lm-eval's public classes are used: `TaskManager` finds and builds the tasks. Paths of local data files are made
-absolute first, because lm-eval would look for them from the working directory alone.
+Only lm-eval's public classes are used: `TaskManager` finds and builds the tasks.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
-from evomerge.evaluation.quiet import quiet
+from evomerge.evaluation.quiet import quiet, seeded
+from evomerge.evaluation.task_data import plain_names, with_data
 
 FEWSHOT_SEED = 1234
 """What `lm_eval` draws few-shot examples with unless told otherwise."""
 
 _SMOOTH: Mapping[str, Mapping[str, bool]] = {
-    "multiple_choice": {"prob": True, "loss": False},
-    "loglikelihood": {"nll": False},
+    "multiple_choice": {"prob": True, "loss": False, "prob_norm": True, "nll_byte": False},
+    "loglikelihood": {"prob": True, "nll": False},
+}
+
+_INSTEAD: Mapping[str, Mapping[str, str]] = {
+    "multiple_choice": {"acc": "prob", "acc_norm": "prob_norm", "acc_bytes": "prob_norm", "exact_match": "prob"},
+    "loglikelihood": {"acc": "prob"},
 }
 
 
@@ -34,20 +39,27 @@ class LoadedTask:
     Attributes:
         name: The task's name.
         task: lm-eval's own object.
+        fewshot_seed: Draws the examples, anew every time the task's requests are built.
     """
 
     name: str
     task: Any
+    fewshot_seed: int = FEWSHOT_SEED
 
     @property
     def output_type(self) -> str:
         """multiple_choice, loglikelihood, loglikelihood_rolling or generate_until."""
         return str(self.task.OUTPUT_TYPE)
 
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """The task's filters of responses; metrics are computed behind each."""
+        return tuple(ensemble.name for ensemble in self.task._filters)
+
     @cached_property
     def docs(self) -> tuple[Any, ...]:
         """Every document, in the task's order."""
-        with quiet():
+        with quiet(), seeded():
             return tuple(self.task.eval_docs)
 
     @cached_property
@@ -57,7 +69,7 @@ class LoadedTask:
 
     @cached_property
     def higher_is_better(self) -> dict[str, bool]:
-        """Direction of every metric: the task's own, and the smooth ones added to them (prob, loss, nll)."""
+        """Direction of every metric: the task's own, and the smooth ones added to them (`evaluation.metrics`)."""
         own = {name: bool(up) for name, up in self.task.higher_is_better().items()}
         return {**_SMOOTH.get(self.output_type, {}), **own} if own else dict(_SMOOTH.get(self.output_type, {}))
 
@@ -67,6 +79,10 @@ class LoadedTask:
         own = tuple(self.task.higher_is_better())
         return (*own, *(name for name in self.higher_is_better if name not in own))
 
+    def smooth(self, metric: str) -> str:
+        """The metric that varies smoothly where `metric` jumps between right and wrong; `metric` itself without one."""
+        return _INSTEAD.get(self.output_type, {}).get(metric.partition(",")[0], metric)
+
     def require_metric(self, metric: str) -> None:
         """Checks that the task has `metric`.
 
@@ -74,10 +90,12 @@ class LoadedTask:
             TaskError: It has not; the message lists those it has.
         """
         plain, _, name = metric.partition(",")
-        filters = [ensemble.name for ensemble in self.task._filters]
-        if plain not in self.metrics or (name and name not in filters):
+        if plain not in self.metrics:
             near = suggest(plain, self.metrics)
             raise TaskError(f"task {self.name!r} has no metric {metric!r}{near}; it has {', '.join(self.metrics)}")
+        if name and name not in self.filters:
+            near = f"{suggest(name, self.filters)}; it has {', '.join(self.filters)}"
+            raise TaskError(f"task {self.name!r} has no metric {metric!r}: no filter {name!r}{near}")
 
     @cached_property
     def digest(self) -> str:
@@ -100,14 +118,53 @@ def _text(value: Any) -> bytes:
     ).encode()
 
 
-def load_tasks(
+@dataclass(frozen=True)
+class TaskSet:
+    """What some names of tasks, groups and tags stand for.
+
+    Attributes:
+        tasks: Task name to task, in the order of the names.
+        members: Each name to the names of its tasks.
+        groups: lm-eval's own groups among the names and in them, inner ones before those that hold them.
+        problems: What is wrong with the names that are missing in `members`.
+    """
+
+    tasks: Mapping[str, LoadedTask]
+    members: Mapping[str, tuple[str, ...]]
+    groups: tuple[Any, ...]
+    problems: tuple[str, ...]
+
+
+def load_tasks(names: Sequence[str], **options: Any) -> dict[str, LoadedTask]:
+    """Loads tasks; groups and tags stand for the tasks in them.
+
+    Args:
+        names: Tasks, groups or tags.
+        options: As for `find_tasks`.
+
+    Returns:
+        Task name to task, in the order of `names`.
+
+    Raises:
+        TaskError: Whatever is wrong with any of the names, all at once.
+    """
+    found = find_tasks(names, **options)
+    if found.problems:
+        raise TaskError(found.problems)
+    return dict(found.tasks)
+
+
+def find_tasks(
     names: Sequence[str],
     *,
     include_path: str | Path | Sequence[str | Path] | None = None,
     num_fewshot: int | Mapping[str, int | None] | None = None,
     fewshot_seed: int = FEWSHOT_SEED,
-) -> dict[str, LoadedTask]:
-    """Loads tasks; groups and tags stand for the tasks in them.
+) -> TaskSet:
+    """Loads what can be loaded, and says what is wrong with the rest.
+
+    Problems are unknown names (with the nearest known ones), data that is missing or cannot be fetched, empty splits,
+    and tasks that need images, sound or to run generated code.
 
     Args:
         names: Tasks, groups or tags.
@@ -116,12 +173,8 @@ def load_tasks(
             the task. As in lm-eval, a task that says 0 stays at 0.
         fewshot_seed: Draws the examples.
 
-    Returns:
-        Task name to task, in the order of `names`.
-
     Raises:
-        TaskError: Unknown names (with the nearest known ones), data that is missing or cannot be fetched, tasks that
-            need images, sound or to run generated code; all such problems at once.
+        TaskError: No names, or an include path that is no folder.
     """
     paths = [include_path] if isinstance(include_path, str | Path) else list(include_path or [])
     folders = [Path(path).expanduser().resolve() for path in paths]
@@ -130,19 +183,23 @@ def load_tasks(
     if not names:
         raise TaskError("no tasks are asked for")
     loaded: dict[str, LoadedTask] = {}
+    members: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, Any] = {}
     problems: list[str] = []
     manager = _manager(names, folders)
-    for name in names:
+    for name in dict.fromkeys(names):
         shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
         try:
-            for task in _load(name, manager):
+            tasks, inner = _load(name, manager)
+            for task in tasks:
                 _configure(task, shots, fewshot_seed)
-                loaded[task.task_name] = LoadedTask(task.task_name, task)
         except TaskError as error:
             problems += error.problems
-    if problems:
-        raise TaskError(problems)
-    return loaded
+            continue
+        loaded |= {task.task_name: LoadedTask(task.task_name, task, fewshot_seed) for task in tasks}
+        members[name] = tuple(task.task_name for task in tasks)
+        groups |= {group.name: group for group in inner}
+    return TaskSet(loaded, members, tuple(groups.values()), tuple(problems))
 
 
 def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
@@ -194,98 +251,54 @@ def _shipped_folders(names: Sequence[str]) -> list[str]:
     return sorted(str(root / top) for top in found)
 
 
+@cache
+def _shipped_names() -> frozenset[str]:
+    """The names that the YAML of lm-eval's shipped tasks gives to tasks, groups and tags."""
+    pattern = re.compile(r"(?m)^(?:task|group|tag):\s+[\"']?([\w.-]+)")
+    texts = (path.read_text(encoding="utf-8") for path in _shipped().rglob("*.yaml"))
+    return frozenset(name for text in texts for name in pattern.findall(text))
+
+
 def _shipped() -> Path:
     import lm_eval.tasks
 
     return Path(lm_eval.tasks.__file__).parent
 
 
-def _load(name: str, manager: Any) -> list[Any]:
-    """The lm-eval tasks that `name` stands for."""
+def _load(name: str, manager: Any) -> tuple[list[Any], list[Any]]:
+    """The lm-eval tasks that `name` stands for, and the groups among them, inner ones first."""
     if name not in manager.task_index:
-        known = {*manager.all_tasks, *(path.stem for path in _shipped().rglob("*.yaml"))}
+        known = {*manager.all_tasks, *_shipped_names()}
         raise TaskError(f"unknown task {name!r}{suggest(name, sorted(known))}; neither shipped nor in include_path")
     problems: list[str] = []
-    spec = _spec(name, manager.task_index, problems)
+    spec = with_data(name, manager.task_index, problems)
     if problems:
         raise TaskError([f"task {name!r}: {problem}" for problem in problems])
     try:
-        with quiet():
-            tasks = list(manager.load([spec])["tasks"].values())
+        with quiet(), seeded():
+            found = manager.load([spec])
     except Exception as error:  # a task's YAML can make lm-eval and datasets raise anything
         raise TaskError(f"task {name!r} cannot be loaded: {_reason(error, manager.task_index[name])}") from error
-    return tasks
+    return list(found["tasks"].values()), plain_names(found["groups"])
+
+
+_NOTHING = ("size 0", "SchemaInferenceError", "no data files", "list index out of range")
+"""In the messages of datasets for a file or a split without a document; a StopIteration says the same."""
 
 
 def _reason(error: Exception, entry: Any) -> str:
     text = " ".join(str(error).split()) or "no reason given"
-    data = (entry.cfg or {}).get("dataset_path")
+    config = entry.cfg or {}
+    data = (config.get("dataset_kwargs") or {}).get("data_files") or config.get("dataset_path")
+    splits = [config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot")]
+    if isinstance(error, KeyError) and error.args[0] in splits:
+        return f"its data {data} have no split {error.args[0]!r}"
+    causes = f"{error!r} {error.__cause__!r}"
+    if isinstance(error, StopIteration) or any(sign in causes for sign in _NOTHING):
+        return f"a split of its data {data} has no documents"
     offline = isinstance(error, ConnectionError | FileNotFoundError) or "offline" in text.lower()
     hint = f"; its dataset {data!r} is neither here nor in reach" if offline and data else ""
     return f"{type(error).__name__}: {text[:300]}{hint}"
-
-
-def _spec(name: str, index: Mapping[str, Any], problems: list[str]) -> str | dict[str, Any]:
-    """What `TaskManager.load` should get for `name`: the name, or the name with its local data files made absolute."""
-    member = _member(name, index, problems)
-    # Only a group's members may override a task's settings and keep its functions.
-    return member if isinstance(member, str) or "group" in member else {"group": f"{name} with data", "task": [member]}
-
-
-def _member(name: Any, index: Mapping[str, Any], problems: list[str]) -> Any:
-    """As `_spec`, in the form of a group's member."""
-    if not isinstance(name, str) or name not in index:
-        return name
-    entry = index[name]
-    config = entry.cfg or {}
-    if entry.kind.name in ("TAG", "GROUP"):
-        listed = sorted(entry.tags) if entry.kind.name == "TAG" else config.get("task") or []
-        members = [_member(member, index, problems) for member in listed]
-        return name if members == listed else {**config, "group": name, "task": members}
-    kwargs = config.get("dataset_kwargs")
-    found = _absolute(kwargs, entry.yaml_path, problems) if isinstance(kwargs, dict) else kwargs
-    return name if found == kwargs else {"task": name, "dataset_kwargs": found}
-
-
-def _absolute(kwargs: dict[str, Any], yaml_path: Path | None, problems: list[str]) -> dict[str, Any]:
-    """`dataset_kwargs` with the paths in `data_files` and `data_dir` found and made absolute."""
-
-    def find(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: find(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [find(part) for part in value]
-        return _find_data(str(value), yaml_path, problems)
-
-    return {key: find(value) if key in ("data_files", "data_dir") else value for key, value in kwargs.items()}
-
-
-def _find_data(text: str, yaml_path: Path | None, problems: list[str]) -> str:
-    """A local data file: beside the YAML file, beside the folders above it, then from the working directory."""
-    if "://" in text:
-        return text
-    path = Path(text).expanduser()
-    fixed = Path(*_before_wildcard(path))
-    tried = []
-    for folder in _places(yaml_path):
-        place = fixed if path.is_absolute() else folder / fixed
-        if place.exists():
-            return str(place.resolve() / path.relative_to(fixed)) if fixed != path else str(place.resolve())
-        tried.append(str(place))
-    problems.append(f"no data file {text}; looked for {', '.join(dict.fromkeys(tried))}")
-    return text
-
-
-def _before_wildcard(path: Path) -> Iterator[str]:
-    for part in path.parts:
-        if any(sign in part for sign in "*?["):
-            return
-        yield part
-
-
-def _places(yaml_path: Path | None) -> list[Path]:
-    above = list(yaml_path.resolve().parents) if yaml_path is not None else []
-    return [*above, Path.cwd()]
 
 
 def _configure(task: Any, num_fewshot: int | None, seed: int) -> None:

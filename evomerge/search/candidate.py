@@ -39,12 +39,13 @@ class Outcome:
     """What the evaluation of one proposal gave.
 
     Attributes:
-        fitness: Higher is better; None when failed. A pruned candidate may carry the estimate it was stopped at.
+        fitness: Higher is better; None when failed. A pruned candidate carries the estimate it was stopped at.
         scores: Per-task scores, as JSON.
         state: done, failed or pruned.
         failure: Why it failed or was stopped, beginning with a kind and a colon.
         seconds: Time by stage.
         objectives: One value per objective of a search with several, higher is better.
+        estimates: Items seen -> what the fitness was taken to be then; the last entry is the fitness.
     """
 
     fitness: float | None
@@ -53,6 +54,7 @@ class Outcome:
     failure: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
     objectives: tuple[float, ...] | None = None
+    estimates: Mapping[int, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Candidate(Proposal):
     scores: Mapping[str, Any] = field(default_factory=dict, hash=False)
     failure: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
+    estimates: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, proposal: Proposal, outcome: Outcome) -> Candidate:
@@ -83,7 +86,13 @@ class Candidate(Proposal):
             scores=outcome.scores,
             failure=outcome.failure,
             seconds=outcome.seconds,
+            estimates=outcome.estimates,
         )
+
+    @property
+    def items(self) -> int:
+        """How many items it was scored on; 0 when that was not recorded."""
+        return max(self.estimates, default=0)
 
     @property
     def failure_kind(self) -> str | None:
@@ -97,6 +106,12 @@ def ranked(history: Iterable[Candidate]) -> list[Candidate]:
     return sorted(done, key=lambda c: (-(c.fitness or 0.0), c.number))
 
 
+def promising(history: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates to learn from, best first: a pruned one counts with the estimate that it was stopped at."""
+    known = [c for c in history if c.state != "failed" and c.fitness is not None]
+    return sorted(known, key=lambda c: (-(c.fitness or 0.0), c.number))
+
+
 def best(history: Iterable[Candidate]) -> Candidate | None:
     """The best candidate, None when nothing is done."""
     return next(iter(ranked(history)), None)
@@ -106,3 +121,11 @@ def count_states(history: Iterable[Candidate]) -> dict[str, int]:
     """How many candidates are done, failed and pruned."""
     states = [candidate.state for candidate in history]
     return {state: states.count(state) for state in get_args(State)}
+
+
+def count_items(history: Iterable[Candidate]) -> dict[str, float]:
+    """Item evaluations of the search: how many, how many they would be without racing, and the share saved."""
+    seen = [candidate for candidate in history if candidate.items]
+    evaluated = sum(candidate.items for candidate in seen)
+    whole = len(seen) * max((candidate.items for candidate in seen), default=0)
+    return {"evaluated": evaluated, "without_racing": whole, "saved": 1 - evaluated / whole if whole else 0.0}

@@ -1,9 +1,10 @@
 """The default search: a genetic algorithm over merge recipes.
 
-The parents of a generation are the best `population` of all scored candidates (elitism: a (μ + λ) truncation). A
-child is a recombination of tournament winners, then a mutation. Scores on a hundred items are noisy, so recombination
-that averages several good candidates is the most frequent, and steps come in all sizes. Mutation follows the structure
-of the genes: a whole model, a whole layer group, or single genes.
+The parents of a generation are the best `population` of all candidates (elitism: a (μ + λ) truncation); one that a race
+stopped counts with the estimate it was stopped at, which is below the cut-off. A child is a recombination of tournament
+winners, then a mutation. Scores on a hundred items are noisy, so recombination that averages several good candidates is
+the most frequent, and steps come in all sizes. Mutation follows the structure of the genes: a whole model, a whole
+layer group, or single genes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from evomerge.search import operators, patterns
-from evomerge.search.candidate import Candidate, Proposal, ranked
+from evomerge.search.candidate import Candidate, Proposal, promising
 from evomerge.search.decode import active, copies
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
@@ -81,7 +82,7 @@ def ga(
     names = [choice.name for choice in space.choices]
     parents = [
         Parent(c.number, space.unit(c.genome), {name: str(c.genome.values[name]) for name in names}, c.genome.layers)
-        for c in ranked(history)[: settings.population]
+        for c in promising(history)[: settings.population]
     ]
     linkage = Linkage(space)
 

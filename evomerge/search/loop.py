@@ -22,7 +22,7 @@ from evomerge.search.space import SearchSpace
 
 FAILURES_IN_A_ROW = 10
 
-Reason = Literal["budget", "exhausted", "stale", "hours", "failures", "interrupted"]
+Reason = Literal["budget", "exhausted", "stale", "hours", "items", "failures", "interrupted"]
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,13 @@ class Stop:
         candidates: The budget: done + failed + pruned.
         hours: Time spent scoring, over all sessions of the run; None for no limit.
         stale_generations: Generations in a row without a better candidate; None for no limit.
+        items: Items scored, over all candidates; None for no limit.
     """
 
     candidates: int
     hours: float | None = None
     stale_generations: int | None = None
+    items: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def search(
     settings: AlgorithmSettings | None = None,
     starts: Sequence[Start] | None = None,
     progress: Callable[[Candidate], None] | None = None,
+    before_generation: Callable[[tuple[Candidate, ...]], None] | None = None,
+    arrange: Callable[[Sequence[Proposal]], Sequence[int]] | None = None,
 ) -> Finished:
     """Searches until a stop condition holds; on a record with candidates, goes on from them.
 
@@ -80,11 +84,19 @@ def search(
         settings: Settings of the algorithm.
         starts: Generation 0; default: the baselines.
         progress: Called with each candidate after it is recorded.
+        before_generation: Called with the candidates of the earlier generations before any of a generation is scored;
+            what `evaluate` takes from there, such as whom to race against, does not depend on timing or on resuming.
+        arrange: Gives the order in which a generation's proposals are scored, as positions in it. The candidates and
+            their numbers are the same in any order.
 
     Returns:
         The reason for the end. Ctrl-C ends it too, between records ("interrupted").
     """
-    loop = _Loop(space, algorithm, evaluate, record, stop, seed, settings or AlgorithmSettings(), progress)
+    begin = before_generation or (lambda history: None)
+    order = arrange or (lambda proposals: range(len(proposals)))
+    loop = _Loop(
+        space, algorithm, evaluate, record, stop, seed, settings or AlgorithmSettings(), progress, begin, order
+    )
     try:
         reason, message = loop.run(tuple(baselines(space) if starts is None else starts))
     except KeyboardInterrupt:
@@ -102,9 +114,13 @@ class _Loop:
     seed: int
     settings: AlgorithmSettings
     progress: Callable[[Candidate], None] | None
+    begin: Callable[[tuple[Candidate, ...]], None]
+    order: Callable[[Sequence[Proposal]], Sequence[int]]
 
     def run(self, starts: tuple[Start, ...]) -> tuple[Reason, str]:
         watch = _Watch(self.stop, self.record.candidates())
+        if ended := watch.already():
+            return ended
         generation = 0
         first = 0
         while first < self.stop.candidates:
@@ -139,15 +155,24 @@ class _Loop:
         return self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
 
     def _score(self, proposals: Sequence[Proposal]) -> Iterator[Candidate]:
-        recorded = {candidate.number for candidate in self.record.candidates()}
-        for proposal in proposals:
-            if proposal.number in recorded:
-                continue
+        known = self.record.candidates()
+        recorded = {candidate.number for candidate in known}
+        waiting = [proposal for proposal in self._arranged(proposals) if proposal.number not in recorded]
+        if waiting:
+            self.begin(tuple(c for c in known if c.generation < waiting[0].generation))
+        for proposal in waiting:
             candidate = Candidate.of(proposal, self._outcome(proposal))
             self.record.append(candidate)
             if self.progress is not None:
                 self.progress(candidate)
             yield candidate
+
+    def _arranged(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """The proposals in the order in which to score them."""
+        order = self.order(proposals)
+        if sorted(order) != list(range(len(proposals))):
+            raise ValueError(f"arrange gave {list(order)}, which is no order of {len(proposals)} proposals")
+        return [proposals[position] for position in order]
 
     def _outcome(self, proposal: Proposal) -> Outcome:
         """The outcome, with the time it took; a candidate that raises has failed and the run goes on."""
@@ -179,14 +204,22 @@ class _Watch:
     def __init__(self, stop: Stop, history: tuple[Candidate, ...]) -> None:
         self._stop = stop
         self._seconds = sum(float(c.seconds.get("total", 0.0)) for c in history)
+        self._items = sum(c.items for c in history)
         self._row = _failing_row(history)
         # A run that was stopped by its failures and is resumed gets another chance.
         if len(self._row) >= FAILURES_IN_A_ROW:
             self._row = []
 
+    def already(self) -> tuple[Reason, str] | None:
+        """The end, if the record is at it: the items that are spent are the same in every session."""
+        if self._stop.items is not None and self._items >= self._stop.items:
+            return "items", f"{self._items} items are scored"
+        return None
+
     def after_candidate(self, candidate: Candidate) -> tuple[Reason, str] | None:
         """The end, if this candidate brings it."""
         self._seconds += float(candidate.seconds.get("total", 0.0))
+        self._items += candidate.items
         self._row = _failing_row((*self._row, candidate))
         if len(self._row) >= FAILURES_IN_A_ROW:
             last = self._row[-1]
@@ -196,7 +229,7 @@ class _Watch:
             )
         if self._stop.hours is not None and self._seconds >= self._stop.hours * 3600:
             return "hours", f"{self._stop.hours:g} hours are over"
-        return None
+        return self.already()
 
     def after_generation(self, history: tuple[Candidate, ...], generation: int) -> tuple[Reason, str] | None:
         """The end, if this generation makes too many without a better candidate."""

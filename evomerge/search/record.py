@@ -267,12 +267,15 @@ def _trial(candidate: Candidate, space: SearchSpace | None) -> FrozenTrial:
         distributions={name: known[name] for name in params},
         user_attrs=_attributes(candidate),
         system_attrs={},
-        intermediate_values={},
+        intermediate_values=dict(candidate.estimates) if candidate.objectives is None else {},
     )
 
 
 def _attributes(candidate: Candidate) -> dict[str, Any]:
+    # Optuna has intermediate values for one objective only.
+    several = {} if candidate.objectives is None else {"estimates": list(candidate.estimates.items())}
     return {
+        **several,
         "number": candidate.number,
         "generation": candidate.generation,
         "operator": candidate.operator,
@@ -306,6 +309,7 @@ def _candidate(trial: FrozenTrial) -> Candidate:
             scores=saved["scores"],
             failure=saved["failure"],
             seconds=saved["seconds"],
+            estimates=dict(saved["estimates"]) if "estimates" in saved else dict(trial.intermediate_values),
         )
     except KeyError as error:
         raise RunError(f"trial {trial.number} of the study is not evomerge's: no attribute {error}") from error

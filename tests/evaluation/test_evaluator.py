@@ -55,8 +55,13 @@ def test_smooth_metrics_by_hand(bench: Bench) -> None:
     shares = np.exp(lls) / np.exp(lls).sum()
     assert scores["mc"].score("prob").value == pytest.approx(shares[doc["label"]])
     assert scores["mc"].score("loss").value == pytest.approx(-np.log(shares[doc["label"]]))
+    lengths = np.array([len(choice) for choice in doc["choices"]])
+    normed = np.exp(lls / lengths * lengths.mean())
+    assert scores["mc"].score("prob_norm").value == pytest.approx(normed[doc["label"]] / normed.sum())
+    assert scores["mc"].score("nll_byte").value == pytest.approx(-lls[doc["label"]] / lengths[doc["label"]])  # ASCII
     ((((ll, _),),),) = backend.respond(bench.model, evaluator.requests("ll"), [2])
     assert scores["ll"].score("nll").value == pytest.approx(-ll)
+    assert scores["ll"].score("prob").value == pytest.approx(np.exp(ll))
 
 
 def test_digests_follow_what_they_name(bench: Bench) -> None:
@@ -118,9 +123,8 @@ def test_an_empty_text_is_refused(bench: Bench, tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_start_or_a_template_is_refused(bench: Bench) -> None:
     tokenizer = copy.deepcopy(bench.tokenizer)
-    evaluator = bench.evaluator("mc", apply_chat_template=True)
     with pytest.raises(TaskError, match="the tokenizer has no chat template"):
-        evaluator.score(bench.model)
+        bench.evaluator("mc", apply_chat_template=True)
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(TaskError, match="neither a BOS nor an EOS token"):
         Evaluator(load_tasks(["mc"], include_path=bench.folder), tokenizer, bench.model.config)

@@ -40,9 +40,11 @@ def test_groups_and_tags_stand_for_their_tasks(tmp_path: Path) -> None:
 
 def test_metrics_and_their_directions_are_the_tasks_own_plus_the_smooth_ones(bench: Bench) -> None:
     tasks = load_tasks(["mc", "ll", "rolling"], include_path=bench.folder)
-    assert tasks["mc"].metrics == ("acc", "acc_norm", "exact_match", "prob", "loss")
+    assert tasks["mc"].metrics == ("acc", "acc_norm", "exact_match", "prob", "loss", "prob_norm", "nll_byte")
     assert tasks["mc"].higher_is_better["loss"] is False
-    assert tasks["ll"].metrics == ("acc", "perplexity", "nll")
+    assert tasks["ll"].metrics == ("acc", "perplexity", "prob", "nll")
+    assert [tasks["mc"].smooth(m) for m in ("acc", "acc_norm", "loss")] == ["prob", "prob_norm", "loss"]
+    assert [tasks["ll"].smooth(m) for m in ("acc", "perplexity")] == ["prob", "perplexity"]
     assert tasks["rolling"].higher_is_better == {
         "bits_per_byte": False,
         "byte_perplexity": False,
@@ -63,6 +65,8 @@ def test_a_metric_may_name_its_filter(bench: Bench) -> None:
 def test_an_unknown_task_is_named_with_the_nearest(bench: Bench) -> None:
     with pytest.raises(TaskError, match=r"unknown task 'arc_esay' \(did you mean 'arc_easy'\?\)"):
         load_tasks(["arc_esay"], include_path=bench.folder)
+    with pytest.raises(TaskError, match=r"unknown task 'mmlu_stm' \(did you mean 'mmlu_stem'\?\)"):  # a group
+        load_tasks(["mmlu_stm"])
 
 
 def test_missing_data_is_reported_with_the_places_tried_and_its_companions(tmp_path: Path) -> None:

@@ -168,3 +168,57 @@ def test_progress_sees_each_candidate_after_it_is_recorded(tmp_path: Path) -> No
 
     go(record, Stop(5), progress=look)
     assert seen == [(n, n + 1) for n in range(5)]
+
+
+def test_the_order_of_scoring_changes_nothing_else() -> None:
+    whole = go(Memory(), Stop(STARTS + 16)).candidates
+    record, scored = Memory(), []
+
+    def backwards(proposals: Any) -> Any:
+        return range(len(proposals) - 1, -1, -1)
+
+    def noting(proposal: Proposal) -> Outcome:
+        scored.append(proposal.number)
+        if len(scored) == STARTS + 3:
+            raise KeyboardInterrupt
+        return evaluate(proposal)
+
+    assert go(record, Stop(STARTS + 16), scorer=noting, arrange=backwards).reason == "interrupted"
+    assert scored == [*range(STARTS - 1, -1, -1), STARTS + 6, STARTS + 5, STARTS + 4]
+    finished = go(record, Stop(STARTS + 16))
+    assert sorted(plain(finished.candidates), key=lambda c: c["number"]) == plain(whole)
+    with pytest.raises(ValueError, match=r"arrange gave \[0, 0, 0\], which is no order of 3 proposals"):
+        go(Memory(), Stop(3), arrange=lambda proposals: [0] * len(proposals))
+
+
+def test_before_a_generation_is_scored_the_earlier_ones_are_shown() -> None:
+    """On a resumed record too, and never those of the generation itself."""
+    shown: list[tuple[int, ...]] = []
+    record = Memory()
+
+    def begin(history: tuple[Candidate, ...]) -> None:
+        shown.append(tuple(c.number for c in history))
+
+    go(record, Stop(STARTS + 3), before_generation=begin)
+    assert shown == [(), tuple(range(STARTS))]
+    go(record, Stop(STARTS + 9), before_generation=begin)
+    assert shown[2:] == [tuple(range(STARTS)), tuple(range(STARTS + 7))]
+
+
+def test_items_end_a_search_where_they_ended_it_before() -> None:
+    """Five items a candidate: 23 are reached with the fifth; the same record has no room for a sixth."""
+    record = Memory()
+    for _ in range(2):
+        finished = go(record, Stop(100, items=23), scorer=lambda proposal: Outcome(0.5, estimates={2: 0.4, 5: 0.5}))
+        assert (finished.reason, len(finished.candidates)) == ("items", 5)
+
+
+def test_a_pruned_candidate_is_bred_from_with_its_estimate_and_never_the_best() -> None:
+    def raced(proposal: Proposal) -> Outcome:
+        return Outcome(0.9, state="pruned") if proposal.number in (2, 3) else Outcome(0.1)
+
+    finished = go(Memory(), Stop(STARTS + 7), scorer=raced)
+    assert finished.best is not None
+    assert finished.best.number == 0
+    used = [parent for c in finished.candidates for parent in c.parents]
+    assert {2, 3} & set(used)

@@ -71,6 +71,24 @@ def test_several_objectives(tmp_path: Path) -> None:
     assert again.candidates()[0].objectives == (0.25, 0.75)
 
 
+def test_estimates_are_intermediate_values(tmp_path: Path) -> None:
+    """Step: items seen; of a pruned candidate too. With several objectives Optuna has none, so they are attributes."""
+    pruned = Outcome(0.25, state="pruned", failure="raced out: x", estimates={24: 0.375, 48: 0.25})
+    one = Record.open(tmp_path / "one.log", "run", space=SPACE)
+    one.append(candidate(0, pruned))
+    trial = Record.open(tmp_path / "one.log", "run", create=False).study.trials[0]
+    assert trial.state is TrialState.PRUNED
+    assert trial.intermediate_values == {24: 0.375, 48: 0.25}
+    two = Record.open(tmp_path / "two.log", "run", space=SPACE, objectives=2)
+    two.append(candidate(0, replace(pruned, objectives=(0.25, 0.5))))
+    trial = Record.open(tmp_path / "two.log", "run", create=False).study.trials[0]
+    assert trial.intermediate_values == {}
+    assert trial.user_attrs["estimates"] == [[24, 0.375], [48, 0.25]]
+    for name in ("one.log", "two.log"):
+        found = Record.open(tmp_path / name, "run", create=False).candidates()[0]
+        assert (found.estimates, found.items) == (pruned.estimates, 48)
+
+
 def test_a_number_is_recorded_once(tmp_path: Path) -> None:
     record = Record.open(tmp_path / "study.log", "run", space=SPACE)
     fill(record, 1)

@@ -1,0 +1,111 @@
+"""Per-item scores that were measured once on this machine, kept in the user's cache between runs. Imports no torch.
+
+One small file for each plan and set of items, written whole and never changed, so that several processes can share the
+folder without locks. A file that cannot be read, or that is not what it should be, counts as missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import OutputError
+from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
+from evomerge.files import write_atomic
+
+LIMIT = 512 * 2**20
+"""Bytes that the cache may grow to."""
+_WRITES = 500
+"""Files written between two looks at the cache's size."""
+_ABANDONED = 3600.0
+"""Seconds after which a half-written file is a dead process's."""
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+log = logging.getLogger(__name__)
+
+
+def key_of(content: Mapping[str, Any]) -> str:
+    """The name of what these facts (JSON) decide."""
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class ScoreCache:
+    """Scores by key; the least recently used go first when there are too many.
+
+    Args:
+        folder: Where they are; made when something is written.
+        limit: Bytes. Checked now and then, so the folder may be larger for a while.
+    """
+
+    def __init__(self, folder: Path, limit: int = LIMIT) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._written = 0
+
+    def get(self, key: str, items: Mapping[str, tuple[str, ...]]) -> dict[str, ItemScores] | None:
+        """The scores under a key, or None.
+
+        Args:
+            key: From `key_of`.
+            items: Task to the ids of its items; scores of anything else count as missing.
+        """
+        path = self._path(key)
+        try:
+            scores = load_scores(io.BytesIO(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except _UNREADABLE as error:
+            log.warning("%s: not readable and ignored (%s)", path, error)
+            return None
+        if {task: part.items for task, part in scores.items()} != dict(items):
+            log.warning("%s: holds other items than it should and is ignored", path)
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return scores
+
+    def put(self, key: str, scores: Mapping[str, ItemScores]) -> None:
+        """Keeps scores; a disk that takes none costs time later, nothing else."""
+        buffer = io.BytesIO()
+        dump_scores(buffer, scores)
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, buffer.getvalue())
+        except (OSError, OutputError) as error:
+            log.warning("the score cache cannot be written: %s", error)
+            return
+        if self._written % _WRITES == 0:
+            self.shrink()
+        self._written += 1
+
+    def shrink(self) -> None:
+        """Removes the least recently used files until the folder is within its limit, and what a kill left behind."""
+        files = []
+        for path in self._folder.glob("*/*"):
+            with suppress(FileNotFoundError):  # another process may be shrinking it too
+                status = path.stat()
+                if path.suffix == ".partial":
+                    if time.time() - status.st_mtime > _ABANDONED:
+                        path.unlink()
+                else:
+                    files.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self._limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}.npz"

@@ -1,0 +1,209 @@
+"""A search with racing, the score cache and a random baseline: the same however it is stopped, and cheaper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.errors import SpecError
+from evomerge.run import resume, start
+from evomerge.runfolder import RunFolder
+from evomerge.search import Candidate
+from evomerge.spec import SearchSpec, parse_spec
+from evomerge.status import read_status, render_status
+from evomerge.workbench import SEARCH, Workbench
+from tests.frame import files, search_spec
+from tests.test_run import lasting
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_family: dict[str, Path]) -> SearchSpec:
+    """A raced search with a random baseline; its cache is a folder of this module's own."""
+    changes = {"evaluation__racing": True, "evaluation__cache": True, "search__baseline": "random", "run__keep": 0}
+    return parse_spec(search_spec(tiny_family, **changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("raced-cache")
+        patch.setenv("EVOMERGE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def raced(spec: SearchSpec, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("raced") / "run"
+    start(spec, folder=folder)
+    return folder
+
+
+def found(folder: Path, *, baseline: bool = False) -> tuple[Candidate, ...]:
+    return RunFolder.existing(folder).record(baseline=baseline).candidates()
+
+
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the item sets that are really scored from now on."""
+    sizes: list[int] = []
+    measure = Workbench.measure
+
+    def counting(self: Workbench, plan: Any, part: Any) -> Any:
+        sizes.append(sum(map(len, part.values())))
+        return measure(self, plan, part)
+
+    monkeypatch.setattr(Workbench, "measure", counting)
+    return sizes
+
+
+def test_losers_are_pruned_with_a_reason_and_an_estimate(raced: Path) -> None:
+    candidates = found(raced)
+    assert len(candidates) == 18
+    pruned = [c for c in candidates if c.state == "pruned"]
+    assert pruned
+    assert all(c.generation > 0 and c.failure_kind == "raced out" and c.items < 20 for c in pruned)
+    done = [c for c in candidates if c.state == "done"]
+    assert all(c.items == 20 for c in done)  # 12 of tiny_choice, 8 of tiny_text
+    for candidate in candidates:
+        assert list(candidate.estimates.values())[-1] == candidate.fitness
+        earlier = [c.fitness or 0.0 for c in done if c.generation < candidate.generation]
+        if candidate.state == "pruned":
+            assert (candidate.fitness or 0.0) < max(earlier)
+    result = json.loads((raced / "result.json").read_text())
+    states = {c.number: c.state for c in candidates}
+    assert {states[f["candidate"]] for f in result["finalists"]} == {"done"}
+
+
+def test_what_racing_saved_is_reported(raced: Path) -> None:
+    candidates = found(raced)
+    seen = sum(c.items for c in candidates)
+    expected = {"evaluated": seen, "without_racing": 20 * 18, "saved": 1 - seen / 360}
+    assert json.loads((raced / "result.json").read_text())["items"] == expected
+    status = read_status(raced)
+    assert status["items"] == expected
+    assert f"racing: {seen} item evaluations instead of 360" in render_status(status)
+
+
+def test_the_whole_score_does_not_depend_on_the_blocks(raced: Path, finished_run: Path) -> None:
+    """A candidate that went the whole way has the per-item scores that it has without racing, within rounding."""
+    whole = RunFolder.existing(finished_run)
+    bench = Workbench(whole.spec)
+    for candidate in (c for c in found(raced) if c.generation == 0):
+        digest = bench.plan(candidate.recipe).digest
+        ours, theirs = RunFolder.existing(raced).scores(digest, SEARCH), whole.scores(digest, SEARCH)
+        assert ours is not None
+        assert theirs is not None
+        for task, part in ours.items():
+            assert part.items == theirs[task].items
+            for metric, columns in part.metrics.items():
+                assert np.allclose(columns, theirs[task].metrics[metric], atol=1e-4)
+
+
+def test_the_baseline_spends_the_same_items_and_is_one_more_to_beat(raced: Path) -> None:
+    ours, random = found(raced), found(raced, baseline=True)
+    spent = sum(c.items for c in ours)
+    items = [c.items for c in random]
+    assert sum(items) >= spent > sum(items[:-1])
+    first = [c.phenotype for c in ours if c.generation == 0]
+    assert [c.phenotype for c in random][: len(first)] == first
+    assert {c.operator for c in random[len(first) :]} == {"random"}
+    rows = json.loads((raced / "result.json").read_text())["baselines"]
+    name = next(name for name in rows if name.startswith("random search: its candidate "))
+    assert random[int(name.rsplit(" ", 1)[1])].recipe == rows[name]["recipe"]
+    assert set(rows[name]["fitness"]) == {"search", "select", "test"}
+    assert RunFolder.existing(raced).candidates() == ours  # the run's own record is the search's
+
+
+def test_a_second_run_measures_nothing(
+    raced: Path, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = measured(monkeypatch)
+    result = start(spec, folder=tmp_path / "again")
+    assert sizes == []
+    assert lasting(found(tmp_path / "again")) == lasting(found(raced))
+    assert result == json.loads((raced / "result.json").read_text())
+    assert dict(files(tmp_path / "again" / "scores")) == dict(files(raced / "scores"))
+
+
+@pytest.mark.parametrize("change", [{"evaluation__dtype": "bfloat16"}, {"evaluation__batch_tokens": 4096}])
+def test_other_settings_are_not_taken_from_the_cache(
+    raced: Path, tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    sizes = measured(monkeypatch)
+    more = {"evaluation__racing": True, "evaluation__cache": True, "search__candidates": 1, "search__finalists": 1}
+    other = parse_spec(search_spec(tiny_family, run__keep=0, **more, **change))
+    start(other, folder=tmp_path / "run")
+    assert sum(sizes) >= 5 * 20  # four models on the search items; the winner on the others
+
+
+@pytest.mark.slow
+def test_without_the_cache_everything_is_measured_and_comes_out_the_same(
+    raced: Path, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in three sessions, stopped in the middle of a candidate's blocks."""
+    sizes = measured(monkeypatch)
+    off = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"cache": False})})
+    scored = Workbench.measure
+    for limit in (12, 40):
+        sizes.clear()
+
+        def stopping(self: Workbench, plan: Any, part: Any, limit: int = limit) -> Any:
+            if len(sizes) == limit:
+                raise KeyboardInterrupt
+            return scored(self, plan, part)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Workbench, "measure", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                start(off, folder=tmp_path / "run")
+    result = resume(tmp_path / "run")
+    for baseline in (False, True):
+        assert lasting(found(tmp_path / "run", baseline=baseline)) == lasting(found(raced, baseline=baseline))
+    assert result == json.loads((raced / "result.json").read_text())
+    assert dict(files(tmp_path / "run" / "scores")) == dict(files(raced / "scores"))
+
+
+@pytest.mark.slow
+def test_a_race_on_the_items_that_tell_candidates_apart(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """The blocks are of the drawn items, whose weights count; finalists are scored on all search items; resumed it is
+    the same."""
+    changes: dict[str, Any] = {
+        "evaluation__racing": True,
+        "evaluation__informative": 0.7,
+        "evaluation__guard": [],
+        "evaluation__splits": {"search": 0.7, "select": 0.2, "test": 0.1},
+        "search__finalists": 2,
+        "run__keep": 0,
+    }
+    start(parse_spec(search_spec(tiny_family, search__candidates=12, **changes)), folder=tmp_path / "parts")
+    result = resume(tmp_path / "parts", candidates=16)
+    start(parse_spec(search_spec(tiny_family, search__candidates=16, **changes)), folder=tmp_path / "whole")
+    assert lasting(found(tmp_path / "parts")) == lasting(found(tmp_path / "whole"))
+    assert result == json.loads((tmp_path / "whole" / "result.json").read_text())
+    drawn = {task: row["items"] for task, row in result["informative"]["tasks"].items()}
+    assert drawn == {"tiny_choice": 12, "tiny_text": 8}  # of 17 and 11
+    candidates = found(tmp_path / "whole")
+    assert {c.items for c in candidates if c.state == "done"} == {20}
+    assert all(c.items < 20 for c in candidates if c.state == "pruned")
+    assert {c.state for c in candidates} == {"done", "pruned"}
+    fitness = {c.number: c.fitness for c in candidates}
+    assert all(f["estimate"] == fitness[f["candidate"]] for f in result["informative"]["finalists"])
+    assert result["winner"]["fitness"]["search"]["n"] == 28
+
+
+def test_the_cache_and_the_baseline_may_change_under_a_run_and_racing_may_not(spec: SearchSpec, raced: Path) -> None:
+    folder = RunFolder.existing(raced)
+    search, evaluation = spec.search, spec.evaluation
+    folder._refuse_other(spec.model_copy(update={"search": search.model_copy(update={"baseline": None})}))
+    folder._refuse_other(spec.model_copy(update={"evaluation": evaluation.model_copy(update={"cache": False})}))
+    with pytest.raises(Exception, match="racing: false"):
+        folder._refuse_other(spec.model_copy(update={"evaluation": evaluation.model_copy(update={"racing": False})}))
+
+
+def test_a_baseline_that_is_the_algorithm_is_refused(tiny_family: dict[str, Path]) -> None:
+    with pytest.raises(SpecError, match=r"search\.baseline: random is the algorithm itself"):
+        parse_spec(search_spec(tiny_family, search__algorithm="random", search__baseline="random"))
