@@ -54,7 +54,9 @@ for line in sys.stdin:
 
 DELIBERATE = {
     "dare": "kept elements are divided by the density (the paper), not scaled to the delta's L1 norm",
-    "della": "kept elements are divided by their own probability (the paper)",
+    "della": "kept elements are divided by their own probability (the paper), not scaled to the delta's L1 norm",
+    "model_stock": "deltas that point apart (mean cosine below 0) leave the base; mergekit extrapolates away from it",
+    "arcee_fusion": "float64 importance and exact quartiles; mergekit's are float32, and sampled above 1M elements",
     "negative weights": "normalised by the sum of absolute weights: ties cannot blow up when weights cancel",
 }
 
@@ -199,18 +201,14 @@ def cases(depth: int) -> Iterator[Case]:
             ],
         },
     )
-    yield Case(
-        "input_model_parameters",
-        models(
-            "task_arithmetic",
-            [{}, {}, {}],
-            input_model_parameters={"{a}": {"weight": 0.2}, "{b}": {"weight": 0.5}, "{c}": {"weight": [0.3, 0.6]}},
-        ),
-    )
     for method in ("breadcrumbs", "breadcrumbs_ties"):
         yield Case(method, models(method, [d | {"gamma": 0.02} for d in D3]))
-    yield Case("model_stock", models("model_stock", [{}, {}, {}]))
-    yield Case("model_stock, filter-wise", models("model_stock", [{}, {}, {}], parameters={"filter_wise": True}))
+    yield Case("model_stock", models("model_stock", [{}, {}, {}]), differs=DELIBERATE["model_stock"])
+    yield Case(
+        "model_stock, filter-wise",
+        models("model_stock", [{}, {}, {}], parameters={"filter_wise": True}),
+        differs=DELIBERATE["model_stock"],
+    )
     yield Case("sce", models("sce", [{}, {}, {}], parameters={"select_topk": 0.6}))
     yield Case("sce, all", models("sce", [{}, {}, {}]))
     yield Case("nuslerp", models("nuslerp", W3[:2], base=False))
@@ -223,12 +221,13 @@ def cases(depth: int) -> Iterator[Case]:
     yield Case("multislerp, on deltas", models("multislerp", W3))
     yield Case("karcher", models("karcher", [{}, {}, {}], base=False))
     yield Case("nearswap", models("nearswap", [{}], parameters={"t": 0.01}))
-    yield Case("arcee_fusion", models("arcee_fusion", [{}]))
+    yield Case("arcee_fusion", models("arcee_fusion", [{}]), differs=DELIBERATE["arcee_fusion"])
     yield Case("dare_linear", models("dare_linear", D3), stochastic=True, differs=DELIBERATE["dare"])
     yield Case("dare_linear, not rescaled", models("dare_linear", D3, parameters={"rescale": False}), stochastic=True)
     yield Case("dare_ties", models("dare_ties", D3), stochastic=True, differs=DELIBERATE["dare"])
-    yield Case("della", models("della", [d | {"epsilon": 0.1} for d in D3]), stochastic=True)
-    yield Case("della_linear", models("della_linear", [d | {"epsilon": 0.1} for d in D3]), stochastic=True)
+    for method in ("della", "della_linear"):
+        own = [d | {"epsilon": 0.1} for d in D3]
+        yield Case(method, models(method, own), stochastic=True, differs=DELIBERATE["della"])
 
 
 def slerp(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +255,7 @@ class Differences:
     Attributes:
         largest: Largest difference over the tensor's largest element.
         steps: Largest difference in units of the last place of bfloat16.
-        differing: Elements that differ at all.
+        differing: Elements that differ by more than rounding.
         tied: Elements that differ, beyond rounding, and sit at a trim's threshold.
         total: Elements.
         where: The tensor with the largest difference.
@@ -285,9 +284,9 @@ def compare(ours: Checkpoint, theirs: Checkpoint, ties: Ties | None) -> Differen
         size = torch.maximum(a.abs(), b.abs())
         step = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-38))) - 7)  # of bfloat16 at this size
         found.total += a.numel()
-        found.differing += int((apart > 0).sum())
         largest = max(float(size.max()), 1e-38)
         wrong = (apart > 1e-6 * largest) & (apart > step * 1.001)
+        found.differing += int(wrong.sum())
         if ties is not None and bool(wrong.any()):
             excused = wrong & ties.at_threshold(name, ours.tensors[name].shape)
             found.tied += int(excused.sum())
@@ -400,7 +399,7 @@ def once(
     found = compare(open_checkpoint(str(ours)), open_checkpoint(str(root / "theirs")), Ties.of(wanted, opened))
     largest = f"{found.largest:.1e}" if dtype == "float32" else f"{found.steps:.2f}"
     if found.largest > (1e-6 if dtype == "float32" else 1e-2):
-        largest += f" ({found.where})"
+        largest += f" ({found.where}; {found.differing / found.total:.2%} of all elements)"
     return [largest, str(found.tied) + (f" (names differ: {found.names[:2]})" if found.names else "")]
 
 
@@ -443,7 +442,7 @@ def main() -> None:
         "| --- " * 7 + "|",
     ]
     print("\n".join(rows), flush=True)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         mergekit = Mergekit(args.mergekit, root / "mergekit.log")
         families = [("tiny", tiny(root / "tiny"), 4)]

@@ -10,6 +10,8 @@ import datetime
 import fcntl
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,23 @@ def quiet_optuna() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts off Ctrl-C and SIGTERM for the length of the block, so that what is written and what is known agree."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
+        yield
+        return
+    met: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: met.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for n in dict.fromkeys(met):
+            signal.raise_signal(n)
 
 
 @contextmanager
@@ -235,9 +254,9 @@ class Record:
         """
         if candidate.number in self._candidates:
             raise RunError(f"candidate {candidate.number} is recorded already")
-        with quiet_optuna():
+        with _undisturbed(), quiet_optuna():
             self.study.add_trial(_trial(candidate, self._space))
-        self._candidates[candidate.number] = candidate
+            self._candidates[candidate.number] = candidate
 
 
 def _trial(candidate: Candidate, space: SearchSpace | None) -> FrozenTrial:

@@ -254,3 +254,20 @@ def test_a_record_opens_without_the_space_for_reading(tmp_path: Path) -> None:
     for proposal in proposals:
         record.append(Candidate.of(proposal, Outcome(0.5)))
     assert [c.genome for c in Record.open(tmp_path / "study.log", "run").candidates()] == [p.genome for p in proposals]
+
+
+def test_an_interruption_while_a_candidate_is_written_comes_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record.open(tmp_path / "study.log", "run", space=SPACE)
+    add = record.study.add_trial
+
+    def interrupted(trial: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        add(trial)
+
+    monkeypatch.setattr(record.study, "add_trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record.append(candidate(0))
+    assert len(record) == 1
+    assert len(Record.open(tmp_path / "study.log", "run")) == 1
