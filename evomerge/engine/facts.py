@@ -5,6 +5,7 @@ A trim threshold for any density comes from a histogram of the magnitudes kept p
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import OrderedDict
@@ -186,18 +187,31 @@ class FactStore:
     def _cut(self, pairs: tuple[Pair, ...], keep: int) -> Cut:
         return cut([self._parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], keep)
 
-    def dot(self, base: Input | None, left: Input, right: Input) -> float:
-        """Inner product of two tensors, or of their deltas where `base` is given; float64."""
+    def dot(self, base: Input | None, left: Input, right: Input, others: Sequence[Input] = ()) -> float:
+        """Inner product of two tensors, or of their deltas where `base` is given; float64.
 
-        def compute() -> float:
-            from evomerge.engine.kernels import looking
+        Args:
+            base, left, right: The tensors.
+            others: Tensors whose products will be asked for too: all are found in one reading.
+        """
+        operands = tuple(sorted({left, right, *others}, key=str))
+        known: dict[frozenset[Input], float] = self._once(("gram", base, operands), lambda: self._gram(base, operands))
+        return known[frozenset((left, right))]
 
-            sums = np.zeros(looking.PARTIAL)
-            for _, (ours, one, other) in self._bits(base, left, right):
-                looking.add_products(ours, one, other, sums)
-            return math.fsum(sums)
+    def _gram(self, base: Input | None, operands: tuple[Input, ...]) -> dict[frozenset[Input], float]:
+        from evomerge.engine.kernels import looking
 
-        return self._once(("dot", base, *sorted((left, right), key=str)), compute)  # type: ignore[no-any-return]
+        pairs = list(itertools.combinations(range(len(operands)), 2)) or [(0, 0)]
+        sums = np.zeros((len(pairs), 3, looking.PARTIAL))
+        for _, (ours, *theirs) in self._bits(base, *operands):
+            for (i, j), held in zip(pairs, sums, strict=True):
+                looking.add_gram(ours, theirs[i], theirs[j], base is not None, held)
+        found: dict[frozenset[Input], float] = {}
+        for (i, j), held in zip(pairs, sums, strict=True):
+            one, other = operands[i], operands[j]
+            keys = (frozenset((one,)), frozenset((one, other)), frozenset((other,)))
+            found |= {key: math.fsum(row) for key, row in zip(keys, held, strict=True) if key not in found}
+        return found
 
     def products(
         self, base: Input | None, left: Input, right: Input, shape: tuple[int, ...], along: Literal["rows", "columns"]
@@ -266,7 +280,7 @@ class FactStore:
     def selection(self, base: Input, sources: tuple[Input, ...], fraction: float) -> tuple[Kept, list[float]]:
         """See `Facts.selection`."""
         if fraction >= 1.0:
-            return (-1.0, -1), [self.dot(base, source, source) for source in sources]
+            return (-1.0, -1), [self.dot(base, source, source, sources) for source in sources]
         rows = partial(self.rows, (base, *sources))
         spread: Spread = self._once(("spread", base, sources), lambda: count_spread(rows, len(sources)))
         found: tuple[Kept, list[float]] = self._once(

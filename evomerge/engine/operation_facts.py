@@ -100,10 +100,13 @@ class OperationFacts:
         return self.store.histogram(self.base, self.sources[source])
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
-        return math.fsum(
-            self.store.dot(base if of == "deltas" else None, _pick(base, sources, left), _pick(base, sources, right))
-            for base, sources in self._members(scope)
-        )
+        def one(base: Input | None, sources: tuple[Input, ...]) -> float:
+            pair = _pick(base, sources, left), _pick(base, sources, right)
+            if of == "deltas":
+                return self.store.dot(base, *pair, sources)
+            return self.store.dot(None, *pair, sources if base is None else (base, *sources))
+
+        return math.fsum(one(base, sources) for base, sources in self._members(scope))
 
     def products(
         self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]

@@ -70,9 +70,14 @@ def test_inner_products_and_moments_are_float64(pair: tuple[np.ndarray, np.ndarr
     ours, theirs, delta = pair
     other = stored(np.linspace(-1.0, 1.0, delta.size), 8 * ours.itemsize)
     apart = other[1] - (delta * 0 + stored_values(ours))
-    sums = np.zeros(looking.PARTIAL)
-    looking.add_products(ours, theirs, other[0], sums)
-    assert sums.sum() == pytest.approx(delta.astype(np.float64) @ apart.astype(np.float64), rel=1e-12)
+    sums = np.zeros((3, looking.PARTIAL))
+    looking.add_gram(ours, theirs, other[0], True, sums)
+    mine, others = delta.astype(np.float64), apart.astype(np.float64)
+    assert sums.sum(1) == pytest.approx([mine @ mine, mine @ others, others @ others], rel=1e-12)
+    weights = np.zeros((3, looking.PARTIAL))
+    looking.add_gram(ours, theirs, other[0], False, weights)
+    whole, rest = (stored_values(bits).astype(np.float64) for bits in (theirs, other[0]))
+    assert weights.sum(1) == pytest.approx([whole @ whole, whole @ rest, rest @ rest], rel=1e-12)
 
 
 def stored_values(bits: np.ndarray) -> np.ndarray:

@@ -129,20 +129,38 @@ def count_between(scores: Array, low: int, high: int, counts: Array) -> tuple[in
 
 
 @kernel
-def add_products(base: Array, left: Array, right: Array, sums: Array) -> None:
-    """Inner product of two deltas, added to the `PARTIAL` partial sums: float64 [PARTIAL]."""
+def add_gram(base: Array, left: Array, right: Array, based: bool, sums: Array) -> None:
+    """Inner products of two tensors, or of their deltas, with themselves and each other.
+
+    Args:
+        base, left, right: Bits, [n], one dtype.
+        based: Whether the base is subtracted; where not, it is not read.
+        sums: float64 [3, `PARTIAL`], added to: left · left, left · right, right · right in partial sums.
+    """
     bits, other, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     a, b = bits.view(np.float32), other.view(np.float32)
-    for at in range(0, base.size, TILE):
-        n = min(TILE, base.size - at)
-        _delta(base[at : at + n], left[at : at + n], bits, ours)
-        _delta(base[at : at + n], right[at : at + n], other, ours)
+    own, cross, their = np.zeros(PARTIAL), np.zeros(PARTIAL), np.zeros(PARTIAL)
+    for at in range(0, left.size, TILE):
+        n = min(TILE, left.size - at)
+        if based:
+            _delta(base[at : at + n], left[at : at + n], bits, ours)
+            _delta(base[at : at + n], right[at : at + n], other, ours)
+        else:
+            _widen(left[at : at + n], bits)
+            _widen(right[at : at + n], other)
         for j in range(n, TILE):
             a[j] = b[j] = np.float32(0.0)
         for group in range((n + PARTIAL - 1) // PARTIAL):
             for lane in range(PARTIAL):
                 j = PARTIAL * group + lane
-                sums[lane] += np.float64(a[j]) * np.float64(b[j])
+                x, y = np.float64(a[j]), np.float64(b[j])
+                own[lane] += x * x
+                cross[lane] += x * y
+                their[lane] += y * y
+    for lane in range(PARTIAL):
+        sums[0, lane] += own[lane]
+        sums[1, lane] += cross[lane]
+        sums[2, lane] += their[lane]
 
 
 @kernel
