@@ -293,7 +293,8 @@ def compare(ours: Checkpoint, theirs: Checkpoint, ties: Ties | None) -> Differen
             apart = apart.masked_fill(excused, 0.0)
         if float(apart.max()) / largest > found.largest:
             found.largest, found.where = float(apart.max()) / largest, name
-        found.steps = max(found.steps, float((apart / step).max()))
+        # An element near zero is what is left of larger ones that cancel: its own last place says nothing.
+        found.steps = max(found.steps, float((apart / step.clamp(min=1e-6 * largest)).max()))
     return found
 
 
