@@ -133,7 +133,10 @@ def _search(
         record,
         stop,
         seed=folder.spec.search.seed,
-        settings=AlgorithmSettings(population=folder.spec.search.population),
+        settings=AlgorithmSettings(
+            folder.spec.search.population,
+            folder.spec.search.options if algorithm == folder.spec.search.algorithm else {},
+        ),
         progress=progress,
         before_generation=scorer.before_generation,
         arrange=arrange,

@@ -144,6 +144,7 @@ class Search(_Part):
     """How the space is searched."""
 
     algorithm: str = "ga"
+    options: dict[str, Any] = {}
     population: int = Field(16, ge=2)
     candidates: int = Field(100, ge=1)
     objectives: Literal["mean"] = "mean"
@@ -247,6 +248,8 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
             f"search.algorithm: '{spec.search.algorithm}' is not one of {', '.join(sorted(ALGORITHMS))}"
             f"{suggest(spec.search.algorithm, ALGORITHMS)}"
         )
+    else:
+        problems += ALGORITHMS[spec.search.algorithm].problems(spec.search.options)
     if spec.search.baseline == spec.search.algorithm:
         problems.append(f"search.baseline: {spec.search.baseline} is the algorithm itself; leave one of the two out")
     names = [task.task for task in spec.evaluation.tasks]

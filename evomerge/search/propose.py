@@ -10,6 +10,7 @@ import numpy as np
 
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.genome import Genome
+from evomerge.search.operators import FloatArray
 from evomerge.search.space import SearchSpace, digest
 
 REDRAWS = 16
@@ -21,15 +22,23 @@ Draw = tuple[Genome, tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class AlgorithmSettings:
-    """Settings of an algorithm.
+    """Settings of an algorithm, and what it may ask about a candidate beyond its record.
+
+    Both questions must have the same answer in every session of a run, or a resumed run would differ.
 
     Attributes:
         population: Candidates per generation; the GA breeds from as many of the best.
-        options: Settings that only one algorithm knows.
+        options: Settings that only one algorithm knows; those that are left out have the registry's defaults.
+        items: A candidate's value on every item that steers, higher is better, in one order for all candidates, shape
+            [items]; None for a candidate that has not seen them all. The function is None where nobody knows.
+        slopes: The derivative of the fitness with respect to every real gene that it depends on smoothly, by name of
+            gene, in units of the gene; None where there is none. Costs several evaluations when asked first.
     """
 
     population: int = 16
     options: Mapping[str, Any] = field(default_factory=dict)
+    items: Callable[[Candidate], FloatArray | None] | None = None
+    slopes: Callable[[Candidate], Mapping[str, float] | None] | None = None
 
 
 class Algorithm(Protocol):

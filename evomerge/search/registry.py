@@ -2,18 +2,73 @@
 
 from __future__ import annotations
 
-from evomerge.errors import SpecError, suggest
-from evomerge.search.ga import ga
-from evomerge.search.propose import Algorithm
-from evomerge.search.random_search import random_search
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-ALGORITHMS: dict[str, Algorithm] = {
-    "ga": ga,
-    "random": random_search,
+from evomerge.errors import SpecError, suggest
+from evomerge.search.candidate import Candidate, Proposal
+from evomerge.search.ga import ga
+from evomerge.search.propose import Algorithm, AlgorithmSettings
+from evomerge.search.random_search import random_search
+from evomerge.search.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An algorithm and what it understands. Called like the algorithm itself.
+
+    Attributes:
+        propose: The algorithm.
+        options: Its own settings (`search.options` in a search.yaml) with their defaults.
+        one: Whether it can maximise one fitness.
+        several: Whether it can look for the Pareto front of several objectives.
+    """
+
+    propose: Algorithm
+    options: Mapping[str, Any] = field(default_factory=dict)
+    one: bool = True
+    several: bool = False
+
+    def __call__(
+        self,
+        space: SearchSpace,
+        history: tuple[Candidate, ...],
+        numbers: range,
+        generation: int,
+        seed: int,
+        settings: AlgorithmSettings,
+    ) -> list[Proposal]:
+        """The algorithm's proposals."""
+        return self.propose(space, history, numbers, generation, seed, settings)
+
+    def problems(self, options: Mapping[str, Any]) -> list[str]:
+        """What is wrong with these options."""
+        found = []
+        for name, value in options.items():
+            if name not in self.options:
+                known = ", ".join(sorted(self.options)) or "none"
+                found.append(f"search.options.{name}: no such option{suggest(name, self.options)}; it has: {known}")
+            elif not _of_kind(value, self.options[name]):
+                kind = type(self.options[name]).__name__
+                found.append(f"search.options.{name}: a {kind} such as {self.options[name]!r}; got {value!r}")
+        return found
+
+
+def _of_kind(value: Any, default: Any) -> bool:
+    """Whether a value is of the default's type; a whole number will do for a float. Without a default, anything is."""
+    if default is None or isinstance(value, bool) or isinstance(default, bool):
+        return default is None or (isinstance(value, bool) and isinstance(default, bool))
+    return isinstance(value, int | float if isinstance(default, float) else type(default))
+
+
+ALGORITHMS: dict[str, Registered] = {
+    "ga": Registered(ga),
+    "random": Registered(random_search),
 }
 
 
-def get_algorithm(name: str) -> Algorithm:
+def get_algorithm(name: str) -> Registered:
     """The algorithm of that name.
 
     Raises:

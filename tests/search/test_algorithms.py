@@ -24,6 +24,9 @@ from evomerge.search import (
     get_algorithm,
 )
 from evomerge.search.baselines import first_generation
+from evomerge.search.registry import (
+    Registered,
+)
 from tests.search.landscapes import Bowl, Repair, best_truth, make_space, pattern_space
 
 SPACES = {
@@ -183,3 +186,13 @@ def test_the_ga_beats_random_search_on_noisy_landscapes(space_name: str, genes: 
     assert np.median(gain) > 0.015
     assert np.median(found["ga"]) - np.median(found["random"]) > 0.015
     assert (gain > 0).sum() >= 8
+
+
+def test_options_are_checked_by_name_and_kind():
+    entry = Registered(ALGORITHMS["random"].propose, {"sigma": 0.3, "restarts": True, "start": None})
+    assert entry.problems({"sigma": 1, "restarts": False, "start": "anything"}) == []
+    assert entry.problems({"sgima": 1}) == [
+        "search.options.sgima: no such option (did you mean 'sigma'?); it has: restarts, sigma, start"
+    ]
+    assert entry.problems({"sigma": True}) == ["search.options.sigma: a float such as 0.3; got True"]
+    assert entry.problems({"restarts": 1}) == ["search.options.restarts: a bool such as True; got 1"]
