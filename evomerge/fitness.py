@@ -78,6 +78,18 @@ class Fitness:
         weighed = self.weighed(scores)
         return self._mean([goal.value(_value(weighed, goal))[0] for goal in self.goals])
 
+    def by_item(self, scores: Scores) -> NDArray[np.float64]:
+        """What every item says for a candidate, higher is better, shape [items]: goal by goal, by the goal's weight.
+
+        An item without a value says nothing (0).
+        """
+        weighed, parts = self.weighed(scores), []
+        for goal in self.goals:
+            values = weighed[goal.task].values(goal.metric)
+            told = np.array([goal.value(float(value))[0] if math.isfinite(value) else 0.0 for value in values])
+            parts.append(told * (goal.weight / len(values)))
+        return np.concatenate(parts)
+
     def count(self, scores: Scores) -> int:
         """The items that the fitness is made of, over all goals."""
         return sum(scores[goal.task].score(goal.metric).n for goal in self.goals)

@@ -18,7 +18,7 @@ from evomerge.gates import look_before
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
 from evomerge.search import AlgorithmSettings, Candidate, Finished, Record, Stop, get_algorithm, search
-from evomerge.spec import SearchSpec
+from evomerge.spec import Search, SearchSpec
 from evomerge.strict_yaml import write_yaml
 from evomerge.tables import result_table
 from evomerge.workbench import Workbench
@@ -133,14 +133,17 @@ def _search(
         record,
         stop,
         seed=folder.spec.search.seed,
-        settings=AlgorithmSettings(
-            folder.spec.search.population,
-            folder.spec.search.options if algorithm == folder.spec.search.algorithm else {},
-        ),
+        settings=settings_of(folder.spec.search, scorer, algorithm),
         progress=progress,
         before_generation=scorer.before_generation,
         arrange=arrange,
     )
+
+
+def settings_of(wanted: Search, scorer: Scorer, algorithm: str | None = None) -> AlgorithmSettings:
+    """What an algorithm is told: its options, where it is the specification's own, and whom to ask."""
+    own = algorithm in (None, wanted.algorithm)
+    return AlgorithmSettings(wanted.population, wanted.options if own else {}, items=scorer.items)
 
 
 def _baseline(

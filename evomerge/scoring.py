@@ -18,6 +18,7 @@ from evomerge.planning import Planner
 from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
 from evomerge.search import Candidate, Outcome, Proposal, ranked
 from evomerge.search.baselines import baselines
+from evomerge.search.operators import FloatArray
 from evomerge.workbench import SEARCH, STEER, Selection, Workbench
 
 if TYPE_CHECKING:
@@ -70,6 +71,18 @@ class Scorer:
     def reused(self) -> int:
         """Item evaluations that came from the user's cache."""
         return self._measurer.reused
+
+    @property
+    def slope_items(self) -> int:
+        """Item evaluations that the slopes of one candidate are worth."""
+        return 0
+
+    def items(self, candidate: Candidate) -> FloatArray | None:
+        """What each item that steers says for a candidate, as `Fitness.by_item`; None if it was not scored on all."""
+        if candidate.state != "done":
+            return None
+        scores, _ = self.scores(candidate.recipe, self._steering)
+        return self.fitness.by_item(scores)
 
     @property
     def _steering(self) -> str:

@@ -199,8 +199,13 @@ class _Together:
             raise BadInput([problem for error in self._errors for problem in error.problems])
 
 
-def make_space(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint]) -> SearchSpace:
+def make_space(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint], *, outer: bool = True) -> SearchSpace:
     """The search space of a specification and its models' layout.
+
+    Args:
+        spec: The specification.
+        checkpoints: The models, by reference.
+        outer: Whether embeddings, final norm and head have genes of their own.
 
     Raises:
         SpecError: When a gene, a range or a layer group does not exist.
@@ -216,7 +221,7 @@ def make_space(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint]) -> Searc
         base=spec.models.base,
         sources=spec.models.sources,
         layer_count=layout.layer_count,
-        outer=layout.outer,
+        outer=layout.outer if outer else (),
         tensor_group_filters=tensor_group_filters(reference),
         methods=space.methods,
         method_scope=space.method_scope,

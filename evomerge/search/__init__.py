@@ -12,7 +12,7 @@ from typing import Any
 
 from evomerge.search.baselines import Start, baselines
 from evomerge.search.build import build_space
-from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked
+from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked, spent_items
 from evomerge.search.genome import Genome, LayerGene
 from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import Algorithm, AlgorithmSettings
@@ -41,6 +41,7 @@ __all__ = [
     "get_algorithm",
     "ranked",
     "search",
+    "spent_items",
 ]
 
 

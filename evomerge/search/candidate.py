@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -121,6 +121,26 @@ def count_states(history: Iterable[Candidate]) -> dict[str, int]:
     """How many candidates are done, failed and pruned."""
     states = [candidate.state for candidate in history]
     return {state: states.count(state) for state in get_args(State)}
+
+
+SLOPES = "gradient"
+"""How the operators are called that take the slopes of the first parent."""
+
+
+def spent_items(history: Iterable[Candidate], slope_items: int) -> Iterator[int]:
+    """Item evaluations after each candidate, what was asked for its parents' slopes included.
+
+    Args:
+        history: Candidates in order.
+        slope_items: Item evaluations that the slopes of one candidate are worth.
+    """
+    spent, asked = 0, set()
+    for candidate in history:
+        if SLOPES in candidate.operator and candidate.parents[0] not in asked:
+            asked.add(candidate.parents[0])
+            spent += slope_items
+        spent += candidate.items
+        yield spent
 
 
 def count_items(history: Iterable[Candidate]) -> dict[str, float]:

@@ -2,32 +2,54 @@
 
 The parents of a generation are the best `population` of all candidates (elitism: a (μ + λ) truncation); one that a race
 stopped counts with the estimate it was stopped at, which is below the cut-off. A child is a recombination of tournament
-winners, then a mutation. Scores on a hundred items are noisy, so recombination that averages several good candidates is
-the most frequent, and steps come in all sizes. Mutation follows the structure of the genes: a whole model, a whole
-layer group, or single genes.
+winners, then a mutation; or a step along the gradient from one of the best, where slopes are to be had. Scores on a
+hundred items are noisy, so recombination that averages several good candidates is the most frequent. Variation follows
+the structure of the genes: a whole model, a run of layer groups, or single genes. What succeeded is used more often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from evomerge.search import operators, patterns
-from evomerge.search.candidate import Candidate, Proposal, promising
+from evomerge.search import operators, patterns, sharing
+from evomerge.search.adaptive import Experience, pick
+from evomerge.search.candidate import SLOPES, Candidate, Proposal, promising
 from evomerge.search.decode import active, copies
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
 from evomerge.search.patterns import Layers
 from evomerge.search.propose import AlgorithmSettings, Draw, distinct
+from evomerge.search.slopes import Known, direction
 from evomerge.search.space import SearchSpace
+
+OPTIONS = {"slopes": True, "adaptive": True, "sharing": False}
+"""The options and their defaults; bench/results/search.md says why these."""
 
 TOURNAMENT = 3
 CENTROID_MOST = 8
 METHOD_MUTATION = 0.1
 MUTATION = 0.8
+CLIMBERS = 3
+"""Gradient steps start from one of so many of the best."""
+
+KINDS = {"breed": 0.7, SLOPES: 0.3}
+RECOMBINATIONS = {
+    "none": 0.2,
+    "centroid": 0.32,
+    "line": 0.16,
+    "blend": 0.08,
+    "crossover by layers": 0.1,
+    "split-point crossover": 0.04,
+    "crossover by model": 0.08,
+    "uniform crossover": 0.02,
+}
+MUTATIONS = {"whole model": 0.35, "layer group": 0.2, "smoothing": 0.1, "all genes": 0.15, "single genes": 0.2}
+"""How often each operator is used before anything is known of it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,32 @@ class Parent:
     layers: Layers
 
 
+@dataclass(frozen=True)
+class Breeding:
+    """What the children of a generation are made of.
+
+    Attributes:
+        space: The space.
+        linkage: Which of its genes belong together.
+        parents: Whom to breed from, best first.
+        experience: What worked; None where every operator keeps its prior weight.
+        attraction: How much each parent has to offer to each, shape [parents, parents]; None without sharing.
+        climbers: Whom gradient steps may start from, best first.
+        slopes: The derivative by every gene in units of its range, of those whose slopes were asked for, shape [reals];
+            None where there are none.
+        asked: Those whose slopes are known already.
+    """
+
+    space: SearchSpace
+    linkage: Linkage
+    parents: Sequence[Parent]
+    experience: Experience | None
+    attraction: FloatArray | None
+    climbers: Sequence[Parent]
+    slopes: Callable[[int], FloatArray | None]
+    asked: Sequence[Parent]
+
+
 def ga(
     space: SearchSpace,
     history: tuple[Candidate, ...],
@@ -79,118 +127,196 @@ def ga(
     settings: AlgorithmSettings,
 ) -> list[Proposal]:
     """Children of the best candidates so far; random genomes while there are none."""
-    names = [choice.name for choice in space.choices]
-    parents = [
-        Parent(c.number, space.unit(c.genome), {name: str(c.genome.values[name]) for name in names}, c.genome.layers)
-        for c in promising(history)[: settings.population]
-    ]
-    linkage = Linkage(space)
+    breeding = _breeding(space, history, settings)
 
     def draw(rng: np.random.Generator) -> Draw:
-        if not parents:
+        if not breeding.parents:
             return space.sample(rng), (), "random"
-        return _child(space, linkage, parents, rng)
+        kinds = KINDS if breeding.climbers else {"breed": 1.0}
+        climbed = _climb(breeding, rng) if pick(rng, kinds, breeding.experience) == SLOPES else None
+        return climbed or _child(breeding, rng)
 
     return distinct(space, history, numbers, generation, seed, draw)
 
 
-def _child(space: SearchSpace, linkage: Linkage, parents: list[Parent], rng: np.random.Generator) -> Draw:
+def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings) -> Breeding:
+    options = {**OPTIONS, **settings.options}
+    names = [choice.name for choice in space.choices]
+
+    def parent(c: Candidate) -> Parent:
+        choices = {name: str(c.genome.values[name]) for name in names}
+        return Parent(c.number, space.unit(c.genome), choices, c.genome.layers)
+
+    order = promising(history)
+    chosen, attraction = order[: settings.population], None
+    if options["sharing"] and settings.items is not None:
+        chosen, attraction = _shared(order[: 2 * settings.population], settings)
+    known = {c.number: c for c in history}
+    asked = {c.parents[0] for c in history if SLOPES in c.operator}
+    climbers: list[Candidate] = []
+    if options["slopes"] and settings.slopes is not None:
+        leaders = [c for c in order if c.state == "done"][:CLIMBERS]
+        unasked = next((c for c in leaders if c.number not in asked), None)
+        climbers = [c for c in leaders if c.number in asked or c is unasked]
+    found: dict[int, FloatArray | None] = {}
+
+    def slopes(number: int) -> FloatArray | None:
+        if number not in found:
+            told = settings.slopes(known[number]) if settings.slopes is not None else None
+            width = space.high - space.low
+            found[number] = None if told is None else np.array([told.get(g.name, 0.0) for g in space.reals]) * width
+        return found[number]
+
+    return Breeding(
+        space,
+        Linkage(space),
+        [parent(c) for c in chosen],
+        Experience.of(space, history) if options["adaptive"] else None,
+        attraction,
+        [parent(c) for c in climbers],
+        slopes,
+        [parent(known[number]) for number in sorted(asked)] if climbers else [],
+    )
+
+
+def _shared(order: Sequence[Candidate], settings: AlgorithmSettings) -> tuple[list[Candidate], FloatArray | None]:
+    """The parents by their share of the items, and what each has to offer to each."""
+    values = [None if settings.items is None else settings.items(c) for c in order]
+    seen = [(c, v) for c, v in zip(order, values, strict=True) if v is not None]
+    if len(seen) < 2:
+        return list(order[: settings.population]), None
+    table = np.stack([v for _, v in seen])
+    best_first = np.argsort(-sharing.shared_fitness(table), kind="stable")[: settings.population]
+    kept = table[best_first]
+    return [seen[k][0] for k in best_first], np.stack([sharing.attraction(kept, k) for k in range(len(kept))])
+
+
+def _climb(breeding: Breeding, rng: np.random.Generator) -> Draw | None:
+    """A step along the gradient from one of the best; None where it has no slopes."""
+    first = breeding.climbers[operators.tournament(len(breeding.climbers), 2, rng)]
+    slopes = breeding.slopes(first.number)
+    if slopes is None or not np.any(slopes):
+        return None
+    near = sorted(
+        (p for p in breeding.asked if p.choices == first.choices and p.number != first.number),
+        key=lambda p: (float(np.linalg.norm(p.unit - first.unit)), p.number),
+    )
+    others = [Known(p.unit, s) for p in near if (s := breeding.slopes(p.number)) is not None]
+    step, measured = direction(Known(first.unit, slopes), others)
+    if not np.any(step):
+        return None
+    if not measured and rng.random() < 0.5:  # genes of small slopes move as well
+        step = np.sign(step) * np.sqrt(np.abs(step))
+    size = math.sqrt(float(np.mean(step[step != 0] ** 2)))
+    wanted = math.exp(rng.uniform(math.log(0.4), math.log(2.0))) * size if measured else operators.step_size(rng)
+    unit = np.clip(first.unit + step * (min(wanted, 0.4) / size), 0.0, 1.0)
+    word = f"quasi-Newton {SLOPES}" if measured else SLOPES
+    return breeding.space.genome(unit, first.choices, first.layers), (first.number,), word
+
+
+def _child(breeding: Breeding, rng: np.random.Generator) -> Draw:
+    space, parents = breeding.space, breeding.parents
     first = parents[operators.tournament(len(parents), TOURNAMENT, rng)]
-    unit, choices, layers = first.unit, dict(first.choices), first.layers
-    used: list[Parent] = [first]
-    words: list[str] = []
-    if len(parents) > 1 and rng.random() < 0.8:
-        unit, choices, layers, used, word = _recombine(space, linkage, parents, first, rng)
+    child, used, words = first, [first], []
+    kind = pick(rng, _recombinations(space, len(parents)), breeding.experience)
+    if kind != "none":
+        child, used, word = _recombine(breeding, kind, first, rng)
         words.append(word)
     if not words or rng.random() < MUTATION:
-        unit, choices, layers, word = _mutate(space, linkage, unit, choices, layers, rng)
+        child, word = _mutate(breeding, child, rng)
         words.append(word)
-    return space.genome(unit, choices, layers), tuple(p.number for p in used), " + ".join(words)
+    genome = space.genome(child.unit, child.choices, child.layers)
+    return genome, tuple(p.number for p in used), " + ".join(words)
 
 
-def _partner(parents: list[Parent], first: Parent, rng: np.random.Generator) -> Parent:
-    """Another parent, rather one of the same methods: its numbers mean the same."""
-    others = [p for p in parents if p is not first]
+def _recombinations(space: SearchSpace, parents: int) -> dict[str, float]:
+    """The recombinations that have a sense here."""
+    if parents < 2:
+        return {"none": 1.0}
+    senseless: set[str] = set()
+    if len(space.groups) < 2:
+        senseless |= {"crossover by layers", "split-point crossover"}
+    if len(space.sources) < 2:
+        senseless.add("crossover by model")
+    return {name: weight for name, weight in RECOMBINATIONS.items() if name not in senseless}
+
+
+def _partner(breeding: Breeding, first: Parent, rng: np.random.Generator) -> Parent:
+    """Another parent, rather one of the same methods: its numbers mean the same; with sharing, one that has more."""
+    others = [p for p in breeding.parents if p is not first]
+    if breeding.attraction is not None:
+        row = breeding.attraction[[p is first for p in breeding.parents].index(True)]
+        places = {p.number: k for k, p in enumerate(breeding.parents)}
+        others.sort(key=lambda p: -float(row[places[p.number]]))
     alike = [p for p in others if p.choices == first.choices]
     pool = alike if alike and rng.random() < 0.7 else others
     return pool[operators.tournament(len(pool), TOURNAMENT, rng)]
 
 
-Recombined = tuple[FloatArray, dict[str, str], Layers, list[Parent], str]
-
-
 def _recombine(
-    space: SearchSpace, linkage: Linkage, parents: list[Parent], first: Parent, rng: np.random.Generator
-) -> Recombined:
-    kind = rng.random()
-    if kind < 0.4:
-        return _centroid(parents, first, rng)
-    second = _partner(parents, first, rng)
+    breeding: Breeding, kind: str, first: Parent, rng: np.random.Generator
+) -> tuple[Parent, list[Parent], str]:
+    """A child of several parents, the parents, and what was done."""
+    if kind == "centroid":
+        return _centroid(breeding.parents, first, rng)
+    space, linkage = breeding.space, breeding.linkage
+    second = _partner(breeding, first, rng)
     choices, layers = dict(first.choices), first.layers
     if space.pattern is not None and _copies_layers(space, first):
         layers = patterns.crossover(first.layers, second.layers, space.pattern, rng)
-    if kind < 0.6:
-        return operators.line(first.unit, second.unit, rng), choices, layers, [first, second], "line"
-    if kind < 0.7:
-        return operators.blend(first.unit, second.unit, rng), choices, layers, [first, second], "blend"
-    if kind < 0.87 and len(space.groups) > 1:
-        taken = operators.contiguous_block(len(space.groups) + 1, rng)
+    if kind in ("crossover by layers", "split-point crossover"):
+        places = len(space.groups) + 1
+        block = operators.contiguous_block if kind == "crossover by layers" else operators.rest_from
+        taken = block(places, rng)
         unit = operators.by_label(first.unit, second.unit, linkage.group, taken)
-        for choice in space.choices:
-            if choice.group in taken:
-                choices[choice.name] = second.choices[choice.name]
-        return unit, choices, layers, [first, second], "crossover by layers"
-    if kind < 0.97 and len(space.sources) > 1:
+        choices |= {c.name: second.choices[c.name] for c in space.choices if c.group in taken}
+    elif kind == "crossover by model":
         count = len(space.sources)
         taken = [int(i) for i in rng.permutation(count)[: int(rng.integers(1, count))]]
         unit = operators.by_label(first.unit, second.unit, linkage.source, taken)
-        return unit, choices, layers, [first, second], "crossover by model"
-    return operators.uniform(first.unit, second.unit, rng), choices, layers, [first, second], "uniform crossover"
+    else:
+        simple = {"line": operators.line, "blend": operators.blend, "uniform crossover": operators.uniform}
+        unit = simple[kind](first.unit, second.unit, rng)
+    return Parent(-1, unit, choices, layers), [first, second], kind
 
 
-def _centroid(parents: list[Parent], first: Parent, rng: np.random.Generator) -> Recombined:
+def _centroid(parents: Sequence[Parent], first: Parent, rng: np.random.Generator) -> tuple[Parent, list[Parent], str]:
     alike = [p for p in parents if p.choices == first.choices]
     pool = alike if len(alike) > 1 else parents
     count = int(rng.integers(2, min(CENTROID_MOST, len(pool)) + 1))
     chosen = [pool[int(i)] for i in np.sort(rng.permutation(min(len(pool), 2 * count))[:count])]
     unit = operators.centroid([p.unit for p in chosen])
-    best = chosen[0]
-    return unit, dict(first.choices), best.layers, chosen, f"centroid of {count}"
+    return Parent(-1, unit, first.choices, chosen[0].layers), chosen, f"centroid of {count}"
 
 
 def _copies_layers(space: SearchSpace, parent: Parent) -> bool:
     return copies(space, space.genome(parent.unit, parent.choices, parent.layers))
 
 
-Mutated = tuple[FloatArray, dict[str, str], Layers, str]
-
-
-def _mutate(
-    space: SearchSpace,
-    linkage: Linkage,
-    unit: FloatArray,
-    choices: dict[str, str],
-    layers: Layers,
-    rng: np.random.Generator,
-) -> Mutated:
+def _mutate(breeding: Breeding, parent: Parent, rng: np.random.Generator) -> tuple[Parent, str]:
+    space, experience = breeding.space, breeding.experience
     words: list[str] = []
-    if space.choices and rng.random() < METHOD_MUTATION:
+    if space.choices and rng.random() < METHOD_MUTATION:  # every gene that the new method knows too is kept
         choice = space.choices[int(rng.integers(len(space.choices)))]
-        others = [name for name in choice.options if name != choices[choice.name]]
-        choices = {**choices, choice.name: others[int(rng.integers(len(others)))]}
+        others = [name for name in choice.options if name != parent.choices[choice.name]]
+        chosen = {**parent.choices, choice.name: others[int(rng.integers(len(others)))]}
+        parent = replace(parent, choices=chosen)
         words.append("method")
-    genome = space.genome(unit, choices, layers)
+    genome = space.genome(parent.unit, parent.choices, parent.layers)
     if space.pattern is not None and copies(space, genome):
+        layers = parent.layers
         for _ in range(int(rng.integers(1, 3))):
-            name = list(patterns.MOVES)[int(rng.integers(len(patterns.MOVES)))]
+            name = pick(rng, dict.fromkeys(patterns.MOVES, 1.0), experience)
             layers = patterns.MOVES[name](layers, space.pattern, rng)
             words.append(name)
+        parent = replace(parent, layers=layers)
     names = active(space, genome)
     mask = np.array([gene.name in names for gene in space.reals], dtype=np.bool_)
     if mask.any() and (not words or rng.random() < 0.5):
-        unit, word = _mutate_reals(linkage, unit, mask, rng)
+        unit, word = _mutate_reals(breeding, parent.unit, mask, rng)
+        parent = replace(parent, unit=unit)
         words.append(word)
-    return unit, choices, layers, "mutation: " + ", ".join(words or ["none"])
+    return parent, "mutation: " + ", ".join(words or ["none"])
 
 
 def _pick(labels: IntArray, mask: Mask, rng: np.random.Generator) -> Mask:
@@ -200,20 +326,21 @@ def _pick(labels: IntArray, mask: Mask, rng: np.random.Generator) -> Mask:
     return chosen
 
 
-def _mutate_reals(linkage: Linkage, unit: FloatArray, mask: Mask, rng: np.random.Generator) -> tuple[FloatArray, str]:
-    sigma = operators.step_size(rng)
-    kind = rng.random()
-    if kind < 0.35:
+def _mutate_reals(breeding: Breeding, unit: FloatArray, mask: Mask, rng: np.random.Generator) -> tuple[FloatArray, str]:
+    linkage, experience = breeding.linkage, breeding.experience
+    sigma = operators.step_size(rng, experience.steps if experience else ())
+    kind = pick(rng, MUTATIONS, experience)
+    if kind == "whole model":
         for _ in range(int(rng.integers(1, 3))):
             unit = operators.shift(unit, _pick(linkage.owner, mask, rng), sigma, rng)
-        return unit, "whole model"
-    if kind < 0.55:
-        chosen = _pick(linkage.group, mask, rng)
-        return operators.gaussian(unit, chosen, sigma, rng), "layer group"
-    if kind < 0.65:
-        return operators.pull(unit, _pick(linkage.owner, mask, rng), float(rng.uniform(0.3, 1.0))), "smoothing"
-    if kind < 0.8:
-        return operators.gaussian(unit, mask, sigma / 3.0, rng), "all genes"
-    share = mask & (rng.random(unit.shape) < max(2.0 / mask.sum(), 0.1))
-    share = share if share.any() else _pick(np.arange(len(unit), dtype=np.int64), mask, rng)
-    return operators.gaussian(unit, share, sigma, rng), "single genes"
+    elif kind == "layer group":
+        unit = operators.gaussian(unit, _pick(linkage.group, mask, rng), sigma, rng)
+    elif kind == "smoothing":
+        unit = operators.pull(unit, _pick(linkage.owner, mask, rng), float(rng.uniform(0.3, 1.0)))
+    elif kind == "all genes":
+        unit = operators.gaussian(unit, mask, sigma / 3.0, rng)
+    else:
+        share = mask & (rng.random(unit.shape) < max(2.0 / mask.sum(), 0.1))
+        share = share if share.any() else _pick(np.arange(len(unit), dtype=np.int64), mask, rng)
+        unit = operators.gaussian(unit, share, sigma, rng)
+    return unit, kind

@@ -15,7 +15,7 @@ from typing import Literal
 
 from evomerge.errors import BadInput, OutputError
 from evomerge.search.baselines import Start, baselines, first_generation
-from evomerge.search.candidate import Candidate, Outcome, Proposal, best
+from evomerge.search.candidate import Candidate, Outcome, Proposal, best, spent_items
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.record import Record
 from evomerge.search.space import SearchSpace
@@ -36,12 +36,14 @@ class Stop:
         hours: Time spent scoring, over all sessions of the run; None for no limit.
         stale_generations: Generations in a row without a better candidate; None for no limit.
         items: Items scored, over all candidates; None for no limit.
+        slope_items: Items that asking for the slopes of one candidate counts as.
     """
 
     candidates: int
     hours: float | None = None
     stale_generations: int | None = None
     items: int | None = None
+    slope_items: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class _Watch:
     def __init__(self, stop: Stop, history: tuple[Candidate, ...]) -> None:
         self._stop = stop
         self._seconds = sum(float(c.seconds.get("total", 0.0)) for c in history)
-        self._items = sum(c.items for c in history)
+        self._history = list(history)
         self._row = _failing_row(history)
         # A run that was stopped by its failures and is resumed gets another chance.
         if len(self._row) >= FAILURES_IN_A_ROW:
@@ -212,14 +214,15 @@ class _Watch:
 
     def already(self) -> tuple[Reason, str] | None:
         """The end, if the record is at it: the items that are spent are the same in every session."""
-        if self._stop.items is not None and self._items >= self._stop.items:
-            return "items", f"{self._items} items are scored"
-        return None
+        if self._stop.items is None:
+            return None
+        spent = max(spent_items(self._history, self._stop.slope_items), default=0)
+        return ("items", f"{spent} items are scored") if spent >= self._stop.items else None
 
     def after_candidate(self, candidate: Candidate) -> tuple[Reason, str] | None:
         """The end, if this candidate brings it."""
         self._seconds += float(candidate.seconds.get("total", 0.0))
-        self._items += candidate.items
+        self._history.append(candidate)
         self._row = _failing_row((*self._row, candidate))
         if len(self._row) >= FAILURES_IN_A_ROW:
             last = self._row[-1]

@@ -17,9 +17,19 @@ def reflect(unit: FloatArray) -> FloatArray:
     return np.where(folded > 1.0, 2.0 - folded, folded)
 
 
-def step_size(rng: np.random.Generator, low: float = 0.01, high: float = 0.3) -> float:
-    """A step for one child, log-uniform: small ones to refine, large ones to leave a plateau."""
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+SMALLEST, LARGEST = 0.01, 0.3
+"""Bounds of a mutation's step, in units of a gene's range."""
+
+
+def step_size(rng: np.random.Generator, successful: Sequence[float] = ()) -> float:
+    """A step for one child: near one that has served (log-normal around it), or anything between the bounds.
+
+    Log-uniform where nothing is known, and now and then: small ones to refine, large ones to leave a plateau.
+    """
+    if successful and rng.random() < 0.6:
+        near = successful[int(rng.integers(len(successful)))] * float(np.exp(rng.normal(0.0, 0.4)))
+        return float(np.clip(near, SMALLEST, LARGEST))
+    return float(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST))))
 
 
 def gaussian(unit: FloatArray, mask: Mask, sigma: float, rng: np.random.Generator) -> FloatArray:
@@ -81,6 +91,11 @@ def contiguous_block(count: int, rng: np.random.Generator) -> list[int]:
     length = int(rng.integers(1, count))
     start = int(rng.integers(0, count - length + 1))
     return list(range(start, start + length))
+
+
+def rest_from(count: int, rng: np.random.Generator) -> list[int]:
+    """Everything from a split point on, out of `count`; never all, unless there is one."""
+    return list(range(int(rng.integers(1, count)) if count > 1 else 0, count))
 
 
 def tournament(count: int, size: int, rng: np.random.Generator) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from evomerge.errors import SpecError, suggest
 from evomerge.search.candidate import Candidate, Proposal
-from evomerge.search.ga import ga
+from evomerge.search.ga import OPTIONS, ga
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.random_search import random_search
 from evomerge.search.space import SearchSpace
@@ -63,7 +63,7 @@ def _of_kind(value: Any, default: Any) -> bool:
 
 
 ALGORITHMS: dict[str, Registered] = {
-    "ga": Registered(ga),
+    "ga": Registered(ga, OPTIONS),
     "random": Registered(random_search),
 }
 

@@ -1,0 +1,282 @@
+"""How many item evaluations a search needs: the default one beside random search, CMA-ES and every other algorithm.
+
+    python bench/search_efficiency.py runs/efficiency                                  # the zoo, live
+    python bench/search_efficiency.py runs/efficiency --contenders default random --seeds 5
+    python bench/search_efficiency.py runs/efficiency-real --search search_spaces/real.yaml --seeds 1
+
+Every contender searches the same models on the same items (drawn by the seed), and spends as many item evaluations as
+random search without racing has for its candidates; what a gradient costs is counted in. A search's quality, after any
+number of evaluations, is the fitness of its best candidate so far on the `test` items, which steer nothing. Finished
+runs are kept in the folder, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from evomerge.files import write_atomic
+from evomerge.spec import SearchSpec, load_spec
+from evomerge.tables import table
+
+QUICKSTART = Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to search.
+
+    Attributes:
+        search: What it changes of the `search` part of the specification.
+        space: What it changes of the `space` part.
+        racing: Whether it races; None for what the specification says.
+        outer: Whether embeddings, final norm and head have genes of their own.
+    """
+
+    search: Mapping[str, Any] = field(default_factory=dict)
+    space: Mapping[str, Any] = field(default_factory=dict)
+    racing: bool | None = None
+    outer: bool = True
+
+
+def _mergekit(method: str) -> Contender:
+    """CMA-ES as mergekit-evolve runs it: one method, weights (and densities) of whole slices, no racing."""
+    genes = {"weight": {"low": -2.0, "high": 2.0}, "lambda": {"low": 1.0, "high": 1.0}}
+    return Contender(
+        {"algorithm": "cmaes", "options": {"like_mergekit": True}},
+        {"methods": [method], "genes": genes},
+        racing=False,
+        outer=False,
+    )
+
+
+OTHERS = ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
+CONTENDERS: dict[str, Contender] = {
+    "default": Contender(),
+    "random": Contender({"algorithm": "random"}, racing=False),
+    "random, raced": Contender({"algorithm": "random"}),
+    **{f"mergekit-evolve, {method}": _mergekit(method) for method in ("task_arithmetic", "ties", "dare_ties")},
+    **{
+        name: Contender({"algorithm": name})
+        for name in ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
+    },
+    "ga without slopes": Contender({"algorithm": "ga", "options": {"slopes": False}}),
+    "ga, fixed operators": Contender({"algorithm": "ga", "options": {"adaptive": False}}),
+    "ga, shared items": Contender({"algorithm": "ga", "options": {"sharing": True}}),
+}
+REFERENCES = ("random", "mergekit-evolve, task_arithmetic", "mergekit-evolve, ties", "mergekit-evolve, dare_ties")
+
+
+def spec_of(path: Path, contender: Contender, seed: int, candidates: int) -> SearchSpec:
+    """The specification that a contender runs."""
+    spec = load_spec(path)
+    racing = spec.evaluation.racing if contender.racing is None else contender.racing
+    evaluation = spec.evaluation.model_copy(update={"racing": racing, "guard": []})
+    wanted = spec.search.model_copy(
+        update={"seed": seed, "candidates": candidates, "baseline": None, **contender.search}
+    )
+    data = spec.model_dump() | {"evaluation": evaluation.model_dump(), "search": wanted.model_dump()}
+    data["space"] |= dict(contender.space)
+    data["run"] |= {"keep": 0}
+    return SearchSpec.model_validate(data)
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Says nothing."""
+
+
+def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: int | None) -> dict[str, Any]:
+    """One search from start to end; the summary of one that is finished is read back.
+
+    Args:
+        name: The contender.
+        path: The search.yaml.
+        seed: Seed of the search and of the splits.
+        candidates: Candidates at most.
+        folder: Where the run goes.
+        items: Item evaluations at most; None for no limit.
+    """
+    summary = folder / "efficiency.json"
+    if summary.is_file():
+        return dict(json.loads(summary.read_text()))
+    from evomerge.finish import finish
+    from evomerge.run import settings_of
+    from evomerge.runfolder import RunFolder
+    from evomerge.scoring import Scorer
+    from evomerge.search import Stop, get_algorithm, ranked, search, spent_items
+    from evomerge.workbench import TEST, Workbench, make_space
+
+    contender = CONTENDERS[name]
+    spec = spec_of(path, contender, seed, candidates)
+    opened = RunFolder.create(folder, spec, "")
+    bench = Workbench(spec)
+    if not contender.outer:
+        bench.space = make_space(spec, bench.checkpoints, outer=False)
+    scorer = Scorer(bench, opened)
+    scorer.settle(Silent())  # type: ignore[arg-type]
+    ended = search(
+        bench.space,
+        get_algorithm(spec.search.algorithm),
+        scorer,
+        opened.record(bench.space),
+        Stop(candidates, items=items, slope_items=scorer.slope_items),
+        seed=seed,
+        settings=settings_of(spec.search, scorer),
+        before_generation=scorer.before_generation,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = finish(bench, opened, scorer, ended.candidates, Silent())  # type: ignore[arg-type]
+    track, best = [], -math.inf
+    order = sorted(ended.candidates, key=lambda c: c.number)
+    spent = list(spent_items(order, scorer.slope_items))
+    for candidate, after in zip(order, spent, strict=True):
+        if candidate.state == "done" and candidate.fitness is not None and candidate.fitness > best:
+            best = candidate.fitness
+            scores, _ = scorer.scores(candidate.recipe, TEST)
+            track.append([after, candidate.fitness, scorer.fitness.unweighted(scores), candidate.number])
+    winner, _ = scorer.scores(result["winner"]["recipe"], TEST)
+    found = {
+        "name": name,
+        "seed": seed,
+        "items": spent[-1],
+        "candidates": len(order),
+        "pruned": sum(c.state == "pruned" for c in order),
+        "reason": ended.reason,
+        "track": track,
+        "winner": {
+            "candidate": result["winner"]["candidate"],
+            "recipe": result["winner"]["recipe"],
+            "fitness": scorer.fitness.unweighted(winner),
+            "reported": scorer.reported(winner),
+        },
+        "generation 0": max(c.fitness or 0.0 for c in ranked(c for c in order if c.generation == 0)),
+    }
+    write_atomic(summary, json.dumps(found, indent=1))
+    return found
+
+
+def reached(track: Sequence[Sequence[float]], quality: float) -> float:
+    """The item evaluations after which a search's best candidate is this good on unseen items; infinite if never."""
+    return next((row[0] for row in track if row[2] >= quality), math.inf)
+
+
+def final(found: Mapping[str, Any]) -> float:
+    """The quality that a search ends with: its best candidate's fitness on unseen items."""
+    return float(found["track"][-1][2])
+
+
+def against(name: str, default: Mapping[int, Any], other: Mapping[int, Any], default_name: str) -> list[str]:
+    """A line of the table: the default search beside another, seed by seed."""
+    seeds = sorted(default.keys() & other.keys())
+    shares = [reached(default[s]["track"], final(other[s])) / other[s]["items"] for s in seeds]
+    gains = [default[s]["winner"]["fitness"] - other[s]["winner"]["fitness"] for s in seeds]
+    told = [default[s]["winner"]["reported"] - other[s]["winner"]["reported"] for s in seeds]
+    first = [other[s]["winner"]["fitness"] - other[s]["track"][0][2] for s in seeds]
+    return [
+        name,
+        str(len(seeds)),
+        f"{statistics.fmean(other[s]['candidates'] for s in seeds):.0f}",
+        f"{statistics.fmean(other[s]['winner']['fitness'] for s in seeds):.4f}",
+        f"{statistics.fmean(other[s]['winner']['reported'] for s in seeds):.4f}",
+        "" if name == default_name else _spread(gains),
+        "" if name == default_name else _spread(told),
+        "" if name == default_name else f"{sum(g > 0 for g in gains)}/{len(gains)}",
+        "" if name == default_name else f"{statistics.median(shares):.2f}",
+        _spread(first),
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and its standard error over the seeds."""
+    if len(values) < 2:
+        return f"{values[0]:+.4f}"
+    return f"{statistics.fmean(values):+.4f} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+HEADER = [
+    *("contender", "seeds", "candidates", "winner, unseen items", "as reported"),
+    *("default is better by", "as reported", "wins", "default gets there in"),
+    "better than its first by",
+]
+
+
+def summary(folder: Path, default: str) -> str:
+    """The table of all finished runs in a folder."""
+    found: dict[str, dict[int, Any]] = {}
+    for path in sorted(folder.glob("*/efficiency.json")):
+        one = json.loads(path.read_text())
+        found.setdefault(one["name"], {})[one["seed"]] = one
+    names = [name for name in CONTENDERS if name in found]
+    return table(HEADER, [against(name, found[default], found[name], default) for name in names])
+
+
+def _work(job: tuple[str, Path, int, int, Path, int | None]) -> str:
+    name, path, seed, candidates, folder, items = job
+    found = run(name, path, seed, candidates, folder, items)
+    return (
+        f"{name}, seed {seed}: {found['candidates']} candidates ({found['pruned']} pruned), {found['items']} items, "
+        f"winner {found['winner']['fitness']:.4f}, reported {found['winner']['reported']:.4f} ({found['reason']})"
+    )
+
+
+def main() -> None:
+    """Runs what is missing, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--contenders", nargs="+", choices=sorted(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--default", default="default", help="the contender that the others are compared with")
+    parser.add_argument("--search", type=Path, default=QUICKSTART)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[20], help="how many; or from, to")
+    parser.add_argument("--candidates", type=int, default=100, help="of random search without racing")
+    parser.add_argument("--items", type=int, help="item evaluations of every search; default: those of random search")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    options = parser.parse_args()
+    if not options.table:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        first, last = (0, options.seeds[0]) if len(options.seeds) == 1 else options.seeds
+        items = options.items or search_items(options.search) * options.candidates
+        jobs = [
+            (name, options.search, seed, 10 * options.candidates, options.folder / f"{_slug(name)}-{seed}", items)
+            for seed in range(first, last)
+            for name in options.contenders
+        ]
+        if options.workers > 1:  # each computes alone: two searches side by side are faster than one on two cores
+            os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
+            with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+                for line in pool.map(_work, jobs):
+                    print(line, file=sys.stderr, flush=True)
+        else:
+            for job in jobs:
+                print(_work(job), file=sys.stderr, flush=True)
+    print(summary(options.folder, options.default))
+
+
+def search_items(path: Path) -> int:
+    """Items that steer the search of a specification."""
+    from evomerge.workbench import SEARCH, Workbench
+
+    return sum(map(len, Workbench(load_spec(path)).selections[SEARCH].values()))
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+if __name__ == "__main__":
+    main()
