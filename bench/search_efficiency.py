@@ -43,22 +43,30 @@ class Contender:
         space: What it changes of the `space` part.
         racing: Whether it races; None for what the specification says.
         outer: Whether embeddings, final norm and head have genes of their own.
+        baselines: Whether generation 0 holds what a person would try first.
     """
 
     search: Mapping[str, Any] = field(default_factory=dict)
     space: Mapping[str, Any] = field(default_factory=dict)
     racing: bool | None = None
     outer: bool = True
+    baselines: bool = True
 
 
-def _mergekit(method: str) -> Contender:
-    """CMA-ES as mergekit-evolve runs it: one method, weights (and densities) of whole slices, no racing."""
-    genes = {"weight": {"low": -2.0, "high": 2.0}, "lambda": {"low": 1.0, "high": 1.0}}
+def _mergekit(method: str, genes: int) -> Contender:
+    """CMA-ES as mergekit-evolve runs it.
+
+    One method, weights (and densities) of whole slices, pycma's population for so many genes, no baselines, no racing.
+    """
+    ranges = {"weight": {"low": 0.0, "high": 2.0}, "lambda": {"low": 1.0, "high": 1.0}}
+    if method != "task_arithmetic":
+        ranges["density"] = {"low": 0.0, "high": 1.0}
     return Contender(
-        {"algorithm": "cmaes", "options": {"like_mergekit": True}},
-        {"methods": [method], "genes": genes},
+        {"algorithm": "cmaes", "options": {"like_mergekit": True}, "population": 4 + int(3 * math.log(genes))},
+        {"methods": [method], "genes": ranges},
         racing=False,
         outer=False,
+        baselines=False,
     )
 
 
@@ -67,7 +75,10 @@ CONTENDERS: dict[str, Contender] = {
     "default": Contender(),
     "random": Contender({"algorithm": "random"}, racing=False),
     "random, raced": Contender({"algorithm": "random"}),
-    **{f"mergekit-evolve, {method}": _mergekit(method) for method in ("task_arithmetic", "ties", "dare_ties")},
+    **{  # four sources, three slices
+        f"mergekit-evolve, {method}": _mergekit(method, genes)
+        for method, genes in (("task_arithmetic", 12), ("ties", 24), ("dare_ties", 24))
+    },
     **{
         name: Contender({"algorithm": name})
         for name in ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
@@ -76,7 +87,6 @@ CONTENDERS: dict[str, Contender] = {
     "ga, fixed operators": Contender({"algorithm": "ga", "options": {"adaptive": False}}),
     "ga, shared items": Contender({"algorithm": "ga", "options": {"sharing": True}}),
 }
-REFERENCES = ("random", "mergekit-evolve, task_arithmetic", "mergekit-evolve, ties", "mergekit-evolve, dare_ties")
 
 
 def spec_of(path: Path, contender: Contender, seed: int, candidates: int) -> SearchSpec:
@@ -137,6 +147,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         Stop(candidates, items=items, slope_items=scorer.slope_items),
         seed=seed,
         settings=settings_of(spec.search, scorer),
+        starts=None if contender.baselines else (),
         before_generation=scorer.before_generation,
     )
     with contextlib.redirect_stdout(io.StringIO()):
