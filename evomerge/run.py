@@ -136,6 +136,7 @@ def _search(
         settings=AlgorithmSettings(
             folder.spec.search.population,
             folder.spec.search.options if algorithm == folder.spec.search.algorithm else {},
+            slopes=scorer.slopes,
         ),
         progress=progress,
         before_generation=scorer.before_generation,
