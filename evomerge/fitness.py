@@ -90,6 +90,25 @@ class Fitness:
             parts.append(told * (goal.weight / len(values)))
         return np.concatenate(parts)
 
+    def derivatives(self, scores: Scores) -> dict[str, dict[str, NDArray[np.float64]]]:
+        """The derivative of the fitness with respect to the items' numerators.
+
+        Returns:
+            Task to metric to one number per item. Metrics that are no mean or ratio of items are left out.
+        """
+        total = sum(goal.weight for goal in self.goals)
+        found: dict[str, dict[str, NDArray[np.float64]]] = {}
+        for goal in self.goals:
+            part = scores[goal.task]
+            if not part.raceable(goal.metric):
+                continue
+            weights = np.array([self.items[goal.task][i] for i in part.items]) if goal.task in self.items else 1.0
+            weighed = self.weighed({goal.task: part})[goal.task]
+            slope = goal.weight / total * goal.value(weighed.score(goal.metric).value)[1]
+            mine = found.setdefault(goal.task, {})
+            mine[goal.metric] = mine.get(goal.metric, 0.0) + slope * weighed.derivative(goal.metric) * weights
+        return found
+
     def count(self, scores: Scores) -> int:
         """The items that the fitness is made of, over all goals."""
         return sum(scores[goal.task].score(goal.metric).n for goal in self.goals)

@@ -94,7 +94,12 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         display.begin(folder, record.candidates(), gene_count=bench.space.size)
         scorer.settle(display)
         wanted = folder.spec.search
-        stop = Stop(wanted.candidates, hours=wanted.stop.hours, stale_generations=wanted.stop.stale_generations)
+        stop = Stop(
+            wanted.candidates,
+            hours=wanted.stop.hours,
+            stale_generations=wanted.stop.stale_generations,
+            slope_items=scorer.slope_items,
+        )
         ended = _search(folder, bench, scorer, record, wanted.algorithm, stop, display.candidate)
         display.say(ended.message)
         if ended.reason == "interrupted":
@@ -143,7 +148,7 @@ def _search(
 def settings_of(wanted: Search, scorer: Scorer, algorithm: str | None = None) -> AlgorithmSettings:
     """What an algorithm is told: its options, where it is the specification's own, and whom to ask."""
     own = algorithm in (None, wanted.algorithm)
-    return AlgorithmSettings(wanted.population, wanted.options if own else {}, items=scorer.items)
+    return AlgorithmSettings(wanted.population, wanted.options if own else {}, items=scorer.items, slopes=scorer.slopes)
 
 
 def _baseline(

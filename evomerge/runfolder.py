@@ -188,6 +188,16 @@ class RunFolder:
         dump_scores(buffer, scores)
         write_atomic(self._scores_path(plan, split), buffer.getvalue())
 
+    def slopes(self, plan: str) -> tuple[Mapping[str, float] | None] | None:
+        """What was found of how the fitness of a plan changes with its genes, as (slopes or None,); None if nobody
+        looked."""
+        path = self.root / "scores" / f"{plan}-slopes.json"
+        return (json.loads(path.read_text())["slopes"],) if path.is_file() else None
+
+    def write_slopes(self, plan: str, slopes: Mapping[str, float] | None) -> None:
+        """Keeps how the fitness of a plan changes with its genes, or that this is not known."""
+        write_atomic(self.root / "scores" / f"{plan}-slopes.json", json.dumps({"slopes": slopes}, sort_keys=True))
+
     def _scores_path(self, plan: str, split: str) -> Path:
         return self.root / "scores" / f"{plan}-{split}.npz"
 

@@ -19,6 +19,7 @@ from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_block
 from evomerge.search import Candidate, Outcome, Proposal, ranked
 from evomerge.search.baselines import baselines
 from evomerge.search.operators import FloatArray
+from evomerge.slopes import COST, fitness_slopes
 from evomerge.workbench import SEARCH, STEER, Selection, Workbench
 
 if TYPE_CHECKING:
@@ -71,11 +72,6 @@ class Scorer:
     def reused(self) -> int:
         """Item evaluations that came from the user's cache."""
         return self._measurer.reused
-
-    @property
-    def slope_items(self) -> int:
-        """Item evaluations that the slopes of one candidate are worth."""
-        return 0
 
     def items(self, candidate: Candidate) -> FloatArray | None:
         """What each item that steers says for a candidate, as `Fitness.by_item`; None if it was not scored on all."""
@@ -233,6 +229,36 @@ class Scorer:
         if kept is None and split == STEER and (whole := self._folder.scores(plan.digest, SEARCH)) is not None:
             kept = taken(whole, self._measurer.items(self._bench.selections[STEER]))
         return kept or {}
+
+    def slopes(self, candidate: Candidate) -> Mapping[str, float] | None:
+        """How the fitness changes with each real gene of a candidate, by name, in units of the gene.
+
+        None for a candidate without a full score, one whose genome is not its recipe (some of generation 0), and where
+        there is no derivative (`fitness_slopes`). Worked out once in a run and kept.
+        """
+        if candidate.state != "done":
+            return None
+        plan = self._bench.plan(candidate.recipe)
+        known = self._folder.slopes(plan.digest)
+        if known is None:
+            known = (self._find_slopes(candidate, plan),)
+            self._folder.write_slopes(plan.digest, known[0])
+        return known[0]
+
+    def _find_slopes(self, candidate: Candidate, plan: Plan) -> Mapping[str, float] | None:
+        selection = self._bench.selections[self._steering]
+        scores = taken(self._kept(plan, self._steering), self._measurer.items(selection))
+        genome = candidate.genome
+        if scores is None or self._bench.space.problem(genome) is not None:
+            return None
+        if self._bench.plan(self._bench.space.recipe(genome)).digest != plan.digest:
+            return None
+        return fitness_slopes(self._bench, self.fitness, selection, genome, plan, scores)
+
+    @property
+    def slope_items(self) -> int:
+        """What `slopes` costs when asked first, in item evaluations."""
+        return round(COST * size(self._bench.selections[self._steering]))
 
     def __call__(self, proposal: Proposal) -> Outcome:
         """Scores one proposal on the search items; a candidate's own failure is an outcome, not an error."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.backends import BackendName
+from evomerge.evaluation.backward import weight_gradient
 from evomerge.evaluation.metrics import item_scores
 from evomerge.evaluation.native import NativeBackend
 from evomerge.evaluation.prefixes import Depths, Prefixes
 from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Encoder, Prompting, Requests, build_requests
-from evomerge.evaluation.scores import ItemScores
+from evomerge.evaluation.scores import Array, ItemScores
+from evomerge.evaluation.sensitivity import Answers, sensitivities
 from evomerge.evaluation.tasks import LoadedTask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +147,47 @@ class Evaluator:
                     instance.resps.extend(responses)
             scores[task] = item_scores(self._task(task), indices, instances)
         return scores
+
+    def gradient(
+        self,
+        model: Any,
+        selection: Selection,
+        pulls: Mapping[str, Mapping[str, Array]],
+        names: Sequence[str],
+    ) -> dict[str, Tensor] | None:
+        """The derivative of Σ pull · numerator, over metrics and items, with respect to the model's weights.
+
+        Args:
+            model: A causal language model of transformers, in evaluation mode; as before afterwards.
+            selection: Task to positions of its items.
+            pulls: Task to metric to one number per item of the selection: what its numerator counts.
+            names: The parameters that matter.
+
+        Returns:
+            Name to float32 tensor, without the parameters that do not matter after all; None where no task is scored by
+            log-likelihoods, or the backend is not the native one. What asks for generated text counts nothing.
+
+        Raises:
+            CandidateError: A number is not finite.
+        """
+        backend = self._backend
+        if not isinstance(backend, NativeBackend):
+            return None
+        backend.prepare(model)
+        pieces = []
+        for task, wanted in pulls.items():
+            indices, requests = selection[task], self.requests(task)
+            sensitive = partial(self._sensitivities, task, indices, wanted)
+            pieces += backend.pieces(model, requests, indices, sensitive) or []
+        if not pieces:
+            return None
+        return weight_gradient(model, pieces, names, head_is_last=backend.scorer.head_is_last)
+
+    def _sensitivities(
+        self, task: str, indices: Sequence[int], pulls: Mapping[str, Array], places: Sequence[int], answers: Answers
+    ) -> list[list[float]]:
+        part = {metric: pull[list(places)] for metric, pull in pulls.items()}
+        return sensitivities(self._task(task), self.requests(task), [indices[place] for place in places], answers, part)
 
     def expect(self, depths: Depths) -> None:
         """Announces the model that will be scored after the next one: what both share is kept."""

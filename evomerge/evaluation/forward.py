@@ -68,12 +68,16 @@ class Forward:
         if not head_is_last:
             yield self.logits(positions, **inputs)
             return
-        self._run(positions, inputs, first_only=True)
-        hidden = self._mine.__dict__.pop("hidden")
-        rows = max(1, HEAD_LOGITS // self.head.weight.shape[0])
-        for part in hidden.tensor_split(max(1, -(-len(hidden) // rows))):
+        for part in self.hidden(positions, **inputs):
             logits: torch.Tensor = self.head(part[None])
             yield logits[0]
+
+    def hidden(self, positions: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, ...]:
+        """What the head is given at some flat positions, in parts of a size for it: [rows, hidden] each."""
+        self._run(positions, inputs, first_only=True)
+        hidden: torch.Tensor = self._mine.__dict__.pop("hidden")
+        rows = max(1, HEAD_LOGITS // self.head.weight.shape[0])
+        return hidden.tensor_split(max(1, -(-len(hidden) // rows)))
 
     def spread(self, work: Sequence[Callable[[], T]]) -> list[T]:
         """Does pieces of work and gives their results in order.
@@ -81,9 +85,14 @@ class Forward:
         On a CPU every piece is done by one thread that computes alone, so that no number depends on how many there are.
         """
         pieces = [partial(_without_gradients, piece) for piece in work]
+        return run_all(pieces, self.threads) if self.threads else [piece() for piece in pieces]
+
+    @property
+    def threads(self) -> int:
+        """How many threads can run the model at once, each on inputs of its own; 0 on a device of another kind."""
         if self.device.type != "cpu":
-            return [piece() for piece in pieces]
-        return run_all(pieces, 1 if _changes_itself(self.model) else torch.get_num_threads())
+            return 0
+        return 1 if _changes_itself(self.model) else torch.get_num_threads()
 
 
 def _without_gradients(piece: Callable[[], T]) -> T:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.backward import Piece, piece_tokens
 from evomerge.evaluation.generation import Generator
 from evomerge.evaluation.layout import Layout
 from evomerge.evaluation.prefixes import Depths, Prefixes
 from evomerge.evaluation.requests import Encoder, Pair, Requests
 from evomerge.evaluation.scorer import TreeScorer
+from evomerge.evaluation.sensitivity import Answers
 
 log = logging.getLogger(__name__)
 
 Place = tuple[int, int]
 """Position of an item, and of an instance in it."""
+
+Sensitivities = Callable[[Sequence[int], Answers], Sequence[Sequence[float]]]
+"""(which items, their responses) -> for each item, what the log-likelihood of each of its instances counts."""
 
 _LAYOUTS = 512
 """Layouts kept: enough for every task's blocks of items and its splits in a search of some twenty tasks."""
@@ -81,8 +88,7 @@ class NativeBackend:
                     continue
                 stop = start + len(pairs[k])
                 total = float(scored.loglikelihoods[start:stop].sum())
-                rolling = instance.request_type == "loglikelihood_rolling"
-                answers[index, k] = [total if rolling else (total, bool(scored.greedy[start]))] * instance.repeats
+                answers[index, k] = _response(instance, total, greedy=bool(scored.greedy[start]))
                 start = stop
         return answers
 
@@ -102,6 +108,62 @@ class NativeBackend:
                 self._layouts.popitem(last=False)
         self._layouts.move_to_end(key)
         return self._layouts[key]
+
+    def pieces(
+        self, model: Any, requests: Requests, indices: Sequence[int], sensitivities: Sensitivities
+    ) -> list[Piece] | None:
+        """The items in pieces to be run forward and backward, those of similar length together.
+
+        Args:
+            model: The model, prepared.
+            requests: What the task asks.
+            indices: The items.
+            sensitivities: (positions in `indices`, their responses) -> what each response's log-likelihood counts.
+
+        Returns:
+            The pieces; None where items ask for generated text.
+        """
+        if not all(_scores(instance) for index in indices for instance in requests.by_item[index]):
+            return None
+        sizes = [self.layout(requests, [index]).tokens for index in indices]
+        limit, total = piece_tokens(model), 0
+        pieces: list[list[int]] = [[]]
+        for place in sorted(range(len(indices)), key=lambda place: -sizes[place]):
+            if pieces[-1] and total + sizes[place] > limit:
+                pieces, total = [*pieces, []], 0
+            pieces[-1].append(place)
+            total += sizes[place]
+        return [self._piece(requests, indices, places, limit, sensitivities) for places in pieces]
+
+    def _piece(
+        self,
+        requests: Requests,
+        indices: Sequence[int],
+        places: Sequence[int],
+        limit: int,
+        sensitivities: Sensitivities,
+    ) -> Piece:
+        encoded = [self._encoded(requests, indices[place]) for place in places]
+
+        def counts(loglikelihoods: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            rest = iter(loglikelihoods.tolist())
+            answers = []
+            for place, pairs in zip(places, encoded, strict=True):
+                instances = requests.by_item[indices[place]]
+                totals = [sum(next(rest) for _ in pair) for pair in pairs]
+                answers.append([_response(i, t, greedy=False) for i, t in zip(instances, totals, strict=True)])
+            found = sensitivities(places, answers)
+            return np.array(
+                [
+                    slope
+                    for slopes, pairs in zip(found, encoded, strict=True)
+                    for slope, pair in zip(slopes, pairs, strict=True)
+                    for _ in pair
+                ]
+            )
+
+        layout = self.scorer.layout([[pair for pairs in item for pair in pairs] for item in encoded], limit)
+        return Piece(layout, counts)
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of the batches."""
@@ -125,6 +187,12 @@ class NativeBackend:
                 )
             self._pairs[key] = found
         return self._pairs[key]
+
+
+def _response(instance: Any, loglikelihood: float, *, greedy: bool) -> list[Any]:
+    """What lm-eval takes for the answer to a request, once for each repeat."""
+    rolling = instance.request_type == "loglikelihood_rolling"
+    return [loglikelihood if rolling else (loglikelihood, greedy)] * int(instance.repeats)
 
 
 def _scores(instance: Any) -> bool:

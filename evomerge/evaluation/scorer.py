@@ -78,10 +78,14 @@ class TreeScorer:
                 if self.prefixes is not None and not forward.spread([partial(can_be_entered, model)])[0]:
                     self.prefixes = None
 
-    def layout(self, items: Sequence[Sequence[Pair]]) -> Layout:
+    def layout(self, items: Sequence[Sequence[Pair]], batch_tokens: int | None = None) -> Layout:
         """Lays out the requests of some items: one list of (context, continuation) tokens per item.
 
         Requests are numbered through all items, in order.
+
+        Args:
+            items: The requests of each item.
+            batch_tokens: Tokens in a batch, padding counted; None for what suits scoring.
         """
         inputs, targets = [], []
         for context, continuation in (pair for pairs in items for pair in pairs):
@@ -102,7 +106,7 @@ class TreeScorer:
         return pack(
             grown,
             share_rows=trees,
-            batch_tokens=self._batch_tokens(sum(tree.size for tree in grown)),
+            batch_tokens=batch_tokens or self._batch_tokens(sum(tree.size for tree in grown)),
             batch_scored=self.batch_scored,
         )
 

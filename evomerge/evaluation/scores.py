@@ -117,6 +117,19 @@ class ItemScores:
         terms = (numerators - ratio * denominators) * (len(self.items) / total)
         return _apply(transform, ratio), _slope(transform, ratio) * terms
 
+    def derivative(self, metric: str) -> Array:
+        """The derivative of the metric's value with respect to each item's numerator, length n.
+
+        Raises:
+            TaskError: As `influence`.
+        """
+        numerators, denominators = self.columns(metric)
+        total = float(np.sum(denominators))
+        if total == 0:
+            raise TaskError(f"task {self.task!r}, metric {metric!r}: nothing was scored, so there is no derivative")
+        slope = _slope(self.transforms.get(metric, MEAN), float(np.sum(numerators)) / total) / total
+        return np.where(denominators != 0, slope, 0.0)
+
     def of_sums(self, metric: str, numerator: float, denominator: float) -> float:
         """The metric where its items' numerators and denominators add up to these; NaN where nothing does."""
         return _apply(self.transforms.get(metric, MEAN), numerator / denominator) if denominator else math.nan

@@ -1,0 +1,145 @@
+"""How the fitness of a candidate changes with its genes: the slopes that a search may climb along.
+
+By the chain rule: from the fitness to the items' log-likelihoods, by one pass backward to the model's weights, from
+there to the numbers in the recipe by differences of merges, and from these to the genes that set them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.engine.directions import Bounds, Entry, entries, slopes
+from evomerge.engine.operation import Operation
+from evomerge.engine.plan import Plan, make_plan
+from evomerge.errors import CandidateError, RecipeError
+from evomerge.fitness import Fitness, Scores
+from evomerge.search import Genome
+from evomerge.search.decode import active
+from evomerge.search.genes import Real
+from evomerge.workbench import Selection, Workbench
+
+log = logging.getLogger(__name__)
+
+COST = 5.0
+"""What slopes cost, in scores of the same items."""
+
+Effects = Mapping[str, Mapping[Entry, Mapping[str, float]]]
+"""Output tensor -> number in its settings -> gene -> derivative of the number with respect to the gene."""
+
+
+def genes_of_settings(bench: Workbench, genome: Genome, plan: Plan) -> Effects:
+    """Which genes set which numbers in a plan, and how.
+
+    Found by moving genes and looking at the plan. One gene of every parameter and source moves at a time: what they
+    set are different numbers.
+    """
+    owners: dict[Entry, list[Real]] = {}
+    places = {source: k for k, source in enumerate(bench.space.sources)}
+    used = active(bench.space, genome)
+    for gene in bench.space.reals:
+        if gene.name in used and gene.low < gene.high:
+            entry = (gene.parameter, None if gene.source is None else places[gene.source])
+            owners.setdefault(entry, []).append(gene)
+    effects: dict[str, dict[Entry, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    before = {op.output: entries(op.settings) for op in plan.operations}
+    for k in range(max(map(len, owners.values()), default=0)):
+        moved = {entry: genes[k] for entry, genes in owners.items() if k < len(genes)}
+        targets = Genome.of({**genome.values, **{g.name: _elsewhere(g, genome) for g in moved.values()}}, genome.layers)
+        recipe = bench.recipe(bench.space.recipe(targets))
+        for op in make_plan(recipe, bench.checkpoints, identify=False).operations:
+            after = entries(op.settings)
+            for entry, gene in moved.items():
+                change = after.get(entry, 0.0) - before[op.output].get(entry, 0.0)
+                if change:
+                    width = float(targets.values[gene.name]) - float(genome.values[gene.name])
+                    effects[op.output][entry][gene.name] = change / width
+    return effects
+
+
+def _elsewhere(gene: Real, genome: Genome) -> float:
+    """A value far from the genome's: half-way to the farther end of the range, so that sums of weights stay sums."""
+    value = float(genome.values[gene.name])
+    farther = gene.low if value - gene.low > gene.high - value else gene.high
+    return (value + farther) / 2
+
+
+def fitness_slopes(
+    bench: Workbench, fitness: Fitness, selection: Selection, genome: Genome, plan: Plan, scores: Scores
+) -> dict[str, float] | None:
+    """The derivative of the fitness with respect to each active real gene, by name, in units of the gene.
+
+    Args:
+        bench: Models and tasks.
+        fitness: What steers.
+        selection: The items that steer.
+        genome: The candidate's genes.
+        plan: The genome's plan.
+        scores: Its scores on the selection.
+
+    Returns:
+        None where there is none: no active real genes, no metric that changes smoothly, or a model that has no
+        gradient.
+    """
+    pulls = _smooth(bench, fitness.derivatives(scores))
+    if not pulls:
+        return None
+    try:
+        effects = genes_of_settings(bench, genome, plan)
+        work = [(op, _bounds(bench, effects[op.output])) for op in plan.operations if op.output in effects]
+        found = _of_settings(bench, plan, selection, pulls, work)
+    except (CandidateError, RecipeError) as error:
+        log.warning("no slopes: %s", error)
+        return None
+    if found is None:
+        return None
+    total = {gene: 0.0 for by_entry in effects.values() for by_gene in by_entry.values() for gene in by_gene}
+    for output in sorted(found):
+        for entry, slope in found[output].items():
+            for gene, factor in effects[output][entry].items():
+                total[gene] += slope * factor
+    return dict(sorted(total.items()))
+
+
+def _of_settings(
+    bench: Workbench,
+    plan: Plan,
+    selection: Selection,
+    pulls: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    work: Sequence[tuple[Operation, Mapping[Entry, Bounds]]],
+) -> dict[str, dict[Entry, float]] | None:
+    """The derivative of the fitness with respect to the numbers in the plan's settings."""
+    if not work:
+        return None
+    model, _ = bench.resident.write(plan)
+    parameters = {name for name, _ in model.named_parameters()}
+    if not parameters <= {op.output for op in plan.operations}:
+        log.warning("no slopes: the parameters of %s are not the tensors of its checkpoints", type(model).__name__)
+        return None
+    names = [op.output for op, _ in work if op.output in parameters]
+    gradient = bench.evaluator.gradient(model, selection, pulls, names)
+    return None if gradient is None else slopes(work, gradient, bench.resident.store, plan.family)
+
+
+def _smooth(
+    bench: Workbench, pulls: Mapping[str, Mapping[str, NDArray[np.float64]]]
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Without the metrics that jump between right and wrong: they change nowhere else."""
+    kept = {
+        task: {metric: pull for metric, pull in row.items() if bench.tasks[task].smooth(metric) == metric}
+        for task, row in pulls.items()
+    }
+    return {task: row for task, row in kept.items() if row}
+
+
+def _bounds(bench: Workbench, by_entry: Mapping[Entry, Mapping[str, float]]) -> dict[Entry, Bounds]:
+    """The range of each number: where all its genes may be."""
+    ranges = {gene.name: (gene.low, gene.high) for gene in bench.space.reals}
+    return {
+        entry: (max(ranges[gene][0] for gene in genes), min(ranges[gene][1] for gene in genes))
+        for entry, genes in by_entry.items()
+    }

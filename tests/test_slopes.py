@@ -1,0 +1,231 @@
+"""Slopes of the fitness beside differences of the fitness itself, on tiny models in float32."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge.engine.directions import STEP
+from evomerge.fitness import Fitness
+from evomerge.runfolder import RunFolder
+from evomerge.scoring import Scorer
+from evomerge.search import Genome
+from evomerge.search.decode import active
+from evomerge.slopes import COST, fitness_slopes, genes_of_settings
+from evomerge.spec import parse_spec
+from evomerge.workbench import SEARCH, Workbench
+from tests.frame import changed, search_spec
+from tests.models import write_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small models, close enough to each other for differences of the fitness to be slopes."""
+    root = tmp_path_factory.mktemp("slopes")
+    made = {"base": write_tiny_llama(root / "base", 0, layers=2, initializer_range=0.1)}
+    for seed, name in enumerate("ab", start=1):
+        made[name] = write_tiny_llama(root / name, seed, base=made["base"], noise=0.002)
+    return made
+
+
+def bench_of(family: Mapping[str, Path], method: str, **changes: Any) -> Workbench:
+    """A search with one method in two layer groups, on the smooth metrics; `changes` as for `search_spec`."""
+    spec = search_spec(
+        {**family, "c": family["b"]},
+        models__sources={name: str(family[name]) for name in "ab"},
+        space={"methods": [method], "layer_groups": 2},
+        evaluation__guard=[],
+        evaluation__splits={"search": 0.2, "select": 0.2, "test": 0.2},
+    )
+    return Workbench(parse_spec(changed(spec, changes)))
+
+
+def point(bench: Workbench, seed: int = 0) -> Genome:
+    """A genome inside the ranges of all genes."""
+    rng = np.random.default_rng(seed)
+    return bench.space.genome(0.2 + 0.6 * rng.random(len(bench.space.reals)))
+
+
+def found(bench: Workbench, genome: Genome, fitness: Fitness) -> dict[str, float]:
+    plan = bench.plan(bench.space.recipe(genome))
+    selection = bench.selections[SEARCH]
+    scores, _ = bench.measure(plan, selection)
+    slopes = fitness_slopes(bench, fitness, selection, genome, plan, scores)
+    assert slopes is not None
+    return slopes
+
+
+def differences(bench: Workbench, genome: Genome, fitness: Fitness) -> dict[str, float]:
+    """Central differences of the fitness: materialise, score, one gene at a time."""
+
+    def at(name: str, value: float) -> float:
+        moved = Genome.of({**genome.values, name: value}, genome.layers)
+        return fitness(bench.measure(bench.plan(bench.space.recipe(moved)), bench.selections[SEARCH])[0])
+
+    used = active(bench.space, genome)
+    slopes = {}
+    for gene in bench.space.reals:
+        if gene.name in used:
+            value, step = float(genome.values[gene.name]), STEP * (gene.high - gene.low)
+            low, high = max(gene.low, value - step), min(gene.high, value + step)
+            slopes[gene.name] = (at(gene.name, high) - at(gene.name, low)) / (high - low)
+    return slopes
+
+
+def apart(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
+    """The distance of two gradients, over the second's length."""
+    assert ours.keys() == theirs.keys()
+    a, b = (np.array([row[name] for name in sorted(theirs)]) for row in (ours, theirs))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize(
+    ("method", "near"),
+    [
+        ("linear", 0.002),
+        ("task_arithmetic", 0.002),
+        ("slerp", 0.002),
+        ("dfs", 0.002),
+        ("dare", 0.03),  # a density moves elements at random: what bends does not cancel
+        ("ties", 0.03),
+    ],
+)
+def test_slopes_are_differences_of_the_fitness(family: dict[str, Path], method: str, near: float) -> None:
+    bench = bench_of(family, method)
+    genome = point(bench)
+    assert apart(found(bench, genome, bench.steering), differences(bench, genome, bench.steering)) < near
+
+
+def test_relative_goals_weighted_items_and_tensor_groups(family: dict[str, Path]) -> None:
+    """A goal's own slope (over its reference, and inverted where lower is better) and the items' weights count."""
+    groups = {"space__tensor_groups": ["attention", "mlp"]}
+    bench = bench_of(family, "task_arithmetic", evaluation__scale="relative", **groups)
+    genome = point(bench)
+    scores, _ = bench.measure(bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH])
+    items = {task: {item: 1.0 + k for k, item in enumerate(part.items)} for task, part in scores.items()}
+    relative = bench.steering.relative_to([scores])
+    fitness = Fitness(relative.goals, items)
+    ours = found(bench, genome, fitness)
+    assert {"weight.a.g0.attention", "weight.b.g1.mlp", "weight.b.g1.rest", "lambda.outer"} <= set(ours)
+    assert apart(ours, differences(bench, genome, fitness)) < 0.002
+    assert apart(ours, differences(bench, genome, relative)) > 0.02
+
+
+def test_the_ends_of_a_range_have_slopes_from_within(family: dict[str, Path]) -> None:
+    bench = bench_of(family, "ties")
+    low = np.zeros(len(bench.space.reals))
+    low[[gene.parameter == "lambda" for gene in bench.space.reals]] = 0.5
+    low[[gene.source == "a" for gene in bench.space.reals]] = 1.0
+    genome = bench.space.genome(low)
+    ours, theirs = found(bench, genome, bench.steering), differences(bench, genome, bench.steering)
+    assert set(genome.values.values()) >= {1.0}
+    assert all(np.isfinite(value) for value in ours.values())
+    linear = [name for name in ours if name.startswith("lambda")]
+    assert apart({n: ours[n] for n in linear}, {n: theirs[n] for n in linear}) < 0.002
+
+
+def test_genes_of_a_frozen_range_and_of_other_methods_have_none(family: dict[str, Path]) -> None:
+    bench = bench_of(
+        family, "ties", space__methods=["task_arithmetic", "ties"], space__genes={"lambda": {"low": 1.0, "high": 1.0}}
+    )
+    genome = point(bench)
+    assert genome.values["method"] == "task_arithmetic"
+    ours = found(bench, genome, bench.steering)
+    assert {name.split(".")[0] for name in ours} == {"weight"}
+    effects = genes_of_settings(bench, genome, bench.plan(bench.space.recipe(genome)))
+    assert {factor for e in effects.values() for genes in e.values() for factor in genes.values()} == {1.0}
+
+
+def test_the_model_and_the_next_scores_are_as_before(family: dict[str, Path]) -> None:
+    bench = bench_of(family, "task_arithmetic", evaluation__dtype="bfloat16")
+    genome, other = point(bench), point(bench, 1)
+    plans = [bench.plan(bench.space.recipe(g)) for g in (genome, other)]
+    selection = bench.selections[SEARCH]
+    before = [bench.measure(plan, selection)[0] for plan in plans]
+    model, _ = bench.resident.write(plans[0])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    first = fitness_slopes(bench, bench.steering, selection, genome, plans[0], before[0])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    after = [bench.measure(plan, selection)[0] for plan in plans]
+    for one, again in zip(before, after, strict=True):
+        for task, part in one.items():
+            for metric, columns in part.metrics.items():
+                np.testing.assert_array_equal(columns, again[task].metrics[metric])
+    assert fitness_slopes(bench, bench.steering, selection, genome, plans[0], before[0]) == first
+
+
+def test_threads_and_the_size_of_pieces(family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bit depends on the number of threads; smaller pieces round differently, and no more."""
+    from evomerge.evaluation import backward
+
+    bench = bench_of(family, "task_arithmetic")
+    genome = point(bench)
+    one = found(bench, genome, bench.steering)
+    monkeypatch.setattr(backward, "MOST_TOKENS", 64)
+    small = found(bench, genome, bench.steering)
+    assert apart(small, one) < 1e-4
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert found(bench, genome, bench.steering) == small
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_where_nothing_changes_smoothly_there_are_none(family: dict[str, Path]) -> None:
+    """Accuracy is flat but where it jumps; generated text has no likelihood."""
+    tasks = [{"task": "tiny_choice", "metric": "acc"}, {"task": "tiny_answer", "metric": "exact_match"}]
+    splits = {"search": 0.3, "select": 0.3, "test": 0.3}
+    metric = {"evaluation__fitness": "metric", "evaluation__splits": splits}
+    bench = bench_of(family, "linear", evaluation__tasks=tasks, **metric)
+    genome = point(bench)
+    plan, selection = bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH]
+    scores, _ = bench.measure(plan, selection)
+    assert fitness_slopes(bench, bench.goals, selection, genome, plan, scores) is None
+    assert fitness_slopes(bench, bench.steering, selection, genome, plan, scores) is None
+
+
+@pytest.fixture
+def copied(finished_run: Path, tmp_path: Path) -> RunFolder:
+    return RunFolder.existing(Path(shutil.copytree(finished_run, tmp_path / "copied")))
+
+
+def test_a_run_finds_them_once(copied: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Workbench(copied.spec)
+    scorer = Scorer(bench, copied)
+    known = {c.number: c for c in copied.candidates()}
+    done = [c for c in known.values() if c.generation > 0 and c.state == "done"]
+    merged = next(c for c in done if c.genome.values["method"] != "frankenmerge")
+    ours = scorer.slopes(merged)
+    assert ours
+    assert set(ours) <= active(bench.space, merged.genome)
+    assert scorer.slope_cost == round(COST * sum(map(len, bench.selections[SEARCH].values())))
+    monkeypatch.setattr("evomerge.scoring.fitness_slopes", lambda *_: pytest.fail("asked twice"))
+    assert Scorer(bench, copied).slopes(merged) == ours
+    digest = bench.plan(merged.recipe).digest
+    assert json.loads((copied.root / "scores" / f"{digest}-slopes.json").read_text()) == {"slopes": dict(ours)}
+
+
+def test_who_has_none(copied: RunFolder) -> None:
+    """Copies of layers; baselines that are not their genome's recipe; candidates that were not scored."""
+    bench = Workbench(copied.spec)
+    scorer = Scorer(bench, copied)
+    found = copied.candidates()
+    copies = next(c for c in found if c.recipe["merge_method"] == "frankenmerge")
+    assert scorer.slopes(copies) is None
+    by_name = {c.operator: c for c in found if c.generation == 0}
+    assert bench.space.problem(by_name["parent:base"].genome)  # no source has a weight: no recipe
+    assert scorer.slopes(by_name["parent:base"]) is None
+    assert scorer.slopes(by_name["uniform average"]) is None  # a third, and 0.3333
+    arithmetic = next(c for name, c in by_name.items() if name.startswith("task_arithmetic λ"))
+    assert scorer.slopes(replace(arithmetic, state="pruned")) is None
+    assert scorer.slopes(arithmetic)
