@@ -208,7 +208,7 @@ def test_a_run_finds_them_once(copied: RunFolder, monkeypatch: pytest.MonkeyPatc
     ours = scorer.slopes(merged)
     assert ours
     assert set(ours) <= active(bench.space, merged.genome)
-    assert scorer.slope_cost == round(COST * sum(map(len, bench.selections[SEARCH].values())))
+    assert scorer.slope_items == round(COST * sum(map(len, bench.selections[SEARCH].values())))
     monkeypatch.setattr("evomerge.scoring.fitness_slopes", lambda *_: pytest.fail("asked twice"))
     assert Scorer(bench, copied).slopes(merged) == ours
     digest = bench.plan(merged.recipe).digest

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.search.candidate import Candidate
+from evomerge.search.candidate import SLOPES, Candidate
 from evomerge.search.space import SearchSpace
 
 RECENT = 256
@@ -72,7 +72,7 @@ def operators_of(text: str) -> Iterator[str]:
     """The operators that a candidate's `operator` names: ``centroid of 4 + mutation: whole model`` has two."""
     for part in text.split(" + "):
         for name in part.removeprefix("mutation: ").split(", "):
-            yield re.sub(r" of \d+$", "", name)
+            yield SLOPES if SLOPES in name else re.sub(r" of \d+$", "", name)
 
 
 def pick(rng: np.random.Generator, priors: Mapping[str, float], experience: Experience | None) -> str:

@@ -35,9 +35,18 @@ CENTROID_MOST = 8
 METHOD_MUTATION = 0.1
 MUTATION = 0.8
 CLIMBERS = 3
-"""Gradient steps start from one of so many of the best."""
+"""Gradient steps start from so many of the best, at most."""
+CLIMBS = 3
+"""Gradient steps in a generation of `population`, before anything is known of them."""
+ALONG = ((0.04, False), (0.1, False), (0.07, True))
+"""Steps along a gradient: the root mean square move of a gene, and whether small slopes move their genes nearly as much
+as large ones."""
+NEWTON = (1.0, 2.0, 4.0)
+"""Multiples of a quasi-Newton step that are tried: its memory is short, and the fitness flattens out."""
+SHORTER = 0.35
+"""What the steps from a candidate are multiplied by when all of them have been tried."""
+LARGEST_CLIMB = 0.3
 
-KINDS = {"breed": 0.7, SLOPES: 0.3}
 RECOMBINATIONS = {
     "none": 0.2,
     "centroid": 0.32,
@@ -82,7 +91,7 @@ class Linkage:
         return self.parameter * (len(self.space.sources) + 1) + self.source + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parent:
     """A candidate to breed from, in the form that the operators work on."""
 
@@ -103,9 +112,9 @@ class Breeding:
         experience: What worked; None where every operator keeps its prior weight.
         attraction: How much each parent has to offer to each, shape [parents, parents]; None without sharing.
         climbers: Whom gradient steps may start from, best first.
-        slopes: The derivative by every gene in units of its range, of those whose slopes were asked for, shape [reals];
-            None where there are none.
-        asked: Those whose slopes are known already.
+        slopes: The derivative by every gene in units of its range, by a candidate's number, shape [reals]; None where
+            there are none.
+        asked: Those whose slopes are known already, and how many steps were taken from each.
     """
 
     space: SearchSpace
@@ -115,7 +124,7 @@ class Breeding:
     attraction: FloatArray | None
     climbers: Sequence[Parent]
     slopes: Callable[[int], FloatArray | None]
-    asked: Sequence[Parent]
+    asked: Mapping[Parent, int]
 
 
 def ga(
@@ -130,13 +139,12 @@ def ga(
     breeding = _breeding(space, history, settings)
 
     def draw(rng: np.random.Generator) -> Draw:
-        if not breeding.parents:
-            return space.sample(rng), (), "random"
-        kinds = KINDS if breeding.climbers else {"breed": 1.0}
-        climbed = _climb(breeding, rng) if pick(rng, kinds, breeding.experience) == SLOPES else None
-        return climbed or _child(breeding, rng)
+        return _child(breeding, rng) if breeding.parents else (space.sample(rng), (), "random")
 
-    return distinct(space, history, numbers, generation, seed, draw)
+    def planned(number: int) -> Draw | None:
+        return _climb(breeding, number % settings.population)
+
+    return distinct(space, history, numbers, generation, seed, draw, planned)
 
 
 def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings) -> Breeding:
@@ -152,7 +160,10 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * settings.population], settings)
     known = {c.number: c for c in history}
-    asked = {c.parents[0] for c in history if SLOPES in c.operator}
+    asked: dict[int, int] = {}
+    for c in history:
+        if SLOPES in c.operator:
+            asked[c.parents[0]] = asked.get(c.parents[0], 0) + 1
     climbers: list[Candidate] = []
     if options["slopes"] and settings.slopes is not None:
         leaders = [c for c in order if c.state == "done"][:CLIMBERS]
@@ -175,7 +186,7 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         attraction,
         [parent(c) for c in climbers],
         slopes,
-        [parent(known[number]) for number in sorted(asked)] if climbers else [],
+        {parent(known[number]): steps for number, steps in sorted(asked.items())} if climbers else {},
     )
 
 
@@ -191,9 +202,16 @@ def _shared(order: Sequence[Candidate], settings: AlgorithmSettings) -> tuple[li
     return [seen[k][0] for k in best_first], np.stack([sharing.attraction(kept, k) for k in range(len(kept))])
 
 
-def _climb(breeding: Breeding, rng: np.random.Generator) -> Draw | None:
-    """A step along the gradient from one of the best; None where it has no slopes."""
-    first = breeding.climbers[operators.tournament(len(breeding.climbers), 2, rng)]
+def _climb(breeding: Breeding, place: int) -> Draw | None:
+    """The gradient step that has this place in a generation: steps of several lengths from the best, then from others.
+
+    None where the place has none, or there are no slopes.
+    """
+    liked = 1.0 if breeding.experience is None else breeding.experience.favour(SLOPES)
+    rank, length = divmod(place, len(ALONG))
+    if place >= round(CLIMBS * liked) or rank >= len(breeding.climbers):
+        return None
+    first = breeding.climbers[rank]
     slopes = breeding.slopes(first.number)
     if slopes is None or not np.any(slopes):
         return None
@@ -205,11 +223,13 @@ def _climb(breeding: Breeding, rng: np.random.Generator) -> Draw | None:
     step, measured = direction(Known(first.unit, slopes), others)
     if not np.any(step):
         return None
-    if not measured and rng.random() < 0.5:  # genes of small slopes move as well
+    far, flat = (NEWTON[length], False) if measured else ALONG[length]
+    if flat:
         step = np.sign(step) * np.sqrt(np.abs(step))
     size = math.sqrt(float(np.mean(step[step != 0] ** 2)))
-    wanted = math.exp(rng.uniform(math.log(0.4), math.log(2.0))) * size if measured else operators.step_size(rng)
-    unit = np.clip(first.unit + step * (min(wanted, 0.4) / size), 0.0, 1.0)
+    steps = next((count for p, count in breeding.asked.items() if p.number == first.number), 0)
+    wanted = far * (size if measured else 1.0) * SHORTER ** (steps // len(ALONG))
+    unit = np.clip(first.unit + step * (min(wanted, LARGEST_CLIMB) / size), 0.0, 1.0)
     word = f"quasi-Newton {SLOPES}" if measured else SLOPES
     return breeding.space.genome(unit, first.choices, first.layers), (first.number,), word
 

@@ -74,16 +74,18 @@ def distinct(
     generation: int,
     seed: int,
     draw: Callable[[np.random.Generator], Draw],
+    planned: Callable[[int], Draw | None] | None = None,
 ) -> list[Proposal]:
     """Draws a proposal for each number until its recipe is a new one.
 
-    A number gets a bounded number of redraws, then of random genomes; the first number that stays without a new recipe
-    ends the list.
+    A number gets what is planned for it, if that is new; else a bounded number of redraws, then of random genomes. The
+    first number that stays without a new recipe ends the list.
     """
     seen = tried(space, history)
     proposals: list[Proposal] = []
     for number in numbers:
-        proposal = _new(space, seen, number, generation, seed, draw)
+        first = planned(number) if planned is not None else None
+        proposal = _new(space, seen, number, generation, seed, draw, first)
         if proposal is None:
             break
         seen.add(proposal.phenotype)
@@ -105,10 +107,14 @@ def _new(
     generation: int,
     seed: int,
     draw: Callable[[np.random.Generator], Draw],
+    planned: Draw | None,
 ) -> Proposal | None:
-    for attempt in range(REDRAWS + IMMIGRANTS):
-        rng = generator(seed, number, attempt)
-        genome, parents, operator = draw(rng) if attempt < REDRAWS else (space.sample(rng), (), "immigrant")
+    for attempt in range(-1 if planned is not None else 0, REDRAWS + IMMIGRANTS):
+        if attempt < 0 and planned is not None:
+            genome, parents, operator = planned
+        else:
+            rng = generator(seed, number, attempt)
+            genome, parents, operator = draw(rng) if attempt < REDRAWS else (space.sample(rng), (), "immigrant")
         if space.problem(genome) is not None:
             continue
         recipe = space.recipe(genome)

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from evomerge.search import ALGORITHMS, AlgorithmSettings, Outcome, Stop, search
+from evomerge.search import ALGORITHMS, AlgorithmSettings, Candidate
 from evomerge.search.sharing import attraction, shared_fitness
 
-from .landscapes import Memory, make_space
+from .landscapes import make_space
 
 # Two candidates that solve the first two items, one that alone solves the third, and one that solves none.
 VALUES = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
@@ -27,21 +27,19 @@ def test_losses_below_zero_and_items_that_all_solve_alike_are_no_trouble():
     np.testing.assert_allclose(shared_fitness(values), [0.0, 1.0])
 
 
-def test_a_search_that_shares_keeps_who_alone_solves_an_item():
+def test_a_search_that_shares_breeds_from_who_alone_solves_an_item():
     space = make_space(methods=("task_arithmetic",))
-    items = {}
+    solves = {n: np.array([1.0, 1.0, 0.0]) for n in range(11)} | {11: np.array([0.0, 0.0, 1.0])}
+    rng = np.random.default_rng(4)
+    history = tuple(
+        Candidate(n, 0, space.sample(rng), {}, str(n), (), "random", "done", float(solved.mean()))
+        for n, solved in solves.items()
+    )
 
-    def score(proposal):
-        unit = space.unit(proposal.genome)
-        items[proposal.number] = np.array([unit[0], unit[1], 1 - unit[0]])
-        return Outcome(float(unit[0] + unit[1]))
+    def parents(sharing):
+        settings = AlgorithmSettings(6, {"sharing": sharing}, items=lambda c: solves[c.number])
+        found = ALGORITHMS["ga"](space, history, range(12, 36), 1, 2, settings)
+        return {number for proposal in found for number in proposal.parents}
 
-    def run(sharing):
-        settings = AlgorithmSettings(6, {"sharing": sharing}, items=lambda c: items[c.number])
-        done = search(space, ALGORITHMS["ga"], score, Memory(), Stop(80), seed=2, settings=settings)
-        return [c for c in done.candidates if c.generation > 0]
-
-    shared, plain = run(True), run(False)
-    assert [c.genome for c in shared] != [c.genome for c in plain]
-    spread = [np.std([space.unit(c.genome)[0] for c in found[-24:]]) for found in (shared, plain)]
-    assert spread[0] > spread[1]
+    assert 11 in parents(True)  # the worst of all by its fitness
+    assert 11 not in parents(False)
