@@ -26,7 +26,9 @@ from evomerge.workbench import Selection, Workbench
 log = logging.getLogger(__name__)
 
 COST = 5.0
-"""What slopes cost, in scores of the same items."""
+"""What slopes cost, in scores of the same items: about 4 for the pass forward and backward, the rest for the merges.
+
+Measured in processor seconds on 135M models in bfloat16."""
 
 Effects = Mapping[str, Mapping[Entry, Mapping[str, float]]]
 """Output tensor -> number in its settings -> gene -> derivative of the number with respect to the gene."""

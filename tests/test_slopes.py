@@ -194,6 +194,24 @@ def test_where_nothing_changes_smoothly_there_are_none(family: dict[str, Path]) 
     assert fitness_slopes(bench, bench.steering, selection, genome, plan, scores) is None
 
 
+def test_a_model_without_a_gradient_has_none_and_stays_as_it_is(
+    family: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = bench_of(family, "linear")
+    genome = point(bench)
+    plan, selection = bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH]
+    scores, _ = bench.measure(plan, selection)
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", no_memory)
+    assert fitness_slopes(bench, bench.steering, selection, genome, plan, scores) is None
+    assert "cannot be differentiated: can't allocate memory" in caplog.text
+    model, _ = bench.resident.write(plan)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 @pytest.fixture
 def copied(finished_run: Path, tmp_path: Path) -> RunFolder:
     return RunFolder.existing(Path(shutil.copytree(finished_run, tmp_path / "copied")))

@@ -65,7 +65,8 @@ def weight_gradient(
         Name to float32 tensor, in the parameter's shape; a parameter that the number does not depend on is left out.
 
     Raises:
-        CandidateError: A log-likelihood or a derivative is not finite.
+        CandidateError: A log-likelihood or a derivative is not finite, or torch cannot go back through the model: for
+            want of memory, or of a derivative of what it does.
     """
     known = dict(model.named_parameters())
     parameters = [known[name] for name in names]
@@ -75,7 +76,11 @@ def weight_gradient(
         lanes = max(1, min(forward.threads, _LANES))
         for start in range(0, len(work), lanes):
             part = work[start : start + lanes]
-            found = run_all(part, forward.threads) if forward.threads else [piece() for piece in part]
+            try:
+                found = run_all(part, forward.threads) if forward.threads else [piece() for piece in part]
+            except RuntimeError as error:  # torch has no narrower one for either
+                reason = " ".join(str(error).split())[:300]
+                raise CandidateError(f"{type(model).__name__} cannot be differentiated: {reason}") from error
             for gradients in found:
                 _add(total, gradients)
     result = {name: held for name, held in zip(names, total, strict=True) if held is not None}
