@@ -94,7 +94,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         display.begin(folder, record.candidates(), gene_count=bench.space.size)
         scorer.settle(display)
         wanted = folder.spec.search
-        stop = Stop(wanted.candidates, hours=wanted.stop.hours, stale_generations=wanted.stop.stale_generations)
+        stop = Stop(wanted.candidates, **wanted.stop.model_dump(), since=folder.extended_from())
         ended = _search(folder, bench, scorer, record, wanted.algorithm, stop, display.candidate)
         display.say(ended.message)
         if ended.reason == "interrupted":
@@ -102,7 +102,8 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         if ended.reason == "failures":
             raise EvoMergeError(f"{folder.root}: {ended.message}")
         baseline = _baseline(folder, bench, scorer, ended.candidates, display)
-        result = finish(bench, folder, scorer, ended.candidates, display, baseline)
+        why = {"reason": ended.reason, "message": ended.message, "extended_from": stop.since}
+        result = finish(bench, folder, scorer, ended.candidates, display, baseline, why)
         if scorer.reused:
             display.say(f"{scorer.reused} item evaluations of this session came from the cache of earlier runs")
         if result["within_noise_of"]:
