@@ -127,7 +127,8 @@ class RunFolder:
 
         name = f"{self.spec.name}-random" if baseline else self.spec.name
         where = self.spec.run.storage or self.root / "study.log"
-        return Record.open(where, name, space=space, objectives=max(1, len(self.spec.objectives)))
+        names = self.spec.objectives
+        return Record.open(where, name, space=space, objectives=max(1, len(names)), names=names)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All recorded candidates, by number."""
