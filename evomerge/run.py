@@ -101,6 +101,8 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
             raise KeyboardInterrupt
         if ended.reason == "failures":
             raise EvoMergeError(f"{folder.root}: {ended.message}")
+        if ended.reason in ("stale", "target"):
+            display.say(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}")
         baseline = _baseline(folder, bench, scorer, ended.candidates, display)
         why = {"reason": ended.reason, "message": ended.message, "extended_from": stop.since}
         result = finish(bench, folder, scorer, ended.candidates, display, baseline, why)
