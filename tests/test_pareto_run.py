@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evomerge import export
+from evomerge.display import Display
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.search import Candidate, pareto
@@ -215,3 +217,21 @@ def test_good_enough_ends_a_run_that_can_be_extended(tiny_family: dict[str, Path
     whole = parse_spec(search_spec(tiny_family, search__candidates=13, **changes))
     start(whole, folder=tmp_path / "whole")
     assert lasting(found(tmp_path / "run")) == lasting(found(tmp_path / "whole"))
+
+
+def test_the_front_is_kept_before_what_is_behind_it(
+    front_run: Path, tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Winner 4, then the front's 7 and 2, then 9, which has a better mean than they and is dominated."""
+    result = {
+        "winner": {"candidate": 4},
+        "front": [{"candidate": 4}, {"candidate": 7}, {"candidate": 2}],
+        "finalists": [{"candidate": n, "pooled": p} for n, p in ((9, 0.9), (4, 0.5), (7, 0.4), (2, 0.3), (1, 0.2))],
+    }
+    kept: list[int] = []
+    monkeypatch.setattr(export, "write_export", lambda bench, folder, candidate, out: kept.append(candidate.number))
+    folder = RunFolder(tmp_path, pareto_spec(tiny_family, run__keep=4))
+    monkeypatch.setattr(folder, "candidates", lambda: found(front_run))
+    with Display("x") as display:
+        export.keep_best(Workbench(folder.spec), folder, result, display)
+    assert kept == [4, 7, 2, 9]
