@@ -142,7 +142,10 @@ def _front_table(result: Mapping[str, Any]) -> str:
         for row in result["front"]
     ]
     header = ["front, on the test items", "fitness", *(f"{task} {metric}" for task, metric in goals), *sizes]
-    parts = [table(header, rows), "Search and select items chose the front; the best of many test scores flatters."]
+    remark = (
+        "Search and select items chose the front; whoever chooses from it by these test scores flatters the choice."
+    )
+    parts = [table(header, rows), remark]
     if result["hypervolume"]:
         first, last = (result["hypervolume"]["generations"][k] for k in (0, -1))
         parts.append(
