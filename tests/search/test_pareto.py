@@ -113,7 +113,7 @@ def test_volume_of_a_staircase_in_three_dimensions() -> None:
     assert pareto.hypervolume(values, np.zeros(3)) == n * (n + 1) * (n + 2) / 6
 
 
-@given(points(8, (1, 5)))
+@given(points(6, (1, 5)))
 def test_volume_is_that_of_the_boxes(values: Array) -> None:
     reference = np.full(values.shape[1], 0.125)
     expected = reference_volume(values, reference)
