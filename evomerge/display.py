@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from evomerge.search.candidate import Candidate, best
+from evomerge.search.candidate import Candidate, ranked
 
 if TYPE_CHECKING:
     from evomerge.runfolder import RunFolder
@@ -55,11 +55,13 @@ class Display:
         """Announces the search and what of it is done already."""
         self._budget = folder.spec.search.candidates
         self._done = len(known)
-        self._best = best(known)
+        self._best = next(iter(ranked(known)), None)
         self._baseline = max((c.fitness for c in known if c.generation == 0 and c.fitness is not None), default=None)
+        objectives = folder.spec.objectives
+        front = f" for the front of {', '.join(objectives)}" if objectives else ""
         self.say(
             f"{self._done} of {self._budget} candidates are recorded; {gene_count} genes, "
-            f"{folder.spec.search.algorithm}; the run is in {folder.root}"
+            f"{folder.spec.search.algorithm}{front}; the run is in {folder.root}"
         )
         if self._live:
             self._progress = Progress(

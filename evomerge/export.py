@@ -110,9 +110,9 @@ def export_candidate(
 
 def keep_best(bench: Workbench, folder: RunFolder, result: Mapping[str, Any], display: Display) -> None:
     """Keeps the best finalists as checkpoints in the run's `best/`, as many as the specification says."""
-    numbers = [result["winner"]["candidate"]]
     rest = sorted(result["finalists"], key=lambda f: (-f["pooled"], f["candidate"]))
-    numbers += [f["candidate"] for f in rest if f["candidate"] not in numbers]
+    best = [result["winner"], *result["front"], *rest]
+    numbers = list(dict.fromkeys(row["candidate"] for row in best))
     for number in numbers[: folder.spec.run.keep]:
         out = folder.root / "best" / f"candidate-{number}"
         if not out.exists():

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evomerge.comparison import close_rivals, compare, number, verdict
-from evomerge.errors import CandidateError, EvoMergeError, RunError
-from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
+from evomerge.errors import EvoMergeError, RunError
 from evomerge.fitness import Fitness
+from evomerge.rows import Row, fitness_json, read_row, row_json
 from evomerge.search.candidate import Candidate, count_items, count_states, ranked
+from evomerge.search.front import finalists as choose_finalists
+from evomerge.tradeoff import best_first, front_json, hypervolume_json
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:
     from evomerge.display import Display
     from evomerge.runfolder import RunFolder
     from evomerge.scoring import Scorer
-
-Scores = Mapping[str, ItemScores]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the final table: a model and its per-item scores by split."""
-
-    name: str
-    candidate: int | None
-    recipe: Mapping[str, Any]
-    splits: Mapping[str, Scores]
 
 
 def finish(
@@ -39,13 +28,15 @@ def finish(
     known: tuple[Candidate, ...],
     display: Display,
     baseline: tuple[Candidate, ...] = (),
+    ended: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Chooses the winner and measures it.
 
     The best candidates on `search` are scored on `select`; the winner is the best over both, which are fresh items and
-    old ones in their proportion. It is read once on `test`, beside every source, the base, the uniform average and the
-    best candidate of generation 0; the guard tasks are read for the same models. A candidate that gives no finite
-    scores on the new items is left out, and said to be.
+    old ones in their proportion. With several objectives these are members of the front, and the winner is the knee of
+    the front over both; what else is on that front is read on `test` as well. The winner is read once on `test`, beside
+    every source, the base, the uniform average and the best candidate of generation 0; the guard tasks are read for the
+    same models. A candidate that gives no finite scores on the new items is left out, and said to be.
 
     Args:
         bench: Models, tasks and splits.
@@ -54,6 +45,7 @@ def finish(
         known: The search's candidates.
         display: Where progress is shown.
         baseline: The candidates of an equal-budget random search, whose winner is one more of those to beat.
+        ended: Why the search ended, for the result.
 
     Returns:
         The result, also written to result.json.
@@ -61,48 +53,51 @@ def finish(
     Raises:
         RunError: When no candidate has a score.
     """
-    order = ranked(known)
-    if not order:
+    finalists = choose_finalists(known, folder.spec.search.finalists)
+    if not finalists:
         reasons = sorted({c.failure_kind or "unknown" for c in known})
         raise RunError(f"{folder.root}: none of {len(known)} candidates could be scored ({', '.join(reasons)})")
-    finalists = order[: folder.spec.search.finalists]
     scored, pooled = _finals(finalists, scorer, display, "finalist")
-    best_first = sorted(scored, key=lambda row: -pooled[row.candidate])  # stable: the better on `search` first
-    winner = next(filter(None, (_complete(row, bench, scorer, display) for row in best_first)), None)
+    steering, reported = scorer.fitness.unweighted, scorer.reported
+    in_order = best_first(scored, pooled, bench, steering)
+    winner = next(filter(None, (_complete(row, bench, scorer, display) for row in in_order)), None)
     if winner is None:
         raise EvoMergeError(f"{folder.root}: none of the {len(finalists)} finalists could be scored on the new items")
-    wanted = _rivals(bench, known, winner.candidate) + _random_winner(folder, scorer, baseline, display)
+    wanted = _rivals(bench, known, winner.candidate) + _random_winner(folder, bench, scorer, baseline, display)
     completed = [_complete(row, bench, scorer, display) for row in wanted]
     rivals = {row.name: row for row in completed if row is not None}
     candidate = next(c for c in finalists if c.number == winner.candidate)
-    steering, reported = scorer.fitness.unweighted, scorer.reported
     differences = compare(winner.splits[TEST], {name: row.splits[TEST] for name, row in rivals.items()}, reported)
     result = {
         "run": folder.spec.name,
         "state": "finished",
+        "ended": dict(ended or {}),
         "candidates": {**count_states(known), "budget": folder.spec.search.candidates},
         "items": count_items(known),
         "scale": folder.spec.evaluation.scale,
         "goals": _goals_json(reported, steering),
         "winner": {
-            **_row_json(winner, reported),
+            **row_json(winner, reported),
             "generation": candidate.generation,
             "operator": candidate.operator,
             "parents": list(candidate.parents),
         },
         "selection_bias": _selection_bias(winner, reported),
         "baselines": {
-            name: {**_row_json(row, reported), "winner_less_this": differences[name]} for name, row in rivals.items()
+            name: {**row_json(row, reported), "winner_less_this": differences[name]} for name, row in rivals.items()
         },
         "finalists": [
             {
                 "candidate": row.candidate,
                 "pooled": pooled[row.candidate],
                 "winner_less_this": _on_all_choosing_items(winner, row, steering),
-                **_fitness_json(row.splits, reported),
+                **fitness_json(row.splits, reported),
             }
             for row in scored
         ],
+        "objectives": list(folder.spec.objectives),
+        "front": front_json(winner, scored, bench, scorer, display),
+        "hypervolume": hypervolume_json(folder, known),
         "informative": _informative_json(scorer, {c.number: c.fitness for c in finalists}, scored),
         "within_noise_of": close_rivals(differences),
         "verdict": verdict(differences, {name: reported(row.splits[TEST]) for name, row in rivals.items()}),
@@ -119,21 +114,21 @@ def _finals(
     for place, candidate in enumerate(finalists, start=1):
         display.say(f"scoring {what} {place} of {len(finalists)} on the select items")
         row = Row(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
-        measured.append(_read(row, (SEARCH, SELECT), scorer, display))
+        measured.append(read_row(row, (SEARCH, SELECT), scorer, display))
     scored = [row for row in measured if row is not None]
     steering = scorer.fitness.unweighted
     pooled = {row.candidate: steering.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
     return scored, pooled
 
 
-def _random_winner(folder: RunFolder, scorer: Scorer, baseline: Sequence[Candidate], display: Display) -> list[Row]:
+def _random_winner(
+    folder: RunFolder, bench: Workbench, scorer: Scorer, baseline: Sequence[Candidate], display: Display
+) -> list[Row]:
     """The winner of the random search, by the same rule; its number is one of its own record, so the row has none."""
-    finalists = ranked(baseline)[: folder.spec.search.finalists]
+    finalists = choose_finalists(baseline, folder.spec.search.finalists)
     scored, pooled = _finals(finalists, scorer, display, "the random search's finalist")
-    if not scored:
-        return []
-    chosen = max(scored, key=lambda row: pooled[row.candidate])
-    return [Row(f"random search: its {chosen.name}", None, chosen.recipe, chosen.splits)]
+    chosen = best_first(scored, pooled, bench, scorer.fitness.unweighted)[:1]
+    return [Row(f"random search: its {row.name}", None, row.recipe, row.splits) for row in chosen]
 
 
 def _rivals(bench: Workbench, known: Sequence[Candidate], winner: int | None) -> list[Row]:
@@ -151,40 +146,7 @@ def _rivals(bench: Workbench, known: Sequence[Candidate], winner: int | None) ->
 def _complete(row: Row, bench: Workbench, scorer: Scorer, display: Display) -> Row | None:
     """The row with its test and guard scores; None when it gives none."""
     display.say(f"scoring {row.name} on the test items")
-    return _read(row, [split for split in (SEARCH, TEST, GUARD) if bench.selections[split]], scorer, display)
-
-
-def _read(row: Row, splits: Sequence[str], scorer: Scorer, display: Display) -> Row | None:
-    """The row with its scores on these splits; None when its scores are not finite, which is said."""
-    try:
-        read = {split: scorer.scores(row.recipe, split)[0] for split in splits if split not in row.splits}
-    except CandidateError as error:
-        display.say(f"{row.name} is left out: {error}")
-        return None
-    return Row(row.name, row.candidate, row.recipe, {**row.splits, **read})
-
-
-def _row_json(row: Row, fitness: Fitness) -> dict[str, Any]:
-    return {
-        "candidate": row.candidate,
-        "recipe": dict(row.recipe),
-        **_fitness_json(row.splits, fitness),
-        "scores": {split: table_to_json(score_table(scores)) for split, scores in row.splits.items()},
-    }
-
-
-def _fitness_json(splits: Mapping[str, Scores], fitness: Fitness) -> dict[str, Any]:
-    return {
-        "fitness": {
-            split: {
-                "value": fitness(scores),
-                "stderr": number(fitness.stderr(scores)),
-                "n": fitness.count(scores),
-            }
-            for split, scores in splits.items()
-            if split != GUARD
-        }
-    }
+    return read_row(row, [split for split in (SEARCH, TEST, GUARD) if bench.selections[split]], scorer, display)
 
 
 def _goals_json(reported: Fitness, steering: Fitness) -> list[dict[str, Any]]:

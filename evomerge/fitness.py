@@ -29,6 +29,7 @@ class Goal:
         weight: Its weight in the mean.
         higher_is_better: As the task says.
         reference: The best source's value, or None on the raw scale.
+        group: What it is listed as, where that is a group of tasks.
     """
 
     task: str
@@ -36,6 +37,7 @@ class Goal:
     weight: float
     higher_is_better: bool
     reference: float | None = None
+    group: str | None = None
 
     def value(self, metric: float) -> tuple[float, float]:
         """The goal's value (higher is better), and its derivative with respect to the metric."""
@@ -75,8 +77,11 @@ class Fitness:
 
     def __call__(self, scores: Scores) -> float:
         """The fitness of a candidate's scores."""
-        weighed = self.weighed(scores)
-        return self._mean([goal.value(_value(weighed, goal))[0] for goal in self.goals])
+        return self._mean(self._values(scores))
+
+    def objectives(self, scores: Scores) -> dict[str, float]:
+        """Each task's own value, higher is better, or the mean of a group's tasks; in the order of the goals."""
+        return self._by_objective(self._values(scores))
 
     def by_item(self, scores: Scores) -> NDArray[np.float64]:
         """What every item says for a candidate, higher is better, shape [items]: goal by goal, by the goal's weight.
@@ -118,7 +123,11 @@ class Fitness:
 
         A metric that is no mean or ratio of items is averaged over the sets, by their numbers of items.
         """
-        return self._mean([goal.value(_pooled_value(parts, goal))[0] for goal in self.goals])
+        return self._mean(self._pooled_values(parts))
+
+    def pooled_objectives(self, parts: Sequence[Scores]) -> dict[str, float]:
+        """As `objectives`, over several disjoint sets of items taken together."""
+        return self._by_objective(self._pooled_values(parts))
 
     def stderr(self, scores: Scores) -> float:
         """Standard error of the fitness (delta method; tasks are independent); NaN where there is none."""
@@ -190,6 +199,19 @@ class Fitness:
         if problems:
             raise TaskError(problems)
         return replace(self, goals=tuple(goals))
+
+    def _values(self, scores: Scores) -> list[float]:
+        weighed = self.weighed(scores)
+        return [goal.value(_value(weighed, goal))[0] for goal in self.goals]
+
+    def _pooled_values(self, parts: Sequence[Scores]) -> list[float]:
+        return [goal.value(_pooled_value(parts, goal))[0] for goal in self.goals]
+
+    def _by_objective(self, values: Sequence[float]) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
+        for goal, value in zip(self.goals, values, strict=True):
+            found.setdefault(goal.group or goal.task, []).append(value)
+        return {name: sum(parts) / len(parts) for name, parts in found.items()}
 
     def _mean(self, values: Sequence[float]) -> float:
         total = sum(goal.weight for goal in self.goals)

@@ -20,6 +20,7 @@ def lineage(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
             "recipe_hash": candidate.phenotype,
             "state": candidate.state,
             "fitness": candidate.fitness,
+            "objectives": None if candidate.objectives is None else list(candidate.objectives),
             "items": candidate.items,
             "genome": candidate.genome.to_json(),
         }

@@ -96,9 +96,9 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         wanted = folder.spec.search
         stop = Stop(
             wanted.candidates,
-            hours=wanted.stop.hours,
-            stale_generations=wanted.stop.stale_generations,
+            **wanted.stop.model_dump(),
             slope_items=scorer.slope_items,
+            since=folder.extended_from(),
         )
         ended = _search(folder, bench, scorer, record, wanted.algorithm, stop, display.candidate)
         display.say(ended.message)
@@ -106,8 +106,11 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
             raise KeyboardInterrupt
         if ended.reason == "failures":
             raise EvoMergeError(f"{folder.root}: {ended.message}")
+        if ended.reason in ("stale", "target"):
+            display.say(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}")
         baseline = _baseline(folder, bench, scorer, ended.candidates, display)
-        result = finish(bench, folder, scorer, ended.candidates, display, baseline)
+        why = {"reason": ended.reason, "message": ended.message, "extended_from": stop.since}
+        result = finish(bench, folder, scorer, ended.candidates, display, baseline, why)
         if scorer.reused:
             display.say(f"{scorer.reused} item evaluations of this session came from the cache of earlier runs")
         if result["within_noise_of"]:

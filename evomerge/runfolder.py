@@ -126,7 +126,9 @@ class RunFolder:
         from evomerge.search.record import Record
 
         name = f"{self.spec.name}-random" if baseline else self.spec.name
-        return Record.open(self.spec.run.storage or self.root / "study.log", name, space=space)
+        where = self.spec.run.storage or self.root / "study.log"
+        names = self.spec.objectives
+        return Record.open(where, name, space=space, objectives=max(1, len(names)), names=names)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All recorded candidates, by number."""
@@ -154,6 +156,19 @@ class RunFolder:
         """What the finished run found, or None."""
         path = self.root / "result.json"
         return json.loads(path.read_text()) if path.is_file() else None
+
+    def extended_from(self) -> int:
+        """How many candidates there were when the run was last extended after it had ended before its budget did.
+
+        0 for a run that never was. One that had spent its budget or its hours goes on as if it had never ended.
+        """
+        result = self.result()
+        ended = {} if result is None else result.get("ended", {})
+        if result is not None and ended.get("reason") in ("stale", "target"):
+            counts = result["candidates"]
+            if counts["budget"] < self.spec.search.candidates:
+                return sum(int(count) for state, count in counts.items() if state != "budget")
+        return int(ended.get("extended_from", 0))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Stores what the finished run found."""

@@ -91,7 +91,10 @@ class Scorer:
         goals = zip(self.reported.goals, self.fitness.goals, strict=True)
         if changed := {f"{by.metric} in place of {asked.metric}": None for asked, by in goals if by != asked}:
             display.say(f"what steers is {', '.join(changed)}; the result will be told in what was asked for")
-        if evaluation.racing and evaluation.informative is None:  # first, so that the sources are scored by blocks too
+        racing = evaluation.racing and not self._bench.spec.objectives
+        if evaluation.racing != racing:
+            display.say("no racing: with several objectives, no one number says who cannot catch up any more")
+        if racing and evaluation.informative is None:  # first, so that the sources are scored by blocks too
             self._settle_racing(display)
         if evaluation.scale == "relative":
             sources = [
@@ -102,7 +105,7 @@ class Scorer:
             self.reported = self._bench.relative(self._bench.goals, sources)
         if evaluation.informative is not None:
             self._settle_informative(evaluation.informative, display)
-            if evaluation.racing:
+            if racing:
                 self._settle_racing(display)
 
     def _settle_informative(self, fraction: float, display: Display) -> None:
@@ -278,4 +281,16 @@ class Scorer:
             last = measured.looks[-1]
             return Outcome(last.estimate, table, "pruned", race.reason(last), measured.seconds, estimates=estimates)
         fitness = self.fitness(measured.scores)
-        return Outcome(fitness, table, seconds=measured.seconds, estimates={**estimates, measured.items: fitness})
+        return Outcome(
+            fitness,
+            table,
+            seconds=measured.seconds,
+            objectives=self._objectives(plan, measured.scores),
+            estimates={**estimates, measured.items: fitness},
+        )
+
+    def _objectives(self, plan: Plan, scores: Scores) -> tuple[float, ...] | None:
+        """One value per objective, higher is better; None where there is one, which is the fitness."""
+        if not self._bench.spec.objectives:
+            return None
+        return (*self.fitness.objectives(scores).values(), *self._bench.smallness(plan).values())

@@ -14,6 +14,9 @@ from evomerge.paths import resolve_path
 from evomerge.recipe import resolve_reference
 from evomerge.strict_yaml import read_yaml
 
+MOST_OBJECTIVES = 6
+"""With more, hardly a candidate dominates another, and the volume of a front takes seconds."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -66,15 +69,16 @@ class Space(_Part):
     frankenmerge: Frankenmerge = Frankenmerge()
 
 
-Size = Annotated[float, Field(gt=0)]
+Part = Annotated[float, Field(gt=0)]
+Size = Literal["layers", "parameters"]
 
 
 class Splits(_Part):
     """How many items steer, choose among finalists, and are read once: fractions, or numbers of items above 1."""
 
-    search: Size = 0.25
-    select: Size = 0.25
-    test: Size = 0.5
+    search: Part = 0.25
+    select: Part = 0.25
+    test: Part = 0.5
 
     @model_validator(mode="after")
     def _fit(self) -> Splits:
@@ -138,6 +142,7 @@ class Stop(_Part):
 
     hours: float | None = Field(None, gt=0)
     stale_generations: int | None = Field(None, ge=1)
+    fitness: float | None = None
 
 
 class Search(_Part):
@@ -147,7 +152,8 @@ class Search(_Part):
     options: dict[str, Any] = {}
     population: int = Field(16, ge=2)
     candidates: int = Field(100, ge=1)
-    objectives: Literal["mean"] = "mean"
+    objectives: Literal["mean", "pareto"] = "mean"
+    also_minimize: list[Size] = []
     seed: int = Field(0, ge=0)
     baseline: Literal["random"] | None = None
     stop: Stop = Stop()
@@ -177,6 +183,13 @@ class SearchSpec(_Part):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run.dir or f"runs/{self.name}")
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names of the objectives where there are several: the tasks (or groups) in order, then sizes."""
+        if self.search.objectives == "mean":
+            return ()
+        return (*(task.task for task in self.evaluation.tasks), *self.search.also_minimize)
 
 
 def parse_spec(data: Mapping[str, Any], *, where: str = "search.yaml", beside: Path | None = None) -> SearchSpec:
@@ -250,6 +263,7 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
         )
     else:
         problems += ALGORITHMS[spec.search.algorithm].problems(spec.search.options)
+        problems += _objective_problems(spec)
     if spec.search.baseline == spec.search.algorithm:
         problems.append(f"search.baseline: {spec.search.baseline} is the algorithm itself; leave one of the two out")
     names = [task.task for task in spec.evaluation.tasks]
@@ -261,6 +275,31 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
     if spec.models.base is None and any(METHODS[m].needs_base for m in spec.space.methods if m in METHODS):
         wanting = [m for m in spec.space.methods if m in METHODS and METHODS[m].needs_base]
         problems.append(f"models.base: missing, and {', '.join(wanting)} need a base model")
+    return problems
+
+
+def _objective_problems(spec: SearchSpec) -> list[str]:
+    from evomerge.methods.registry import METHODS
+    from evomerge.search.registry import ALGORITHMS
+
+    wanted, search = spec.search.objectives, spec.search
+    fit = {name: a.several if wanted == "pareto" else a.one for name, a in ALGORITHMS.items()}
+    problems = []
+    if not fit[search.algorithm]:
+        able = ", ".join(sorted(name for name, can in fit.items() if can))
+        problems.append(f"search.objectives: {search.algorithm} cannot search for {wanted}; these can: {able}")
+    sizes = search.also_minimize
+    if sizes and wanted == "mean":
+        problems.append("search.also_minimize: only with `objectives: pareto`")
+    twice = sorted({name for name in sizes if sizes.count(name) > 1})
+    problems += [f"search.also_minimize: '{name}' is listed twice" for name in twice]
+    if sizes and not any(METHODS[m].copies_layers for m in spec.space.methods if m in METHODS):
+        problems.append("search.also_minimize: without frankenmerge in space.methods every merge has the same size")
+    if wanted == "pareto" and not 2 <= len(spec.objectives) <= MOST_OBJECTIVES:
+        problems.append(
+            f"search.objectives: a front is of 2 to {MOST_OBJECTIVES} objectives, a task each and what is also "
+            f"minimized; got {len(spec.objectives)}"
+        )
     return problems
 
 

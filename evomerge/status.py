@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from evomerge.files import held
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import Candidate, best, count_items, count_states
+from evomerge.search.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
+from evomerge.search.front import growth
 from evomerge.tables import score_text, table
+
+_SHOWN = 12  # members of a front
 
 
 def read_status(run: Path) -> dict[str, Any]:
@@ -24,7 +27,8 @@ def read_status(run: Path) -> dict[str, Any]:
     result = folder.result()
     budget = folder.spec.search.candidates
     finished = result is not None and result["candidates"]["budget"] >= budget
-    state = "finished" if finished else ("running" if held(folder.root / ".lock") else "stopped")
+    running = held(folder.root / ".lock")
+    state = "running" if running else ("finished" if finished else "stopped")
     leader = best(known)
     seconds = [c.seconds["total"] for c in known if c.state != "failed" and "total" in c.seconds]
     rate = len(seconds) / sum(seconds) * 3600 if seconds and sum(seconds) > 0 else None
@@ -34,6 +38,7 @@ def read_status(run: Path) -> dict[str, Any]:
         "candidates": {**count_states(known), "budget": budget},
         "items": count_items(known),
         "best": None if leader is None else _entry(leader),
+        "front": _front(folder.spec.objectives, known),
         "baselines": {c.operator: dict(c.scores) for c in known if c.generation == 0 and c.state == "done"},
         "candidates_per_hour": rate,
         "seconds_left": None if rate is None else max(0, budget - len(known)) / rate * 3600,
@@ -48,6 +53,26 @@ def read_status(run: Path) -> dict[str, Any]:
         }
         status["baselines"] |= {name: row["scores"] for name, row in result["baselines"].items()}
     return status
+
+
+def _front(names: Sequence[str], known: Sequence[Candidate]) -> dict[str, Any] | None:
+    """The candidates that none dominates on the items that steer, the fittest first; None with one objective."""
+    if not names:
+        return None
+    members = ranked(pareto_front(known))
+    grown = growth(known)
+    return {
+        "size": len(members),
+        "hypervolume": grown[-1].hypervolume if grown else None,
+        "candidates": [
+            {
+                "candidate": candidate.number,
+                "fitness": candidate.fitness,
+                "objectives": dict(zip(names, candidate.objectives or (), strict=True)),
+            }
+            for candidate in members
+        ],
+    }
 
 
 def render_status(status: Mapping[str, Any]) -> str:
@@ -76,9 +101,23 @@ def render_status(status: Mapping[str, Any]) -> str:
             for metric, score in metrics.items()
         ]
         lines.append(table(["items", "task", "metric", "value"], rows))
+    if status["front"] and status["front"]["size"]:
+        lines += _front_lines(status["front"])
     if status["verdict"]:
         lines.append(status["verdict"])
     return "\n".join(lines)
+
+
+def _front_lines(front: Mapping[str, Any]) -> list[str]:
+    volume = "" if front["hypervolume"] is None else f", hypervolume {front['hypervolume']:.4g}"
+    shown = front["candidates"][:_SHOWN]
+    more = "" if len(shown) == front["size"] else f"; the {len(shown)} fittest:"
+    names = list(shown[0]["objectives"])
+    rows = [
+        [str(row["candidate"]), f"{row['fitness']:.4f}", *(f"{row['objectives'][name]:.4f}" for name in names)]
+        for row in shown
+    ]
+    return [f"front: {front['size']} candidates{volume}{more}", table(["candidate", "fitness", *names], rows)]
 
 
 def _entry(candidate: Candidate) -> dict[str, Any]:

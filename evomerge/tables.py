@@ -76,6 +76,7 @@ def result_table(result: Mapping[str, Any]) -> str:
         table(header, rows),
         _bias_table(result),
         _duel_table(result),
+        _front_table(result),
         _informative_text(result.get("informative")),
         result["verdict"],
     ]
@@ -122,6 +123,36 @@ def _duel_table(result: Mapping[str, Any]) -> str:
         for task, row in rival["winner_less_this"]["tasks"].items()
     ]
     return table([f"winner less {name}", "difference", "only winner right", "only it right", "McNemar p"], rows)
+
+
+def _front_table(result: Mapping[str, Any]) -> str:
+    """The candidates that none dominates, on the test items, and how the front grew; empty with one objective."""
+    if not result.get("front"):
+        return ""
+    goals = [(goal["task"], goal["metric"]) for goal in result["goals"]]
+    sizes = [name for name in result["objectives"] if name in result["front"][0]["sizes"]]
+    rows = [
+        [
+            f"candidate {row['candidate']}"
+            + (": the winner" if row["candidate"] == result["winner"]["candidate"] else ""),
+            score_text(row["fitness"]["test"]) if "test" in row["fitness"] else "-",
+            *(_cell(row, "test", task, metric) for task, metric in goals),
+            *(str(row["sizes"][name]) for name in sizes),
+        ]
+        for row in result["front"]
+    ]
+    header = ["front, on the test items", "fitness", *(f"{task} {metric}" for task, metric in goals), *sizes]
+    remark = (
+        "Search and select items chose the front; whoever chooses from it by these test scores flatters the choice."
+    )
+    parts = [table(header, rows), remark]
+    if result["hypervolume"]:
+        first, last = (result["hypervolume"]["generations"][k] for k in (0, -1))
+        parts.append(
+            f"Hypervolume on the items that steered: {first['hypervolume']:.4g} after generation 0, "
+            f"{last['hypervolume']:.4g} after generation {last['generation']}, of {last['front']} candidates."
+        )
+    return "\n\n".join(parts)
 
 
 def _informative_text(informative: Mapping[str, Any] | None) -> str:

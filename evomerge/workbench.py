@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
@@ -103,6 +105,21 @@ class Workbench:
     def recipe(self, recipe: Mapping[str, Any]) -> Recipe:
         """A candidate's recipe as the engine reads it."""
         return parse_recipe(recipe, where="candidate")
+
+    def sizes(self, plan: Plan) -> dict[str, int]:
+        """How many layers and how many parameters a merged model has; a tied head counts once."""
+        parameters = sum(math.prod(operation.shape) for operation in plan.operations)
+        return {"layers": len(self.depths(plan)), "parameters": parameters}
+
+    @cached_property
+    def reference_sizes(self) -> dict[str, int]:
+        """The same of the model that the sizes of merges are told in."""
+        return self.sizes(self.plan(single_model(self.reference_model.reference)))
+
+    def smallness(self, plan: Plan) -> dict[str, float]:
+        """What is minimized beside the tasks, as objectives: how many times the size the reference model has."""
+        sizes = self.sizes(plan)
+        return {name: self.reference_sizes[name] / sizes[name] for name in self.spec.search.also_minimize}
 
     def steer_by(self, samples: Mapping[str, Sample]) -> None:
         """Lets a part of the search items steer."""
@@ -297,7 +314,8 @@ def _goals(spec: SearchSpec, known: TaskSet) -> Fitness:
                 problems += error.problems
                 continue
             direction = task.higher_is_better[metric.partition(",")[0]]
-            goals.append(Goal(name, metric, wanted.weight / len(members), direction))
+            group = wanted.task if name != wanted.task else None
+            goals.append(Goal(name, metric, wanted.weight / len(members), direction, group=group))
     if problems:
         raise TaskError(problems)
     mixed = refuse_mixed_units(goals, spec.evaluation.scale)

@@ -43,6 +43,29 @@ def test_raw_row() -> None:
     assert Fitness((ACC, BPB))(scores) == pytest.approx((0.75 - 3 * 2) / 4)
 
 
+def test_objectives_row() -> None:
+    """acc 3/4; of the group the mean of acc 1/4 and 1/2, whatever its tasks weigh; bits 2, counted downwards."""
+    group = [Goal(task, "acc", 0.5, True, group="both") for task in ("one", "two")]
+    fitness = Fitness((ACC, *group, BPB))
+    scores = {
+        "mc": mean([1, 1, 0, 1]),
+        "one": mean([1, 0, 0, 0], "one"),
+        "two": mean([1, 0], "two"),
+        "text": bits([-6 * LN2, -2 * LN2], [3, 1]),
+    }
+    found = fitness.objectives(scores)
+    assert found == pytest.approx({"mc": 0.75, "both": 0.375, "text": -2.0})
+    assert list(found) == ["mc", "both", "text"]
+    # Pooled with as many items that are all right: 7/8; (5/8 + 3/4) / 2; 2 bits on 4 bytes and none on 4 more: 1.
+    more = {
+        "mc": mean([1] * 4, start=4),
+        "one": mean([1] * 4, "one", start=4),
+        "two": mean([1] * 2, "two", start=2),
+        "text": bits([0.0], [4], start=2),
+    }
+    assert fitness.pooled_objectives([scores, more]) == pytest.approx({"mc": 0.875, "both": 0.6875, "text": -1.0})
+
+
 def test_relative_row() -> None:
     """Sources: acc 1/4 and 1/2, bits 2 and 4. Best: 1/2 and 2. Ours: acc 3/4 -> 1.5, bits 4 -> 0.5."""
     sources = [

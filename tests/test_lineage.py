@@ -46,6 +46,7 @@ def test_json_entries_by_hand() -> None:
         "recipe_hash": "00000000000000000000000000000003",
         "state": "done",
         "fitness": 0.65,
+        "objectives": None,
         "items": 0,
         "genome": {"genes": {"weight.a.g0": 0.5}},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.errors import SpecError
+from evomerge.search import ALGORITHMS
 from evomerge.spec import SearchSpec, load_spec, parse_spec
 from tests.frame import changed, search_spec
 
@@ -158,7 +160,10 @@ def test_paths_beside_the_file_above_it_and_from_here(tmp_path: Path, monkeypatc
         ({"name": "../escape"}, "name: "),
         ({"search__population": 1}, "search.population: input should be greater than or equal to 2 (got 1)"),
         ({"search__candidates": "many"}, "(got 'many')"),
-        ({"search__objectives": "pareto"}, "search.objectives: input should be 'mean' (got 'pareto')"),
+        ({"search__objectives": "front"}, "search.objectives: input should be 'mean' or 'pareto' (got 'front')"),
+        ({"search__objectives": "pareto"}, "search.objectives: a front is of 2 to 6 objectives, a task each and what"),
+        ({"search__also_minimize": ["layers"], "space__methods": ["frankenmerge"]}, "only with `objectives: pareto`"),
+        ({"search__stop__fitness": "high"}, "search.stop.fitness: input should be a valid number"),
         ({"run__executor": "ray"}, "run.executor: input should be 'local' (got 'ray')"),
         ({"evaluation__dtype": "int8"}, "evaluation.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
         ({"search__algorithm": "tpee"}, "search.algorithm: 'tpee' is not one of "),
@@ -254,3 +259,45 @@ def test_any_value_is_read_or_refused(key: str, value: Any) -> None:
 
 def test_the_tiny_search_of_these_tests(tiny_family: dict[str, Path]) -> None:
     assert parse_spec(search_spec(tiny_family)).search.candidates == 18
+
+
+def test_objectives() -> None:
+    """The tasks as they are listed, then sizes."""
+    two = {"evaluation__tasks": ["arc_easy", "hellaswag"]}
+    assert parse_spec(changed(MINIMAL, two)).objectives == ()
+    assert parse_spec(changed(MINIMAL, {**two, "search__objectives": "pareto"})).objectives == ("arc_easy", "hellaswag")
+    sizes = {"search__objectives": "pareto", "search__also_minimize": ["layers"], "space__methods": ["frankenmerge"]}
+    assert parse_spec(changed(MINIMAL, sizes)).objectives == ("arc_easy", "layers")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"search__also_minimize": ["layers", "layers"], "space__methods": ["frankenmerge"]},
+            "'layers' is listed twice",
+        ),
+        ({"search__also_minimize": ["layers"]}, "without frankenmerge in space.methods every merge has the same size"),
+        ({"search__also_minimize": ["depth"]}, "input should be 'layers' or 'parameters'"),
+        ({"evaluation__tasks": [f"task{k}" for k in range(7)]}, "a front is of 2 to 6 objectives"),
+    ],
+)
+def test_objectives_that_make_no_front(changes: dict[str, Any], expected: str) -> None:
+    two = {"evaluation__tasks": ["arc_easy", "hellaswag"], "search__objectives": "pareto"}
+    problems = _problems(**{**two, **changes})
+    assert len(problems) == 1, problems
+    assert expected in problems[0]
+
+
+def test_an_algorithm_must_be_able_to_search_for_the_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, several = replace(ALGORITHMS["ga"], several=False), replace(ALGORITHMS["ga"], one=False, several=True)
+    monkeypatch.setitem(ALGORITHMS, "of-one", one)
+    monkeypatch.setitem(ALGORITHMS, "of-several", several)
+    two = {"evaluation__tasks": ["arc_easy", "hellaswag"]}
+    (problem,) = _problems(**two, search__objectives="pareto", search__algorithm="of-one")
+    assert "search.objectives: of-one cannot search for pareto; these can: " in problem
+    able = problem.rpartition(": ")[2].split(", ")
+    assert able == sorted(name for name, algorithm in ALGORITHMS.items() if algorithm.several)
+    (problem,) = _problems(**two, search__algorithm="of-several")
+    assert "of-several cannot search for mean; these can: " in problem
+    assert "of-several" not in problem.rpartition(": ")[2]

@@ -117,6 +117,24 @@ def test_what_steered_is_said_where_it_is_not_what_is_told() -> None:
     assert result_table(same) == result_table(finished())
 
 
+def test_the_front_stands_below_the_winner() -> None:
+    sizes = {"layers": 30, "parameters": 900}
+    front = [
+        row(1.25, candidate=2, sizes=sizes),
+        {"candidate": 5, "fitness": {}, "scores": {}, "sizes": {**sizes, "layers": 24}},
+    ]
+    grown = [{"generation": g, "candidates": 4, "front": g + 1, "hypervolume": 0.25 * (g + 1)} for g in range(3)]
+    several = finished(
+        objectives=["t", "layers"], front=front, hypervolume={"reference": {"t": 0.5}, "generations": grown}
+    )
+    text = result_table(several)
+    assert cells(text, "front, on the test items")[1:] == ["fitness", "t acc", "layers"]
+    assert cells(text, "candidate 2: the winner")[1:] == ["1.250 ± 0.100", "0.640 ± 0.048 (100)", "30"]
+    assert cells(text, "candidate 5")[1:] == ["-", "-", "24"]  # gave no scores on the test items
+    assert "0.25 after generation 0, 0.75 after generation 2, of 3 candidates." in text
+    assert result_table(finished(objectives=[], front=[], hypervolume=None)) == result_table(finished())
+
+
 def test_the_result_of_an_older_run() -> None:
     """It had no item counts, no selection bias, and of a difference the value and its error alone."""
     old = finished(baselines={"parent:a": row(1.0, winner_less_this={"value": 0.25, "stderr": 0.1})})

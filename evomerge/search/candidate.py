@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import numpy as np
+
+from evomerge.search import pareto
 from evomerge.search.genome import Genome
 
 State = Literal["done", "failed", "pruned"]
@@ -106,15 +109,56 @@ def ranked(history: Iterable[Candidate]) -> list[Candidate]:
     return sorted(done, key=lambda c: (-(c.fitness or 0.0), c.number))
 
 
-def promising(history: Iterable[Candidate]) -> list[Candidate]:
-    """The candidates to learn from, best first: a pruned one counts with the estimate that it was stopped at."""
+def promising(history: Iterable[Candidate], enough: int | None = None) -> list[Candidate]:
+    """The candidates to learn from, best first: a pruned one counts with the estimate that it was stopped at.
+
+    With several objectives: front by front, within a front those with the fewest neighbours first (NSGA-II), then those
+    that have no objectives.
+
+    Args:
+        history: The candidates.
+        enough: How many are wanted; with several objectives, the order beyond them is only roughly right then.
+    """
     known = [c for c in history if c.state != "failed" and c.fitness is not None]
-    return sorted(known, key=lambda c: (-(c.fitness or 0.0), c.number))
+    order = sorted(known, key=lambda c: (-(c.fitness or 0.0), c.number))
+    several = [c for c in order if c.objectives is not None]
+    if several:
+        order = _by_fronts(several, enough) + [c for c in order if c.objectives is None]
+    return order[:enough]
+
+
+def _by_fronts(candidates: list[Candidate], enough: int | None) -> list[Candidate]:
+    values = objectives_of(candidates)
+    fronts = pareto.ranks(values, enough)
+    crowding = np.zeros(len(candidates))
+    for front in np.unique(fronts):
+        crowding[fronts == front] = pareto.crowding(values[fronts == front])
+    return [candidates[k] for k in np.lexsort((-crowding, fronts))]  # stable: the fitter first when equal
+
+
+def objectives_of(candidates: Sequence[Candidate]) -> pareto.Array:
+    """Their objectives, all of which must be known, shape [candidates, objectives]."""
+    return np.array([candidate.objectives for candidate in candidates], dtype=np.float64)
+
+
+def pareto_front(history: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates with a full score that none dominates, by number; of equal ones the first."""
+    done = sorted((c for c in history if c.state == "done" and c.objectives is not None), key=lambda c: c.number)
+    if not done:
+        return []
+    values = objectives_of(done)
+    _, first = np.unique(values, axis=0, return_index=True)
+    best = pareto.ranks(values[first], 1) == 0
+    return [done[k] for k in np.sort(first[best])]
 
 
 def best(history: Iterable[Candidate]) -> Candidate | None:
-    """The best candidate, None when nothing is done."""
-    return next(iter(ranked(history)), None)
+    """The best candidate, with several objectives the knee of their front; None when nothing is done."""
+    known = tuple(history)
+    front = pareto_front(known)
+    if front:
+        return front[pareto.knee(objectives_of(front), np.array([c.fitness for c in front], dtype=np.float64))]
+    return next(iter(ranked(known)), None)
 
 
 def count_states(history: Iterable[Candidate]) -> dict[str, int]:

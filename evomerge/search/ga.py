@@ -155,7 +155,7 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         choices = {name: str(c.genome.values[name]) for name in names}
         return Parent(c.number, space.unit(c.genome), choices, c.genome.layers)
 
-    order = promising(history)
+    order = promising(history, 2 * settings.population)
     chosen, attraction = order[: settings.population], None
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * settings.population], settings)

@@ -15,14 +15,15 @@ from typing import Literal
 
 from evomerge.errors import BadInput, OutputError
 from evomerge.search.baselines import Start, baselines, first_generation
-from evomerge.search.candidate import Candidate, Outcome, Proposal, best, spent_items
+from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked, spent_items
+from evomerge.search.front import latest_improvement
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.record import Record
 from evomerge.search.space import SearchSpace
 
 FAILURES_IN_A_ROW = 10
 
-Reason = Literal["budget", "exhausted", "stale", "hours", "items", "failures", "interrupted"]
+Reason = Literal["budget", "exhausted", "stale", "target", "hours", "items", "failures", "interrupted"]
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,13 @@ class Stop:
     Attributes:
         candidates: The budget: done + failed + pruned.
         hours: Time spent scoring, over all sessions of the run; None for no limit.
-        stale_generations: Generations in a row without a better candidate; None for no limit.
+        stale_generations: Generations in a row without a better candidate, or with several objectives without more
+            hypervolume; None for no limit.
         items: Items scored, over all candidates; None for no limit.
         slope_items: Items that asking for the slopes of one candidate counts as.
+        fitness: A fitness that is good enough, of a candidate with a full score at the end of a generation.
+        since: The search had ended for want of progress, or because it was good enough, with this many candidates, and
+            was extended: staleness counts from there, and a fitness that they had reached ends nothing any more.
     """
 
     candidates: int
@@ -44,6 +49,8 @@ class Stop:
     stale_generations: int | None = None
     items: int | None = None
     slope_items: int = 0
+    fitness: float | None = None
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,9 @@ class _Watch:
             self._row = []
 
     def already(self) -> tuple[Reason, str] | None:
-        """The end, if the record is at it: the items that are spent are the same in every session."""
+        """The end, if the record is at it: what is spent is the same in every session."""
+        if self._stop.hours is not None and self._seconds >= self._stop.hours * 3600:
+            return "hours", f"{self._stop.hours:g} hours of scoring are over, all sessions together"
         if self._stop.items is None:
             return None
         spent = max(spent_items(self._history, self._stop.slope_items), default=0)
@@ -230,17 +239,38 @@ class _Watch:
                 f"{len(self._row)} candidates in a row failed with {last.failure_kind}; the last one, {last.number} "
                 f"({last.operator}): {last.failure}"
             )
-        if self._stop.hours is not None and self._seconds >= self._stop.hours * 3600:
-            return "hours", f"{self._stop.hours:g} hours are over"
         return self.already()
 
     def after_generation(self, history: tuple[Candidate, ...], generation: int) -> tuple[Reason, str] | None:
-        """The end, if this generation makes too many without a better candidate."""
-        limit = self._stop.stale_generations
-        found = best(c for c in history if c.generation <= generation)
-        if limit is None or found is None or generation - found.generation < limit:
+        """The end, if this generation reaches what is good enough, or makes too many without a better candidate."""
+        before = [c for c in history if c.number < self._stop.since]
+        return self._reached(history, generation, before) or self._stale(history, generation, before)
+
+    def _reached(
+        self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]
+    ) -> tuple[Reason, str] | None:
+        target = self._stop.fitness
+        if target is None or any(c.fitness is not None and c.fitness >= target for c in ranked(before)):
             return None
-        return "stale", f"{limit} generations without a better candidate than {found.number}"
+        leader = next(iter(ranked(c for c in history if c.generation <= generation)), None)
+        if leader is None or leader.fitness is None or leader.fitness < target:
+            return None
+        return "target", f"candidate {leader.number} has a fitness of {leader.fitness:.4f}; {target:g} was asked for"
+
+    def _stale(
+        self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]
+    ) -> tuple[Reason, str] | None:
+        limit = self._stop.stale_generations
+        if limit is None:
+            return None
+        found = latest_improvement([c for c in history if c.generation <= generation])
+        if found is None:
+            return None
+        start = max([found.generation, *(c.generation for c in before)])
+        if generation - start < limit:
+            return None
+        more = "a better candidate than" if found.objectives is None else "more hypervolume since candidate"
+        return "stale", f"{limit} generations without {more} {found.number}"
 
 
 def _failing_row(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +191,7 @@ class Record:
         *,
         space: SearchSpace | None = None,
         objectives: int = 1,
+        names: Sequence[str] = (),
         create: bool = True,
     ) -> Record:
         """Opens the study `name`, or creates it.
@@ -200,6 +201,7 @@ class Record:
             name: Name of the study.
             space: Gives each trial its parameters and distributions; needed to append.
             objectives: Their number, for a new study; each is maximised.
+            names: What Optuna's pictures call them; the study's own numbers where left out.
             create: Whether a missing study is created.
 
         Raises:
@@ -219,6 +221,8 @@ class Record:
                 if not create:
                     raise RunError(f"{_without_password(text)}: holds no study '{name}'") from error
                 study = optuna.create_study(storage=storage, study_name=name, directions=["maximize"] * objectives)
+                if names:
+                    study.set_metric_names(list(names))
             return cls(study, space)
 
     @classmethod

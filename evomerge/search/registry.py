@@ -63,8 +63,8 @@ def _of_kind(value: Any, default: Any) -> bool:
 
 
 ALGORITHMS: dict[str, Registered] = {
-    "ga": Registered(ga, OPTIONS),
-    "random": Registered(random_search),
+    "ga": Registered(ga, OPTIONS, several=True),
+    "random": Registered(random_search, several=True),
 }
 
 

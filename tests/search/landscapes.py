@@ -98,6 +98,30 @@ class Bowl:
 
 
 @dataclass(frozen=True)
+class TwoBowls:
+    """Two objectives: bowls of the same space with different centres, so that one is gained at the other's price."""
+
+    space: SearchSpace
+    seed: int
+    noise: float = 0.02
+
+    @cached_property
+    def _bowls(self) -> tuple[Bowl, Bowl]:
+        return Bowl(self.space, self.seed), Bowl(self.space, self.seed + 10**4)
+
+    def truth(self, genome: Genome) -> tuple[float, float]:
+        """Both scores without noise."""
+        first, second = self._bowls
+        return first.truth(genome), second.truth(genome)
+
+    def __call__(self, proposal: Proposal) -> Outcome:
+        """Both scores with noise, and their mean as the fitness."""
+        noise = generator(int(proposal.phenotype[:8], 16), self.seed).normal(0.0, self.noise, size=2)
+        objectives = tuple(float(value + off) for value, off in zip(self.truth(proposal.genome), noise, strict=True))
+        return Outcome(sum(objectives) / 2, objectives=objectives)
+
+
+@dataclass(frozen=True)
 class Repair:
     """A pattern landscape: the nearer to a hidden stack of layers, the better."""
 

@@ -141,13 +141,87 @@ def test_stale_generations_stop_the_run_and_a_better_candidate_restarts_the_coun
     assert f"candidate than {STARTS + 8}" in finished.message
 
 
+def rising(proposal: Proposal) -> Outcome:
+    """Better every generation until generation 3, with the best of each generation at its end."""
+    return Outcome(0.1 * min(proposal.generation, 3) + 0.001 * proposal.number / (1 + proposal.generation))
+
+
+def test_a_fitness_that_is_good_enough_ends_the_run_at_its_generations_end() -> None:
+    """Generation 2 begins with 0.2 and a little; a pruned candidate's estimate is not enough."""
+
+    def raced(proposal: Proposal) -> Outcome:
+        outcome = rising(proposal)
+        return Outcome(0.9, state="pruned") if proposal.number == STARTS else outcome
+
+    whole = go(Memory(), Stop(200, fitness=0.2), scorer=raced)
+    assert whole.reason == "target"
+    assert len(whole.candidates) == STARTS + 14
+    assert whole.message.endswith("; 0.2 was asked for")
+    # Stopped in the middle of it and resumed, in any order: the same.
+    for arrange in (None, lambda proposals: range(len(proposals) - 1, -1, -1)):
+        record = Memory()
+
+        def interrupted(proposal: Proposal, record: Any = record) -> Outcome:
+            if len(record) == STARTS + 10:
+                raise KeyboardInterrupt
+            return raced(proposal)
+
+        go(record, Stop(200, fitness=0.2), scorer=interrupted, arrange=arrange)
+        resumed = go(record, Stop(200, fitness=0.2), scorer=raced, arrange=arrange)
+        assert resumed.reason == "target"
+        assert sorted(plain(resumed.candidates), key=lambda c: c["number"]) == plain(whole.candidates)
+        # Its end is where it was, however often it is asked for.
+        assert len(go(record, Stop(200, fitness=0.2), scorer=raced).candidates) == STARTS + 14
+    assert go(Memory(), Stop(STARTS, fitness=-1.0), scorer=rising).reason == "budget"
+
+
+def test_a_run_that_was_good_enough_goes_on_when_it_is_extended() -> None:
+    record = Memory()
+    first = go(record, Stop(200, fitness=0.2), scorer=rising)
+    count = len(first.candidates)
+    assert go(record, Stop(count + 20, fitness=0.2, since=count), scorer=rising).reason == "budget"
+    # A higher one still counts.
+    more = Memory()
+    more.kept = list(first.candidates)
+    again = go(more, Stop(200, fitness=0.3, since=count), scorer=rising)
+    assert (again.reason, len(again.candidates)) == ("target", count + 7)
+
+
+def test_staleness_counts_from_where_a_stale_run_was_extended() -> None:
+    """Nothing gets better after generation 3: generations 4 and 5 are stale, and again two from the extension on."""
+    record = Memory()
+    flat = Stop(200, stale_generations=2)
+
+    def level(proposal: Proposal) -> Outcome:
+        return Outcome(0.1 * min(proposal.generation, 3))
+
+    first = go(record, flat, scorer=level)
+    count = len(first.candidates)
+    assert (first.reason, count) == ("stale", STARTS + 5 * 7)
+    assert len(go(record, flat, scorer=level).candidates) == count  # not extended: it has ended
+    extended = go(record, Stop(300, stale_generations=2, since=count), scorer=level)
+    assert (extended.reason, len(extended.candidates)) == ("stale", count + 2 * 7)
+    # Killed and resumed on the way, it ends there too; and a better candidate on the way restarts the count.
+    record.kept = list(extended.candidates[: count + 9])
+    assert len(go(record, Stop(300, stale_generations=2, since=count), scorer=level).candidates) == count + 2 * 7
+    record.kept = list(first.candidates)
+
+    def later(proposal: Proposal) -> Outcome:
+        return Outcome(0.9) if proposal.generation == 7 else level(proposal)
+
+    found = go(record, Stop(300, stale_generations=2, since=count), scorer=later)
+    assert (found.reason, max(c.generation for c in found.candidates)) == ("stale", 9)
+
+
 def test_hours_count_over_all_sessions() -> None:
+    """A session that finds them spent scores nothing; with more of them it goes on."""
     record = Memory()
     first = go(record, Stop(9), scorer=lambda proposal: Outcome(0.5))
-    spent = sum(float(c.seconds["total"]) for c in first.candidates)
-    finished = go(record, Stop(100, hours=spent / 3600), scorer=lambda proposal: Outcome(0.5))
-    assert finished.reason == "hours"
-    assert len(finished.candidates) == 10
+    spent = sum(float(c.seconds["total"]) for c in first.candidates) / 3600
+    finished = go(record, Stop(100, hours=0.9 * spent), scorer=lambda proposal: Outcome(0.5))
+    assert (finished.reason, len(finished.candidates)) == ("hours", 9)
+    finished = go(record, Stop(100, hours=spent + 1e-12), scorer=lambda proposal: Outcome(0.5))
+    assert (finished.reason, len(finished.candidates)) == ("hours", 10)
 
 
 def test_an_exhausted_space_ends_the_run() -> None:
