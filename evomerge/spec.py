@@ -55,12 +55,17 @@ class Frankenmerge(_Part):
     scale: bool = False
 
 
+ControlPoints = Annotated[
+    dict[Literal["control_points"], Annotated[int, Field(ge=2)]], Field(min_length=1, max_length=1)
+]
+
+
 class Space(_Part):
     """Which genes exist."""
 
     methods: list[str] = Field(["linear", "task_arithmetic", "ties", "dare_ties"], min_length=1)
     method_scope: Literal["run", "layer_group"] = "run"
-    layer_groups: Annotated[int, Field(ge=1)] | list[int] | Literal["per_layer"] = 6
+    layer_groups: Annotated[int, Field(ge=1)] | list[int] | Literal["per_layer"] | ControlPoints = 6
     tensor_groups: list[Literal["attention", "mlp", "rest"]] | None = None
     genes: dict[str, Range] = {}
     frankenmerge: Frankenmerge = Frankenmerge()
