@@ -157,6 +157,12 @@ class Search(_Part):
     baseline: Literal["random"] | None = None
     stop: Stop = Stop()
     finalists: int = Field(8, ge=1)
+    warm_start: str | list[str] | None = None
+
+    @property
+    def warm_starts(self) -> list[str]:
+        """The runs and recipes to start from, as a list."""
+        return [self.warm_start] if isinstance(self.warm_start, str) else list(self.warm_start or [])
 
 
 class Run(_Part):
@@ -236,7 +242,10 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
         else:
             include.append(str(found))
     evaluation = spec.evaluation.model_copy(update={"include_path": include or None})
-    return spec.model_copy(update={"models": models, "evaluation": evaluation}), problems
+    # One that is missing is no problem to a run that has begun; `evomerge.warmstart` tells of it to any other.
+    warm = [str(resolve_path(text, beside) or text) for text in spec.search.warm_starts]
+    search = spec.search.model_copy(update={"warm_start": warm or None})
+    return spec.model_copy(update={"models": models, "evaluation": evaluation, "search": search}), problems
 
 
 def _unknown_names(spec: SearchSpec) -> list[str]:
