@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ class Seed:
         path: The run folder or the recipe file.
         recipe: What the file says; None for a run.
         spec: The run's specification; None for a recipe.
-        candidates: The run's best candidates, the best first.
+        candidates: The run's candidates with a score: its winner, then the best first.
     """
 
     path: Path
@@ -84,7 +84,7 @@ def _read_run(spec: SearchSpec, path: Path) -> Seed:
     winner = folder.winner(known)
     first = [candidate for candidate in order if candidate.number == winner]
     best = [*first, *(candidate for candidate in order if candidate.number != winner)]
-    return Seed(path, spec=folder.spec, candidates=tuple(best[: max(spec.search.population // 2, 1)]))
+    return Seed(path, spec=folder.spec, candidates=tuple(best))
 
 
 def same_names(theirs: SearchSpec, ours: SearchSpec) -> dict[str, str]:
@@ -99,15 +99,16 @@ def same_names(theirs: SearchSpec, ours: SearchSpec) -> dict[str, str]:
 def warm_starts(bench: Workbench) -> tuple[Start, ...]:
     """Generation 0: the baselines, then each seed in the order of the specification, every recipe once.
 
+    Of a run, the best that are not there yet, as many as half a population.
+
     Raises:
         SpecError: As `read_seeds`; and for a recipe that cannot be carried out, or a run that does not fit.
     """
-    space = bench.space
-    starts = {digest(start.recipe): start for start in baselines(space)}
+    starts = {digest(start.recipe): start for start in baselines(bench.space)}
     problems: list[str] = []
     for seed in read_seeds(bench.spec):
         try:
-            found = _of_recipe_file(bench, seed) if seed.recipe is not None else _of_run(bench, seed)
+            found = _of_recipe_file(bench, seed) if seed.recipe is not None else _of_run(bench, seed, starts)
         except BadInput as error:
             problems += [f"{WHERE}: {seed.path}: {problem}" for problem in error.problems]
             continue
@@ -137,26 +138,40 @@ def _of_recipe_file(bench: Workbench, seed: Seed) -> list[Start]:
     return [Start(f"seed: {seed.path.name}", recipe, of_recipe(bench.space, seed.recipe, _places(bench)))]
 
 
-def _of_run(bench: Workbench, seed: Seed) -> list[Start]:
+def _of_run(bench: Workbench, seed: Seed, known: Container[str]) -> list[Start]:
+    """The best candidates of a run whose recipes are not known yet, as many as half a population."""
     if seed.spec is None:
         return []
-    space, names = bench.space, same_names(seed.spec, bench.spec)
-    shape = _shape(seed.spec, space)
-    starts = []
+    names = same_names(seed.spec, bench.spec)
+    shape = _shape(seed.spec, bench.space)
+    starts: dict[str, Start] = {}
+    said = False
     for candidate in seed.candidates:
-        start = f"seed: {seed.path.name} #{candidate.number}"
-        exact = _translated(candidate.recipe, seed.spec, bench.spec, names) if candidate.generation == 0 else None
-        if exact is not None:  # a baseline, which need not be in either space
-            recipe = parse_recipe(exact, where=start)
-            bench.plan(exact)
-            starts.append(Start(start, exact, of_recipe(space, recipe, _places(bench))))
-            continue
-        genome = of_genome(space, candidate.genome, shape, names)
-        if genome is not None and space.problem(genome) is None:
-            starts.append(Start(start, space.recipe(genome), genome))
-    if not starts:
-        raise SpecError(f"nothing of its {len(seed.candidates)} best candidates can be said in this space")
-    return starts
+        start = _of_candidate(bench, seed.spec, shape, names, candidate, f"seed: {seed.path.name} #{candidate.number}")
+        said = said or start is not None
+        if start is not None and digest(start.recipe) not in known:
+            starts.setdefault(digest(start.recipe), start)
+        if len(starts) >= max(bench.spec.search.population // 2, 1):
+            break
+    if not said:
+        raise SpecError(f"nothing of its {len(seed.candidates)} candidates can be said in this space")
+    return list(starts.values())
+
+
+def _of_candidate(
+    bench: Workbench, theirs: SearchSpec, shape: Shape, names: Mapping[str, str], candidate: Candidate, name: str
+) -> Start | None:
+    """One candidate here: of generation 0 the exact recipe, which need not be in either space; else its genome's."""
+    space = bench.space
+    if candidate.generation == 0:
+        exact = _translated(candidate.recipe, theirs, bench.spec, names)
+        if exact is not None:
+            bench.plan(exact)  # whether it can be carried out
+            return Start(name, exact, of_recipe(space, parse_recipe(exact, where=name), _places(bench)))
+    genome = of_genome(space, candidate.genome, shape, names)
+    if genome is None or space.problem(genome) is not None:
+        return None
+    return Start(name, space.recipe(genome), genome)
 
 
 def _shape(spec: SearchSpec, space: SearchSpace) -> Shape:

@@ -16,13 +16,10 @@ from tests.search.landscapes import make_space, pattern_space
 
 SOURCES = {"math": "models/math", "code": "models/code", "law": "models/law"}
 SAME = {name: name for name in SOURCES}
+PARTS = ("self_attn.q_proj", "mlp.up_proj", "norm")
 TENSORS = [
     ("model.embed_tokens.weight", None),
-    *(
-        (f"model.layers.{k}.{part}.weight", k)
-        for k in range(12)
-        for part in ("self_attn.q_proj", "mlp.up_proj", "norm")
-    ),
+    *((f"model.layers.{k}.{part}.weight", k) for k in range(12) for part in PARTS),
     ("model.norm.weight", None),
 ]
 
@@ -119,23 +116,15 @@ def test_a_pattern_is_cut_to_length_and_dropped_where_a_model_is_missing() -> No
     assert of_genome(make_space(), genome, shape_of(there), SAME) is None
 
 
-def whole(
-    method: str, weights: dict[str, Any], parameters: dict[str, Any] | None = None, **more: Any
-) -> dict[str, Any]:
+def whole(method: str, weights: dict[str, Any], **parameters: Any) -> dict[str, Any]:
     models = [{"model": SOURCES[name], "parameters": {"weight": w}} for name, w in weights.items()]
-    return {
-        "merge_method": method,
-        "base_model": "models/base",
-        "models": models,
-        "parameters": parameters or {},
-        **more,
-    }
+    return {"merge_method": method, "base_model": "models/base", "models": models, "parameters": parameters}
 
 
 def test_a_recipe_as_a_genome_by_hand() -> None:
     space = make_space(methods=("linear", "dare_ties"), layer_groups=2, tensor_groups=["mlp"])
     weights = {"math": [{"filter": "mlp", "value": 0.2}, {"value": [0.0, 1.1]}], "code": 0.5}
-    recipe = parse_recipe(whole("dare_ties", weights, {"density": 0.4, "lambda": 1.3}))
+    recipe = parse_recipe(whole("dare_ties", weights, **{"density": 0.4, "lambda": 1.3}))
     values = of_recipe(space, recipe, TENSORS).values
     assert values["method"] == "dare_ties"
     assert values["weight.math.g0.mlp"] == 0.2
@@ -166,9 +155,8 @@ def test_copied_layers_become_a_pattern() -> None:
         {"sources": [{"model": "models/law", "layer_range": [4, 12]}], "residual_scale": 0.8},
     ]
     recipe = parse_recipe({"merge_method": "passthrough", "slices": slices})
-    space = make_space(
-        methods=("frankenmerge", "linear"), frankenmerge={"min_layers": 12, "max_layers": 16, "scale": True}
-    )
+    limits = {"min_layers": 12, "max_layers": 16, "scale": True}
+    space = make_space(methods=("frankenmerge", "linear"), frankenmerge=limits)
     found = of_recipe(space, recipe, TENSORS)
     expected = [LayerGene("base", k) for k in range(6)] + [LayerGene("law", k, 0.8) for k in range(4, 12)]
     assert found.layers == tuple(expected)
