@@ -97,7 +97,7 @@ def check_search(spec: SearchSpec) -> str:
             *(f"warning: {text}" for text in warnings),
             f"{spec.name}: {len(spec.models.sources)} sources, {bench.space.size} genes, {budget} candidates of "
             f"{spec.search.algorithm}",
-            *([f"generation 0 has {seeds} candidates from {', '.join(spec.search.warm_starts)}"] if seeds else []),
+            *([f"warm start: {seeds} of generation 0 from {', '.join(spec.search.warm_starts)}"] if seeds else []),
             table(["task", "type", *splits], rows),
             f"memory: about {_gigabytes(2 * size + opened)}, of which {_gigabytes(opened)} are the models' files",
             f"disk: {_gigabytes(size * spec.run.keep)} for {spec.run.keep} kept checkpoints "

@@ -70,6 +70,15 @@ class Space(_Part):
     genes: dict[str, Range] = {}
     frankenmerge: Frankenmerge = Frankenmerge()
 
+    @field_validator("layer_groups", mode="before")
+    @classmethod
+    def _control_points(cls, groups: Any) -> Any:
+        if isinstance(groups, dict):
+            count = groups.get("control_points")
+            if set(groups) != {"control_points"} or not isinstance(count, int) or count < 2:
+                raise ValueError("a mapping says {control_points: a number from 2}")
+        return groups
+
 
 Size = Annotated[float, Field(gt=0)]
 

@@ -64,6 +64,7 @@ def test_a_run_goes_on_without_what_it_started_from(
 ) -> None:
     source = Path(shutil.copytree(finished_run, tmp_path / "first"))
     changes = {**SMALL, "search__warm_start": "first", "search__candidates": 11}
+    changes["space__layer_groups"] = {"control_points": 3}  # over two groups there
     path = tmp_path / "second.yaml"
     path.write_text(yaml.safe_dump(search_spec(tiny_family, **changes), sort_keys=False))
     root = tmp_path / "run"
@@ -87,7 +88,7 @@ def test_a_run_goes_on_without_what_it_started_from(
 
 def test_check_says_what_it_starts_from(tiny_family: dict[str, Path], recipe_file: Path) -> None:
     told = check_search(spec_of(tiny_family, str(recipe_file)))
-    assert f"generation 0 has 1 candidates from {recipe_file}" in told
+    assert f"warm start: 1 of generation 0 from {recipe_file}" in told
 
 
 def refused(spec: SearchSpec, match: str) -> None:
