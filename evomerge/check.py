@@ -16,9 +16,11 @@ from evomerge.errors import BadInput, CheckpointError
 from evomerge.gates import look_before
 from evomerge.models import single_model
 from evomerge.recipe import load_recipe
+from evomerge.search import baselines
 from evomerge.spec import SearchSpec, load_spec
 from evomerge.strict_yaml import read_documents
 from evomerge.tables import table
+from evomerge.warmstart import warm_starts
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 
 _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
@@ -77,6 +79,7 @@ def check_recipe(path: Path, *, allow_crimes: bool = False) -> str:
 def check_search(spec: SearchSpec) -> str:
     """Checks a search: models, tasks, splits, space; scores a few items to estimate the time."""
     bench = Workbench(spec)
+    seeds = len(warm_starts(bench)) - len(baselines(bench.space)) if spec.search.warm_starts else 0
     warnings = [*bench.look_at_items(), *look_before(bench)]
     source = next(iter(spec.models.sources.values()))
     plan = bench.plan(single_model(source))
@@ -94,6 +97,7 @@ def check_search(spec: SearchSpec) -> str:
             *(f"warning: {text}" for text in warnings),
             f"{spec.name}: {len(spec.models.sources)} sources, {bench.space.size} genes, {budget} candidates of "
             f"{spec.search.algorithm}",
+            *([f"warm start: {seeds} of generation 0 from {', '.join(spec.search.warm_starts)}"] if seeds else []),
             table(["task", "type", *splits], rows),
             f"memory: about {_gigabytes(2 * size + opened)}, of which {_gigabytes(opened)} are the models' files",
             f"disk: {_gigabytes(size * spec.run.keep)} for {spec.run.keep} kept checkpoints "

@@ -15,12 +15,13 @@ from evomerge.errors import EvoMergeError, RunError
 from evomerge.export import keep_best
 from evomerge.finish import finish
 from evomerge.gates import look_before
-from evomerge.runfolder import RunFolder
+from evomerge.runfolder import STARTS, RunFolder
 from evomerge.scoring import Scorer
 from evomerge.search import AlgorithmSettings, Candidate, Finished, Record, Stop, get_algorithm, search
 from evomerge.spec import Search, SearchSpec
 from evomerge.strict_yaml import write_yaml
 from evomerge.tables import result_table
+from evomerge.warmstart import read_seeds, warm_starts
 from evomerge.workbench import Workbench
 
 log = logging.getLogger("evomerge")
@@ -49,7 +50,10 @@ def start(
     if candidates is not None:
         spec = _with_budget(spec, candidates)
     given = source.read_text(encoding="utf-8") if source else write_yaml(spec.model_dump(mode="json"))
-    opened = RunFolder.create(folder or spec.folder, spec, given)
+    root = folder or spec.folder
+    if not (root / STARTS).is_file():
+        read_seeds(spec)  # so that a wrong one leaves no folder behind
+    opened = RunFolder.create(root, spec, given)
     if candidates is None:  # the run may have been extended beyond the file's budget
         spec = _with_budget(spec, max(spec.search.candidates, opened.spec.search.candidates))
     return _go(opened, spec)
@@ -86,6 +90,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         bench = Workbench(folder.spec)
         for text in folder.settle_environment(bench.environment()):
             display.say(text)
+        _settle_starts(folder, bench)
         scorer = Scorer(bench, folder)
         record = folder.record(bench.space)
         if not len(record):  # a run that goes on has passed them
@@ -122,6 +127,12 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
     return result
 
 
+def _settle_starts(folder: RunFolder, bench: Workbench) -> None:
+    """Keeps what a warm start begins with, so that going on needs nothing but the run's own folder."""
+    if folder.spec.search.warm_starts and folder.starts() is None:
+        folder.write_starts(warm_starts(bench))
+
+
 def _search(
     folder: RunFolder,
     bench: Workbench,
@@ -142,6 +153,7 @@ def _search(
         stop,
         seed=folder.spec.search.seed,
         settings=settings_of(folder.spec.search, scorer, algorithm),
+        starts=folder.starts(),
         progress=progress,
         before_generation=scorer.before_generation,
         arrange=arrange,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,11 @@ from evomerge.spec import SearchSpec
 if TYPE_CHECKING:
     from evomerge.evaluation.informative import Sample
     from evomerge.evaluation.scores import ItemScores
+    from evomerge.search.baselines import Start
     from evomerge.search.record import Record
     from evomerge.search.space import SearchSpace
+
+STARTS = "starts.json"
 
 
 class RunFolder:
@@ -188,6 +191,22 @@ class RunFolder:
         content = {task: sample.to_json() for task, sample in samples.items()}
         write_atomic(self.root / "informative.json", json.dumps(content, indent=2))
 
+    def starts(self) -> tuple[Start, ...] | None:
+        """Generation 0 of a warm start, as it was when the run began; None where it is not kept."""
+        from evomerge.search.baselines import Start
+        from evomerge.search.genome import Genome
+
+        path = self.root / STARTS
+        if not path.is_file():
+            return None
+        kept = json.loads(path.read_text())
+        return tuple(Start(entry["name"], entry["recipe"], Genome.from_json(entry["genome"])) for entry in kept)
+
+    def write_starts(self, starts: Sequence[Start]) -> None:
+        """Keeps generation 0 of a warm start."""
+        content = [{"name": s.name, "recipe": dict(s.recipe), "genome": s.genome.to_json()} for s in starts]
+        write_atomic(self.root / STARTS, json.dumps(content, indent=2))
+
     def scores(self, plan: str, split: str) -> dict[str, ItemScores] | None:
         """Per-item scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
         from evomerge.evaluation.scores import load_scores
@@ -232,6 +251,8 @@ def _identity(spec: SearchSpec) -> dict[str, Any]:
     del content["evaluation"]["cache"]
     for key in ("candidates", "stop", "baseline"):
         del content["search"][key]
+    # What a run starts from is kept in its folder: where that came from may move, or be gone.
+    content["search"]["warm_start"] = [Path(text).name for text in spec.search.warm_starts]
     return content
 
 

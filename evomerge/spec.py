@@ -58,15 +58,29 @@ class Frankenmerge(_Part):
     scale: bool = False
 
 
+ControlPoints = Annotated[
+    dict[Literal["control_points"], Annotated[int, Field(ge=2)]], Field(min_length=1, max_length=1)
+]
+
+
 class Space(_Part):
     """Which genes exist."""
 
     methods: list[str] = Field(["linear", "task_arithmetic", "ties", "dare_ties"], min_length=1)
     method_scope: Literal["run", "layer_group"] = "run"
-    layer_groups: Annotated[int, Field(ge=1)] | list[int] | Literal["per_layer"] = 6
+    layer_groups: Annotated[int, Field(ge=1)] | list[int] | Literal["per_layer"] | ControlPoints = 6
     tensor_groups: list[Literal["attention", "mlp", "rest"]] | None = None
     genes: dict[str, Range] = {}
     frankenmerge: Frankenmerge = Frankenmerge()
+
+    @field_validator("layer_groups", mode="before")
+    @classmethod
+    def _control_points(cls, groups: Any) -> Any:
+        if isinstance(groups, dict):
+            count = groups.get("control_points")
+            if set(groups) != {"control_points"} or not isinstance(count, int) or count < 2:
+                raise ValueError("a mapping says {control_points: a number from 2}")
+        return groups
 
 
 Part = Annotated[float, Field(gt=0)]
@@ -158,6 +172,12 @@ class Search(_Part):
     baseline: Literal["random"] | None = None
     stop: Stop = Stop()
     finalists: int = Field(8, ge=1)
+    warm_start: str | list[str] | None = None
+
+    @property
+    def warm_starts(self) -> list[str]:
+        """The runs and recipes to start from, as a list."""
+        return [self.warm_start] if isinstance(self.warm_start, str) else list(self.warm_start or [])
 
 
 class Run(_Part):
@@ -244,7 +264,10 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
         else:
             include.append(str(found))
     evaluation = spec.evaluation.model_copy(update={"include_path": include or None})
-    return spec.model_copy(update={"models": models, "evaluation": evaluation}), problems
+    # One that is missing is no problem to a run that has begun; `evomerge.warmstart` tells of it to any other.
+    warm = [str(resolve_path(text, beside) or text) for text in spec.search.warm_starts]
+    search = spec.search.model_copy(update={"warm_start": warm or None})
+    return spec.model_copy(update={"models": models, "evaluation": evaluation, "search": search}), problems
 
 
 def _unknown_names(spec: SearchSpec) -> list[str]:

@@ -192,8 +192,10 @@ def search_yaml(opened: Mapping[str, Checkpoint], base: str | None, out: Path, t
     ]
     remarks = {
         "models": "the common ancestor, and what to merge" if base else "no base: methods on deltas need one",
-        "space": "`evomerge methods` lists the methods; layer_groups: genes for each part of the layers",
+        "space": "`evomerge methods` lists the methods; layer_groups: genes for each part of the layers\n"
+        "# (6, [4, 12], per_layer), or {control_points: 4} for genes that run smoothly over the depth",
         "evaluation": "lm-eval tasks by name, or your own with include_path: choose what the merge should be good at",
+        "search": "warm_start: runs/NAME, or a recipe's YAML, begins with what is known to be good",
     }
     blocks = []
     for part in parts:

@@ -172,6 +172,12 @@ def test_paths_beside_the_file_above_it_and_from_here(tmp_path: Path, monkeypatc
         ({"space__genes": {"weight": {"low": 2, "high": 1}}}, "low (2.0) is above high (1.0)"),
         ({"space__genes": {"weight": {"low": 0, "high": float("inf")}}}, "space.genes.weight.high: "),
         ({"space__layer_groups": "some"}, "space.layer_groups: "),
+        ({"space__layer_groups": {"control_point": 4}}, "space.layer_groups: a mapping says {control_points: a number"),
+        (
+            {"space__layer_groups": {"control_points": 1}},
+            "space.layer_groups: a mapping says {control_points: a number",
+        ),
+        ({"search__warm_start": 3}, "search.warm_start: input should be a valid string"),
         ({"evaluation__tasks": []}, "evaluation.tasks: "),
         ({"evaluation__tasks": ["x", "x"]}, "'x' is listed twice"),
         ({"evaluation__guard": ["arc_easy"]}, "evaluation.guard: 'arc_easy' also steers"),

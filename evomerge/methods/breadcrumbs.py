@@ -32,6 +32,7 @@ GAMMA = Parameter(
     high=1.0,
     gene=(0.0, 0.05),
     paper=0.006,
+    idle_at=("density", 1.0),
     help="Fraction of each delta that is left out as outliers, the largest magnitudes.",
 )
 

@@ -43,6 +43,10 @@ class Parameter:
             counts.
         when: (choice parameter, its value) without which this parameter has no effect; None when it always has.
         gene_sources: A search gives it a gene only for at most this many sources; None for any number.
+        takes_part: A source where this is 0 takes no part in the merge: nothing else of it counts.
+        only_ratios: Only the ratios of the sources' values count: always (True), or where the parameter of this name
+            is true. A factor on all of them, above 0, changes nothing.
+        idle_at: (parameter of the same source, its value) at which this one has no effect.
     """
 
     name: str
@@ -59,6 +63,9 @@ class Parameter:
     instead_of: str | None = None
     when: tuple[str, str] | None = None
     gene_sources: int | None = None
+    takes_part: bool = False
+    only_ratios: bool | str = False
+    idle_at: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ EPSILON = Parameter(
     high=0.5,
     gene=(0.0, 0.3),
     paper=0.07,
+    idle_at=("density", 1.0),
     help="How far the probability to keep differs from density at most; less where density is nearer to 0 or 1.",
 )
 

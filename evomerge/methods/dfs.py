@@ -128,7 +128,7 @@ METHOD = Method(
     "Cochran 1937, https://doi.org/10.2307/2984123 (the weights)",
     summary="Average the deltas, each weighted by the inverse of its variance.",
     parameters=(
-        replace(WEIGHT, default=1.0, required=False, low=0.0),
+        replace(WEIGHT, default=1.0, required=False, low=0.0, only_ratios=True),
         Parameter(
             "gamma", default=1.0, low=0.0, gene=(0.0, 2.0), when=("mode", "model"), help="Power of the variance."
         ),

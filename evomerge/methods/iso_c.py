@@ -62,7 +62,13 @@ METHOD = Method(
     paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging, https://arxiv.org/abs/2502.04959",
     summary="Base plus the summed deltas, each matrix with all its singular values replaced by their mean.",
     parameters=(
-        replace(WEIGHT, default=1.0, required=False, help="Share of the source, relative to the others."),
+        replace(
+            WEIGHT,
+            default=1.0,
+            required=False,
+            only_ratios=True,
+            help="Share of the source, relative to the others.",
+        ),
         LAMBDA,
         SPECTRAL,
     ),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evomerge.methods.combine import from_origin, origin_dot, participants, shares, to_unit, zero_sum_problem
@@ -63,7 +64,7 @@ METHOD = Method(
     paper="Goddard 2025, Multi-SLERP, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
     summary="Weighted mean of the models' (or deltas') directions on the hypersphere, at their mean length.",
     parameters=(
-        WEIGHT,
+        replace(WEIGHT, only_ratios="normalize_weights"),
         Parameter("normalize_weights", default=True, kind="bool", help="Divide by the sum of the weights."),
         Parameter("eps", default=1e-8, low=0.0, help="Shorter than this, a mean of directions is none."),
     ),

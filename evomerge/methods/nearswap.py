@@ -51,7 +51,14 @@ METHOD = Method(
     summary="Move every weight of the base towards the other model, by at most t.",
     parameters=(
         Parameter("t", default=1e-4, low=0.0, gene=(0.0, 0.01), help="The furthest that a weight moves."),
-        replace(WEIGHT, default=1.0, required=False, low=0.0, help="Share of the source in the model moved towards."),
+        replace(
+            WEIGHT,
+            default=1.0,
+            required=False,
+            low=0.0,
+            only_ratios=True,
+            help="Share of the source in the model moved towards.",
+        ),
     ),
     merge=merge,
     check=check,

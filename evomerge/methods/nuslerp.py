@@ -17,7 +17,7 @@ What vectors there are:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -168,7 +168,7 @@ METHOD = Method(
     paper="Shoemake 1985, Animating rotation with quaternion curves, https://doi.org/10.1145/325165.325242",
     summary="Interpolate along the arc by weights, over whole tensors or their rows or columns.",
     parameters=(
-        WEIGHT,
+        replace(WEIGHT, only_ratios=True),
         Parameter("nuslerp_flatten", default=True, kind="bool", help="One angle for the whole tensor."),
         Parameter(
             "nuslerp_row_wise",

@@ -13,6 +13,8 @@ WEIGHT = Parameter(
     required=True,
     gene=(0.0, 1.5),
     paper=1.0,
+    takes_part=True,
+    only_ratios="normalize",
     help="Share of the source; a source at weight 0 takes no part.",
 )
 DENSITY = Parameter(

@@ -135,7 +135,9 @@ METHOD = Method(
             instead_of="weight",
             help="Way from base_model (0) to the other model (1).",
         ),
-        replace(WEIGHT, required=False, low=0.0, help="Share of the source in its fold; 0 takes no part."),
+        replace(
+            WEIGHT, required=False, low=0.0, only_ratios=True, help="Share of the source in its fold; 0 takes no part."
+        ),
         Parameter(
             "on",
             default="weights",

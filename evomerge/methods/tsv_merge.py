@@ -101,7 +101,13 @@ METHOD = Method(
     paper="Gargiulo et al. 2024, Task Singular Vectors, https://arxiv.org/abs/2412.00081",
     summary="Base plus the leading singular vectors of every delta, decorrelated, side by side.",
     parameters=(
-        replace(WEIGHT, default=1.0, required=False, help="Share of the source, relative to the others."),
+        replace(
+            WEIGHT,
+            default=1.0,
+            required=False,
+            only_ratios=True,
+            help="Share of the source, relative to the others.",
+        ),
         LAMBDA,
         SPECTRAL,
     ),

@@ -96,6 +96,8 @@ def _defaults(space: SearchSpace, method: Method) -> Start:
     shared: dict[str, Any] = {}
     for parameter in searched(method, space.extra, len(space.sources)):
         value = paper_value(parameter)
+        if value is None and parameter.gene is not None:
+            value = sum(parameter.gene) / 2
         if value is not None:
             (own if parameter.per_source else shared)[parameter.name] = value
     for key, value in fixed_parameters(space, method).items():

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.declaration import Method
 from evomerge.search import genes
-from evomerge.search.genes import REST, Choice, Pattern, Real
+from evomerge.search.genes import CONTROL_POINTS, REST, Choice, LayerGroups, Pattern, Real
 from evomerge.search.space import MethodScope, SearchSpace
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ def build_space(
     tensor_group_filters: Mapping[str, Sequence[str]] | None = None,
     methods: Sequence[str],
     method_scope: MethodScope = "run",
-    layer_groups: int | Sequence[int] | str = 1,
+    layer_groups: LayerGroups = 1,
     tensor_groups: Sequence[str] | None = None,
     gene_overrides: Mapping[str, Any] | None = None,
     frankenmerge: Mapping[str, Any] | None = None,
@@ -42,7 +42,7 @@ def build_space(
             but ``rest``.
         methods: Names of the methods to choose from.
         method_scope: ``run`` or ``layer_group``.
-        layer_groups: A number of equal groups, a list of boundaries, or ``per_layer``.
+        layer_groups: A number of equal groups, a list of boundaries, ``per_layer``, or {control_points: number}.
         tensor_groups: Groups of a layer's tensors with genes of their own; what they leave over is ``rest``.
         gene_overrides: Parameter (or gene, or anything between) -> {low, high}.
         frankenmerge: {min_layers, max_layers, scale}.
@@ -72,6 +72,9 @@ def build_space(
     )
     if method_scope not in ("run", "layer_group"):
         problems.append(f"space.method_scope: run or layer_group; got {method_scope!r}")
+    smooth = isinstance(layer_groups, Mapping)
+    if smooth:
+        problems += _smooth_problems(method_scope, reals, chosen)
     if problems:
         raise SpecError(problems)
     return SearchSpace(
@@ -90,7 +93,21 @@ def build_space(
         dtype=dtype,
         registry=registry,
         extra=genes.enabled(chosen, overrides),
+        smooth=smooth,
     )
+
+
+def _smooth_problems(scope: MethodScope, reals: Sequence[Real], methods: Sequence[Method]) -> list[str]:
+    """What cannot be interpolated between control points."""
+    problems = []
+    if scope == "layer_group":
+        text = "values between control points are interpolated, and methods cannot be: give method_scope run"
+        problems.append(f"space.method_scope: {text}, or layer_groups without {CONTROL_POINTS}; got layer_group")
+    whole = {p.name for method in methods for p in method.parameters if p.kind == "int"}
+    for name in sorted({gene.parameter for gene in reals} & whole):
+        text = f"'{name}' is a whole number, which has no values between {CONTROL_POINTS}"
+        problems.append(f"space.genes.{name}: {text}: leave it out, or give layer_groups another way")
+    return problems
 
 
 def _collect(problems: list[str], make: Callable[[], T], otherwise: T) -> T:
@@ -114,7 +131,8 @@ def _chosen_methods(
             problems.append(f"space.methods: no method is called '{name}'{suggest(name, known)}")
             continue
         chosen[method.name] = method
-        if base is None and not method.copies_layers and method.base_needed({}):
+        given = {p.name: p.gene for p in genes.searched(method, frozenset(), source_count) if not p.per_source}
+        if base is None and not method.copies_layers and method.base_needed(given):
             problems.append(f"space.methods: '{name}' needs models.base, which is missing")
         if source_count < method.min_sources and not method.copies_layers:
             problems.append(f"space.methods: '{name}' needs at least {method.min_sources} sources; got {source_count}")

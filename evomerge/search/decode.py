@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evomerge.methods.declaration import Method, Parameter
-from evomerge.search.genes import OUTER, REST
+from evomerge.search.canonical import Column, Values, absent, column, gene_name, idle, keys, only_ratios
+from evomerge.search.genes import OUTER, searched
 from evomerge.search.genome import Genome, LayerGene
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 #: Less than this under a normaliser makes weights explode: such genomes are not tried.
 SMALLEST_WEIGHT_SUM = 1e-2
 
-Value = Any  # a scalar, or mergekit's list of {filter, value}
+Value = Any  # a scalar, a gradient, or mergekit's list of {filter, value}
 
 
 def copies(space: SearchSpace, genome: Genome) -> bool:
@@ -24,41 +26,51 @@ def copies(space: SearchSpace, genome: Genome) -> bool:
 
 
 def active(space: SearchSpace, genome: Genome) -> frozenset[str]:
-    """The names of the scalar genes that the recipe depends on."""
-    methods = [space.method(genome, index) for index in range(len(space.groups))]
+    """The names of the scalar genes that the recipe depends on, as the others are."""
     names = {choice.name for choice in space.choices}
-    by_group = {
-        f"g{index}": {(parameter.name, parameter.per_source) for parameter in space.searched[method.name]}
-        for index, method in enumerate(methods)
-    }
-    by_group[OUTER] = by_group["g0"] | by_group[f"g{len(methods) - 1}"]
-    names.update(gene.name for gene in space.reals if (gene.parameter, gene.source is not None) in by_group[gene.group])
+    methods = [space.method(genome, index) for index in range(len(space.groups))]
+    places = [(method, points, tensors) for method, points in _inner(space, methods) for tensors in _tensors(space)]
+    if space.outer:
+        places += [(method, (OUTER,), None) for method in dict.fromkeys((methods[0], methods[-1]))]
+    for method, points, tensors in places:
+        own = {gene_name(p.name, source, point, tensors) for p, source in keys(space, method) for point in points}
+        names |= own - idle(space, method, genome, points, tensors)
     return frozenset(names)
 
 
-def stems(space: SearchSpace, parameter: Parameter) -> list[tuple[str | None, str]]:
-    """The owners of a parameter's genes and how the genes' names begin: (source, name.source), or (None, name)."""
-    if parameter.per_source:
-        return [(source, f"{parameter.name}.{source}") for source in space.sources]
-    return [(None, parameter.name)]
+def _inner(space: SearchSpace, methods: Sequence[Method]) -> list[tuple[Method, tuple[str, ...]]]:
+    """The runs of layers that are decided on their own: their method, and the points of depth with their values."""
+    points = tuple(f"g{index}" for index in range(len(methods)))
+    return [(methods[0], points)] if space.smooth else [(m, (p,)) for m, p in zip(methods, points, strict=True)]
+
+
+def _tensors(space: SearchSpace) -> tuple[str | None, ...]:
+    return space.tensor_groups or (None,)
 
 
 def problem(space: SearchSpace, genome: Genome) -> str | None:
-    """Weights that sum to (nearly) zero somewhere, where a method would divide by the sum; None when all is well."""
-    sums: dict[tuple[str, str | None], float] = {}
-    used = active(space, genome)
-    for gene in space.reals:
-        if gene.parameter == "weight" and gene.source is not None and gene.name in used:
-            place = (gene.group, gene.tensors)
-            sums[place] = sums.get(place, 0.0) + float(genome.values[gene.name])
-    for (group, tensors), total in sums.items():
-        if abs(total) < SMALLEST_WEIGHT_SUM:
-            return f"the weights of {group}{'.' + tensors if tensors else ''} sum to {total:g}"
+    """Weights that sum to (nearly) zero somewhere, where the method divides by the sum; None when all is well."""
+    methods = [space.method(genome, index) for index in range(len(space.groups))]
+    places = [(method, points, tensors) for method, points in _inner(space, methods) for tensors in _tensors(space)]
+    if space.outer:
+        places += [(methods[0], (OUTER,), None), (methods[-1], (OUTER,), None)]
+    for method, points, tensors in places:
+        for parameter in space.searched[method.name]:
+            if not only_ratios(space, method, parameter):
+                continue
+            sums = [
+                sum(float(genome.values[gene_name(parameter.name, s, point, tensors)]) for s in space.sources)
+                for point in points
+            ]
+            for point, total in zip(points, sums, strict=True):
+                # Between two points whose sums have different signs one is zero.
+                if abs(total) < SMALLEST_WEIGHT_SUM or total * sums[0] < 0:
+                    return f"the weights of {point}{'.' + tensors if tensors else ''} sum to {total:g}"
     return None
 
 
 def recipe(space: SearchSpace, genome: Genome) -> dict[str, Any]:
-    """The recipe of a genome. The same recipe for every genome that differs in inactive genes only."""
+    """The recipe of a genome: the same one for genomes that differ only in genes that change nothing."""
     methods = [space.method(genome, index) for index in range(len(space.groups))]
     names = list(dict.fromkeys(method.name for method in methods))
     if len(names) == 1 and methods[0].copies_layers:
@@ -74,9 +86,9 @@ def assemble(space: SearchSpace, methods: Sequence[Method], slices: list[dict[st
     if space.base is not None and any(space.needs_base(method) for method in methods):
         data["base_model"] = space.base
     data["slices"] = slices
-    constants = fixed_parameters(space, methods[0]) if len({method.name for method in methods}) == 1 else {}
+    constants = space.constants[methods[0].name] if len({method.name for method in methods}) == 1 else {}
     if constants:
-        data["parameters"] = constants
+        data["parameters"] = dict(constants)
     if space.dtype is not None:
         data["dtype"] = space.dtype
     if any(method.stochastic for method in methods):
@@ -90,7 +102,9 @@ def fixed_parameters(space: SearchSpace, method: Method) -> dict[str, Any]:
     Among them is SLERP's ``on: deltas``: fine-tunes of one base are nearly parallel, so on weights it is linear.
     Without a base it stays on weights.
     """
-    genes = [parameter.name for parameter in space.searched.get(method.name, ())]
+    found = searched(method, space.extra, len(space.sources))
+    genes = [parameter.name for parameter in found]
+    replaced = [parameter.instead_of for parameter in found]
     fixed = {
         parameter.name: parameter.paper
         for parameter in method.parameters
@@ -98,67 +112,68 @@ def fixed_parameters(space: SearchSpace, method: Method) -> dict[str, Any]:
         and parameter.paper is not None
         and parameter.paper != parameter.default
         and parameter.instead_of is None
+        and parameter.name not in replaced
     }
     return {} if space.base is None and method.base_needed(fixed) and not method.base_needed({}) else fixed
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a slice says about some of its tensors: substrings that pick them (none: all that are left), and values."""
+
+    filters: tuple[str, ...]
+    values: Column
+
+
 def _slices(space: SearchSpace, genome: Genome, methods: Sequence[Method], *, mixed: bool) -> list[dict[str, Any]]:
-    """One slice per run of layer groups with the same method and values."""
-    slices: list[dict[str, Any]] = []
-    groups = list(range(len(space.groups)))
+    """One slice per run of layer groups with the same method and values; one for all under control points."""
+    bodies = [_body(space, genome, method, points) for method, points in _inner(space, methods)]
     runs: list[tuple[int, int]] = []  # first and last layer group
-    for index in groups:
-        if runs and not methods[index].copies_layers and _same(space, genome, methods, runs[-1][1], index):
+    for index, body in enumerate(bodies):
+        last = runs[-1][1] if runs else index
+        if runs and methods[index] is methods[last] and not methods[index].copies_layers and body == bodies[last]:
             runs[-1] = (runs[-1][0], index)
         else:
             runs.append((index, index))
+    slices: list[dict[str, Any]] = []
     for first, last in runs:
-        start, stop = space.groups[first][0], space.groups[last][1]
         method = methods[first]
+        start, stop = (0, space.layer_count) if space.smooth else (space.groups[first][0], space.groups[last][1])
         if method.copies_layers:
             made = copied_slices(space, _layers_within(space, genome, start, stop))
         else:
-            outer = first == 0 or last == groups[-1]
-            made = [_merged_slice(space, genome, method, first, (start, stop), outer=outer, constants=mixed)]
-        for piece in made:
-            slices.append({"merge_method": method.name, **piece} if mixed else piece)
+            parts = bodies[first]
+            if space.outer and (start == 0 or stop == space.layer_count):
+                parts = [Part(space.outer, column(space, method, genome, (OUTER,))), *parts]
+            made = [_merged_slice(space, method, parts, (start, stop), constants=mixed)]
+        slices += [{"merge_method": method.name, **piece} if mixed else piece for piece in made]
     return slices
 
 
-def _same(space: SearchSpace, genome: Genome, methods: Sequence[Method], left: int, right: int) -> bool:
-    """Whether two neighbouring layer groups have the same method and the same values."""
-    if methods[left] is not methods[right]:
-        return False
-    values = genome.values
-    for parameter in space.searched[methods[left].name]:
-        for _, stem in stems(space, parameter):
-            for tensors in space.tensor_groups or (None,):
-                end = f".{tensors}" if tensors else ""
-                if values[f"{stem}.g{left}{end}"] != values[f"{stem}.g{right}{end}"]:
-                    return False
-    return True
+def _body(space: SearchSpace, genome: Genome, method: Method, points: Sequence[str]) -> list[Part]:
+    """What a genome says about the tensors of a run of layers, what is left over last."""
+    return [
+        Part(space.filters.get(str(tensors), ()), column(space, method, genome, points, tensors))
+        for tensors in _tensors(space)
+    ]
 
 
 def _merged_slice(
-    space: SearchSpace,
-    genome: Genome,
-    method: Method,
-    group: int,
-    layers: tuple[int, int],
-    *,
-    outer: bool,
-    constants: bool,
+    space: SearchSpace, method: Method, parts: Sequence[Part], layers: tuple[int, int], *, constants: bool
 ) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
     if space.needs_base(method):
         sources.append({"model": space.base, "layer_range": list(layers)})
-    shared: dict[str, Any] = fixed_parameters(space, method) if constants else {}
+    shared: dict[str, Any] = dict(space.constants[method.name]) if constants else {}
     own: dict[str, dict[str, Any]] = {source: {} for source in space.sources}
-    for parameter in space.searched[method.name]:
-        for owner, stem in stems(space, parameter):
-            place = shared if owner is None else own[owner]
-            place[parameter.name] = conditional(space, genome, stem, group, outer=outer)
+    for parameter, owner in keys(space, method):
+        place = shared if owner is None else own[owner]
+        settings = [(part.filters, _setting(parameter, part.values[parameter.name, owner])) for part in parts]
+        place[parameter.name] = _conditional(settings)
+    left_out = absent(space, method, [part.values for part in parts])
     for source, reference in space.sources.items():
+        if source in left_out:
+            continue
         entry: dict[str, Any] = {"model": reference, "layer_range": list(layers)}
         if own[source]:
             entry["parameters"] = own[source]
@@ -169,17 +184,16 @@ def _merged_slice(
     return piece
 
 
-def conditional(space: SearchSpace, genome: Genome, stem: str, group: int, *, outer: bool) -> Value:
+def _setting(parameter: Parameter, values: Values) -> Value:
+    """A scalar, or a gradient where the values differ along the depth."""
+    written = [int(value) if parameter.kind == "int" else value for value in values]
+    return written[0] if all(value == written[0] for value in written) else written
+
+
+def _conditional(settings: Sequence[tuple[tuple[str, ...], Value]]) -> Value:
     """One value, or mergekit's list of conditions (the first match wins) where tensors of the slice differ."""
-    values = genome.values
-    conditions: list[tuple[str, float]] = []
-    if outer and space.outer:
-        value = float(values[f"{stem}.{OUTER}"])
-        conditions += [(name, value) for name in space.outer]
-    for tensors in space.tensor_groups[:-1]:
-        value = float(values[f"{stem}.g{group}.{tensors}"])
-        conditions += [(pattern, value) for pattern in space.filters[tensors]]
-    rest = float(values[f"{stem}.g{group}.{REST}" if space.tensor_groups else f"{stem}.g{group}"])
+    conditions = [(name, value) for filters, value in settings[:-1] for name in filters]
+    rest = settings[-1][1]
     while conditions and conditions[-1][1] == rest:
         conditions.pop()
     if not conditions:

@@ -1,8 +1,8 @@
 """The genes of a search space, derived from the methods' own declarations.
 
 A gene is named ``parameter.group`` or, where every source has its own value, ``parameter.source.group``; with tensor
-groups, ``.attention`` and so on is added. Groups are ``g0``, ``g1``, ... (runs of layers) and ``outer`` (embeddings,
-final norm, head). Methods that know a parameter of the same name share its genes.
+groups, ``.attention`` and so on is added. Groups are ``g0``, ``g1``, ... (runs of layers, or control points along the
+depth) and ``outer`` (embeddings, final norm, head). Methods that know a parameter of the same name share its genes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from evomerge.methods.declaration import Method, Parameter
 
 OUTER = "outer"
 REST = "rest"
+CONTROL_POINTS = "control_points"
+
+LayerGroups = int | Sequence[int] | str | Mapping[Any, int]
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,31 @@ def enabled(methods: Sequence[Method], overrides: Mapping[str, Any]) -> frozense
 def searched(method: Method, extra: frozenset[str], source_count: int) -> tuple[Parameter, ...]:
     """The numeric parameters of `method` that have genes: those with a declared range, and the `enabled` ones.
 
-    Of two that say the same (drop_rate and density) only one has genes, and one that needs another mode has none.
+    Of two that say the same only one has genes: the one that stands in the other's place where it declares a range (t
+    of SLERP with one source), else the other (density, not drop_rate). One that needs another mode has none.
     """
     if method.copies_layers:
         return ()
     known = {parameter.name: parameter for parameter in method.parameters}
+    replaced = {
+        parameter.instead_of
+        for parameter in method.parameters
+        if parameter.instead_of in known and parameter.gene is not None and _few_enough(parameter, source_count)
+    }
     return tuple(
         parameter
         for parameter in method.parameters
         if parameter.kind in ("float", "int")
         and (parameter.gene is not None or parameter.name in extra)
-        and parameter.instead_of not in known
-        and (parameter.gene_sources is None or source_count <= parameter.gene_sources)
+        and parameter.name not in replaced
+        and (parameter.instead_of not in known or parameter.instead_of in replaced)
+        and _few_enough(parameter, source_count)
         and (parameter.when is None or paper_value(known[parameter.when[0]]) == parameter.when[1])
     )
+
+
+def _few_enough(parameter: Parameter, source_count: int) -> bool:
+    return parameter.gene_sources is None or source_count <= parameter.gene_sources
 
 
 def paper_value(parameter: Parameter) -> Any:
@@ -239,11 +253,11 @@ def _real(
     return Real(name, float(low), float(high), family.parameter, source, group, tensors, float(default))
 
 
-def layer_groups(groups: int | Sequence[int] | str, layer_count: int) -> tuple[tuple[int, int], ...]:
-    """Runs of layers [start, stop) that share genes.
+def layer_groups(groups: LayerGroups, layer_count: int) -> tuple[tuple[int, int], ...]:
+    """Runs of layers [start, stop) that share genes; of control points the layers nearest to each.
 
     Args:
-        groups: A number of equal groups, the boundaries between groups, or ``per_layer``.
+        groups: A number of equal groups, the boundaries between groups, ``per_layer``, or {control_points: number}.
         layer_count: Layers of the models.
 
     Raises:
@@ -256,6 +270,16 @@ def layer_groups(groups: int | Sequence[int] | str, layer_count: int) -> tuple[t
         if not 1 <= groups <= layer_count:
             raise SpecError(f"{where}: a number from 1 to {layer_count} (the models' layers); got {groups}")
         edges = [round(index * layer_count / groups) for index in range(groups + 1)]
+    elif isinstance(groups, Mapping):
+        count = groups.get(CONTROL_POINTS)
+        if set(groups) != {CONTROL_POINTS} or isinstance(count, bool) or not isinstance(count, int):
+            raise SpecError(f"{where}: {{{CONTROL_POINTS}: number}} is what a mapping says; got {dict(groups)}")
+        if not 2 <= count <= layer_count:
+            text = f"a number from 2 to {layer_count} (the models' layers)"
+            raise SpecError(f"{where}.{CONTROL_POINTS}: {text}; got {count}")
+        # Point k lies at layer k (L - 1) / (K - 1); half way between two the nearest changes.
+        step = (layer_count - 1) / (count - 1)
+        edges = [0, *(math.floor((index + 0.5) * step) + 1 for index in range(count - 1)), layer_count]
     elif isinstance(groups, Sequence) and not isinstance(groups, str):
         edges = [0, *groups, layer_count]
         edges = edges[1:] if len(edges) > 2 and edges[1] == 0 else edges
@@ -263,5 +287,6 @@ def layer_groups(groups: int | Sequence[int] | str, layer_count: int) -> tuple[t
         if not all(isinstance(edge, int) for edge in edges) or any(a >= b for a, b in itertools.pairwise(edges)):
             raise SpecError(f"{where}: boundaries rise within 0 and {layer_count} (the models' layers); got {groups}")
     else:
-        raise SpecError(f"{where}: a number, a list of boundaries, or per_layer; got {groups!r}")
+        kinds = f"a number, a list of boundaries, per_layer, or {{{CONTROL_POINTS}: number}}"
+        raise SpecError(f"{where}: {kinds}; got {groups!r}")
     return tuple(itertools.pairwise(edges))

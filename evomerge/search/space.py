@@ -38,7 +38,7 @@ class SearchSpace:
     Attributes:
         base: Reference of the base model, None without one.
         sources: Name -> reference of every source, in the order of the search.yaml.
-        groups: Layer groups, [start, stop).
+        groups: Layer groups, [start, stop); under `smooth` the layers nearest to each control point.
         outer: Names of the tensors outside the layer stack.
         filters: Tensor group -> substrings that pick its tensors; ``rest`` has none: it is what is left.
         tensor_groups: Groups of a layer's tensors with genes of their own; empty for one group.
@@ -51,6 +51,8 @@ class SearchSpace:
         dtype: Output dtype of the recipes.
         registry: All known methods, for the baselines.
         extra: Parameters that are searched only because the search.yaml gives them a range.
+        smooth: The genes of ``g0``, ``g1``, ... are values at control points, evenly spaced from the first layer to the
+            last, between which every layer's value is interpolated.
     """
 
     base: str | None
@@ -68,6 +70,7 @@ class SearchSpace:
     dtype: str | None
     registry: Mapping[str, Method] = field(repr=False)
     extra: frozenset[str] = frozenset()
+    smooth: bool = False
 
     @property
     def layer_count(self) -> int:
@@ -93,6 +96,11 @@ class SearchSpace:
     def searched(self) -> Mapping[str, tuple[Parameter, ...]]:
         """The parameters with genes, by name of method."""
         return {method.name: genes.searched(method, self.extra, len(self.sources)) for method in self.methods}
+
+    @cached_property
+    def constants(self) -> Mapping[str, Mapping[str, Any]]:
+        """`decode.fixed_parameters` by name of method."""
+        return {method.name: decode.fixed_parameters(self, method) for method in self.methods}
 
     @cached_property
     def _by_name(self) -> Mapping[str, Method]:

@@ -91,6 +91,39 @@ def test_a_source_at_weight_zero_takes_no_part(method: Method, mode: dict[str, A
         assert torch.equal(got, expected)
 
 
+@having("weight")
+@pytest.mark.parametrize("switch", [False, True])
+def test_a_factor_on_all_weights_changes_nothing_exactly_where_only_their_ratios_count(
+    method: Method, switch: bool
+) -> None:
+    base, sources = family(11, 3, (6, 7))
+    declaration = method.parameter("weight")
+    assert declaration is not None
+    rule = declaration.only_ratios
+    chosen = {rule: switch} if isinstance(rule, str) else {}
+    one = run(method, base, sources, [0.4, 1.0, 0.7], declared(method, chosen))
+    scaled = run(method, base, sources, [0.4 * 0.3, 0.3, 0.7 * 0.3], declared(method, chosen))
+    same = torch.allclose(one, scaled, rtol=1e-5, atol=1e-6)
+    assert same == (switch if isinstance(rule, str) else rule)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(m, p.name) for m in METHODS.values() for p in m.parameters if p.idle_at],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_what_is_declared_idle_has_no_effect_there_and_has_one_elsewhere(method: Method, name: str) -> None:
+    base, sources = family(11, 3, (6, 7))
+    declaration = method.parameter(name)
+    assert declaration is not None
+    assert declaration.idle_at is not None
+    assert declaration.gene is not None
+    other, at = declaration.idle_at
+    for value, same in ((at, True), (0.5, False)):
+        both = [run(method, base, sources, [0.4, 1.0, 0.7], {other: value, name: end}) for end in declaration.gene]
+        assert torch.equal(*both) == same
+
+
 # ---------------------------------------------------------------- blocks
 
 

@@ -137,7 +137,7 @@ def test_impossible_layer_groups_are_refused(groups: Any) -> None:
 
 def test_recipe_by_hand() -> None:
     space = make_space(
-        sources={"math": "m"}, methods=("ties",), layer_groups=2, tensor_groups=["mlp"], dtype="bfloat16", base="b"
+        sources={"math": "m"}, methods=("dare_ties",), layer_groups=2, tensor_groups=["mlp"], dtype="bfloat16", base="b"
     )
     genome = set_genes(
         space,
@@ -154,9 +154,10 @@ def test_recipe_by_hand() -> None:
     # First match wins: outer tensors by name, then the tensor group, then the rest. Both slices need the outer values,
     # since the embeddings follow the first slice and the final norm the last. In g1 all weights are equal: one scalar.
     assert space.recipe(genome) == {
-        "merge_method": "ties",
+        "merge_method": "dare_ties",
         "base_model": "b",
         "dtype": "bfloat16",
+        "seed": 0,
         "slices": [
             {
                 "sources": [
@@ -171,7 +172,7 @@ def test_recipe_by_hand() -> None:
                                 {"filter": "mlp", "value": 0.1},
                                 {"value": 0.2},
                             ],
-                            "density": [*outer_density, {"value": 0.2}],
+                            "density": [*outer_density, {"value": 0.1}],
                         },
                     },
                 ],
@@ -183,7 +184,7 @@ def test_recipe_by_hand() -> None:
                     {
                         "model": "m",
                         "layer_range": [6, 12],
-                        "parameters": {"weight": 0.3, "density": [*outer_density, {"value": 0.2}]},
+                        "parameters": {"weight": 0.3, "density": [*outer_density, {"value": 0.1}]},
                     },
                 ],
                 "parameters": {"lambda": 1.0},

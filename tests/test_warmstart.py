@@ -1,0 +1,155 @@
+"""A search that starts from other runs and recipes: what it takes, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evomerge.check import check_search
+from evomerge.errors import RunError, SpecError
+from evomerge.run import resume, start
+from evomerge.runfolder import RunFolder
+from evomerge.search import baselines, digest, ranked
+from evomerge.spec import SearchSpec, load_spec, parse_spec
+from evomerge.warmstart import read_seeds, warm_starts
+from evomerge.workbench import Workbench
+from tests.frame import invoke, search_spec
+
+SMALL: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__guard": []}
+
+
+def spec_of(family: dict[str, Path], warm: Any, **changes: Any) -> SearchSpec:
+    return parse_spec(search_spec(family, **{**SMALL, "search__warm_start": warm, **changes}))
+
+
+@pytest.fixture
+def recipe_file(tiny_family: dict[str, Path], tmp_path: Path) -> Path:
+    """A recipe that no space here can say exactly: a normalised sum."""
+    weights: dict[str, Any] = {"a": 0.6, "b": [0.1, 0.4]}
+    models = [{"model": str(tiny_family[name]), "parameters": {"weight": w}} for name, w in weights.items()]
+    data = {"merge_method": "task_arithmetic", "base_model": str(tiny_family["base"]), "models": models}
+    path = tmp_path / "known-good.yaml"
+    path.write_text(yaml.safe_dump({**data, "parameters": {"normalize": True, "lambda": 0.8}}))
+    return path
+
+
+def test_generation_0_is_the_baselines_then_the_best_of_the_run_then_the_recipe(
+    finished_run: Path, tiny_family: dict[str, Path], recipe_file: Path
+) -> None:
+    bench = Workbench(spec_of(tiny_family, [str(finished_run), str(recipe_file)], search__population=6))
+    starts = warm_starts(bench)
+    first = baselines(bench.space)
+    assert starts[: len(first)] == first
+    known = {candidate.number: candidate for candidate in RunFolder.existing(finished_run).candidates()}
+    winner = RunFolder.existing(finished_run).winner(tuple(known.values()))
+    order = [winner, *(c.number for c in ranked(known.values()) if c.number != winner)]
+    old = {digest(s.recipe) for s in first}
+    expected = [f"seed: tiny #{k}" for k in order if digest(known[k].recipe) not in old][:3]
+    assert [s.name for s in starts[len(first) :]] == [*expected, "seed: known-good.yaml"]
+    for seed in starts[len(first) : -1]:
+        candidate = known[int(seed.name.split("#")[1])]
+        assert (seed.recipe, bench.space.phenotype(seed.genome)) == (candidate.recipe, candidate.phenotype)
+    assert starts[-1].recipe["parameters"] == {"normalize": True, "lambda": 0.8}
+    assert starts[-1].genome.values["method"] == "task_arithmetic"
+    assert all(bench.space.contains(s.genome) for s in starts)
+    assert len({digest(s.recipe) for s in starts}) == len(starts)
+
+
+def test_a_run_goes_on_without_what_it_started_from(
+    finished_run: Path, tiny_family: dict[str, Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(finished_run, tmp_path / "first"))
+    changes = {**SMALL, "search__warm_start": "first", "search__candidates": 11}
+    changes["space__layer_groups"] = {"control_points": 3}  # over two groups there
+    path = tmp_path / "second.yaml"
+    path.write_text(yaml.safe_dump(search_spec(tiny_family, **changes), sort_keys=False))
+    root = tmp_path / "run"
+    start(load_spec(path), source=path, folder=root)
+    folder = RunFolder.existing(root)
+    kept = folder.starts()
+    assert kept is not None
+    names = [start.name for start in kept]
+    assert [c.operator for c in folder.candidates()] == names[:11]
+    assert any(name.startswith("seed: first #") for name in names)
+    shutil.rmtree(source)
+    resume(root, candidates=len(names) + 2)
+    found = RunFolder.existing(root).candidates()
+    assert [c.operator for c in found if c.generation == 0] == names
+    assert [c.recipe for c in found if c.generation == 0] == [start.recipe for start in kept]
+    assert start(load_spec(path), source=path, folder=root)["candidates"]["budget"] == len(found)
+    path.write_text(path.read_text().replace("warm_start: first", "warm_start: another"))
+    with pytest.raises(RunError, match="warm_start"):
+        start(load_spec(path), source=path, folder=root)
+
+
+def test_check_says_what_it_starts_from(tiny_family: dict[str, Path], recipe_file: Path) -> None:
+    told = check_search(spec_of(tiny_family, str(recipe_file)))
+    assert f"warm start: 1 of generation 0 from {recipe_file}" in told
+
+
+def refused(spec: SearchSpec, match: str) -> None:
+    with pytest.raises(SpecError, match=match) as caught:
+        read_seeds(spec)
+    assert all(problem.startswith("search.warm_start: ") for problem in caught.value.problems)
+
+
+def test_what_cannot_be_started_from_is_told_at_once(
+    tiny_family: dict[str, Path], tmp_path: Path, recipe_file: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    torn = tmp_path / "torn.yaml"
+    torn.write_text("merge_method: tys\n")
+    spec = spec_of(tiny_family, ["runs/gone", str(tmp_path / "empty"), str(torn)])
+    with pytest.raises(SpecError) as caught:
+        read_seeds(spec)
+    text = "\n".join(caught.value.problems)
+    for part in ("no run folder and no recipe runs/gone", "empty: no run here", "'tys'"):
+        assert part in text
+    other = {**tiny_family, "b": tiny_family["c"]}
+    spec = spec_of(other, str(recipe_file), models__sources={"a": str(tiny_family["a"])})
+    refused(spec, rf"names {tiny_family['b']}, which this search does not have")
+
+
+def test_a_run_of_other_models_is_refused(finished_run: Path, tiny_family: dict[str, Path]) -> None:
+    spec = spec_of(tiny_family, str(finished_run), models__sources={"x": str(tiny_family["base"])})
+    refused(spec, "no source in common with this search: a, b, c there, x here")
+
+
+def test_a_run_without_scores_is_refused(tiny_family: dict[str, Path], finished_run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(finished_run, tmp_path / "begun"))
+    for name in ("study.log", "result.json"):
+        (copied / name).unlink()
+    refused(spec_of(tiny_family, str(copied)), "no candidate of that run has been scored")
+
+
+def test_a_recipe_with_steps_or_a_tokenizer_is_refused(recipe_file: Path, tiny_family: dict[str, Path]) -> None:
+    recipe_file.write_text(recipe_file.read_text() + "tokenizer_source: union\n")
+    refused(spec_of(tiny_family, str(recipe_file)), "one merge with the models' tokenizer")
+
+
+def test_groups_that_do_not_fit_these_models_are_told(
+    finished_run: Path, tiny_family: dict[str, Path], tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished_run, tmp_path / "deep"))
+    folder = RunFolder.existing(copied)
+    space = folder.spec.space.model_copy(update={"layer_groups": 9})
+    folder.write_spec(folder.spec.model_copy(update={"space": space}))
+    with pytest.raises(SpecError, match=r"search\.warm_start: .*deep: space\.layer_groups: a number from 1 to 4"):
+        warm_starts(Workbench(spec_of(tiny_family, str(copied))))
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_missing_one_is_bad_input_and_leaves_nothing(
+    command: str, tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "search.yaml"
+    changes = {**SMALL, "search__warm_start": "runs/gone", "run__dir": str(tmp_path / "run")}
+    path.write_text(yaml.safe_dump(search_spec(tiny_family, **changes)))
+    ended = invoke(capsys, command, path)
+    assert ended.code == 2
+    assert "search.warm_start: no run folder and no recipe runs/gone" in ended.err
+    assert not (tmp_path / "run").exists()
