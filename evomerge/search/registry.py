@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.errors import SpecError, suggest
+from evomerge.search import gp, tpe
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.ga import ga
+from evomerge.search.nsga2 import nsga2
+from evomerge.search.nsga3 import nsga3
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.random_search import random_search
 from evomerge.search.space import SearchSpace
@@ -65,6 +68,10 @@ def _of_kind(value: Any, default: Any) -> bool:
 ALGORITHMS: dict[str, Registered] = {
     "ga": Registered(ga),
     "random": Registered(random_search),
+    "tpe": Registered(tpe.tpe, tpe.OPTIONS, several=True),
+    "gp": Registered(gp.gp, gp.OPTIONS),
+    "nsga2": Registered(nsga2, several=True),
+    "nsga3": Registered(nsga3, several=True),
 }
 
 
