@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.errors import SpecError, suggest
-from evomerge.search import cmaes, gp, tpe
+from evomerge.search import catcma, cmaes, gp, tpe
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.ga import ga
 from evomerge.search.nsga2 import nsga2
@@ -72,6 +72,7 @@ ALGORITHMS: dict[str, Registered] = {
     "random": Registered(random_search),
     "tpe": Registered(tpe.tpe, tpe.OPTIONS, several=True),
     "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems),
+    "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems),
     "gp": Registered(gp.gp, gp.OPTIONS),
     "nsga2": Registered(nsga2, several=True),
     "nsga3": Registered(nsga3, several=True),
