@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.errors import SpecError, suggest
-from evomerge.search import catcma, cmaes, gp, tpe
+from evomerge.search import catcma, cmaes, gp, map_elites, tpe
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.ga import ga
 from evomerge.search.nsga2 import nsga2
@@ -76,6 +76,7 @@ ALGORITHMS: dict[str, Registered] = {
     "gp": Registered(gp.gp, gp.OPTIONS),
     "nsga2": Registered(nsga2, several=True),
     "nsga3": Registered(nsga3, several=True),
+    "map_elites": Registered(map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True),
 }
 
 
