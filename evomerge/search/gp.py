@@ -36,6 +36,5 @@ def gp(
         return GPSampler(seed=number, n_startup_trials=options["startup"], warn_independent_sampling=False)
 
     told = samplers.values_of([replace(candidate, objectives=None) for candidate in history])
-    best = sorted(told, key=lambda one: (-one[1][0], one[0].number))[: options["most"]]
-    told = sorted(best, key=lambda one: one[0].number)
+    told = samplers.best_of(told, options["most"])
     return samplers.propose(space, history, told, numbers, generation, seed, name="gp", sampler=sampler)

@@ -37,6 +37,8 @@ def nsga3(
 
     told = samplers.values_of(history)
     survivors = max(min(settings.population, len(told)), 2)
+    if told and len(told[0][1]) == 1:
+        told = samplers.best_of(told, survivors)  # who survives is known without a study of all
 
     def sampler(number: int) -> NSGAIIISampler:
         return FromAll(population_size=survivors, crossover=SBXCrossover(), mutation=PolynomialMutation(), seed=number)

@@ -50,6 +50,12 @@ def values_of(history: Sequence[Candidate]) -> list[tuple[Candidate, Values]]:
     return [(candidate, worst if values is None else values) for candidate, values in told]
 
 
+def best_of(told: Sequence[tuple[Candidate, Values]], count: int) -> list[tuple[Candidate, Values]]:
+    """The best by their first value, in the order of their numbers."""
+    best = sorted(told, key=lambda one: (-one[1][0], one[0].number))[:count]
+    return sorted(best, key=lambda one: one[0].number)
+
+
 def active_params(space: SearchSpace, genome: Genome) -> dict[str, Any]:
     """The genes that the recipe depends on, for a sampler that knows conditional parameters."""
     return space.params(genome)
