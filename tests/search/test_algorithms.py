@@ -42,7 +42,14 @@ SPACES = {
     ),
 }
 
-every_space = pytest.mark.parametrize("space_name", sorted(SPACES))
+every_pair = pytest.mark.parametrize(
+    ("algorithm", "space_name"),
+    [
+        pytest.param(algorithm, name, marks=pytest.mark.slow if algorithm in COSTLY else ())
+        for algorithm in sorted(ALGORITHMS)
+        for name in (["by group", "mixed"] if algorithm in COSTLY else sorted(SPACES))
+    ],
+)
 
 
 def history_of(space: SearchSpace, extra: int = 24) -> tuple[Candidate, ...]:
@@ -71,8 +78,7 @@ def ask(algorithm: str, space: SearchSpace, history: tuple[Candidate, ...], coun
     return ALGORITHMS[algorithm](space, history, numbers, 2, seed, AlgorithmSettings(population=16))
 
 
-@every_algorithm
-@every_space
+@every_pair
 def test_proposals_are_new_numbered_and_within_the_space(algorithm: str, space_name: str) -> None:
     space = SPACES[space_name]()
     history = history_of(space)
@@ -88,8 +94,7 @@ def test_proposals_are_new_numbered_and_within_the_space(algorithm: str, space_n
     assert all(set(p.parents) <= known and p.operator and p.generation == 2 for p in proposals)
 
 
-@every_algorithm
-@every_space
+@every_pair
 def test_the_same_call_gives_the_same_proposals_whatever_came_between(algorithm: str, space_name: str) -> None:
     space = SPACES[space_name]()
     history = history_of(space)
@@ -107,8 +112,7 @@ def test_another_seed_gives_other_proposals(algorithm: str) -> None:
     assert ask(algorithm, space, history, seed=3) != ask(algorithm, space, history, seed=4)
 
 
-@every_algorithm
-@every_space
+@every_pair
 def test_fewer_numbers_give_the_first_of_the_same_proposals(algorithm: str, space_name: str) -> None:
     space = SPACES[space_name]()
     history = history_of(space)
