@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.errors import SpecError, suggest
+from evomerge.search import catcma, cmaes, gp, map_elites, tpe
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.ga import OPTIONS, ga
+from evomerge.search.nsga2 import nsga2
+from evomerge.search.nsga3 import nsga3
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.random_search import random_search
 from evomerge.search.space import SearchSpace
@@ -21,12 +24,14 @@ class Registered:
     Attributes:
         propose: The algorithm.
         options: Its own settings (`search.options` in a search.yaml) with their defaults.
+        check: What is wrong with options of the right names and kinds; None where nothing can be.
         one: Whether it can maximise one fitness.
         several: Whether it can look for the Pareto front of several objectives.
     """
 
     propose: Algorithm
     options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], list[str]] | None = None
     one: bool = True
     several: bool = False
 
@@ -52,7 +57,7 @@ class Registered:
             elif not _of_kind(value, self.options[name]):
                 kind = type(self.options[name]).__name__
                 found.append(f"search.options.{name}: a {kind} such as {self.options[name]!r}; got {value!r}")
-        return found
+        return found or (self.check(options) if self.check is not None else [])
 
 
 def _of_kind(value: Any, default: Any) -> bool:
@@ -65,6 +70,13 @@ def _of_kind(value: Any, default: Any) -> bool:
 ALGORITHMS: dict[str, Registered] = {
     "ga": Registered(ga, OPTIONS, several=True),
     "random": Registered(random_search, several=True),
+    "tpe": Registered(tpe.tpe, tpe.OPTIONS, several=True),
+    "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems),
+    "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems),
+    "gp": Registered(gp.gp, gp.OPTIONS),
+    "nsga2": Registered(nsga2, several=True),
+    "nsga3": Registered(nsga3, several=True),
+    "map_elites": Registered(map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True),
 }
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pytest
 
 from evomerge.search import (
     ALGORITHMS,
@@ -24,6 +25,16 @@ from evomerge.search.decode import active, copies
 from evomerge.search.propose import generator
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare", "dare_ties", "dfs")
+
+
+#: Algorithms whose asks take a good part of a second: tested with few candidates.
+COSTLY = ("gp",)
+
+
+def every_algorithm(test: Any) -> Any:
+    """Parametrises a test by every algorithm of the registry; the costly ones are marked slow."""
+    names = [pytest.param(n, marks=pytest.mark.slow) if n in COSTLY else n for n in sorted(ALGORITHMS)]
+    return pytest.mark.parametrize("algorithm", names)(test)
 
 
 def make_space(**changes: Any) -> SearchSpace:

@@ -21,10 +21,9 @@ from evomerge.search import (
     baselines,
     search,
 )
-from tests.search.landscapes import Bowl, Memory, make_space, plain
+from tests.search.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
 from tests.search.scripted_run import SPACE, evaluate
 
-every_algorithm = pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 SETTINGS = AlgorithmSettings(population=7)
 STARTS = len(baselines(SPACE))
 
@@ -36,6 +35,8 @@ def go(record: Any, stop: Stop, algorithm: str = "ga", scorer: Any = evaluate, *
 @every_algorithm
 @pytest.mark.parametrize("budget", [1, STARTS - 1, STARTS, STARTS + 1, STARTS + 17])
 def test_the_budget_is_exact_and_no_recipe_is_scored_twice(algorithm: str, budget: int) -> None:
+    if algorithm in COSTLY:
+        budget = min(budget, STARTS + 2)
     finished = go(Memory(), Stop(budget), algorithm)
     assert finished.reason == "budget"
     assert [c.number for c in finished.candidates] == list(range(budget))
@@ -53,9 +54,13 @@ def test_generations_have_the_size_asked_for_and_breed_from_earlier_ones() -> No
 
 @every_algorithm
 def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str) -> None:
-    budget = STARTS + 16
+    budget = STARTS + (9 if algorithm in COSTLY else 16)
     whole = plain(go(Memory(), Stop(budget), algorithm).candidates)
-    for stop_at in range(budget):
+    # Everywhere for the cheap ones; else in generation 0, at the edges of a generation and within one.
+    places = [0, STARTS - 1, STARTS, STARTS + 3, STARTS + 6, STARTS + 7, budget - 1]
+    if algorithm in ("ga", "random", "cmaes"):
+        places = list(range(budget))
+    for stop_at in places[4:5] if algorithm in COSTLY else places:
         record = Memory()
 
         def interrupted(proposal: Proposal, last: int = stop_at) -> Outcome:
@@ -73,9 +78,10 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str) -> None
 @every_algorithm
 def test_an_extended_run_begins_like_the_long_one(algorithm: str) -> None:
     record = Memory()
+    far = STARTS + (8 if algorithm in COSTLY else 20)
     go(record, Stop(STARTS + 3), algorithm)
-    extended = go(record, Stop(STARTS + 20), algorithm)
-    assert plain(extended.candidates) == plain(go(Memory(), Stop(STARTS + 20), algorithm).candidates)
+    extended = go(record, Stop(far), algorithm)
+    assert plain(extended.candidates) == plain(go(Memory(), Stop(far), algorithm).candidates)
 
 
 def test_a_hole_in_the_record_is_filled_with_the_same_candidate() -> None:
