@@ -87,7 +87,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         for text in folder.settle_environment(bench.environment()):
             display.say(text)
         scorer = Scorer(bench, folder)
-        record = folder.record(bench.space)
+        record = folder.record(bench.space, say=display.say)
         if not len(record):  # a run that goes on has passed them
             for text in [*bench.look_at_items(), *look_before(bench)]:
                 display.say(f"warning: {text}")
@@ -160,7 +160,7 @@ def _baseline(
         value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
         display.say(f"random search, candidate {candidate.number}: {value}")
 
-    record = folder.record(bench.space, baseline=True)
+    record = folder.record(bench.space, baseline=True, say=display.say)
     stop = Stop(_MOST_RANDOM * len(found), items=items)
     ended = _search(folder, bench, scorer, record, "random", stop, progress)
     if ended.reason == "interrupted":

@@ -89,6 +89,7 @@ class Record:
         create: bool = True,
         owner: Mapping[str, str] | None = None,
         say: Callable[[str], None] = log.warning,
+        waits: Sequence[float] = TO_APPEND,
     ) -> Record:
         """Opens the study `name`, or creates it.
 
@@ -100,11 +101,12 @@ class Record:
             create: Whether a missing study is created.
             owner: Who writes to it, in a storage that others may use: an ``id`` of the run folder, and where it is.
             say: Is told when the storage cannot be reached, and is tried again.
+            waits: Seconds between the tries to append.
 
         Raises:
             RunError: The storage cannot be opened, has no such study and `create` is false, or has another run's.
         """
-        record = cls._opened(where, name, space, objectives, create, say)
+        record = cls._opened(where, name, space, objectives, create, say, waits)
         if record is None:
             missing = "://" not in str(where) and not Path(where).exists()
             raise RunError(
@@ -123,7 +125,7 @@ class Record:
         """
         if "://" not in str(where) and not Path(where).exists():
             return None
-        return cls._opened(where, name, None, 1, False, log.warning)
+        return cls._opened(where, name, None, 1, False, log.warning, ())
 
     @classmethod
     def _opened(
@@ -134,10 +136,11 @@ class Record:
         objectives: int,
         create: bool,
         say: Callable[[str], None],
+        waits: Sequence[float],
     ) -> Record | None:
         def work() -> Record | None:
             store = open_store(where, name, space, objectives, create)
-            return None if store is None else cls(store, where, say=say)
+            return None if store is None else cls(store, where, say=say, waits=waits)
 
         try:
             return _patiently(work, TO_OPEN, say, without_password(str(where)))

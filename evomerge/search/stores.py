@@ -17,6 +17,17 @@ from evomerge.search.trials import Parameters, frozen_trial, journal_line, unpac
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from optuna.study import Study
+    from sqlalchemy.engine import URL
+
+
+#: Seconds, but for the last one, which is in milliseconds.
+_LIBPQ = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60000,
+}
 
 
 class StorageLost(Exception):
@@ -194,7 +205,8 @@ def connect(url: str) -> RDBStorage:
     import sqlalchemy
 
     try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        options = {"pool_pre_ping": True, "connect_args": _patience(sqlalchemy.engine.make_url(url))}
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
     except ImportError as error:
         hint = '; pip install "evomerge[postgres]"' if url.startswith("postgres") else ""
         raise RunError(f"run.storage: {without_password(url)}: {error}{hint}") from error
@@ -204,6 +216,12 @@ def connect(url: str) -> RDBStorage:
         raise RunError(f"run.storage: cannot open {without_password(url)}: {error}") from error
     sqlalchemy.event.listen(storage.engine, "handle_error", _at_once)
     return storage
+
+
+def _patience(url: URL) -> dict[str, Any]:
+    """Settings of libpq that let a connection to a host that is gone fail, where it would wait for hours."""
+    known = url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+    return {name: value for name, value in _LIBPQ.items() if name not in url.query} if known else {}
 
 
 def _at_once(context: Any) -> None:
