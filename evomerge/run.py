@@ -100,7 +100,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         if ended.reason == "interrupted":
             raise KeyboardInterrupt
         if ended.reason == "failures":
-            raise EvoMergeError(f"{folder.root}: {ended.message}")
+            raise EvoMergeError(f"{folder.root}: {ended.message}{_what_to_do(ended.candidates)}")
         baseline = _baseline(folder, bench, scorer, ended.candidates, display)
         result = finish(bench, folder, scorer, ended.candidates, display, baseline)
         if scorer.reused:
@@ -112,6 +112,13 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         display.say(f"peak memory {peak:.2f} GB, the models' memory-mapped files included")
     print(result_table(result))
     return result
+
+
+def _what_to_do(found: tuple[Candidate, ...]) -> str:
+    """The way on from failures that have one cause."""
+    kinds = {c.failure_kind for c in found[-1:]} & {"out of memory", "MemoryError", "OutOfMemoryError"}
+    memory = "; a lower evaluation.batch_tokens takes less memory" if kinds else ""
+    return f". One cause is likely, and no recipe's; log.txt has the details{memory}; then the same command goes on"
 
 
 def _search(

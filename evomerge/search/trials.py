@@ -46,12 +46,12 @@ def pack(candidate: Candidate) -> str:
         "genome": candidate.genome.to_json(),
         "recipe": dict(candidate.recipe),
     }
-    return base64.b85encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode())).decode()
+    return base64.b64encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode())).decode()
 
 
 def unpack(packed: str) -> Candidate:
     """The candidate that `pack` wrote."""
-    saved = json.loads(zlib.decompress(base64.b85decode(packed)), object_pairs_hook=_shared_names)
+    saved = json.loads(zlib.decompress(base64.b64decode(packed)), object_pairs_hook=_shared_names)
     return Candidate(
         number=saved["number"],
         generation=saved["generation"],
