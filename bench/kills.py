@@ -110,8 +110,8 @@ def real(runs: int, seed: int, root: Path) -> tuple[list[str], list[Path]]:
 
     def same(one: Path, other: Path) -> bool:
         results = [RunFolder.existing(folder).result() for folder in (one, other)]
-        weights = [(folder / "best" / "model.safetensors").read_bytes() for folder in (one, other)]
-        return bool(recorded(one) == recorded(other) and results[0] == results[1] and weights[0] == weights[1])
+        weights = [[p.read_bytes() for p in sorted((f / "best").rglob("*.safetensors"))] for f in (one, other)]
+        return bool(recorded(one) == recorded(other) and results[0] == results[1] and weights[0] == weights[1] != [])
 
     done, different, length = campaign(launch, root, 10**9, runs, seed, same)
     counts = Counter(candidate["state"] for candidate in recorded(root / "whole")[0])

@@ -5,6 +5,7 @@ The trials are read once; from then on the record knows its candidates itself, a
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -48,6 +49,19 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
         for n in dict.fromkeys(met):
             signal.raise_signal(n)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection: reading makes millions of objects and no garbage, and going through them all again
+    and again takes as long as reading."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class Record:
@@ -139,8 +153,9 @@ class Record:
         waits: Sequence[float],
     ) -> Record | None:
         def work() -> Record | None:
-            store = open_store(where, name, space, objectives, create)
-            return None if store is None else cls(store, where, say=say, waits=waits)
+            with _no_collection():
+                store = open_store(where, name, space, objectives, create)
+                return None if store is None else cls(store, where, say=say, waits=waits)
 
         try:
             return _patiently(work, TO_OPEN, say, without_password(str(where)))

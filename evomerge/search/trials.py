@@ -51,7 +51,10 @@ def pack(candidate: Candidate) -> str:
 
 def unpack(packed: str) -> Candidate:
     """The candidate that `pack` wrote."""
-    saved = json.loads(zlib.decompress(base64.b64decode(packed)), object_pairs_hook=_shared_names)
+    saved = json.loads(zlib.decompress(base64.b64decode(packed)))
+    genes = saved["genome"]["genes"]
+    # The names are the same objects in all candidates: ten thousand of them have the same genes.
+    saved["genome"]["genes"] = {sys.intern(name): value for name, value in genes.items()}
     return Candidate(
         number=saved["number"],
         generation=saved["generation"],
@@ -68,11 +71,6 @@ def unpack(packed: str) -> Candidate:
         seconds=saved["seconds"],
         estimates=dict(saved["estimates"]),
     )
-
-
-def _shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping whose keys are the same objects in all candidates: ten thousand of them name the same genes."""
-    return {sys.intern(name): value for name, value in pairs}
 
 
 def unpacked(system_attributes: Mapping[str, Any], trial: int) -> Candidate:
