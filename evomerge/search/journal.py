@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 16
 
 # Optuna's operations that matter here (`optuna.storages.journal._storage.JournalOperation`).
-CREATE_STUDY, DELETE_STUDY, SET_STUDY_USER_ATTR, CREATE_TRIAL = 0, 1, 2, 4
+CREATE_STUDY, DELETE_STUDY, SET_STUDY_USER_ATTR, SET_STUDY_SYSTEM_ATTR, CREATE_TRIAL = 0, 1, 2, 3, 4
+METRIC_NAMES = "study:metric_names"  # where `Study.set_metric_names` puts them
 MAXIMIZE = 2
 
 
@@ -142,10 +143,13 @@ class Journal:
             self.attributes.update(entry["user_attr"])
         return bool(kind == CREATE_TRIAL)
 
-    def create(self, objectives: int) -> None:
-        """Creates the study, each of whose objectives is maximised."""
+    def create(self, objectives: int, names: Sequence[str] = ()) -> None:
+        """Creates the study, each of whose objectives is maximised; `names` is what Optuna's pictures call them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write({"op_code": CREATE_STUDY, "study_name": self.name, "directions": [MAXIMIZE] * objectives})
+        if names:
+            named = {METRIC_NAMES: list(names)}
+            self._write({"op_code": SET_STUDY_SYSTEM_ATTR, "study_id": self._study, "system_attr": named})
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Sets a user attribute of the study."""

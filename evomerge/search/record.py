@@ -100,6 +100,7 @@ class Record:
         *,
         space: SearchSpace | None = None,
         objectives: int = 1,
+        names: Sequence[str] = (),
         create: bool = True,
         owner: Mapping[str, str] | None = None,
         say: Callable[[str], None] = log.warning,
@@ -112,6 +113,7 @@ class Record:
             name: Name of the study.
             space: Gives each trial its parameters and distributions; needed to append.
             objectives: Their number, for a new study; each is maximised.
+            names: What Optuna's pictures call them; the study's own numbers where left out.
             create: Whether a missing study is created.
             owner: Who writes to it, in a storage that others may use: an ``id`` of the run folder, and where it is.
             say: Is told when the storage cannot be reached, and is tried again.
@@ -120,7 +122,7 @@ class Record:
         Raises:
             RunError: The storage cannot be opened, has no such study and `create` is false, or has another run's.
         """
-        record = cls._opened(where, name, space, objectives, create, say, waits)
+        record = cls._opened(where, name, space, objectives, names, create, say, waits)
         if record is None:
             missing = "://" not in str(where) and not Path(where).exists()
             raise RunError(
@@ -139,7 +141,7 @@ class Record:
         """
         if "://" not in str(where) and not Path(where).exists():
             return None
-        return cls._opened(where, name, None, 1, False, log.warning, ())
+        return cls._opened(where, name, None, 1, (), False, log.warning, ())
 
     @classmethod
     def _opened(
@@ -148,13 +150,14 @@ class Record:
         name: str,
         space: SearchSpace | None,
         objectives: int,
+        names: Sequence[str],
         create: bool,
         say: Callable[[str], None],
         waits: Sequence[float],
     ) -> Record | None:
         def work() -> Record | None:
             with _no_collection():
-                store = open_store(where, name, space, objectives, create)
+                store = open_store(where, name, space, objectives, create, names)
                 return None if store is None else cls(store, where, say=say, waits=waits)
 
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,7 +59,9 @@ class Store(Protocol):
         ...
 
 
-def open_store(where: str | Path, name: str, space: SearchSpace | None, objectives: int, create: bool) -> Store | None:
+def open_store(
+    where: str | Path, name: str, space: SearchSpace | None, objectives: int, create: bool, names: Sequence[str]
+) -> Store | None:
     """The study `name`; None when there is none and it is not to be created.
 
     Raises:
@@ -67,8 +69,8 @@ def open_store(where: str | Path, name: str, space: SearchSpace | None, objectiv
         StorageLost: It cannot be reached just now.
     """
     if "://" in str(where):
-        return DatabaseStore.open(str(where), name, space, objectives, create)
-    return JournalStore.open(Path(where), name, space, objectives, create)
+        return DatabaseStore.open(str(where), name, space, objectives, create, names)
+    return JournalStore.open(Path(where), name, space, objectives, create, names)
 
 
 class JournalStore:
@@ -81,7 +83,7 @@ class JournalStore:
 
     @classmethod
     def open(
-        cls, path: Path, name: str, space: SearchSpace | None, objectives: int, create: bool
+        cls, path: Path, name: str, space: SearchSpace | None, objectives: int, create: bool, names: Sequence[str]
     ) -> JournalStore | None:
         """Repairs and reads the journal; None when it has no such study and is not to have it."""
         repair(path)
@@ -89,7 +91,7 @@ class JournalStore:
         if not store._journal.exists:
             if not create:
                 return None
-            store._journal.create(objectives)
+            store._journal.create(objectives, names)
         return store
 
     @property
@@ -131,7 +133,7 @@ class DatabaseStore:
 
     @classmethod
     def open(
-        cls, url: str, name: str, space: SearchSpace | None, objectives: int, create: bool
+        cls, url: str, name: str, space: SearchSpace | None, objectives: int, create: bool, names: Sequence[str]
     ) -> DatabaseStore | None:
         """Connects; None when there is no such study and it is not to be created."""
         import optuna
@@ -144,6 +146,8 @@ class DatabaseStore:
                 if not create:
                     return None
                 study = optuna.create_study(storage=storage, study_name=name, directions=["maximize"] * objectives)
+                if names:
+                    study.set_metric_names(list(names))
             return cls(study, url, space)
 
     def read(self) -> Iterator[Candidate]:

@@ -71,6 +71,14 @@ def test_several_objectives(tmp_path: Path) -> None:
     assert again.candidates()[0].objectives == (0.25, 0.75)
 
 
+@pytest.mark.parametrize("where", ["study.log", "sqlite:///{}/study.db"])
+def test_objectives_have_names(tmp_path: Path, where: str) -> None:
+    place = where.format(tmp_path) if "://" in where else str(tmp_path / where)
+    record = Record.open(place, "run", space=SPACE, objectives=2, names=("math", "code"))
+    record.append(candidate(0, Outcome(0.5, objectives=(0.25, 0.75))))
+    assert Record.open(place, "run", create=False).study.metric_names == ["math", "code"]
+
+
 def test_estimates_are_intermediate_values(tmp_path: Path) -> None:
     """Step: items seen; of a pruned candidate too. With several objectives Optuna has none, so they are attributes."""
     pruned = Outcome(0.25, state="pruned", failure="raced out: x", estimates={24: 0.375, 48: 0.25})
