@@ -2,20 +2,36 @@
 
     python bench/loop_overhead.py                                  # 1,000 candidates, about 100 genes
     python bench/loop_overhead.py --candidates 10000 --genes 200
+    python bench/loop_overhead.py --algorithms tpe cmaes --candidates 300
 
-Prints milliseconds per candidate: of the whole run, of its first and of its last tenth (a loop that slows down shows
-there), and the bytes a candidate takes in the journal.
+Prints milliseconds of CPU per candidate (user time, which other work on the machine hardly changes) over the whole run
+and in windows that end at growing numbers of candidates (a loop that slows down shows there), the bytes a candidate
+takes in the journal, the CPU seconds to open it again, and the peak memory; every algorithm in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import tempfile
-import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
-from evomerge.search import ALGORITHMS, Candidate, Outcome, Proposal, Record, SearchSpace, Stop, build_space, search
+from evomerge.search import (
+    ALGORITHMS,
+    AlgorithmSettings,
+    Candidate,
+    Outcome,
+    Proposal,
+    Record,
+    SearchSpace,
+    Stop,
+    build_space,
+    search,
+)
 
+WINDOWS = (0.1, 0.3, 0.5, 1.0)  # each a tenth of the run, by the share of it at which it ends
 METHODS = ["linear", "task_arithmetic", "ties", "dare", "dare_ties", "slerp", "dfs"]
 
 
@@ -37,24 +53,30 @@ def score(proposal: Proposal) -> Outcome:
     return Outcome(int(proposal.phenotype[:8], 16) / 2**32, scores={"search": {"task": {"acc": {"value": 0.5}}}})
 
 
-def measure(algorithm: str, candidates: int, genes: int) -> list[str]:
+def user_seconds() -> float:
+    """CPU seconds of this process in its own code."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
+def measure(algorithm: str, candidates: int, genes: int, population: int) -> list[str]:
     """One row of the table."""
     space = space_of(genes)
     marks: list[float] = []
 
     def tick(candidate: Candidate) -> None:
-        marks.append(time.perf_counter())
+        marks.append(user_seconds())
 
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "study.log"
         record = Record.open(journal, "bench", space=space)
-        marks.append(time.perf_counter())
-        search(space, ALGORITHMS[algorithm], score, record, Stop(candidates), progress=tick)
+        settings = AlgorithmSettings(population=population)
+        marks.append(user_seconds())
+        search(space, ALGORITHMS[algorithm], score, record, Stop(candidates), settings=settings, progress=tick)
         size = journal.stat().st_size
-        begin = time.perf_counter()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        begin = user_seconds()
         Record.open(journal, "bench", space=space)
-        reopen = time.perf_counter() - begin
-    tenth = candidates // 10
+        reopen = user_seconds() - begin
 
     def span(start: int, stop: int) -> str:
         return f"{(marks[stop] - marks[start]) / (stop - start) * 1e3:.1f}"
@@ -64,10 +86,10 @@ def measure(algorithm: str, candidates: int, genes: int) -> list[str]:
         str(candidates),
         str(space.size),
         span(0, candidates),
-        span(0, tenth),
-        span(candidates - tenth, candidates),
+        *(span(round((share - 0.1) * candidates), round(share * candidates)) for share in WINDOWS),
         f"{size / candidates / 1e3:.1f}",
         f"{reopen:.1f}",
+        f"{peak:.0f}",
     ]
 
 
@@ -75,13 +97,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=1000)
     parser.add_argument("--genes", type=int, default=100)
+    parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--algorithms", nargs="+", default=["ga", "random"], choices=sorted(ALGORITHMS))
     arguments = parser.parse_args()
-    header = ["algorithm", "candidates", "genes", "ms each", "first tenth", "last tenth", "kB each", "reopen s"]
+    windows = [f"to {round(share * arguments.candidates)}" for share in WINDOWS]
+    header = ["algorithm", "candidates", "genes", "ms each", *windows, "kB each", "reopen s", "peak MB"]
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for algorithm in arguments.algorithms:
-        print("| " + " | ".join(measure(algorithm, arguments.candidates, arguments.genes)) + " |", flush=True)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            cells = pool.submit(
+                measure, algorithm, arguments.candidates, arguments.genes, arguments.population
+            ).result()
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

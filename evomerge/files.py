@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import fcntl
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,16 +41,26 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
     """Holds a lock file for the length of a block; the kernel releases it when the process dies.
 
     Raises:
-        RunError: When another process holds it, with its process id.
+        RunError: When another process holds it: which one, on which host, since when, and what to do.
     """
     with path.open("a+") as file:
         if not _taken(file.fileno()):
             file.seek(0)
-            raise RunError(f"{what} is in use by process {file.read().strip() or 'unknown'}")
+            raise RunError(_in_use(what, file.read().split(maxsplit=2)))
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {socket.gethostname()} {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
         file.flush()
         yield
+
+
+def _in_use(what: str, holder: Sequence[str]) -> str:
+    """What a second process is told of the first; the file is empty for a moment after it was taken."""
+    process, host, since = holder if len(holder) == 3 else ("unknown", socket.gethostname(), "just now")
+    elsewhere = "" if host == socket.gethostname() else f" on {host}"
+    return (
+        f"{what} is in use by process {process}{elsewhere} since {since}; wait for it, or stop it "
+        f"{'there ' if elsewhere else ''}with `kill {process}`: the same command then goes on from where it was"
+    )
 
 
 def _taken(descriptor: int) -> bool:

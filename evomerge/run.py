@@ -92,7 +92,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
             display.say(text)
         _settle_starts(folder, bench)
         scorer = Scorer(bench, folder)
-        record = folder.record(bench.space)
+        record = folder.record(bench.space, say=display.say)
         if not len(record):  # a run that goes on has passed them
             for text in [*bench.look_at_items(), *look_before(bench)]:
                 display.say(f"warning: {text}")
@@ -110,7 +110,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         if ended.reason == "interrupted":
             raise KeyboardInterrupt
         if ended.reason == "failures":
-            raise EvoMergeError(f"{folder.root}: {ended.message}")
+            raise EvoMergeError(f"{folder.root}: {ended.message}{_what_to_do(ended.candidates)}")
         if ended.reason in ("stale", "target"):
             display.say(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}")
         baseline = _baseline(folder, bench, scorer, ended.candidates, display)
@@ -131,6 +131,13 @@ def _settle_starts(folder: RunFolder, bench: Workbench) -> None:
     """Keeps what a warm start begins with, so that going on needs nothing but the run's own folder."""
     if folder.spec.search.warm_starts and folder.starts() is None:
         folder.write_starts(warm_starts(bench))
+
+
+def _what_to_do(found: tuple[Candidate, ...]) -> str:
+    """The way on from failures that have one cause."""
+    kinds = {c.failure_kind for c in found[-1:]} & {"out of memory", "MemoryError", "OutOfMemoryError"}
+    memory = "; a lower evaluation.batch_tokens takes less memory" if kinds else ""
+    return f". One cause is likely, and no recipe's; log.txt has the details{memory}; then the same command goes on"
 
 
 def _search(
@@ -183,7 +190,7 @@ def _baseline(
         value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
         display.say(f"random search, candidate {candidate.number}: {value}")
 
-    record = folder.record(bench.space, baseline=True)
+    record = folder.record(bench.space, baseline=True, say=display.say)
     stop = Stop(_MOST_RANDOM * len(found), items=items)
     ended = _search(folder, bench, scorer, record, "random", stop, progress)
     if ended.reason == "interrupted":

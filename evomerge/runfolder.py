@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import socket
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from evomerge.search.space import SearchSpace
 
 STARTS = "starts.json"
+
+
+log = logging.getLogger("evomerge.run")
 
 
 class RunFolder:
@@ -124,14 +130,38 @@ class RunFolder:
         changed = _diff(before["versions"], json.loads(json.dumps(environment["versions"])))
         return [f"versions differ from the run's first ones; equal up to rounding:\n{changed}"] if changed else []
 
-    def record(self, space: SearchSpace | None = None, *, baseline: bool = False) -> Record:
-        """The study, or that of the baseline's random search; a space is needed to append to it."""
+    def record(
+        self,
+        space: SearchSpace | None = None,
+        *,
+        baseline: bool = False,
+        say: Callable[[str], None] = log.warning,
+    ) -> Record:
+        """The study, or that of the baseline's random search.
+
+        Args:
+            space: Needed to append to it.
+            baseline: The random search's.
+            say: Is told when the storage cannot be reached.
+
+        Raises:
+            RunError: The storage cannot be opened, or its study is that of another run folder.
+        """
         from evomerge.search.record import Record
 
         name = f"{self.spec.name}-random" if baseline else self.spec.name
         where = self.spec.run.storage or self.root / "study.log"
+        owner = self._owner() if self.spec.run.storage and space is not None else None
         names = self.spec.objectives
-        return Record.open(where, name, space=space, objectives=max(1, len(names)), names=names)
+        objectives = max(1, len(names))
+        return Record.open(where, name, space=space, objectives=objectives, names=names, owner=owner, say=say)
+
+    def _owner(self) -> dict[str, str]:
+        """Who this folder is to a storage that other runs use as well; the same after the folder was moved."""
+        path = self.root / "id"
+        if not path.is_file():
+            write_atomic(path, uuid.uuid4().hex)
+        return {"id": path.read_text(), "folder": str(self.root.resolve()), "host": socket.gethostname()}
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All recorded candidates, by number."""

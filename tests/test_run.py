@@ -445,7 +445,8 @@ def test_ten_failures_in_a_row_end_the_run(
     _broken(monkeypatch, fails)
     spec = parse_spec(search_spec(tiny_family, run__keep=0))
     with pytest.raises(
-        EvoMergeError, match=r"10 candidates in a row failed with RuntimeError.*disk is on fire"
+        EvoMergeError,
+        match=r"10 candidates in a row failed with RuntimeError.*disk is on fire\. One cause is .* goes on",
     ) as caught:
         start(spec, folder=tmp_path / "run")
     assert caught.value.exit_code == 1

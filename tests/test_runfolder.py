@@ -16,6 +16,7 @@ from evomerge.evaluation.scores import ItemScores
 from evomerge.files import exclusive, held, write_atomic
 from evomerge.runfolder import RunFolder
 from evomerge.spec import SearchSpec, parse_spec
+from tests.search.landscapes import make_space
 
 SPEC = {
     "name": "x",
@@ -140,3 +141,30 @@ def test_environment(spec: SearchSpec, tmp_path: Path) -> None:
     assert "+torch: '2.2'" in warnings[0]
     with pytest.raises(RunError, match=r"have changed since this run began(.|\n)*\+  a: '456'"):
         folder.settle_environment({**first, "content": {"models": {"a": "456"}}})
+
+
+def test_a_shared_storage_has_one_folder_a_study(tmp_path: Path) -> None:
+    """A second folder of the same name is refused; the first one may be moved, and anybody may read."""
+    shared = parse_spec({**SPEC, "run": {"storage": f"sqlite:///{tmp_path}/runs.db"}})
+    first = RunFolder.create(tmp_path / "first", shared, "")
+    space = make_space()
+    first.record(space)
+    second = RunFolder.create(tmp_path / "second", shared, "")
+    with pytest.raises(RunError, match=f"study 'x' is the record of the run in {tmp_path}/first on ") as caught:
+        second.record(space)
+    assert caught.value.exit_code == 2
+    assert second.candidates() == ()
+    moved = first.root.rename(tmp_path / "moved")
+    assert len(RunFolder.existing(moved).record(space)) == 0
+
+
+def test_the_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
+    """Which process, since when, where, and what to do."""
+    lock = tmp_path / ".lock"
+    told = rf"runs/x is in use by process {os.getpid()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d; wait for it, or stop it"
+    with exclusive(lock, "runs/x"):
+        with pytest.raises(RunError, match=rf"{told} with `kill {os.getpid()}`"), exclusive(lock, "runs/x"):
+            pass
+        lock.write_text("17 elsewhere 2026-01-02 03:04:05")
+        with pytest.raises(RunError, match="process 17 on elsewhere since 2026-01-02"), exclusive(lock, "runs/x"):
+            pass

@@ -96,7 +96,7 @@ def distinct(
 def tried(space: SearchSpace, history: Sequence[Candidate]) -> set[str]:
     """Phenotypes that need no second look; a baseline counts by its own recipe and by its genome's."""
     seen = {candidate.phenotype for candidate in history}
-    seen.update(space.phenotype(candidate.genome) for candidate in history if candidate.generation == 0)
+    seen.update(space.kept_phenotype(candidate.genome) for candidate in history if candidate.generation == 0)
     return seen
 
 

@@ -1,50 +1,37 @@
 """The record of a search: an Optuna study, one trial per candidate, by default a journal file in the run folder.
 
-The journal is locked by the kernel (``flock``), which drops the lock of a killed process, and is repaired when it is
-opened: a line torn by a kill is cut off before anything is appended to it.
+The trials are read once; from then on the record knows its candidates itself, and only writes.
 """
 
 from __future__ import annotations
 
-import datetime
-import fcntl
-import json
-import os
+import gc
+import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from evomerge.errors import RunError
 from evomerge.search.candidate import Candidate
-from evomerge.search.genome import Genome
+from evomerge.search.quiet import quiet_optuna as quiet_optuna
 from evomerge.search.space import SearchSpace
+from evomerge.search.stores import StorageLost, Store, open_store, without_password
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
-_CHUNK = 1 << 16
+log = logging.getLogger("evomerge.record")
 
+T = TypeVar("T")
 
-@contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Optuna without its log lines and its notes on experimental functions, for the length of the block."""
-    import warnings
-
-    import optuna
-
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+#: Seconds between the tries to reach a database: when a run opens it, and when a candidate waits to be written.
+TO_OPEN = (1.0, 2.0, 4.0)
+TO_APPEND = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 
 
 @contextmanager
@@ -65,123 +52,45 @@ def _undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _flock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file beside the journal; a killed holder leaves nothing to clean up."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection: reading makes millions of objects and no garbage, and going through them all again
+    and again takes as long as reading."""
+    before = gc.isenabled()
+    gc.disable()
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
-
-
-def _lock_path(journal: Path) -> Path:
-    return journal.with_name(journal.name + ".flock")
-
-
-def repair(journal: Path) -> int:
-    """Cuts off a last line that a kill left incomplete, so that appending does not join two lines.
-
-    Returns:
-        The number of bytes cut off.
-    """
-    if not journal.exists():
-        return 0
-    with _flock(_lock_path(journal)), journal.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        kept = _complete_length(file, size)
-        if kept < size:
-            file.truncate(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        return size - kept
-
-
-def _complete_length(file: Any, size: int) -> int:
-    """Bytes up to the end of the last line that is whole and JSON."""
-    end = _after_last_newline(file, size)
-    start = _after_last_newline(file, end - 1) if end else 0
-    file.seek(start)
-    try:
-        json.loads(file.read(end - start) or b"{}")
-    except ValueError:
-        return start
-    return end
-
-
-def _after_last_newline(file: Any, stop: int) -> int:
-    """The position after the last newline before `stop`, 0 when there is none."""
-    while stop > 0:
-        start = max(stop - _CHUNK, 0)
-        file.seek(start)
-        place = file.read(stop - start).rfind(b"\n")
-        if place >= 0:
-            return start + int(place) + 1
-        stop = start
-    return 0
-
-
-def journal_storage(journal: Path) -> BaseStorage:
-    """Optuna's journal storage on a file, behind our lock, repaired."""
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-    from optuna.storages.journal._file import BaseJournalFileLock
-
-    class KernelLock(BaseJournalFileLock):
-        """Optuna's interface to `_flock`."""
-
-        def __init__(self) -> None:
-            self._held: Any = None
-
-        def acquire(self) -> bool:
-            held = _flock(_lock_path(journal))
-            held.__enter__()
-            self._held = held
-            return True
-
-        def release(self) -> None:
-            held, self._held = self._held, None
-            if held is not None:
-                held.__exit__(None, None, None)
-
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    repair(journal)
-    return JournalStorage(JournalFileBackend(str(journal), lock_obj=KernelLock()))
-
-
-def open_storage(where: str | Path) -> BaseStorage:
-    """A storage by path (a journal file) or by URL (PostgreSQL, SQLite, ...).
-
-    Raises:
-        RunError: The storage cannot be reached.
-    """
-    import optuna
-
-    text = str(where)
-    if "://" not in text:
-        return journal_storage(Path(where))
-    try:
-        return optuna.storages.get_storage(text)
-    except Exception as error:
-        raise RunError(f"run.storage: cannot open {_without_password(text)}: {error}") from error
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+        if before:
+            gc.enable()
 
 
 class Record:
-    """The candidates of one run, in an Optuna study. Read once when opened, then kept in memory.
+    """The candidates of one run, in an Optuna study.
 
-    Attributes:
-        study: The Optuna study.
+    Args:
+        store: Where they are.
+        where: Its path or URL, for messages.
+        say: Is told when the storage cannot be reached, and is tried again.
+        waits: Seconds between the tries to append.
     """
 
-    def __init__(self, study: Study, space: SearchSpace | None = None) -> None:
-        self.study = study
-        self._space = space
-        self._candidates = {c.number: c for c in map(_candidate, study.get_trials(deepcopy=False))}
+    def __init__(
+        self,
+        store: Store,
+        where: str | Path = "",
+        *,
+        say: Callable[[str], None] = log.warning,
+        waits: Sequence[float] = TO_APPEND,
+    ) -> None:
+        self._store = store
+        self._where = without_password(str(where))
+        self._say = say
+        self._waits = waits
+        # The first one of a number counts: a commit whose answer was lost may have been made twice.
+        known: dict[int, Candidate] = {}
+        for candidate in store.read():
+            known.setdefault(candidate.number, candidate)
+        self._candidates = sorted(known.values(), key=_number)
 
     @classmethod
     def open(
@@ -193,6 +102,9 @@ class Record:
         objectives: int = 1,
         names: Sequence[str] = (),
         create: bool = True,
+        owner: Mapping[str, str] | None = None,
+        say: Callable[[str], None] = log.warning,
+        waits: Sequence[float] = TO_APPEND,
     ) -> Record:
         """Opens the study `name`, or creates it.
 
@@ -203,27 +115,22 @@ class Record:
             objectives: Their number, for a new study; each is maximised.
             names: What Optuna's pictures call them; the study's own numbers where left out.
             create: Whether a missing study is created.
+            owner: Who writes to it, in a storage that others may use: an ``id`` of the run folder, and where it is.
+            say: Is told when the storage cannot be reached, and is tried again.
+            waits: Seconds between the tries to append.
 
         Raises:
-            RunError: The storage cannot be opened, or has no such study and `create` is false.
+            RunError: The storage cannot be opened, has no such study and `create` is false, or has another run's.
         """
-        import optuna
-
-        text = str(where)
-        if not create and "://" not in text and not Path(text).exists():
-            raise RunError(f"{text}: no such record")
-        with quiet_optuna():
-            storage = open_storage(where)
-            try:
-                # Creating with load_if_exists would write to the journal each time it is opened.
-                study = optuna.load_study(storage=storage, study_name=name)
-            except KeyError as error:
-                if not create:
-                    raise RunError(f"{_without_password(text)}: holds no study '{name}'") from error
-                study = optuna.create_study(storage=storage, study_name=name, directions=["maximize"] * objectives)
-                if names:
-                    study.set_metric_names(list(names))
-            return cls(study, space)
+        record = cls._opened(where, name, space, objectives, names, create, say, waits)
+        if record is None:
+            missing = "://" not in str(where) and not Path(where).exists()
+            raise RunError(
+                f"{where}: no such record" if missing else f"{without_password(str(where))}: holds no study '{name}'"
+            )
+        if owner is not None:
+            record.claim(name, owner)
+        return record
 
     @classmethod
     def find(cls, where: str | Path, name: str) -> Record | None:
@@ -232,107 +139,100 @@ class Record:
         Raises:
             RunError: The storage cannot be opened.
         """
-        import optuna
-
         if "://" not in str(where) and not Path(where).exists():
             return None
-        with quiet_optuna():
-            storage = open_storage(where)
-            try:
-                return cls(optuna.load_study(storage=storage, study_name=name))
-            except KeyError:
-                return None
+        return cls._opened(where, name, None, 1, (), False, log.warning, ())
+
+    @classmethod
+    def _opened(
+        cls,
+        where: str | Path,
+        name: str,
+        space: SearchSpace | None,
+        objectives: int,
+        names: Sequence[str],
+        create: bool,
+        say: Callable[[str], None],
+        waits: Sequence[float],
+    ) -> Record | None:
+        def work() -> Record | None:
+            with _no_collection():
+                store = open_store(where, name, space, objectives, create, names)
+                return None if store is None else cls(store, where, say=say, waits=waits)
+
+        try:
+            return _patiently(work, TO_OPEN, say, without_password(str(where)))
+        except StorageLost as error:
+            raise RunError(f"run.storage: cannot open {without_password(str(where))}: {error}") from error
+
+    @property
+    def study(self) -> Study:
+        """The study as Optuna opens it, with its trials up to now."""
+        return self._store.study()
+
+    def claim(self, name: str, owner: Mapping[str, str]) -> None:
+        """Makes the study this run's, where it is nobody's yet.
+
+        Raises:
+            RunError: It is another run's.
+        """
+        other = self._store.attributes.get("run")
+        if other is None:
+            _patiently(lambda: self._store.set_attribute("run", dict(owner)), TO_OPEN, self._say, self._where)
+        elif other["id"] != owner["id"]:
+            raise RunError(
+                f"{self._where}: study '{name}' is the record of the run in {other['folder']} on {other['host']}; "
+                "go on with that one, or give this one another name. Where that folder is gone, delete the study: "
+                f"optuna delete-study --study-name {name} --storage ..."
+            )
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Every recorded candidate, by number."""
-        return tuple(self._candidates[number] for number in sorted(self._candidates))
+        return tuple(self._candidates)
 
     def __len__(self) -> int:
         return len(self._candidates)
 
     def append(self, candidate: Candidate) -> None:
-        """Writes one finished candidate, durably.
+        """Writes one finished candidate, durably; waits for a database that cannot be reached.
 
         Raises:
-            RunError: Its number is recorded already.
+            RunError: Its number is recorded already; or the database did not come back.
+            OutputError: The journal cannot be written.
         """
-        if candidate.number in self._candidates:
+        place = bisect_left(self._candidates, candidate.number, key=_number)
+        if place < len(self._candidates) and self._candidates[place].number == candidate.number:
             raise RunError(f"candidate {candidate.number} is recorded already")
-        with _undisturbed(), quiet_optuna():
-            self.study.add_trial(_trial(candidate, self._space))
-            self._candidates[candidate.number] = candidate
+
+        def write() -> None:
+            with _undisturbed():
+                self._store.append(candidate)
+                insort(self._candidates, candidate, key=_number)
+
+        try:
+            _patiently(write, self._waits, self._say, self._where)
+        except StorageLost as error:
+            raise RunError(
+                f"run.storage: {self._where} did not come back within {sum(self._waits):.0f} s ({error}). Candidate "
+                f"{candidate.number} is not recorded, but its scores are kept in the run's folder: when the storage "
+                "is there again, the same command goes on from here and scores nothing twice"
+            ) from error
 
 
-def _trial(candidate: Candidate, space: SearchSpace | None) -> FrozenTrial:
-    import optuna
-
-    states = {
-        "done": optuna.trial.TrialState.COMPLETE,
-        "failed": optuna.trial.TrialState.FAIL,
-        "pruned": optuna.trial.TrialState.PRUNED,
-    }
-    params = space.params(candidate.genome) if space is not None else {}
-    known = space.distributions() if space is not None else {}
-    values: list[float] | None = None
-    if candidate.state == "done" and candidate.fitness is not None:
-        values = list(candidate.objectives or (candidate.fitness,))
-    now = datetime.datetime.now()
-    spent = datetime.timedelta(seconds=float(candidate.seconds.get("total", 0.0)))
-    return optuna.trial.FrozenTrial(
-        number=-1,
-        trial_id=-1,
-        state=states[candidate.state],
-        value=None,
-        values=values,
-        datetime_start=now - spent,
-        datetime_complete=now,
-        params=params,
-        distributions={name: known[name] for name in params},
-        user_attrs=_attributes(candidate),
-        system_attrs={},
-        intermediate_values=dict(candidate.estimates) if candidate.objectives is None else {},
-    )
+def _number(candidate: Candidate) -> int:
+    return candidate.number
 
 
-def _attributes(candidate: Candidate) -> dict[str, Any]:
-    # Optuna has intermediate values for one objective only.
-    several = {} if candidate.objectives is None else {"estimates": list(candidate.estimates.items())}
-    return {
-        **several,
-        "number": candidate.number,
-        "generation": candidate.generation,
-        "operator": candidate.operator,
-        "parents": list(candidate.parents),
-        "phenotype": candidate.phenotype,
-        "state": candidate.state,
-        "fitness": candidate.fitness,
-        "objectives": None if candidate.objectives is None else list(candidate.objectives),
-        "failure": candidate.failure,
-        "seconds": dict(candidate.seconds),
-        "scores": dict(candidate.scores),
-        "genome": candidate.genome.to_json(),
-        "recipe": dict(candidate.recipe),
-    }
+def _patiently(work: Callable[[], T], waits: Sequence[float], say: Callable[[str], None], where: str) -> T:
+    """Does the work, again after each of the waits while the storage is lost.
 
-
-def _candidate(trial: FrozenTrial) -> Candidate:
-    saved = trial.user_attrs
-    try:
-        return Candidate(
-            number=saved["number"],
-            generation=saved["generation"],
-            genome=Genome.from_json(saved["genome"]),
-            recipe=saved["recipe"],
-            phenotype=saved["phenotype"],
-            parents=tuple(saved["parents"]),
-            operator=saved["operator"],
-            state=saved["state"],
-            fitness=saved["fitness"],
-            objectives=None if saved["objectives"] is None else tuple(saved["objectives"]),
-            scores=saved["scores"],
-            failure=saved["failure"],
-            seconds=saved["seconds"],
-            estimates=dict(saved["estimates"]) if "estimates" in saved else dict(trial.intermediate_values),
-        )
-    except KeyError as error:
-        raise RunError(f"trial {trial.number} of the study is not evomerge's: no attribute {error}") from error
+    Raises:
+        StorageLost: It stayed so.
+    """
+    for wait in waits:
+        try:
+            return work()
+        except StorageLost as error:
+            say(f"run.storage: {where} cannot be reached ({error}); trying again in {wait:g} s")
+        time.sleep(wait)  # where Ctrl-C is heard
+    return work()

@@ -185,6 +185,16 @@ class SearchSpace:
         """The identity of the genome's recipe: two genomes with the same one are one candidate."""
         return digest(self.recipe(genome))
 
+    @cached_property
+    def _kept_phenotypes(self) -> dict[Genome, str]:
+        return {}
+
+    def kept_phenotype(self, genome: Genome) -> str:
+        """As `phenotype`, and remembered: for the few genomes that every generation asks about, the baselines'."""
+        if genome not in self._kept_phenotypes:
+            self._kept_phenotypes[genome] = self.phenotype(genome)
+        return self._kept_phenotypes[genome]
+
     def needs_base(self, method: Method) -> bool:
         """Whether the space's recipes of a method have the base; where they do, it is no source."""
         if method.copies_layers:

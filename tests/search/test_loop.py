@@ -137,6 +137,19 @@ def test_failures_of_changing_kinds_do_not_stop() -> None:
     assert (finished.reason, finished.best) == ("budget", None)
 
 
+def test_candidates_that_a_race_stopped_are_no_failures() -> None:
+    """Nor do they join the failures before them and behind them to one row: nine, one raced out, nine."""
+
+    def raced(proposal: Proposal) -> Outcome:
+        if proposal.number % 10:
+            raise CandidateError("the logits are not finite")
+        return Outcome(0.25, state="pruned", failure="raced out: below the cut-off")
+
+    assert go(Memory(), Stop(50), scorer=raced).reason == "budget"
+    pruned = Outcome(0.25, state="pruned", failure="raced out: below the cut-off")
+    assert go(Memory(), Stop(50), scorer=lambda proposal: pruned).reason == "budget"
+
+
 def test_stale_generations_stop_the_run_and_a_better_candidate_restarts_the_count() -> None:
     def flat(proposal: Proposal) -> Outcome:
         return Outcome(0.9 if proposal.number == STARTS + 8 else 0.5)  # in generation 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -18,10 +17,12 @@ import pytest
 from optuna.trial import TrialState
 
 from evomerge.errors import RunError
-from evomerge.search import Candidate, Genome, Outcome, Proposal, Record, baselines
+from evomerge.search import ALGORITHMS, Candidate, Genome, Outcome, Proposal, Record, baselines
 from evomerge.search.baselines import first_generation
-from evomerge.search.record import quiet_optuna, repair
-from tests.search.landscapes import make_space, plain
+from evomerge.search.journal import repair
+from evomerge.search.quiet import quiet_optuna
+from tests.frame import ROOT, environment
+from tests.search.landscapes import make_space
 from tests.search.scripted_run import SPACE, run
 
 PROPOSALS = first_generation(baselines(SPACE), 99)
@@ -60,7 +61,6 @@ def test_the_study_is_an_ordinary_one(tmp_path: Path) -> None:
     assert [trial.value for trial in trials[:4]] == [0.0, 0.25, 0.5, 0.75]
     assert trials[1].params == SPACE.params(PROPOSALS[1].genome)
     assert trials[1].user_attrs["operator"] == "parent:math"
-    assert trials[1].user_attrs["recipe"] == PROPOSALS[1].recipe
 
 
 def test_several_objectives(tmp_path: Path) -> None:
@@ -69,6 +69,14 @@ def test_several_objectives(tmp_path: Path) -> None:
     again = Record.open(tmp_path / "study.log", "run", create=False)
     assert again.study.trials[0].values == [0.25, 0.75]
     assert again.candidates()[0].objectives == (0.25, 0.75)
+
+
+@pytest.mark.parametrize("where", ["study.log", "sqlite:///{}/study.db"])
+def test_objectives_have_names(tmp_path: Path, where: str) -> None:
+    place = where.format(tmp_path) if "://" in where else str(tmp_path / where)
+    record = Record.open(place, "run", space=SPACE, objectives=2, names=("math", "code"))
+    record.append(candidate(0, Outcome(0.5, objectives=(0.25, 0.75))))
+    assert Record.open(place, "run", create=False).study.metric_names == ["math", "code"]
 
 
 def test_estimates_are_intermediate_values(tmp_path: Path) -> None:
@@ -83,7 +91,6 @@ def test_estimates_are_intermediate_values(tmp_path: Path) -> None:
     two.append(candidate(0, replace(pruned, objectives=(0.25, 0.5))))
     trial = Record.open(tmp_path / "two.log", "run", create=False).study.trials[0]
     assert trial.intermediate_values == {}
-    assert trial.user_attrs["estimates"] == [[24, 0.375], [48, 0.25]]
     for name in ("one.log", "two.log"):
         found = Record.open(tmp_path / name, "run", create=False).candidates()[0]
         assert (found.estimates, found.items) == (pruned.estimates, 48)
@@ -103,8 +110,8 @@ def test_what_is_missing_or_foreign_is_refused(tmp_path: Path) -> None:
     fill(Record.open(tmp_path / "study.log", "run", space=SPACE), 1)
     with pytest.raises(RunError, match="holds no study 'other'"):
         Record.open(tmp_path / "study.log", "other", create=False)
-    with pytest.raises(RunError, match=r"cannot open postgresql://nowhere/runs"):
-        Record.open("postgresql://me:secret@nowhere/runs", "run")
+    with pytest.raises(RunError, match=r"cannot open nodatabase://nowhere/runs: .*nodatabase"):
+        Record.open("nodatabase://me:secret@nowhere/runs", "run")
     with quiet_optuna():
         study = optuna.create_study(storage=f"sqlite:///{tmp_path}/foreign.db", study_name="run")
         study.add_trial(optuna.create_trial(value=1.0))
@@ -157,9 +164,9 @@ def test_reading_waits_for_a_writer_instead_of_cutting_its_line(tmp_path: Path) 
     fill(Record.open(journal, "run", space=SPACE), 2)
     code = (
         "import pathlib, sys, time\n"
-        "from evomerge.search.record import _flock, _lock_path\n"
+        "from evomerge.search.journal import locked\n"
         "path = pathlib.Path(sys.argv[1])\n"
-        "with _flock(_lock_path(path)), path.open('ab', buffering=0) as file:\n"
+        "with locked(path), path.open('ab', buffering=0) as file:\n"
         '    file.write(b\'{"op_code": 2, "worker_id": "x", \')\n'
         "    print('half', flush=True)\n"
         "    time.sleep(0.5)\n"
@@ -179,8 +186,8 @@ def test_a_killed_holder_of_the_lock_leaves_no_lock(tmp_path: Path) -> None:
     journal = tmp_path / "study.log"
     code = (
         "import pathlib, sys, time\n"
-        "from evomerge.search.record import _flock, _lock_path\n"
-        "with _flock(_lock_path(pathlib.Path(sys.argv[1]))):\n"
+        "from evomerge.search.journal import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )
@@ -195,27 +202,18 @@ def test_a_killed_holder_of_the_lock_leaves_no_lock(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 10
 
 
-@pytest.mark.parametrize("algorithm", ["ga", "random"])
-def test_a_run_killed_again_and_again_is_the_run_that_was_never_stopped(tmp_path: Path, algorithm: str) -> None:
-    budget = 45
-    whole = run(tmp_path / "whole", algorithm, budget)
-    command = [sys.executable, "-m", "tests.search.scripted_run", str(tmp_path / "killed"), algorithm, str(budget)]
-    moments = random.Random(algorithm)
-    for _ in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for _ in range(moments.randint(1, 12)):
-            process.stdout.readline()
-        time.sleep(moments.uniform(0.0, 0.02))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    killed = run(tmp_path / "killed", algorithm, budget)
-    assert plain(killed.candidates) == plain(whole.candidates)
-    assert {"done", "failed", "pruned"} == {c.state for c in whole.candidates}
-    assert killed.best is not None
-    assert whole.best is not None
-    assert killed.best.number == whole.best.number
+def test_a_run_killed_again_and_again_is_the_run_that_was_never_stopped() -> None:
+    """A few kills of every algorithm; `python bench/kills.py` does 200."""
+    command = [sys.executable, "bench/kills.py", "--kills", str(4 * len(ALGORITHMS)), "--candidates", "30"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert [(row[0], row[4]) for row in rows] == [(name, "4") for name in sorted(ALGORITHMS)]
+    assert all(int(count) > 0 for row in rows for count in row[1].split(" / ")), (
+        "no candidate failed, or none was pruned"
+    )
 
 
 def ask_dashboard(app: Any, path: str) -> Any:
@@ -233,18 +231,37 @@ def ask_dashboard(app: Any, path: str) -> Any:
 
 
 def test_optuna_dashboard_shows_the_study(tmp_path: Path) -> None:
+    """Hundreds of candidates of every state and several methods: parameters, importances, intermediate values and user
+    attributes that a person can read."""
     from optuna_dashboard import wsgi
 
+    finished = run(tmp_path, "random", 120)
     record = Record.open(tmp_path / "study.log", "run", space=SPACE)
-    fill(record, 3)
-    record.append(candidate(3, Outcome(None, state="failed", failure="CandidateError: x")))
     app = wsgi(record.study._storage)
     studies = ask_dashboard(app, "/api/studies")["study_summaries"]
     assert [study["study_name"] for study in studies] == ["run"]
-    detail = ask_dashboard(app, f"/api/studies/{studies[0]['study_id']}")
-    assert [trial["state"] for trial in detail["trials"]] == ["Complete"] * 3 + ["Fail"]
-    attributes = {item["key"] for item in detail["trials"][1]["user_attrs"]}
-    assert {"genome", "recipe", "operator", "parents", "scores"} <= attributes
+    place = f"/api/studies/{studies[0]['study_id']}"
+    detail = ask_dashboard(app, place)
+    states = {"done": "Complete", "failed": "Fail", "pruned": "Pruned"}
+    assert [trial["state"] for trial in detail["trials"]] == [states[c.state] for c in finished.candidates]
+    assert set(states.values()) == {trial["state"] for trial in detail["trials"]}
+    assert detail["has_intermediate_values"]
+    assert finished.best is not None
+    assert [trial["number"] for trial in detail["best_trials"]] == [finished.best.number]
+    for trial, candidate in zip(detail["trials"], finished.candidates, strict=True):
+        assert {p["name"] for p in trial["params"]} == set(SPACE.params(candidate.genome))
+        assert [(v["step"], v["value"]) for v in trial["intermediate_values"]] == list(candidate.estimates.items())
+        shown = {item["key"]: item["value"] for item in trial["user_attrs"]}
+        assert (shown["operator"], shown.get("failure")) == (candidate.operator, candidate.failure)
+        assert shown.get("parents", "") == ", ".join(map(str, candidate.parents))
+        assert ("search task acc" in shown) == (candidate.state != "failed")
+        assert all(len(value) < 100 for value in shown.values())
+    sortable = {item["key"] for item in detail["union_user_attrs"] if item["sortable"]}
+    assert {"generation", "fitness", "items", "search task acc", "seconds"} <= sortable
+    importances = ask_dashboard(app, f"{place}/param_importances")["param_importances"][0]
+    # Genes that only some methods have are no part of an importance: they have no value in the other trials.
+    assert "method" in {item["name"] for item in importances}
+    assert sum(item["importance"] for item in importances) == pytest.approx(1.0)
 
 
 def test_a_record_opens_without_the_space_for_reading(tmp_path: Path) -> None:
@@ -260,13 +277,13 @@ def test_an_interruption_while_a_candidate_is_written_comes_behind_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = Record.open(tmp_path / "study.log", "run", space=SPACE)
-    add = record.study.add_trial
+    add = record._store.append
 
-    def interrupted(trial: Any) -> None:
+    def interrupted(candidate: Candidate) -> None:
         signal.raise_signal(signal.SIGINT)
-        add(trial)
+        add(candidate)
 
-    monkeypatch.setattr(record.study, "add_trial", interrupted)
+    monkeypatch.setattr(record._store, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         record.append(candidate(0))
     assert len(record) == 1

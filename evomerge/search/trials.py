@@ -1,0 +1,216 @@
+"""A candidate as an Optuna trial, and back.
+
+Parameters, values, intermediate values and short user attributes are for people and for `optuna-dashboard`. What only a
+program needs (all genes, the recipe, every score) is one compressed system attribute, which the dashboard hides.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import RunError
+from evomerge.search.candidate import Candidate, State
+from evomerge.search.genome import Genome
+from evomerge.search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+PACKED = "evomerge"
+#: Optuna's number of a trial's state (`optuna.trial.TrialState`).
+STATES: dict[State, int] = {"done": 1, "pruned": 2, "failed": 3}
+
+
+def pack(candidate: Candidate) -> str:
+    """All of a candidate, compressed, as text that JSON need not escape."""
+    content = {
+        "number": candidate.number,
+        "generation": candidate.generation,
+        "operator": candidate.operator,
+        "parents": list(candidate.parents),
+        "phenotype": candidate.phenotype,
+        "state": candidate.state,
+        "fitness": candidate.fitness,
+        "objectives": None if candidate.objectives is None else list(candidate.objectives),
+        "failure": candidate.failure,
+        "seconds": dict(candidate.seconds),
+        "estimates": list(candidate.estimates.items()),
+        "scores": dict(candidate.scores),
+        "genome": candidate.genome.to_json(),
+        "recipe": dict(candidate.recipe),
+    }
+    return base64.b64encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode())).decode()
+
+
+def unpack(packed: str) -> Candidate:
+    """The candidate that `pack` wrote."""
+    saved = json.loads(zlib.decompress(base64.b64decode(packed)))
+    genes = saved["genome"]["genes"]
+    # The names are the same objects in all candidates: ten thousand of them have the same genes.
+    saved["genome"]["genes"] = {sys.intern(name): value for name, value in genes.items()}
+    return Candidate(
+        number=saved["number"],
+        generation=saved["generation"],
+        genome=Genome.from_json(saved["genome"]),
+        recipe=saved["recipe"],
+        phenotype=saved["phenotype"],
+        parents=tuple(saved["parents"]),
+        operator=saved["operator"],
+        state=saved["state"],
+        fitness=saved["fitness"],
+        objectives=None if saved["objectives"] is None else tuple(saved["objectives"]),
+        scores=saved["scores"],
+        failure=saved["failure"],
+        seconds=saved["seconds"],
+        estimates=dict(saved["estimates"]),
+    )
+
+
+def unpacked(system_attributes: Mapping[str, Any], trial: int) -> Candidate:
+    """The candidate in a trial's system attributes.
+
+    Raises:
+        RunError: The trial was not written by us.
+    """
+    if PACKED not in system_attributes:
+        raise RunError(f"trial {trial} of the study is not evomerge's: it has no system attribute '{PACKED}'")
+    return unpack(system_attributes[PACKED])
+
+
+def user_attributes(candidate: Candidate) -> dict[str, Any]:
+    """What a person wants to see beside the parameters: short, numbers where one may want to sort, no empty ones."""
+    shown: dict[str, Any] = {"number": candidate.number, "generation": candidate.generation}
+    shown["operator"] = candidate.operator
+    if candidate.parents:
+        shown["parents"] = ", ".join(map(str, candidate.parents))
+    if candidate.failure is not None:
+        shown["failure"] = candidate.failure
+    if candidate.fitness is not None:
+        shown["fitness"] = candidate.fitness
+    shown.update(_flat_scores(candidate.scores))
+    if candidate.items:
+        shown["items"] = candidate.items
+    if "total" in candidate.seconds:
+        shown["seconds"] = round(candidate.seconds["total"], 3)
+    return shown
+
+
+def _flat_scores(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Split, task and metric of every score, and its value."""
+    for split, tasks in scores.items():
+        for task, metrics in tasks.items():
+            for metric, score in metrics.items():
+                if isinstance(score, Mapping) and "value" in score:
+                    yield f"{split} {task} {metric}", score["value"]
+
+
+def intermediate_values(candidate: Candidate) -> dict[int, float]:
+    """Items seen -> estimate; Optuna has them for one objective only."""
+    return dict(candidate.estimates) if candidate.objectives is None else {}
+
+
+def values(candidate: Candidate) -> list[float] | None:
+    """The objectives of a candidate that is done."""
+    if candidate.state != "done" or candidate.fitness is None:
+        return None
+    return list(candidate.objectives or (candidate.fitness,))
+
+
+def times(candidate: Candidate) -> tuple[datetime.datetime, datetime.datetime]:
+    """When a candidate that ends now began, and now."""
+    now = datetime.datetime.now(datetime.UTC)
+    return now - datetime.timedelta(seconds=float(candidate.seconds.get("total", 0.0))), now
+
+
+class Parameters:
+    """A space's genes as Optuna's parameters, in the journal's form.
+
+    Args:
+        space: The space; without one, trials have no parameters.
+    """
+
+    def __init__(self, space: SearchSpace | None) -> None:
+        self._space = space
+        self._texts: dict[str, str] = {}
+
+    def of(self, candidate: Candidate) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+        """The active genes of a candidate: values and distributions."""
+        if self._space is None:
+            return {}, {}
+        params = self._space.params(candidate.genome)
+        known = self._space.distributions()
+        return params, {name: known[name] for name in params}
+
+    def journalled(self, candidate: Candidate) -> dict[str, Any]:
+        """The fields ``params`` and ``distributions`` of a line of the journal."""
+        params, distributions = self.of(candidate)
+        for name in distributions.keys() - self._texts.keys():
+            self._texts[name] = short_json(distributions[name])
+        return {
+            "params": {name: distributions[name].to_internal_repr(value) for name, value in params.items()},
+            "distributions": {name: self._texts[name] for name in params},
+        }
+
+
+def short_json(distribution: BaseDistribution) -> str:
+    """A distribution in the abbreviated form that Optuna reads: half as long as the one that it writes."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    content: dict[str, Any]
+    if isinstance(distribution, CategoricalDistribution):
+        content = {"type": "categorical", "choices": list(distribution.choices)}
+    elif isinstance(distribution, FloatDistribution | IntDistribution):
+        kind = "float" if isinstance(distribution, FloatDistribution) else "int"
+        content = {"type": kind, "low": distribution.low, "high": distribution.high}
+    else:
+        raise TypeError(f"no gene has a {type(distribution).__name__}")
+    return json.dumps(content, separators=(",", ":"))
+
+
+def journal_line(candidate: Candidate, parameters: Parameters) -> dict[str, Any]:
+    """The fields of a finished trial in Optuna's journal."""
+    began, ended = times(candidate)
+    found = values(candidate)
+    several = found is not None and len(found) > 1
+    return {
+        "state": STATES[candidate.state],
+        "value": found[0] if found is not None and not several else None,
+        "values": found if several else None,
+        "datetime_start": began.isoformat(timespec="microseconds"),
+        "datetime_complete": ended.isoformat(timespec="microseconds"),
+        **parameters.journalled(candidate),
+        "user_attrs": user_attributes(candidate),
+        "system_attrs": {PACKED: pack(candidate)},
+        "intermediate_values": intermediate_values(candidate),
+    }
+
+
+def frozen_trial(candidate: Candidate, parameters: Parameters) -> FrozenTrial:
+    """A finished trial for any other storage."""
+    import optuna
+
+    began, ended = times(candidate)
+    params, distributions = parameters.of(candidate)
+    trial = optuna.trial.FrozenTrial(
+        number=-1,
+        trial_id=-1,
+        state=optuna.trial.TrialState(STATES[candidate.state]),
+        value=None,
+        values=values(candidate),
+        datetime_start=began.astimezone().replace(tzinfo=None),
+        datetime_complete=ended.astimezone().replace(tzinfo=None),
+        params=params,
+        distributions=distributions,
+        user_attrs=user_attributes(candidate),
+        system_attrs={PACKED: pack(candidate)},
+        intermediate_values=intermediate_values(candidate),
+    )
+    trial._validate()
+    return trial
