@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from evomerge.search.genome import Genome
 
 State = Literal["done", "failed", "pruned"]
+"""What is recorded of a candidate. One that is being scored is "pending", to algorithms that ask meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Outcome:
     Attributes:
         fitness: Higher is better; None when failed. A pruned candidate carries the estimate it was stopped at.
         scores: Per-task scores, as JSON.
-        state: done, failed or pruned.
+        state: done, failed or pruned; pending where there is no outcome yet.
         failure: Why it failed or was stopped, beginning with a kind and a colon.
         seconds: Time by stage.
         objectives: One value per objective of a search with several, higher is better.
@@ -50,7 +51,7 @@ class Outcome:
 
     fitness: float | None
     scores: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    state: State = "done"
+    state: State | Literal["pending"] = "done"
     failure: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
     objectives: tuple[float, ...] | None = None
@@ -61,7 +62,7 @@ class Outcome:
 class Candidate(Proposal):
     """A proposal and its outcome: one line of the record. Attributes as in `Proposal` and `Outcome`."""
 
-    state: State
+    state: State | Literal["pending"]
     fitness: float | None
     objectives: tuple[float, ...] | None = None
     scores: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -23,12 +23,15 @@ class Registered:
         options: Its own settings (`search.options` in a search.yaml) with their defaults.
         one: Whether it can maximise one fitness.
         several: Whether it can look for the Pareto front of several objectives.
+        asynchronous: Whether it can propose one candidate at a time, while others are being scored: those are in the
+            history as "pending", without a fitness. One that learns from whole generations cannot.
     """
 
     propose: Algorithm
     options: Mapping[str, Any] = field(default_factory=dict)
     one: bool = True
     several: bool = False
+    asynchronous: bool = True
 
     def __call__(
         self,
