@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,22 @@ from evomerge.finish import finish
 from evomerge.gates import look_before
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search import AlgorithmSettings, Candidate, Finished, Record, Stop, get_algorithm, search
+from evomerge.search import (
+    AlgorithmSettings,
+    Candidate,
+    Executor,
+    Finished,
+    InProcess,
+    Record,
+    Stop,
+    get_algorithm,
+    search,
+)
 from evomerge.spec import SearchSpec
 from evomerge.strict_yaml import write_yaml
 from evomerge.tables import result_table
 from evomerge.workbench import Workbench
+from evomerge.workers import LocalWorkers
 
 log = logging.getLogger("evomerge")
 
@@ -29,7 +42,12 @@ _MOST_RANDOM = 10  # times the search's candidates, for a random search whose ca
 
 
 def start(
-    spec: SearchSpec, *, source: Path | None = None, candidates: int | None = None, folder: Path | None = None
+    spec: SearchSpec,
+    *,
+    source: Path | None = None,
+    candidates: int | None = None,
+    folder: Path | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Runs a search, or goes on with it when its folder exists.
 
@@ -38,6 +56,7 @@ def start(
         source: The search.yaml it was read from, kept as given.
         candidates: Budget instead of the specification's. That of a run that exists can only grow.
         folder: Run folder instead of the specification's.
+        workers: Processes that score candidates, instead of the specification's number.
 
     Returns:
         The result, as in result.json.
@@ -52,25 +71,33 @@ def start(
     opened = RunFolder.create(folder or spec.folder, spec, given)
     if candidates is None:  # the run may have been extended beyond the file's budget
         spec = _with_budget(spec, max(spec.search.candidates, opened.spec.search.candidates))
-    return _go(opened, spec)
+    return _go(opened, _with_workers(spec, workers))
 
 
-def resume(root: Path, *, candidates: int | None = None) -> dict[str, Any]:
+def resume(root: Path, *, candidates: int | None = None, workers: int | None = None) -> dict[str, Any]:
     """Goes on with a run from where it stopped.
 
     Args:
         root: The run folder.
         candidates: Extend the budget to this many candidates.
+        workers: Processes that score candidates from now on.
 
     Raises:
         RunError: When there is no run, another process holds it, or its models or data have changed.
     """
     folder = RunFolder.existing(root)
-    return _go(folder, folder.spec if candidates is None else _with_budget(folder.spec, candidates))
+    spec = folder.spec if candidates is None else _with_budget(folder.spec, candidates)
+    return _go(folder, _with_workers(spec, workers))
 
 
 def _with_budget(spec: SearchSpec, candidates: int) -> SearchSpec:
     return spec.model_copy(update={"search": spec.search.model_copy(update={"candidates": candidates})})
+
+
+def _with_workers(spec: SearchSpec, workers: int | None) -> SearchSpec:
+    if workers is None:
+        return spec
+    return spec.model_copy(update={"run": spec.run.model_copy(update={"workers": workers})})
 
 
 def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
@@ -95,13 +122,14 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         scorer.settle(display)
         wanted = folder.spec.search
         stop = Stop(wanted.candidates, hours=wanted.stop.hours, stale_generations=wanted.stop.stale_generations)
-        ended = _search(folder, bench, scorer, record, wanted.algorithm, stop, display.candidate)
-        display.say(ended.message)
-        if ended.reason == "interrupted":
-            raise KeyboardInterrupt
-        if ended.reason == "failures":
-            raise EvoMergeError(f"{folder.root}: {ended.message}")
-        baseline = _baseline(folder, bench, scorer, ended.candidates, display)
+        with _executor(folder, bench, scorer, display) as executor:
+            ended = _search(folder, bench, scorer, executor, record, wanted.algorithm, stop, display.candidate)
+            display.say(ended.message)
+            if ended.reason == "interrupted":
+                raise KeyboardInterrupt
+            if ended.reason == "failures":
+                raise EvoMergeError(f"{folder.root}: {ended.message}")
+            baseline = _baseline(folder, bench, scorer, executor, ended.candidates, display)
         result = finish(bench, folder, scorer, ended.candidates, display, baseline)
         if scorer.reused:
             display.say(f"{scorer.reused} item evaluations of this session came from the cache of earlier runs")
@@ -114,10 +142,50 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
     return result
 
 
+@contextmanager
+def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, display: Display) -> Iterator[Executor]:
+    """What scores candidates, for the length of a block: this process, or as many workers as are wanted."""
+    count = folder.spec.run.workers
+    if count == 1:
+        yield InProcess(scorer, scorer.before_generation)
+        return
+    share = max(1, bench.threads // count)
+    display.say(f"{count} workers, of {share} of the {bench.threads} threads each; what they say is in log.txt")
+    if folder.spec.evaluation.backend != "native":
+        display.say("warning: with this backend, numbers are the same for any number of workers up to rounding only")
+    bench.release()
+    workers = LocalWorkers(
+        count,
+        "evomerge.worker:open_scorer",
+        (folder.root, bench.threads, share),
+        scorer.rivals,
+        folder.root / "log.txt",
+        partial(_place, folder.spec.evaluation.device, share),
+    )
+    try:
+        yield workers
+    finally:
+        workers.close()
+        folder.sweep()
+
+
+def _place(device: str, share: int, place: int) -> dict[str, str]:
+    """The environment that gives a worker its share of the cores, and the devices in turn."""
+    environment = {"OMP_NUM_THREADS": str(share)}
+    if device == "cuda":
+        import torch
+
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)] if devices else ""
+    return environment
+
+
 def _search(
     folder: RunFolder,
     bench: Workbench,
     scorer: Scorer,
+    executor: Executor,
     record: Record,
     algorithm: str,
     stop: Stop,
@@ -129,7 +197,7 @@ def _search(
     return search(
         bench.space,
         get_algorithm(algorithm),
-        scorer,
+        executor,
         record,
         stop,
         seed=folder.spec.search.seed,
@@ -138,13 +206,18 @@ def _search(
             folder.spec.search.options if algorithm == folder.spec.search.algorithm else {},
         ),
         progress=progress,
-        before_generation=scorer.before_generation,
         arrange=arrange,
+        asynchronous=folder.spec.search.mode == "asynchronous",
     )
 
 
 def _baseline(
-    folder: RunFolder, bench: Workbench, scorer: Scorer, found: tuple[Candidate, ...], display: Display
+    folder: RunFolder,
+    bench: Workbench,
+    scorer: Scorer,
+    executor: Executor,
+    found: tuple[Candidate, ...],
+    display: Display,
 ) -> tuple[Candidate, ...]:
     """The candidates of a random search that spends as many item evaluations as the search did, if one is asked for.
 
@@ -162,7 +235,7 @@ def _baseline(
 
     record = folder.record(bench.space, baseline=True)
     stop = Stop(_MOST_RANDOM * len(found), items=items)
-    ended = _search(folder, bench, scorer, record, "random", stop, progress)
+    ended = _search(folder, bench, scorer, executor, record, "random", stop, progress)
     if ended.reason == "interrupted":
         raise KeyboardInterrupt
     display.say(f"random search: {ended.message}")
