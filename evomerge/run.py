@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.display import Display
-from evomerge.errors import EvoMergeError, RunError
+from evomerge.errors import EvoMergeError, RunError, SpecError
 from evomerge.export import keep_best
 from evomerge.finish import finish
 from evomerge.gates import look_before
@@ -97,6 +97,8 @@ def _with_budget(spec: SearchSpec, candidates: int) -> SearchSpec:
 def _with_workers(spec: SearchSpec, workers: int | None) -> SearchSpec:
     if workers is None:
         return spec
+    if workers < 1:
+        raise SpecError(f"run.workers: at least 1 process scores candidates; got {workers}")
     return spec.model_copy(update={"run": spec.run.model_copy(update={"workers": workers})})
 
 
@@ -136,10 +138,16 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         if result["within_noise_of"]:
             display.say(f"warning: {result['verdict']}")
         keep_best(bench, folder, result, display)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        display.say(f"peak memory {peak:.2f} GB, the models' memory-mapped files included")
+        display.say(f"peak memory {_peak(folder.spec.run.workers)}, the models' memory-mapped files included")
     print(result_table(result))
     return result
+
+
+def _peak(workers: int) -> str:
+    """The most memory that this process has had, and the largest of its workers."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    own, worker = (resource.getrusage(who).ru_maxrss * 1024 / 1e9 for who in whose)
+    return f"{own:.2f} GB" + (f", and {worker:.2f} GB of the largest of {workers} workers" if workers > 1 else "")
 
 
 @contextmanager

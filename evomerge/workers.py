@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
@@ -18,6 +19,8 @@ from evomerge.search.candidate import Candidate, Outcome, Proposal
 
 ATTEMPTS = 2
 """How many workers a candidate may cost."""
+
+_PATIENCE = 60.0  # seconds; writing a core file takes some
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class _Worker:
         told: Whom it was last told to compare candidates with.
         proposal: What it is scoring.
         attempt: Which attempt at that this is, from 1.
+        since: When it got it.
     """
 
     process: subprocess.Popen[bytes]
@@ -43,6 +47,7 @@ class _Worker:
     told: Any = None
     proposal: Proposal | None = None
     attempt: int = 0
+    since: float = 0.0
 
     def send(self, message: Any) -> None:
         """Sends a message; that the worker is dead will show when its answer is waited for."""
@@ -138,7 +143,7 @@ class LocalWorkers:
 
     def _lost(self, worker: _Worker) -> tuple[Proposal, Outcome] | None:
         """Has another worker try, or gives the candidate up."""
-        how = _ending(worker.process.wait())
+        how = _ending(_exit_code(worker.process))
         _end(worker)
         del self._workers[worker.place]
         if worker.proposal is None:
@@ -150,14 +155,15 @@ class LocalWorkers:
             self._give(self._start(worker.place), worker.proposal, worker.attempt + 1)
             return None
         failure = f"worker died: {how}, {worker.attempt} times; see {self._log_file.name}"
-        return worker.proposal, Outcome(None, state="failed", failure=failure)
+        seconds = {"total": time.perf_counter() - worker.since}
+        return worker.proposal, Outcome(None, state="failed", failure=failure, seconds=seconds)
 
     def _give(self, worker: _Worker, proposal: Proposal, attempt: int) -> None:
         if worker.told is not self._known:
             worker.send(("begin", self._known))
             worker.told = self._known
         worker.send(("score", proposal))
-        worker.proposal, worker.attempt = proposal, attempt
+        worker.proposal, worker.attempt, worker.since = proposal, attempt, time.perf_counter()
 
     def _start(self, place: int) -> _Worker:
         ours, theirs = Pipe()
@@ -182,6 +188,15 @@ def _end(worker: _Worker) -> None:
     worker.connection.close()
     worker.process.kill()
     worker.process.wait()
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a process whose connection is closed, and which therefore ends."""
+    try:
+        return process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _ending(code: int) -> str:

@@ -1,13 +1,9 @@
-"""What workers open in the tests of `evomerge.workers`, in place of models; they are started in a moment.
-
-As a program it is a search by such workers, to be killed: ``python -m tests.scripted_worker FOLDER BUDGET WORKERS``.
-"""
+"""What workers open in the tests of `evomerge.workers`, in place of models, and a search by such workers."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +45,7 @@ def do(deed: str, mark: Path) -> None:
     """Something that can go wrong."""
     if deed == "killed once" and not mark.exists():
         mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        deed = "killed"
     if deed == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if deed == "fails":
@@ -58,8 +54,6 @@ def do(deed: str, mark: Path) -> None:
         raise MemoryError
     if deed == "disk full":
         raise OutputError("scores: cannot be written: no space left on the disk")
-    if deed == "bug":
-        raise KeyboardInterrupt  # nothing that scoring raises on purpose
     if deed == "sleeps":
         mark.write_text(str(os.getpid()))
         time.sleep(600)
@@ -82,8 +76,3 @@ def run(folder: Path, budget: int, executor: LocalWorkers) -> Finished:
     record = Record.open(folder / "study.log", "run", space=SPACE)
     settings = AlgorithmSettings(population=7)
     return search(SPACE, ALGORITHMS["ga"], executor, record, Stop(budget), seed=5, settings=settings)
-
-
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    run(place, int(sys.argv[2]), workers(place, int(sys.argv[3]), {20: "sleeps", 21: "sleeps"}, pause=0.01))

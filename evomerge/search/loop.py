@@ -194,7 +194,8 @@ class _Loop:
             for due in self._due(finished, turns):
                 # Which candidates the items suffice for must not depend on how many were scored at once.
                 if ended is None or self.stop.items is None:
-                    ended = ended or self._keep(due, watch)
+                    brought = self._keep(due, watch)
+                    ended = ended or brought
         return ended
 
     def _due(self, finished: dict[int, Candidate], turns: deque[int]) -> list[Candidate]:
