@@ -18,7 +18,7 @@ from evomerge.errors import EvoMergeError
 from evomerge.search.candidate import Candidate, Outcome, Proposal
 
 ATTEMPTS = 2
-"""How many workers a candidate may cost."""
+"""How many workers a candidate may cost, and how many in a row may die before they are ready."""
 
 _PATIENCE = 60.0  # seconds; writing a core file takes some
 
@@ -86,6 +86,7 @@ class LocalWorkers:
         self._environment = environment
         self._workers: dict[int, _Worker] = {}
         self._known: Any = None
+        self._stillborn = 0
 
     @property
     def slots(self) -> int:
@@ -134,7 +135,7 @@ class LocalWorkers:
         if kind == "bug":
             raise RuntimeError(f"worker {worker.place}:\n{content}")
         if kind == "ready":
-            worker.ready = True
+            worker.ready, self._stillborn = True, 0
             return None
         proposal, worker.proposal = worker.proposal, None
         if proposal is None:
@@ -148,9 +149,12 @@ class LocalWorkers:
         del self._workers[worker.place]
         if worker.proposal is None:
             return None
-        if not worker.ready:
-            raise EvoMergeError(f"worker {worker.place} died before it could score: {how}; see {self._log_file}")
         log.warning("worker %d died (%s) with candidate %d", worker.place, how, worker.proposal.number)
+        if not worker.ready:  # which is not the candidate's fault
+            self._stillborn += 1
+            if self._stillborn >= ATTEMPTS:
+                raise EvoMergeError(f"worker {worker.place} died before it could score: {how}; see {self._log_file}")
+            worker.attempt -= 1
         if worker.attempt < ATTEMPTS:
             self._give(self._start(worker.place), worker.proposal, worker.attempt + 1)
             return None
