@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ def test_paths_beside_the_file_above_it_and_from_here(tmp_path: Path, monkeypatc
         ({"search__candidates": "many"}, "(got 'many')"),
         ({"search__objectives": "pareto"}, "search.objectives: input should be 'mean' (got 'pareto')"),
         ({"run__executor": "ray"}, "run.executor: input should be 'local' (got 'ray')"),
+        ({"run__workers": 0}, "run.workers: input should be greater than or equal to 1 (got 0)"),
+        ({"search__mode": "steady"}, "search.mode: input should be 'generational' or 'asynchronous' (got 'steady')"),
         ({"evaluation__dtype": "int8"}, "evaluation.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
         ({"search__algorithm": "tpee"}, "search.algorithm: 'tpee' is not one of "),
         ({"search__algorithm": "rando"}, "(did you mean 'random'?)"),
@@ -254,3 +257,14 @@ def test_any_value_is_read_or_refused(key: str, value: Any) -> None:
 
 def test_the_tiny_search_of_these_tests(tiny_family: dict[str, Path]) -> None:
     assert parse_spec(search_spec(tiny_family)).search.candidates == 18
+
+
+def test_an_algorithm_of_whole_generations_is_not_asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evomerge.search.registry import ALGORITHMS
+
+    generational = replace(ALGORITHMS["random"], asynchronous=False)
+    monkeypatch.setitem(ALGORITHMS, "whole", generational)
+    parse_spec(changed(MINIMAL, {"search__algorithm": "whole"}))
+    (problem,) = _problems(search__algorithm="whole", search__mode="asynchronous")
+    assert "search.mode: whole learns from whole generations and cannot be asynchronous; these can: ga, " in problem
+    assert parse_spec(changed(MINIMAL, {"search__mode": "asynchronous"})).search.mode == "asynchronous"
