@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
 from typing import Literal
 
 from evomerge.search.baselines import Start, baselines, first_generation
@@ -224,12 +225,14 @@ class _Loop:
     def _one_by_one(self, starts: tuple[Start, ...], watch: _Watch) -> End:
         """As many candidates under way as there is room for, at any time."""
         first = first_generation(starts, self.stop.candidates)
+        recorded = {candidate.number for candidate in self.record.candidates()}
+        free = (number for number in count() if number not in recorded)
         pending: dict[int, Proposal] = {}
         ended = self._stale(len(starts), watch)
         no_more: End | None = None
         while True:
             while not (ended or no_more) and len(pending) < self.executor.slots:
-                no_more = self._submit_next(first, len(starts), pending)
+                no_more = self._submit(next(free), first, pending)
             if not pending:
                 return ended or no_more or self._spent
             candidate = Candidate.of(*self.executor.next_finished())
@@ -237,18 +240,17 @@ class _Loop:
             brought = self._keep(candidate, watch) or self._stale(len(starts), watch)
             ended = ended or brought
 
-    def _submit_next(self, first: Sequence[Proposal], starts: int, pending: dict[int, Proposal]) -> End | None:
-        """Submits a proposal for the lowest number that has none; why not, if there is nothing to propose."""
-        known = self.record.candidates()
-        number = _lowest({*(c.number for c in known), *pending})
+    def _submit(self, number: int, first: Sequence[Proposal], pending: dict[int, Proposal]) -> End | None:
+        """Submits a proposal with this number; why not, if there is nothing to propose."""
         if number >= self.stop.candidates:
             return self._spent
-        generation = self._generation(number, starts)
+        known = self.record.candidates()
+        generation = self._generation(number, len(first))
         if generation == 0:
             drawn = [first[number]]
         else:
             under_way = (Candidate.of(proposal, _PENDING) for proposal in pending.values())
-            history = tuple(sorted((*known, *under_way), key=lambda c: c.number))
+            history = tuple(sorted((*known, *under_way), key=attrgetter("number")))
             numbers = range(number, number + 1)
             drawn = self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
         if not drawn:
@@ -265,6 +267,8 @@ class _Loop:
 
     def _stale(self, starts: int, watch: _Watch) -> End | None:
         """The end, if it comes with the last generation of which all have finished."""
+        if self.stop.stale_generations is None:
+            return None
         known = self.record.candidates()
         missing = _lowest({candidate.number for candidate in known})
         generation = self._generation(missing, starts)
