@@ -99,7 +99,8 @@ def check_search(spec: SearchSpec) -> str:
             f"{spec.search.algorithm}",
             *([f"warm start: {seeds} of generation 0 from {', '.join(spec.search.warm_starts)}"] if seeds else []),
             table(["task", "type", *splits], rows),
-            f"memory: about {_gigabytes(2 * size + opened)}, of which {_gigabytes(opened)} are the models' files",
+            f"memory: about {_gigabytes(2 * size * spec.run.workers + opened)}, of which {_gigabytes(opened)} are the "
+            "models' files",
             f"disk: {_gigabytes(size * spec.run.keep)} for {spec.run.keep} kept checkpoints "
             f"({_free(spec.folder)} free there)",
             f"time: about {seconds:.1f} s a candidate, {seconds * budget / 3600:.1f} h for {budget}",

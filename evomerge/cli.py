@@ -32,6 +32,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/NAME
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest file of the checkpoint, such as 5GB.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that score candidates, instead of the file's.", min=1)]
 Candidate = Annotated[int | None, typer.Option("--candidate", help="A candidate's number; default: the winner.")]
 
 
@@ -40,6 +41,7 @@ def run(
     search: Annotated[str, typer.Argument(help="A search.yaml, or a shipped one's name.", show_default=False)],
     candidates: Annotated[int | None, typer.Option(help="Budget instead of the file's.", min=1)] = None,
     directory: Annotated[Path | None, typer.Option("--dir", help="Run folder instead of the file's.")] = None,
+    workers: Workers = None,
 ) -> None:
     """Search for the best merge; on a run that exists already, go on with it."""
     from evomerge.run import start
@@ -48,19 +50,20 @@ def run(
 
     _interruptible()
     path = find_search(search)
-    start(load_spec(path), candidates=candidates, folder=directory, source=path)
+    start(load_spec(path), candidates=candidates, folder=directory, source=path, workers=workers)
 
 
 @app.command()
 def resume(
     run: RunFolder,
     candidates: Annotated[int | None, typer.Option(help="Extend the budget to this many candidates.", min=1)] = None,
+    workers: Workers = None,
 ) -> None:
     """Go on with a search from where it stopped."""
     from evomerge.run import resume as resume_run
 
     _interruptible()
-    resume_run(run, candidates=candidates)
+    resume_run(run, candidates=candidates, workers=workers)
 
 
 @app.command()

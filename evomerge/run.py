@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge.display import Display
-from evomerge.errors import EvoMergeError, RunError
+from evomerge.errors import EvoMergeError, RunError, SpecError
 from evomerge.export import keep_best
 from evomerge.finish import finish
 from evomerge.gates import look_before
 from evomerge.runfolder import STARTS, RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search import AlgorithmSettings, Candidate, Finished, Record, Stop, get_algorithm, search
+from evomerge.search import (
+    AlgorithmSettings,
+    Candidate,
+    Executor,
+    Finished,
+    InProcess,
+    Record,
+    Stop,
+    get_algorithm,
+    search,
+    spent_items,
+)
 from evomerge.spec import Search, SearchSpec
 from evomerge.strict_yaml import write_yaml
 from evomerge.tables import result_table
 from evomerge.warmstart import read_seeds, warm_starts
 from evomerge.workbench import Workbench
+from evomerge.workers import LocalWorkers
 
 log = logging.getLogger("evomerge")
 
@@ -30,7 +44,12 @@ _MOST_RANDOM = 10  # times the search's candidates, for a random search whose ca
 
 
 def start(
-    spec: SearchSpec, *, source: Path | None = None, candidates: int | None = None, folder: Path | None = None
+    spec: SearchSpec,
+    *,
+    source: Path | None = None,
+    candidates: int | None = None,
+    folder: Path | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Runs a search, or goes on with it when its folder exists.
 
@@ -39,6 +58,7 @@ def start(
         source: The search.yaml it was read from, kept as given.
         candidates: Budget instead of the specification's. That of a run that exists can only grow.
         folder: Run folder instead of the specification's.
+        workers: Processes that score candidates, instead of the specification's number.
 
     Returns:
         The result, as in result.json.
@@ -56,25 +76,35 @@ def start(
     opened = RunFolder.create(root, spec, given)
     if candidates is None:  # the run may have been extended beyond the file's budget
         spec = _with_budget(spec, max(spec.search.candidates, opened.spec.search.candidates))
-    return _go(opened, spec)
+    return _go(opened, _with_workers(spec, workers))
 
 
-def resume(root: Path, *, candidates: int | None = None) -> dict[str, Any]:
+def resume(root: Path, *, candidates: int | None = None, workers: int | None = None) -> dict[str, Any]:
     """Goes on with a run from where it stopped.
 
     Args:
         root: The run folder.
         candidates: Extend the budget to this many candidates.
+        workers: Processes that score candidates from now on.
 
     Raises:
         RunError: When there is no run, another process holds it, or its models or data have changed.
     """
     folder = RunFolder.existing(root)
-    return _go(folder, folder.spec if candidates is None else _with_budget(folder.spec, candidates))
+    spec = folder.spec if candidates is None else _with_budget(folder.spec, candidates)
+    return _go(folder, _with_workers(spec, workers))
 
 
 def _with_budget(spec: SearchSpec, candidates: int) -> SearchSpec:
     return spec.model_copy(update={"search": spec.search.model_copy(update={"candidates": candidates})})
+
+
+def _with_workers(spec: SearchSpec, workers: int | None) -> SearchSpec:
+    if workers is None:
+        return spec
+    if workers < 1:
+        raise SpecError(f"run.workers: at least 1 process scores candidates; got {workers}")
+    return spec.model_copy(update={"run": spec.run.model_copy(update={"workers": workers})})
 
 
 def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
@@ -105,15 +135,16 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
             slope_items=scorer.slope_items,
             since=folder.extended_from(),
         )
-        ended = _search(folder, bench, scorer, record, wanted.algorithm, stop, display.candidate)
-        display.say(ended.message)
-        if ended.reason == "interrupted":
-            raise KeyboardInterrupt
-        if ended.reason == "failures":
-            raise EvoMergeError(f"{folder.root}: {ended.message}{_what_to_do(ended.candidates)}")
-        if ended.reason in ("stale", "target"):
-            display.say(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}")
-        baseline = _baseline(folder, bench, scorer, ended.candidates, display)
+        with _executor(folder, bench, scorer, display) as executor:
+            ended = _search(folder, bench, scorer, executor, record, wanted.algorithm, stop, display.candidate)
+            display.say(ended.message)
+            if ended.reason == "interrupted":
+                raise KeyboardInterrupt
+            if ended.reason == "failures":
+                raise EvoMergeError(f"{folder.root}: {ended.message}{_what_to_do(ended.candidates)}")
+            if ended.reason in ("stale", "target"):
+                display.say(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}")
+            baseline = _baseline(folder, bench, scorer, executor, ended.candidates, display)
         why = {"reason": ended.reason, "message": ended.message, "extended_from": stop.since}
         result = finish(bench, folder, scorer, ended.candidates, display, baseline, why)
         if scorer.reused:
@@ -121,8 +152,7 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
         if result["within_noise_of"]:
             display.say(f"warning: {result['verdict']}")
         keep_best(bench, folder, result, display)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        display.say(f"peak memory {peak:.2f} GB, the models' memory-mapped files included")
+        display.say(f"peak memory {_peak(folder.spec.run.workers)}, the models' memory-mapped files included")
     print(result_table(result))
     return result
 
@@ -140,10 +170,57 @@ def _what_to_do(found: tuple[Candidate, ...]) -> str:
     return f". One cause is likely, and no recipe's; log.txt has the details{memory}; then the same command goes on"
 
 
+def _peak(workers: int) -> str:
+    """The most memory that this process has had, and the largest of its workers."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    own, worker = (resource.getrusage(who).ru_maxrss * 1024 / 1e9 for who in whose)
+    return f"{own:.2f} GB" + (f", and {worker:.2f} GB of the largest of {workers} workers" if workers > 1 else "")
+
+
+@contextmanager
+def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, display: Display) -> Iterator[Executor]:
+    """What scores candidates, for the length of a block: this process, or as many workers as are wanted."""
+    count = folder.spec.run.workers
+    if count == 1:
+        yield InProcess(scorer, scorer.before_generation)
+        return
+    share = max(1, bench.threads // count)
+    display.say(f"{count} workers, of {share} of the {bench.threads} threads each; what they say is in log.txt")
+    if folder.spec.evaluation.backend != "native":
+        display.say("warning: with this backend, numbers are the same for any number of workers up to rounding only")
+    bench.release()
+    workers = LocalWorkers(
+        count,
+        "evomerge.worker:open_scorer",
+        (folder.root, bench.threads, share),
+        scorer.rivals,
+        folder.root / "log.txt",
+        partial(_place, folder.spec.evaluation.device, share),
+    )
+    try:
+        yield workers
+    finally:
+        workers.close()
+        folder.sweep()
+
+
+def _place(device: str, share: int, place: int) -> dict[str, str]:
+    """The environment that gives a worker its share of the cores, and the devices in turn."""
+    environment = {"OMP_NUM_THREADS": str(share)}
+    if device == "cuda":
+        import torch
+
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)] if devices else ""
+    return environment
+
+
 def _search(
     folder: RunFolder,
     bench: Workbench,
     scorer: Scorer,
+    executor: Executor,
     record: Record,
     algorithm: str,
     stop: Stop,
@@ -155,15 +232,15 @@ def _search(
     return search(
         bench.space,
         get_algorithm(algorithm),
-        scorer,
+        executor,
         record,
         stop,
         seed=folder.spec.search.seed,
         settings=settings_of(folder.spec.search, scorer, algorithm),
         starts=folder.starts(),
         progress=progress,
-        before_generation=scorer.before_generation,
         arrange=arrange,
+        asynchronous=folder.spec.search.mode == "asynchronous",
     )
 
 
@@ -174,7 +251,12 @@ def settings_of(wanted: Search, scorer: Scorer, algorithm: str | None = None) ->
 
 
 def _baseline(
-    folder: RunFolder, bench: Workbench, scorer: Scorer, found: tuple[Candidate, ...], display: Display
+    folder: RunFolder,
+    bench: Workbench,
+    scorer: Scorer,
+    executor: Executor,
+    found: tuple[Candidate, ...],
+    display: Display,
 ) -> tuple[Candidate, ...]:
     """The candidates of a random search that spends as many item evaluations as the search did, if one is asked for.
 
@@ -183,7 +265,7 @@ def _baseline(
     """
     if folder.spec.search.baseline is None:
         return ()
-    items = sum(candidate.items for candidate in found)
+    items = max(spent_items(found, scorer.slope_items))
     display.say(f"random search as a baseline: {items} item evaluations, as the search had")
 
     def progress(candidate: Candidate) -> None:
@@ -192,7 +274,7 @@ def _baseline(
 
     record = folder.record(bench.space, baseline=True, say=display.say)
     stop = Stop(_MOST_RANDOM * len(found), items=items)
-    ended = _search(folder, bench, scorer, record, "random", stop, progress)
+    ended = _search(folder, bench, scorer, executor, record, "random", stop, progress)
     if ended.reason == "interrupted":
         raise KeyboardInterrupt
     display.say(f"random search: {ended.message}")

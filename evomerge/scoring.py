@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.engine.plan import Plan
 from evomerge.errors import CandidateError, EvoMergeError, RecipeError
@@ -23,8 +23,27 @@ from evomerge.slopes import COST, fitness_slopes
 from evomerge.workbench import SEARCH, STEER, Selection, Workbench
 
 if TYPE_CHECKING:
-    from evomerge.display import Display
     from evomerge.runfolder import RunFolder
+
+
+class Says(Protocol):
+    """What is told what is going on."""
+
+    def say(self, text: str) -> None:
+        """Takes one line."""
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What a race has to know of a history.
+
+    Attributes:
+        leaders: Number, phenotype and recipe of the best candidates with a full score, best first.
+        generation: The generation that races.
+    """
+
+    leaders: tuple[tuple[int, str, Mapping[str, Any]], ...]
+    generation: int
 
 
 @dataclass
@@ -64,6 +83,7 @@ class Scorer:
         self._race: Race | None = None
         self._blocks: tuple[int, ...] = ()  # the order in which the generation sees the blocks
         self._full: dict[str, Scores] = {}  # the full scores that it races against, by phenotype
+        self._rivals: Rivals | None = None
         self.fitness: Fitness = bench.steering
         self.reported: Fitness = bench.goals
         self.samples: Mapping[str, Sample] = {}
@@ -85,7 +105,7 @@ class Scorer:
         """The split that steers."""
         return STEER if self.samples else SEARCH
 
-    def settle(self, display: Display) -> None:
+    def settle(self, display: Says) -> None:
         """Settles what every candidate is measured by: the sources' scores, the items that steer, a race's blocks."""
         evaluation = self._bench.spec.evaluation
         goals = zip(self.reported.goals, self.fitness.goals, strict=True)
@@ -108,7 +128,7 @@ class Scorer:
             if racing:
                 self._settle_racing(display)
 
-    def _settle_informative(self, fraction: float, display: Display) -> None:
+    def _settle_informative(self, fraction: float, display: Says) -> None:
         """Draws the items that steer, from what generation 0 does on all of them."""
         scouts = []
         for start in baselines(self._bench.space):
@@ -130,14 +150,14 @@ class Scorer:
         told = (f"{task} {len(s.items)} of {sum(n for n, _ in s.strata)}" for task, s in self.samples.items())
         display.say(f"the items that tell candidates apart steer: {', '.join(told)}")
 
-    def _reference(self, name: str, recipe: Mapping[str, Any], display: Display) -> Mapping[str, ItemScores]:
+    def _reference(self, name: str, recipe: Mapping[str, Any], display: Says) -> Mapping[str, ItemScores]:
         display.say(f"scoring {name} on the search items")
         try:
             return self.scores(recipe, SEARCH)[0]
         except CandidateError as error:
             raise EvoMergeError(f"{name}: cannot be scored: {error}") from error
 
-    def _settle_racing(self, display: Display) -> None:
+    def _settle_racing(self, display: Says) -> None:
         """Cuts the items that steer into blocks, if candidates can be compared on part of them."""
         spec = self._bench.spec
         blocks = draw_blocks(self._bench.selections[self._steering], spec.search.seed)
@@ -169,18 +189,30 @@ class Scorer:
 
     def before_generation(self, history: tuple[Candidate, ...]) -> None:
         """Freezes whom a generation races against: nothing that happens in it changes that."""
-        self._race = None
+        self.race_against(self.rivals(history))
+
+    def rivals(self, history: tuple[Candidate, ...]) -> Rivals | None:
+        """Whom to race against, given this history; None for nobody."""
         leaders = ranked(history)[:CONTROLS]
         if not leaders or len(self._parts[self._steering]) == 1:
-            return
-        rival = leaders[min(PLACE, len(leaders)) - 1]
-        known, self._full = self._full, {}
-        for leader in leaders:
-            self._full[leader.phenotype] = known.get(leader.phenotype) or self.scores(leader.recipe, self._steering)[0]
+            return None
         generation = 1 + max(candidate.generation for candidate in history)
-        self._blocks = block_order(len(self._parts[self._steering]), self._bench.spec.search.seed, generation)
-        looks = {c.number: self._looks(self._full[c.phenotype]) for c in leaders}
-        self._race = Race.against(self.fitness, rival.number, looks)
+        return Rivals(tuple((c.number, c.phenotype, c.recipe) for c in leaders), generation)
+
+    def race_against(self, rivals: Rivals | None) -> None:
+        """Has the next proposals race against these candidates, until others are named."""
+        if rivals == self._rivals:
+            return
+        self._race, self._rivals = None, rivals
+        if rivals is None:
+            return
+        known, self._full = self._full, {}
+        for _, phenotype, recipe in rivals.leaders:
+            self._full[phenotype] = known.get(phenotype) or self.scores(recipe, self._steering)[0]
+        self._blocks = block_order(len(self._parts[self._steering]), self._bench.spec.search.seed, rivals.generation)
+        looks = {number: self._looks(self._full[phenotype]) for number, phenotype, _ in rivals.leaders}
+        cutoff, _, _ = rivals.leaders[min(PLACE, len(rivals.leaders)) - 1]
+        self._race = Race.against(self.fitness, cutoff, looks)
 
     def _looks(self, scores: Scores) -> list[Scores]:
         """A full score as it is at every look of the generation."""

@@ -163,6 +163,7 @@ class Search(_Part):
     """How the space is searched."""
 
     algorithm: str = "ga"
+    mode: Literal["generational", "asynchronous"] = "generational"
     options: dict[str, Any] = {}
     population: int = Field(16, ge=2)
     candidates: int = Field(100, ge=1)
@@ -185,6 +186,7 @@ class Run(_Part):
 
     dir: str | None = None
     executor: Literal["local"] = "local"
+    workers: int = Field(1, ge=1)  # processes that score candidates; 1: this one
     storage: str | None = None
     keep: int = Field(1, ge=0)
 
@@ -287,6 +289,12 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
     else:
         problems += ALGORITHMS[spec.search.algorithm].problems(spec.search.options)
         problems += _objective_problems(spec)
+        if spec.search.mode == "asynchronous" and not ALGORITHMS[spec.search.algorithm].asynchronous:
+            able = ", ".join(sorted(name for name, algorithm in ALGORITHMS.items() if algorithm.asynchronous))
+            problems.append(
+                f"search.mode: {spec.search.algorithm} learns from whole generations and cannot be asynchronous; "
+                f"these can: {able}"
+            )
     if spec.search.baseline == spec.search.algorithm:
         problems.append(f"search.baseline: {spec.search.baseline} is the algorithm itself; leave one of the two out")
     names = [task.task for task in spec.evaluation.tasks]

@@ -31,7 +31,7 @@ def read_status(run: Path) -> dict[str, Any]:
     state = "running" if running else ("finished" if finished else "stopped")
     leader = best(known)
     seconds = [c.seconds["total"] for c in known if c.state != "failed" and "total" in c.seconds]
-    rate = len(seconds) / sum(seconds) * 3600 if seconds and sum(seconds) > 0 else None
+    rate = len(seconds) / sum(seconds) * 3600 * folder.spec.run.workers if seconds and sum(seconds) > 0 else None
     status: dict[str, Any] = {
         "run": folder.spec.name,
         "state": state,

@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.dtypes import torch_dtype
 from evomerge.engine.plan import Plan, make_plan
@@ -47,10 +49,16 @@ class Workbench:
         space: The search space.
         goals: The goals on the raw scale, by the metrics that are reported.
         steering: The same goals by the metrics that steer: the smooth ones where the specification wants them.
+        threads: Of the machine, for the run: what is rounded by their number is rounded by this one in every worker.
+
+    Args:
+        spec: The specification.
+        threads: Of the run, where this process has only a share of them; None for all that torch has.
     """
 
-    def __init__(self, spec: SearchSpec) -> None:
+    def __init__(self, spec: SearchSpec, threads: int | None = None) -> None:
         self.spec = spec
+        self.threads = threads or torch.get_num_threads()
         with _Together() as found:  # a wrong model and a wrong metric are told in one go
             self.checkpoints: dict[str, Checkpoint] = found.of(open_models, spec)
             known: TaskSet = found.of(_find_tasks, spec)
@@ -71,6 +79,7 @@ class Workbench:
             system_instruction=evaluation.system_instruction,
             backend=evaluation.backend,
             reuse_prefixes=evaluation.reuse_prefixes,
+            threads=self.threads,
         )
         self.selections = _selections(spec, self.evaluator, known)
         self.selections[STEER] = self.selections[SEARCH]
@@ -159,6 +168,10 @@ class Workbench:
         model, _ = self.resident.write(self.plan(single_model(self.reference_model.reference)))
         self.evaluator.prepare(model)
 
+    def release(self) -> None:
+        """Gives back the live model's memory, until it is needed again."""
+        self._resident = None
+
     @property
     def resident(self) -> Resident:
         """The live model, made on first use."""
@@ -173,8 +186,6 @@ class Workbench:
 
     def environment(self) -> dict[str, Any]:
         """What the numbers depend on: content of models and data (may not change), versions and threads (may)."""
-        import torch
-
         packages = ("evomerge", "torch", "transformers", "lm_eval", "numpy", "optuna", "datasets", "tokenizers")
         return {
             "content": {
@@ -184,7 +195,7 @@ class Workbench:
             "versions": {
                 "python": platform.python_version(),
                 "machine": platform.machine(),
-                "threads": torch.get_num_threads(),
+                "threads": self.threads,
                 **{package: importlib.metadata.version(package) for package in packages},
             },
         }

@@ -143,6 +143,8 @@ LIGHT = [
     "evomerge.status",
     "evomerge.tables",
     "evomerge.shipped",
+    "evomerge.worker",
+    "evomerge.workers",
 ]
 HEAVY = ["torch", "transformers", "lm_eval", "datasets"]
 

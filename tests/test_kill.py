@@ -19,12 +19,21 @@ import yaml
 
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
+from evomerge.scoring import Scorer
 from evomerge.spec import parse_spec
-from evomerge.workbench import Workbench
+from evomerge.workbench import SEARCH, Workbench
 from tests.frame import command, environment, files, invoke, process, search_spec
 from tests.test_run import lasting
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which loads torch
+
+
+class Mute:
+    """Says nothing."""
+
+    def say(self, text: str) -> None:
+        """Does not say it."""
+
 
 PATIENCE = 300  # seconds, for a machine that is busy with other things
 
@@ -213,3 +222,56 @@ def test_killed_in_the_middle_of_an_export(
     assert "the same numbers as in the search" in again.out
     assert (out / "model.safetensors").is_file()
     assert not list(tmp_path.glob(".home.partial-*"))
+
+
+def test_two_workers_killed_with_their_driver(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL of the driver, then no workers: as one process that was never stopped."""
+    folder = tmp_path / "run"
+    (tmp_path / "tiny.yaml").write_text((finished_run / "search.yaml").read_text())
+    with _running(command(["run", "tiny.yaml", "--dir", folder, "--workers", "2"]), tmp_path) as running:
+        _wait(running, lambda: _recorded(folder) >= 8)
+        workers = _children(running.pid)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    assert len(workers) == 2
+    end = time.monotonic() + PATIENCE
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end, "a worker has outlived its driver"
+        time.sleep(0.01)
+    assert _recorded(folder) < 18
+    ended = invoke(capsys, "resume", folder, "--workers", "1")
+    assert ended.code == 0, ended.err
+    ours, theirs = RunFolder.existing(folder), RunFolder.existing(finished_run)
+    assert lasting(ours.candidates()) == lasting(theirs.candidates())
+    assert ours.result() == theirs.result()
+    assert dict(files(folder / "scores")) == dict(files(finished_run / "scores"))
+    assert "2 workers, of 1 of the 1 threads each" in (tmp_path / "stderr").read_text()
+    assert "Traceback" not in (folder / "log.txt").read_text()
+
+
+def _children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_an_asynchronous_search_of_two_workers(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """With racing and a random baseline: an exact budget of distinct recipes, whose scores are those of one process."""
+    changes = {"search__mode": "asynchronous", "evaluation__racing": True, "run__workers": 2, "run__keep": 0}
+    spec = parse_spec(search_spec(tiny_family, search__baseline="random", **changes))
+    result = start(spec, folder=tmp_path / "run")
+    folder = RunFolder.existing(tmp_path / "run")
+    found = folder.candidates()
+    assert [c.number for c in found] == list(range(18))
+    assert len({c.phenotype for c in found}) == 18
+    assert sum(result["candidates"][state] for state in ("done", "failed", "pruned")) == 18
+    assert any(name.startswith("random search") for name in result["baselines"])
+    assert not list((folder.root / "scores").glob(".*.partial"))
+    (tmp_path / "again" / "scores").mkdir(parents=True)
+    bench = Workbench(spec)
+    scorer = Scorer(bench, RunFolder(tmp_path / "again", spec))
+    scorer.settle(Mute())
+    for candidate in [c for c in found if c.state == "done"][-3:]:
+        again, _ = scorer.scores(candidate.recipe, SEARCH)
+        assert scorer.fitness(again) == candidate.fitness

@@ -165,6 +165,8 @@ def test_paths_beside_the_file_above_it_and_from_here(tmp_path: Path, monkeypatc
         ({"search__also_minimize": ["layers"], "space__methods": ["frankenmerge"]}, "only with `objectives: pareto`"),
         ({"search__stop__fitness": "high"}, "search.stop.fitness: input should be a valid number"),
         ({"run__executor": "ray"}, "run.executor: input should be 'local' (got 'ray')"),
+        ({"run__workers": 0}, "run.workers: input should be greater than or equal to 1 (got 0)"),
+        ({"search__mode": "steady"}, "search.mode: input should be 'generational' or 'asynchronous' (got 'steady')"),
         ({"evaluation__dtype": "int8"}, "evaluation.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
         ({"search__algorithm": "tpee"}, "search.algorithm: 'tpee' is not one of "),
         ({"search__algorithm": "rando"}, "(did you mean 'random'?)"),
@@ -307,3 +309,14 @@ def test_an_algorithm_must_be_able_to_search_for_the_objectives(monkeypatch: pyt
     (problem,) = _problems(**two, search__algorithm="of-several")
     assert "of-several cannot search for mean; these can: " in problem
     assert "of-several" not in problem.rpartition(": ")[2]
+
+
+def test_an_algorithm_of_whole_generations_is_not_asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evomerge.search.registry import ALGORITHMS
+
+    generational = replace(ALGORITHMS["random"], asynchronous=False)
+    monkeypatch.setitem(ALGORITHMS, "whole", generational)
+    parse_spec(changed(MINIMAL, {"search__algorithm": "whole"}))
+    (problem,) = _problems(search__algorithm="whole", search__mode="asynchronous")
+    assert "search.mode: whole learns from whole generations and cannot be asynchronous; these can: ga, " in problem
+    assert parse_spec(changed(MINIMAL, {"search__mode": "asynchronous"})).search.mode == "asynchronous"

@@ -58,6 +58,8 @@ class Evaluator:
         system_instruction: What every prompt begins with.
         backend: "native"; "hf" for lm-eval's HFLM itself; "vllm" for lm-eval's VLLM on a live engine.
         reuse_prefixes: Whether hidden states of layers that candidates share are kept (needs `depths` in `score`).
+        threads: How many threads of a CPU the batches of generated text are cut for: what rounds them must not depend
+            on how many there are in this process. None for all that torch has.
 
     Raises:
         TaskError: The tokenizer lacks what the tasks need, or a task's requests cannot be built.
@@ -76,6 +78,7 @@ class Evaluator:
         system_instruction: str | None = None,
         backend: BackendName = "native",
         reuse_prefixes: bool = True,
+        threads: int | None = None,
     ) -> None:
         from lm_eval.models.utils import resolve_max_length
 
@@ -92,7 +95,7 @@ class Evaluator:
         self._backend: Backend
         if backend == "native":
             text = getattr(config, "text_config", None) or config
-            self._backend = NativeBackend(self.encoder, int(text.vocab_size), batch_tokens, self.prefixes)
+            self._backend = NativeBackend(self.encoder, int(text.vocab_size), batch_tokens, self.prefixes, threads)
         elif backend == "hf":
             from evomerge.evaluation.hf import HFBackend
 

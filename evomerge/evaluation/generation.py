@@ -86,11 +86,13 @@ class Generator:
     Args:
         encoder: Turns texts into tokens.
         batch_tokens: Tokens of prompts in a batch, padding counted; None for a number that suits.
+        threads: How many threads of a CPU to cut batches for, whatever decodes them; None for all that torch has.
     """
 
-    def __init__(self, encoder: Encoder, batch_tokens: int | None) -> None:
+    def __init__(self, encoder: Encoder, batch_tokens: int | None, threads: int | None = None) -> None:
         self.encoder = encoder
         self.batch_tokens = batch_tokens or BATCH_TOKENS
+        self._threads = threads
         self._prompts: dict[str, Prompt] = {}
 
     def respond(self, model: Any, instances: Sequence[Any], *, own_loop: bool) -> list[list[str]]:
@@ -125,11 +127,16 @@ class Generator:
                 answers[k] += [text] * (instances[k].repeats // again[k])
         return answers
 
+    @property
+    def threads(self) -> int:
+        """The threads that batches are cut for."""
+        return self._threads or torch.get_num_threads()
+
     def _rows(self, model: Any, prompts: int) -> int:
         """Rows of a batch: as many as help, but on a CPU a batch for every thread where each still has enough rows."""
         if next(model.parameters()).device.type != "cpu":
             return MAX_ROWS
-        return min(MAX_ROWS, max(MIN_ROWS, -(-prompts // torch.get_num_threads())))
+        return min(MAX_ROWS, max(MIN_ROWS, -(-prompts // self.threads)))
 
     def _prompt(self, instance: Any) -> Prompt:
         text, given = instance.args[0], instance.args[1]

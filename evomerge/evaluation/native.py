@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.backward import Piece, piece_tokens
@@ -41,14 +40,20 @@ class NativeBackend:
         vocabulary: Size of the models' vocabulary.
         batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
         prefixes: Keeps hidden states between candidates; None to start from the tokens.
+        threads: As for `Evaluator`.
     """
 
     def __init__(
-        self, encoder: Encoder, vocabulary: int, batch_tokens: int | None, prefixes: Prefixes | None = None
+        self,
+        encoder: Encoder,
+        vocabulary: int,
+        batch_tokens: int | None,
+        prefixes: Prefixes | None = None,
+        threads: int | None = None,
     ) -> None:
         self.encoder = encoder
         self.scorer = TreeScorer(vocabulary, encoder.max_length, batch_tokens, prefixes)
-        self.generator = Generator(encoder, batch_tokens)
+        self.generator = Generator(encoder, batch_tokens, threads)
         self._pairs: dict[tuple[str, int], list[list[Pair]]] = {}
         self._layouts: OrderedDict[tuple[str, tuple[int, ...], bool | None], Layout] = OrderedDict()
 
@@ -172,7 +177,7 @@ class NativeBackend:
         if any(_scores(instance) for instance in instances):
             content.update(self.layout(requests, indices).digest.encode())
         if not all(_scores(instance) for instance in instances):  # each thread decodes rows of its own
-            content.update(repr((self.generator.batch_tokens, torch.get_num_threads())).encode())
+            content.update(repr((self.generator.batch_tokens, self.generator.threads)).encode())
         return content.hexdigest()
 
     def _encoded(self, requests: Requests, index: int) -> list[list[Pair]]:

@@ -13,6 +13,7 @@ from typing import Any
 from evomerge.search.baselines import Start, baselines
 from evomerge.search.build import build_space
 from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked, spent_items
+from evomerge.search.executor import Executor, InProcess
 from evomerge.search.genome import Genome, LayerGene
 from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import Algorithm, AlgorithmSettings
@@ -25,8 +26,10 @@ __all__ = [
     "Algorithm",
     "AlgorithmSettings",
     "Candidate",
+    "Executor",
     "Finished",
     "Genome",
+    "InProcess",
     "LayerGene",
     "Outcome",
     "Proposal",

@@ -49,7 +49,7 @@ class Experience:
         steps: list[float] = []
         for child in history[-RECENT:]:
             parents = [known[number] for number in child.parents if number in known]
-            if not parents or child.generation == 0:
+            if not parents or child.generation == 0 or child.state == "pending":
                 continue
             better = child.state == "done" and all((child.fitness or 0.0) > (p.fitness or 0.0) for p in parents)
             for name in operators_of(child.operator):

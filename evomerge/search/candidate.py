@@ -12,6 +12,7 @@ from evomerge.search import pareto
 from evomerge.search.genome import Genome
 
 State = Literal["done", "failed", "pruned"]
+"""What is recorded of a candidate. One that is being scored is "pending", to algorithms that ask meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Outcome:
     Attributes:
         fitness: Higher is better; None when failed. A pruned candidate carries the estimate it was stopped at.
         scores: Per-task scores, as JSON.
-        state: done, failed or pruned.
+        state: done, failed or pruned; pending where there is no outcome yet.
         failure: Why it failed or was stopped, beginning with a kind and a colon.
         seconds: Time by stage.
         objectives: One value per objective of a search with several, higher is better.
@@ -53,7 +54,7 @@ class Outcome:
 
     fitness: float | None
     scores: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    state: State = "done"
+    state: State | Literal["pending"] = "done"
     failure: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
     objectives: tuple[float, ...] | None = None
@@ -64,7 +65,7 @@ class Outcome:
 class Candidate(Proposal):
     """A proposal and its outcome: one line of the record. Attributes as in `Proposal` and `Outcome`."""
 
-    state: State
+    state: State | Literal["pending"]
     fitness: float | None
     objectives: tuple[float, ...] | None = None
     scores: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -171,6 +172,11 @@ SLOPES = "gradient"
 """How the operators are called that take the slopes of the first parent."""
 
 
+def sloped(candidate: Candidate) -> int | None:
+    """The number of the candidate whose slopes were asked for to make this one; None where none were."""
+    return candidate.parents[0] if SLOPES in candidate.operator and candidate.parents else None
+
+
 def spent_items(history: Iterable[Candidate], slope_items: int) -> Iterator[int]:
     """Item evaluations after each candidate, what was asked for its parents' slopes included.
 
@@ -178,18 +184,26 @@ def spent_items(history: Iterable[Candidate], slope_items: int) -> Iterator[int]
         history: Candidates in order.
         slope_items: Item evaluations that the slopes of one candidate are worth.
     """
-    spent, asked = 0, set()
+    spent, asked = 0, set[int]()
     for candidate in history:
-        if SLOPES in candidate.operator and candidate.parents[0] not in asked:
-            asked.add(candidate.parents[0])
+        parent = sloped(candidate)
+        if parent is not None and parent not in asked:
+            asked.add(parent)
             spent += slope_items
         spent += candidate.items
         yield spent
 
 
 def count_items(history: Iterable[Candidate]) -> dict[str, float]:
-    """Item evaluations of the search: how many, how many they would be without racing, and the share saved."""
-    seen = [candidate for candidate in history if candidate.items]
+    """Item evaluations of the search: how many, how many they would be without racing, the share saved; and slopes.
+
+    What the slopes of a candidate cost is not among them (`spent_items` counts it in): ``gradients`` says of how many
+    they were asked for.
+    """
+    known = list(history)
+    seen = [candidate for candidate in known if candidate.items]
     evaluated = sum(candidate.items for candidate in seen)
     whole = len(seen) * max((candidate.items for candidate in seen), default=0)
-    return {"evaluated": evaluated, "without_racing": whole, "saved": 1 - evaluated / whole if whole else 0.0}
+    gradients = len({sloped(candidate) for candidate in known} - {None})
+    saved = 1 - evaluated / whole if whole else 0.0
+    return {"evaluated": evaluated, "without_racing": whole, "saved": saved, "gradients": gradients}

@@ -1,21 +1,25 @@
-"""The loop of a search: generation 0, then generations of proposals, scored and recorded one by one.
+"""The loop of a search: generation 0, then generations of proposals, scored by an executor and recorded one by one.
 
 All state is in the record. The proposals of a generation depend on the candidates of earlier generations only, so a
-generation that was interrupted is proposed again, the same, and what is recorded of it is not scored twice.
+generation that was interrupted is proposed again, the same, and what is recorded of it is not scored twice; and it does
+not matter how many are scored at once, or which of them is ready first.
+
+An asynchronous search has no such barrier: whenever there is room, the next candidate is proposed from all that have
+finished by then. Which these are is a matter of time, unless only one is scored at once.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from operator import attrgetter
 from typing import Literal
 
-from evomerge.errors import BadInput, OutputError
 from evomerge.search.baselines import Start, baselines, first_generation
-from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked, spent_items
+from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked, sloped
+from evomerge.search.executor import Executor, InProcess
 from evomerge.search.front import latest_improvement
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.record import Record
@@ -25,7 +29,7 @@ FAILURES_IN_A_ROW = 10
 
 Reason = Literal["budget", "exhausted", "stale", "target", "hours", "items", "failures", "interrupted"]
 
-log = logging.getLogger(__name__)
+End = tuple[Reason, str]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Stop:
 
     Attributes:
         candidates: The budget: done + failed + pruned.
-        hours: Time spent scoring, over all sessions of the run; None for no limit.
+        hours: Time spent scoring, over all sessions of the run, shared by as many candidates as are scored at once;
+            None for no limit.
         stale_generations: Generations in a row without a better candidate, or with several objectives without more
             hypervolume; None for no limit.
         items: Items scored, over all candidates; None for no limit.
@@ -70,7 +75,7 @@ class Finished:
 def search(
     space: SearchSpace,
     algorithm: Algorithm,
-    evaluate: Callable[[Proposal], Outcome],
+    evaluate: Callable[[Proposal], Outcome] | Executor,
     record: Record,
     stop: Stop,
     *,
@@ -80,13 +85,15 @@ def search(
     progress: Callable[[Candidate], None] | None = None,
     before_generation: Callable[[tuple[Candidate, ...]], None] | None = None,
     arrange: Callable[[Sequence[Proposal]], Sequence[int]] | None = None,
+    asynchronous: bool = False,
 ) -> Finished:
     """Searches until a stop condition holds; on a record with candidates, goes on from them.
 
     Args:
         space: The search space.
         algorithm: Proposes generations.
-        evaluate: Scores one proposal. What it raises is recorded as that candidate's failure.
+        evaluate: Scores one proposal. What it raises is recorded as that candidate's failure. Or an executor, which
+            may score several at once; the caller closes it.
         record: Where the candidates are, and go.
         stop: The budget and the other conditions.
         seed: Seed of the proposals.
@@ -95,16 +102,20 @@ def search(
         progress: Called with each candidate after it is recorded.
         before_generation: Called with the candidates of the earlier generations before any of a generation is scored;
             what `evaluate` takes from there, such as whom to race against, does not depend on timing or on resuming.
+            An executor has its own.
         arrange: Gives the order in which a generation's proposals are scored, as positions in it. The candidates and
-            their numbers are the same in any order.
+            their numbers are the same in any order. Nothing is arranged in an asynchronous search.
+        asynchronous: Propose a candidate whenever there is room for one, instead of whole generations. The algorithm
+            also gets those that are being scored (`state` "pending").
 
     Returns:
-        The reason for the end. Ctrl-C ends it too, between records ("interrupted").
+        The reason for the end, after what was under way has been recorded. Ctrl-C ends it too, between records
+        ("interrupted").
     """
-    begin = before_generation or (lambda history: None)
+    executor = evaluate if isinstance(evaluate, Executor) else InProcess(evaluate, before_generation)
     order = arrange or (lambda proposals: range(len(proposals)))
     loop = _Loop(
-        space, algorithm, evaluate, record, stop, seed, settings or AlgorithmSettings(), progress, begin, order
+        space, algorithm, executor, record, stop, seed, settings or AlgorithmSettings(), progress, order, asynchronous
     )
     try:
         reason, message = loop.run(tuple(baselines(space) if starts is None else starts))
@@ -117,42 +128,51 @@ def search(
 class _Loop:
     space: SearchSpace
     algorithm: Algorithm
-    evaluate: Callable[[Proposal], Outcome]
+    executor: Executor
     record: Record
     stop: Stop
     seed: int
     settings: AlgorithmSettings
     progress: Callable[[Candidate], None] | None
-    begin: Callable[[tuple[Candidate, ...]], None]
     order: Callable[[Sequence[Proposal]], Sequence[int]]
+    asynchronous: bool
 
-    def run(self, starts: tuple[Start, ...]) -> tuple[Reason, str]:
-        watch = _Watch(self.stop, self.record.candidates())
+    def run(self, starts: tuple[Start, ...]) -> End:
+        watch = _Watch(self.stop, self.record.candidates(), self.executor.slots)
         if ended := watch.already():
             return ended
+        return self._one_by_one(starts, watch) if self.asynchronous else self._by_generations(starts, watch)
+
+    @property
+    def _spent(self) -> End:
+        return "budget", f"the budget of {self.stop.candidates} candidates is spent"
+
+    @property
+    def _exhausted(self) -> End:
+        return "exhausted", f"the space has no new recipe after {len(self.record)} candidates"
+
+    def _by_generations(self, starts: tuple[Start, ...], watch: _Watch) -> End:
         generation = 0
         first = 0
         while first < self.stop.candidates:
-            count = len(starts) if generation == 0 else self.settings.population
-            numbers = range(first, min(first + count, self.stop.candidates))
+            size = len(starts) if generation == 0 else self.settings.population
+            numbers = range(first, min(first + size, self.stop.candidates))
             if generation == 0:
                 proposals = first_generation(starts, len(numbers))
             else:
                 proposals = self._propose(numbers, generation)
-            for candidate in self._score(proposals):
-                ended = watch.after_candidate(candidate)
-                if ended:
-                    return ended
+            if ended := self._score(proposals, watch):
+                return ended
             if len(proposals) < len(numbers):
-                return "exhausted", f"the space has no new recipe after {len(self.record)} candidates"
+                return self._exhausted
             # A generation that the budget cut short says nothing about staleness.
-            if len(numbers) == count:
+            if len(numbers) == size:
                 ended = watch.after_generation(self.record.candidates(), generation)
-                if ended and first + count < self.stop.candidates:
+                if ended and first + size < self.stop.candidates:
                     return ended
-            first += count
+            first += size
             generation += 1
-        return "budget", f"the budget of {self.stop.candidates} candidates is spent"
+        return self._spent
 
     def _propose(self, numbers: range, generation: int) -> list[Proposal]:
         """The generation's proposals; nothing is drawn for one that is recorded in full."""
@@ -163,18 +183,46 @@ class _Loop:
         history = tuple(c for c in candidates if c.number < numbers.start)
         return self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
 
-    def _score(self, proposals: Sequence[Proposal]) -> Iterator[Candidate]:
+    def _score(self, proposals: Sequence[Proposal], watch: _Watch) -> End | None:
+        """Scores and records what is not recorded of a generation; the end, if it comes in the middle."""
         known = self.record.candidates()
         recorded = {candidate.number for candidate in known}
-        waiting = [proposal for proposal in self._arranged(proposals) if proposal.number not in recorded]
+        waiting = deque(proposal for proposal in self._arranged(proposals) if proposal.number not in recorded)
         if waiting:
-            self.begin(tuple(c for c in known if c.generation < waiting[0].generation))
-        for proposal in waiting:
-            candidate = Candidate.of(proposal, self._outcome(proposal))
-            self.record.append(candidate)
-            if self.progress is not None:
-                self.progress(candidate)
-            yield candidate
+            self.executor.begin_generation(tuple(c for c in known if c.generation < waiting[0].generation))
+        turns = deque(proposal.number for proposal in waiting)
+        finished: dict[int, Candidate] = {}
+        under_way = 0
+        ended: End | None = None
+        while under_way or (waiting and ended is None):
+            while waiting and ended is None and under_way < self.executor.slots:
+                self.executor.submit(waiting.popleft())
+                under_way += 1
+            candidate = Candidate.of(*self.executor.next_finished())
+            under_way -= 1
+            finished[candidate.number] = candidate
+            for due in self._due(finished, turns):
+                # Which candidates the items suffice for must not depend on how many were scored at once.
+                if ended is None or self.stop.items is None:
+                    brought = self._keep(due, watch)
+                    ended = ended or brought
+        return ended
+
+    def _due(self, finished: dict[int, Candidate], turns: deque[int]) -> list[Candidate]:
+        """Takes out what to record now: all that have finished, but in turn where items end the search."""
+        due = []
+        if self.stop.items is None:
+            turns = deque(finished)
+        while turns and turns[0] in finished:
+            due.append(finished.pop(turns.popleft()))
+        return due
+
+    def _keep(self, candidate: Candidate, watch: _Watch) -> End | None:
+        """Records a candidate; the end, if it brings it."""
+        self.record.append(candidate)
+        if self.progress is not None:
+            self.progress(candidate)
+        return watch.after_candidate(candidate)
 
     def _arranged(self, proposals: Sequence[Proposal]) -> list[Proposal]:
         """The proposals in the order in which to score them."""
@@ -183,72 +231,127 @@ class _Loop:
             raise ValueError(f"arrange gave {list(order)}, which is no order of {len(proposals)} proposals")
         return [proposals[position] for position in order]
 
-    def _outcome(self, proposal: Proposal) -> Outcome:
-        """The outcome, with the time it took; a candidate that raises has failed and the run goes on."""
-        begin = time.perf_counter()
-        try:
-            outcome = checked(self.evaluate(proposal))
-        except (OutputError, BadInput):
-            raise  # the run's trouble, not the candidate's
-        except Exception as error:
-            log.warning("candidate %d failed", proposal.number, exc_info=True)
-            outcome = Outcome(None, state="failed", failure=f"{type(error).__name__}: {error}")
-        return replace(outcome, seconds={**outcome.seconds, "total": time.perf_counter() - begin})
+    def _one_by_one(self, starts: tuple[Start, ...], watch: _Watch) -> End:
+        """As many candidates under way as there is room for, at any time."""
+        first = first_generation(starts, self.stop.candidates)
+        recorded = {candidate.number for candidate in self.record.candidates()}
+        free = (number for number in count() if number not in recorded)
+        pending: dict[int, Proposal] = {}
+        ended = self._stale(len(starts), watch)
+        no_more: End | None = None
+        while True:
+            while not (ended or no_more) and len(pending) < self.executor.slots:
+                no_more = self._submit(next(free), first, pending)
+            if not pending:
+                return ended or no_more or self._spent
+            candidate = Candidate.of(*self.executor.next_finished())
+            del pending[candidate.number]
+            brought = self._keep(candidate, watch) or self._stale(len(starts), watch)
+            ended = ended or brought
+
+    def _submit(self, number: int, first: Sequence[Proposal], pending: dict[int, Proposal]) -> End | None:
+        """Submits a proposal with this number; why not, if there is nothing to propose."""
+        if number >= self.stop.candidates:
+            return self._spent
+        known = self.record.candidates()
+        generation = self._generation(number, len(first))
+        if generation == 0:
+            drawn = [first[number]]
+        else:
+            under_way = (Candidate.of(proposal, _PENDING) for proposal in pending.values())
+            history = tuple(sorted((*known, *under_way), key=attrgetter("number")))
+            numbers = range(number, number + 1)
+            drawn = self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
+        if not drawn:
+            return self._exhausted
+        # Generation 0 is compared with nobody, so that all of it has full scores.
+        self.executor.begin_generation(known if generation else ())
+        self.executor.submit(drawn[0])
+        pending[number] = drawn[0]
+        return None
+
+    def _generation(self, number: int, starts: int) -> int:
+        """The generation of a number."""
+        return 0 if number < starts else 1 + (number - starts) // self.settings.population
+
+    def _stale(self, starts: int, watch: _Watch) -> End | None:
+        """The end, if it comes with the last generation of which all have finished."""
+        if self.stop.stale_generations is None and self.stop.fitness is None:
+            return None
+        known = self.record.candidates()
+        missing = _lowest({candidate.number for candidate in known})
+        generation = self._generation(missing, starts)
+        if generation == 0 or missing >= self.stop.candidates:
+            return None
+        return watch.after_generation(known, generation - 1)
 
 
-def checked(outcome: Outcome) -> Outcome:
-    """The outcome, or the failure that it is: a done candidate has a finite fitness."""
-    values = [outcome.fitness, *(outcome.objectives or ())]
-    if outcome.state == "failed":
-        return replace(outcome, fitness=None, objectives=None, failure=outcome.failure or "unknown: no reason given")
-    if outcome.state == "done" and not all(value is not None and math.isfinite(value) for value in values):
-        failure = f"not finite: the fitness is {outcome.fitness}"
-        return replace(outcome, state="failed", fitness=None, objectives=None, failure=failure)
-    return outcome
+_PENDING = Outcome(None, state="pending")
+
+
+def _lowest(taken: set[int]) -> int:
+    """The lowest number that is not taken."""
+    return next(number for number in count() if number not in taken)
 
 
 class _Watch:
-    """Counts what ends a search before its budget does."""
+    """Counts what ends a search before its budget does.
 
-    def __init__(self, stop: Stop, history: tuple[Candidate, ...]) -> None:
+    Args:
+        stop: The conditions.
+        history: What is recorded already.
+        slots: How many candidates are scored at once.
+    """
+
+    def __init__(self, stop: Stop, history: tuple[Candidate, ...], slots: int) -> None:
         self._stop = stop
+        self._slots = slots
         self._seconds = sum(float(c.seconds.get("total", 0.0)) for c in history)
-        self._history = list(history)
-        self._row = _failing_row(history)
+        self._asked: set[int] = set()
+        self._items = 0
+        for candidate in history:
+            self._spend(candidate)
+        failed = {c.number: c for c in history if c.state == "failed"}
         # A run that was stopped by its failures and is resumed gets another chance.
-        if len(self._row) >= FAILURES_IN_A_ROW:
-            self._row = []
+        self._failed = {n: c for n, c in failed.items() if len(_failing_row(failed, n)) < FAILURES_IN_A_ROW}
 
-    def already(self) -> tuple[Reason, str] | None:
+    def _spend(self, candidate: Candidate) -> None:
+        """Counts a candidate's items, and what the slopes cost that were asked for to make it."""
+        parent = sloped(candidate)
+        if parent is not None and parent not in self._asked:
+            self._asked.add(parent)
+            self._items += self._stop.slope_items
+        self._items += candidate.items
+
+    def already(self) -> End | None:
         """The end, if the record is at it: what is spent is the same in every session."""
-        if self._stop.hours is not None and self._seconds >= self._stop.hours * 3600:
+        if self._stop.hours is not None and self._seconds / self._slots >= self._stop.hours * 3600:
             return "hours", f"{self._stop.hours:g} hours of scoring are over, all sessions together"
-        if self._stop.items is None:
-            return None
-        spent = max(spent_items(self._history, self._stop.slope_items), default=0)
-        return ("items", f"{spent} items are scored") if spent >= self._stop.items else None
+        if self._stop.items is not None and self._items >= self._stop.items:
+            return "items", f"{self._items} items are scored"
+        return None
 
-    def after_candidate(self, candidate: Candidate) -> tuple[Reason, str] | None:
+    def after_candidate(self, candidate: Candidate) -> End | None:
         """The end, if this candidate brings it."""
         self._seconds += float(candidate.seconds.get("total", 0.0))
-        self._history.append(candidate)
-        self._row = _failing_row((*self._row, candidate))
-        if len(self._row) >= FAILURES_IN_A_ROW:
-            last = self._row[-1]
-            return "failures", (
-                f"{len(self._row)} candidates in a row failed with {last.failure_kind}; the last one, {last.number} "
-                f"({last.operator}): {last.failure}"
-            )
+        self._spend(candidate)
+        if candidate.state == "failed":
+            self._failed[candidate.number] = candidate
+            row = _failing_row(self._failed, candidate.number)
+            if len(row) >= FAILURES_IN_A_ROW:
+                last = row[-1]
+                return "failures", (
+                    f"{len(row)} candidates in a row failed with {last.failure_kind}; the last one, {last.number} "
+                    f"({last.operator}): {last.failure}"
+                )
         return self.already()
 
-    def after_generation(self, history: tuple[Candidate, ...], generation: int) -> tuple[Reason, str] | None:
+    def after_generation(self, history: tuple[Candidate, ...], generation: int) -> End | None:
         """The end, if this generation reaches what is good enough, or makes too many without a better candidate."""
         before = [c for c in history if c.number < self._stop.since]
         return self._reached(history, generation, before) or self._stale(history, generation, before)
 
-    def _reached(
-        self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]
-    ) -> tuple[Reason, str] | None:
+    def _reached(self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]) -> End | None:
         target = self._stop.fitness
         if target is None or any(c.fitness is not None and c.fitness >= target for c in ranked(before)):
             return None
@@ -257,9 +360,7 @@ class _Watch:
             return None
         return "target", f"candidate {leader.number} has a fitness of {leader.fitness:.4f}; {target:g} was asked for"
 
-    def _stale(
-        self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]
-    ) -> tuple[Reason, str] | None:
+    def _stale(self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]) -> End | None:
         limit = self._stop.stale_generations
         if limit is None:
             return None
@@ -273,11 +374,13 @@ class _Watch:
         return "stale", f"{limit} generations without {more} {found.number}"
 
 
-def _failing_row(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates at the end of the record that failed in the same way."""
-    row: list[Candidate] = []
-    for candidate in reversed(candidates):
-        if candidate.state != "failed" or (row and candidate.failure_kind != row[-1].failure_kind):
-            break
-        row.append(candidate)
-    return row[::-1]
+def _failing_row(failed: Mapping[int, Candidate], number: int) -> list[Candidate]:
+    """The candidates around a failed one, by number without a gap, that failed in the same way."""
+    kind = failed[number].failure_kind
+
+    def alike(n: int) -> bool:
+        return n in failed and failed[n].failure_kind == kind
+
+    start = next(n for n in count(number, -1) if not alike(n - 1))
+    stop = next(n for n in count(number + 1) if not alike(n))
+    return [failed[n] for n in range(start, stop)]

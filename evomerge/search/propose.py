@@ -58,7 +58,11 @@ class Algorithm(Protocol):
         seed: int,
         settings: AlgorithmSettings,
     ) -> list[Proposal]:
-        """Proposals for `numbers`; `history` holds the candidates of earlier generations."""
+        """Proposals for `numbers`.
+
+        `history` holds the candidates of earlier generations, by number. In an asynchronous search it holds all that
+        have finished, of whatever numbers, and those that are being scored as "pending"; one number is asked for.
+        """
         ...
 
 

@@ -27,6 +27,8 @@ class Registered:
         check: What is wrong with options of the right names and kinds; None where nothing can be.
         one: Whether it can maximise one fitness.
         several: Whether it can look for the Pareto front of several objectives.
+        asynchronous: Whether it can propose one candidate at a time, while others are being scored: those are in the
+            history as "pending", without a fitness. One that learns from whole generations cannot.
     """
 
     propose: Algorithm
@@ -34,6 +36,7 @@ class Registered:
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
     one: bool = True
     several: bool = False
+    asynchronous: bool = True
 
     def __call__(
         self,
@@ -71,12 +74,14 @@ ALGORITHMS: dict[str, Registered] = {
     "ga": Registered(ga, OPTIONS, several=True),
     "random": Registered(random_search, several=True),
     "tpe": Registered(tpe.tpe, tpe.OPTIONS, several=True),
-    "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems),
-    "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems),
+    "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
+    "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems, asynchronous=False),
     "gp": Registered(gp.gp, gp.OPTIONS),
-    "nsga2": Registered(nsga2, several=True),
-    "nsga3": Registered(nsga3, several=True),
-    "map_elites": Registered(map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True),
+    "nsga2": Registered(nsga2, several=True, asynchronous=False),
+    "nsga3": Registered(nsga3, several=True, asynchronous=False),
+    "map_elites": Registered(
+        map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True, asynchronous=False
+    ),
 }
 
 

@@ -174,13 +174,20 @@ def short_json(distribution: BaseDistribution) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
+def _state(candidate: Candidate) -> int:
+    """Optuna's number for how a candidate ended."""
+    if candidate.state == "pending":
+        raise ValueError(f"candidate {candidate.number} is still being scored")
+    return STATES[candidate.state]
+
+
 def journal_line(candidate: Candidate, parameters: Parameters) -> dict[str, Any]:
     """The fields of a finished trial in Optuna's journal."""
     began, ended = times(candidate)
     found = values(candidate)
     several = found is not None and len(found) > 1
     return {
-        "state": STATES[candidate.state],
+        "state": _state(candidate),
         "value": found[0] if found is not None and not several else None,
         "values": found if several else None,
         "datetime_start": began.isoformat(timespec="microseconds"),
@@ -201,7 +208,7 @@ def frozen_trial(candidate: Candidate, parameters: Parameters) -> FrozenTrial:
     trial = optuna.trial.FrozenTrial(
         number=-1,
         trial_id=-1,
-        state=optuna.trial.TrialState(STATES[candidate.state]),
+        state=optuna.trial.TrialState(_state(candidate)),
         value=None,
         values=values(candidate),
         datetime_start=began.astimezone().replace(tzinfo=None),

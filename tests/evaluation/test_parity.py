@@ -63,6 +63,20 @@ def test_no_number_depends_on_threads(bench: Bench) -> None:
     assert found[0] == found[1] == found[2]
 
 
+def test_generated_text_is_batched_for_the_threads_of_the_run(bench: Bench) -> None:
+    """Not for those of the process, which has a share of them where there are several workers."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(bench.evaluator("gen", threads=3).layout_digest())
+        alone = bench.evaluator("gen").layout_digest()
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == alone
+    assert found[0] != bench.evaluator("gen", threads=1).layout_digest()
+
+
 @pytest.mark.parametrize("max_length", [None, 50])
 def test_rolling_loglikelihoods_equal_hflm(bench: Bench, max_length: int | None) -> None:
     # At 50 tokens nearly every text takes several windows.

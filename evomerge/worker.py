@@ -1,0 +1,95 @@
+"""A process that scores candidates for another one, which starts it (`evomerge.workers`) and tells it what to do.
+
+It ends by itself when the other end of its connection closes, whatever it is doing: with the process that started it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NoReturn
+
+from evomerge.errors import EvoMergeError
+from evomerge.search.candidate import Outcome, Proposal
+from evomerge.search.executor import attempt
+
+Opened = tuple[Callable[[Any], None], Callable[[Proposal], Outcome]]
+"""What takes whom to compare candidates with, and what scores one."""
+
+log = logging.getLogger(__name__)
+
+
+def open_scorer(root: Path, threads: int, share: int) -> Opened:
+    """Opens a run's models and tasks, and settles what its driver has settled.
+
+    Args:
+        root: The run folder.
+        threads: Of the run.
+        share: Of these, how many are this process's.
+    """
+    import torch
+
+    from evomerge.runfolder import RunFolder
+    from evomerge.scoring import Scorer
+    from evomerge.workbench import Workbench
+
+    torch.set_num_threads(share)
+    folder = RunFolder.existing(root)
+    scorer = Scorer(Workbench(folder.spec, threads), folder)
+    scorer.settle(_Quiet())
+    return scorer.race_against, scorer
+
+
+class _Quiet:
+    def say(self, text: str) -> None:
+        log.debug(text)
+
+
+def main() -> NoReturn:
+    """Serves the connection with the file descriptor ``argv[1]``, by what ``argv[2]`` (`module:function`) opens."""
+    gc.set_threshold(100_000, 50, 100)  # as the command line does
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("evomerge").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    connection = Connection(int(sys.argv[1]))
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    try:
+        _serve(connection, inbox, sys.argv[2])
+    except EvoMergeError as error:
+        connection.send(("error", error))
+    except Exception:
+        connection.send(("bug", traceback.format_exc()))
+    sys.exit(1)
+
+
+def _receive(connection: Connection, inbox: SimpleQueue[Any]) -> None:
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        pass  # nobody is left to score for
+    except Exception:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def _serve(connection: Connection, inbox: SimpleQueue[Any], opener: str) -> NoReturn:
+    module, _, name = opener.partition(":")
+    begin, evaluate = getattr(importlib.import_module(module), name)(*inbox.get())
+    connection.send(("ready", None))
+    while True:
+        kind, content = inbox.get()
+        if kind == "begin":
+            begin(content)
+        else:
+            connection.send(("outcome", attempt(evaluate, content)))

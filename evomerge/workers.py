@@ -1,0 +1,211 @@
+"""Several processes on this machine that score candidates at once. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import EvoMergeError
+from evomerge.search.candidate import Candidate, Outcome, Proposal
+
+ATTEMPTS = 2
+"""How many workers a candidate may cost, and how many in a row may die before they are ready."""
+
+_PATIENCE = 60.0  # seconds; writing a core file takes some
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Worker:
+    """A process, and what it is at.
+
+    Attributes:
+        process: The process.
+        connection: Our end of the connection to it.
+        place: The worker's number; another that takes its place has the same.
+        ready: Whether it has opened what it needs.
+        told: Whom it was last told to compare candidates with.
+        proposal: What it is scoring.
+        attempt: Which attempt at that this is, from 1.
+        since: When it got it.
+    """
+
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    place: int
+    ready: bool = False
+    told: Any = None
+    proposal: Proposal | None = None
+    attempt: int = 0
+    since: float = 0.0
+
+    def send(self, message: Any) -> None:
+        """Sends a message; that the worker is dead will show when its answer is waited for."""
+        try:
+            self.connection.send(message)
+        except OSError as error:
+            log.info("worker %d takes no message: %s", self.place, error)
+
+
+class LocalWorkers:
+    """An executor of worker processes, each started when it is first needed.
+
+    Args:
+        count: How many.
+        opener: What a worker opens first, as ``module:function``; see `evomerge.worker`.
+        arguments: What the opener is called with.
+        digest: What a worker has to know of a history to compare candidates with; None where that is nothing.
+        log_file: Where the workers' logs go, with whatever else they print.
+        environment: What the environment of a worker, by its place, has beside ours.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        opener: str,
+        arguments: Sequence[Any],
+        digest: Callable[[tuple[Candidate, ...]], Any],
+        log_file: Path,
+        environment: Callable[[int], Mapping[str, str]] = lambda place: {},
+    ) -> None:
+        self._count = count
+        self._opener = opener
+        self._arguments = tuple(arguments)
+        self._digest = digest
+        self._log_file = log_file
+        self._environment = environment
+        self._workers: dict[int, _Worker] = {}
+        self._known: Any = None
+        self._stillborn = 0
+
+    @property
+    def slots(self) -> int:
+        """One for each worker."""
+        return self._count
+
+    def begin_generation(self, history: tuple[Candidate, ...]) -> None:
+        """Keeps what the workers have to know of the history; each is told with its next proposal."""
+        known = self._digest(history)
+        if known != self._known:
+            self._known = known
+
+    def submit(self, proposal: Proposal) -> None:
+        """Gives the proposal to a worker that has none."""
+        for place in range(self._count):
+            worker = self._workers.get(place) or self._start(place)
+            if worker.proposal is None:
+                self._give(worker, proposal, 1)
+                return
+        raise ValueError(f"all {self._count} workers are busy")
+
+    def next_finished(self) -> tuple[Proposal, Outcome]:
+        """Waits for any worker. A candidate whose worker dies gets another one, once."""
+        while True:
+            busy = {worker.connection: worker for worker in self._workers.values() if worker.proposal is not None}
+            for connection in wait(list(busy)):
+                worker = busy[connection]  # type: ignore[index]
+                finished = self._hear(worker)
+                if finished is not None:
+                    return finished
+
+    def close(self) -> None:
+        """Ends the workers at once. Whatever they were writing has a temporary name."""
+        for worker in self._workers.values():
+            _end(worker)
+        self._workers.clear()
+
+    def _hear(self, worker: _Worker) -> tuple[Proposal, Outcome] | None:
+        """What the worker's next message means for its proposal."""
+        try:
+            kind, content = worker.connection.recv()
+        except (EOFError, OSError):
+            return self._lost(worker)
+        if kind == "error":
+            raise content
+        if kind == "bug":
+            raise RuntimeError(f"worker {worker.place}:\n{content}")
+        if kind == "ready":
+            worker.ready, self._stillborn = True, 0
+            return None
+        proposal, worker.proposal = worker.proposal, None
+        if proposal is None:
+            raise RuntimeError(f"worker {worker.place} has scored what nobody asked for")
+        return proposal, content
+
+    def _lost(self, worker: _Worker) -> tuple[Proposal, Outcome] | None:
+        """Has another worker try, or gives the candidate up."""
+        how = _ending(_exit_code(worker.process))
+        _end(worker)
+        del self._workers[worker.place]
+        if worker.proposal is None:
+            return None
+        log.warning("worker %d died (%s) with candidate %d", worker.place, how, worker.proposal.number)
+        if not worker.ready:  # which is not the candidate's fault
+            self._stillborn += 1
+            if self._stillborn >= ATTEMPTS:
+                raise EvoMergeError(f"worker {worker.place} died before it could score: {how}; see {self._log_file}")
+            worker.attempt -= 1
+        if worker.attempt < ATTEMPTS:
+            self._give(self._start(worker.place), worker.proposal, worker.attempt + 1)
+            return None
+        failure = f"worker died: {how}, {worker.attempt} times; see {self._log_file.name}"
+        seconds = {"total": time.perf_counter() - worker.since}
+        return worker.proposal, Outcome(None, state="failed", failure=failure, seconds=seconds)
+
+    def _give(self, worker: _Worker, proposal: Proposal, attempt: int) -> None:
+        if worker.told is not self._known:
+            worker.send(("begin", self._known))
+            worker.told = self._known
+        worker.send(("score", proposal))
+        worker.proposal, worker.attempt, worker.since = proposal, attempt, time.perf_counter()
+
+    def _start(self, place: int) -> _Worker:
+        ours, theirs = Pipe()
+        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+        arguments = ["-c", "from evomerge.worker import main; main()", str(theirs.fileno()), self._opener]
+        with theirs, self._log_file.open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                env={**os.environ, "PYTHONPATH": path, **self._environment(place)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C is for this process, which ends its workers
+            )
+        worker = self._workers[place] = _Worker(process, ours, place)
+        worker.send(self._arguments)
+        return worker
+
+
+def _end(worker: _Worker) -> None:
+    worker.connection.close()
+    worker.process.kill()
+    worker.process.wait()
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a process whose connection is closed, and which therefore ends."""
+    try:
+        return process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _ending(code: int) -> str:
+    """How a process has ended."""
+    if code >= 0:
+        return f"exit code {code}"
+    hint = ", as when memory runs out" if -code == signal.SIGKILL else ""
+    return f"signal {-code} ({signal.Signals(-code).name}{hint})"

@@ -1,0 +1,78 @@
+"""What workers open in the tests of `evomerge.workers`, in place of models, and a search by such workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import CandidateError, OutputError, RunError
+from evomerge.search import ALGORITHMS, AlgorithmSettings, Finished, Outcome, Proposal, Record, Stop, search
+from evomerge.search.candidate import Candidate
+from evomerge.worker import Opened
+from evomerge.workers import LocalWorkers
+from tests.search.scripted_run import SPACE, evaluate
+
+
+def open_scripted(folder: Path, deeds: dict[int, str], pause: float) -> Opened:
+    """Scores as the scripted run does, and says in the scores which process did, and whom it compared with.
+
+    Args:
+        folder: Where a deed leaves a mark, so that it can be done once only.
+        deeds: Candidate number to what happens instead; "never ready" at -1.
+        pause: Seconds that a candidate takes.
+    """
+    if deeds.get(-1) == "never ready":
+        raise RunError("the models have changed")
+    if deeds.get(-1) == "dies":
+        os._exit(3)
+    begun: list[Any] = [None]
+
+    def begin(known: Any) -> None:
+        begun[0] = known
+
+    def score(proposal: Proposal) -> Outcome:
+        do(deeds.get(proposal.number, ""), folder / f"{proposal.number}.mark")
+        outcome = evaluate(proposal, pause)
+        return Outcome(outcome.fitness, {"process": os.getpid(), "known": begun[0]}, outcome.state)
+
+    return begin, score
+
+
+def do(deed: str, mark: Path) -> None:
+    """Something that can go wrong."""
+    if deed == "killed once" and not mark.exists():
+        mark.touch()
+        deed = "killed"
+    if deed == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "fails":
+        raise CandidateError("the logits are not finite")
+    if deed == "out of memory":
+        raise MemoryError
+    if deed == "disk full":
+        raise OutputError("scores: cannot be written: no space left on the disk")
+    if deed == "sleeps":
+        mark.write_text(str(os.getpid()))
+        time.sleep(600)
+
+
+def numbers(history: tuple[Candidate, ...]) -> tuple[int, ...] | None:
+    """What the scripted workers are told of a history."""
+    return tuple(c.number for c in history) or None
+
+
+def workers(folder: Path, count: int, deeds: dict[int, str] | None = None, pause: float = 0.0) -> LocalWorkers:
+    """The executor; its log is `folder`/log.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    opener = "tests.scripted_worker:open_scripted"
+    return LocalWorkers(count, opener, (folder, deeds or {}, pause), numbers, folder / "log.txt")
+
+
+def run(folder: Path, budget: int, executor: LocalWorkers) -> Finished:
+    """Starts or goes on with the search in `folder`."""
+    record = Record.open(folder / "study.log", "run", space=SPACE)
+    settings = AlgorithmSettings(population=7)
+    return search(SPACE, ALGORITHMS["ga"], executor, record, Stop(budget), seed=5, settings=settings)
