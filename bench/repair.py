@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -181,8 +180,8 @@ class InMemory:
     def append(self, candidate: Candidate) -> None:
         """Records one more."""
         self._kept.append(candidate)
-        if sys.stderr.isatty() or os.environ.get("REPAIR_VERBOSE"):
-            print(f"{self._shown} {candidate.number} {candidate.fitness} {candidate.operator}", file=sys.stderr)
+        fitness = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f}"
+        print(f"{self._shown} {candidate.number}: {fitness}, {candidate.operator}", file=sys.stderr, flush=True)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -328,7 +327,7 @@ def real_problem(folder: Path, seed: int, every_source: bool) -> Problem:
     order = [int(layer) + 1 for layer in np.random.default_rng(seed).permutation(29)]
     ruined = list(models)[: len(models) if every_source else 1]
     lost = {name: tuple(sorted(order[2 * k : 2 * k + 2])) for k, name in enumerate(ruined)}
-    return Problem(seed, models, "agreement", "noise", lost, "real_blimp_agreement", (28, 32), (40, 300))
+    return Problem(seed, models, "agreement", "noise", lost, "real_blimp_agreement", (28, 32), (40, 200))
 
 
 def summary(figures: Sequence[Mapping[str, Any]]) -> list[str]:
