@@ -45,6 +45,8 @@ def baselines(space: SearchSpace) -> tuple[Start, ...]:
     if arithmetic is not None and space.base is not None:
         starts += [_lambda(space, arithmetic, value) for value in LAMBDAS]
     starts += [_defaults(space, method) for method in space.methods]
+    if all(method.copies_layers for method in space.methods):
+        starts += _halves(space)
     unique: dict[str, Start] = {}
     for start in starts:
         unique.setdefault(digest(start.recipe), start)
@@ -142,6 +144,19 @@ def _alternating(space: SearchSpace) -> tuple[LayerGene, ...]:
         return tuple(layers)
     layers = layers[: pattern.max_layers]
     return tuple(layers + [layers[-1]] * (pattern.min_layers - len(layers)))
+
+
+def _halves(space: SearchSpace) -> list[Start]:
+    """For each model, its lower half under the next one's upper half: together they say which halves are good."""
+    names = _parents(space)
+    middle = space.layer_count // 2
+    starts = []
+    for index, name in enumerate(names if len(names) > 1 else ()):
+        other = names[(index + 1) % len(names)]
+        layers = (*space.own_layers(name)[:middle], *space.own_layers(other)[middle:])
+        genome = _nearest(space, (), {}, None, layers)
+        starts.append(Start(f"halves:{name}+{other}", space.recipe(genome), genome))
+    return starts
 
 
 def _parts(space: SearchSpace) -> tuple[tuple[int, int], ...]:

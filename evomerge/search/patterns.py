@@ -1,7 +1,13 @@
-"""Variation of a frankenmerge's layers: pure functions (layers, pattern, generator) -> layers, always within bounds."""
+"""Variation of a frankenmerge's layers: pure functions (layers, pattern, generator) -> layers, always within bounds.
+
+A layer's depth is its number in the model it is copied from. Layers of the same depth do the same work in every
+fine-tune of one base, so most moves keep depths in order: they change which model a depth comes from, close a gap, or
+take a repeat out again.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,6 +18,9 @@ from evomerge.search.genome import LayerGene
 
 Layers = tuple[LayerGene, ...]
 Move = Callable[[Layers, Pattern, np.random.Generator], Layers]
+
+_SCALE_STEP = 0.15
+"""Standard deviation of a step of a scale, in the logarithm."""
 
 
 def fit(layers: Sequence[LayerGene], pattern: Pattern, rng: np.random.Generator) -> Layers:
@@ -26,14 +35,26 @@ def fit(layers: Sequence[LayerGene], pattern: Pattern, rng: np.random.Generator)
 
 
 def _span(layers: Layers, rng: np.random.Generator) -> tuple[int, int]:
-    """A short run of positions [start, stop), at most a third of the stack."""
-    length = int(rng.integers(1, max(len(layers) // 3, 1) + 1))
+    """A run of positions [start, stop), at most half of the stack; its length is log-uniform, so mostly short."""
+    longest = max(len(layers) // 2, 1)
+    length = min(int(math.exp(rng.uniform(0.0, math.log(longest + 1)))), longest)
     start = int(rng.integers(0, len(layers) - length + 1))
     return start, start + length
 
 
+def _other(pattern: Pattern, source: str, rng: np.random.Generator) -> str:
+    """Another model; the same where there is one only."""
+    others = [model for model in pattern.models if model != source] or [source]
+    return others[int(rng.integers(len(others)))]
+
+
+def _from_model(layers: Layers, start: int, stop: int, model: str) -> Layers:
+    """The positions [start, stop) filled with the same depths of a model."""
+    return layers[:start] + tuple(replace(gene, source=model) for gene in layers[start:stop]) + layers[stop:]
+
+
 def insert(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A layer more: beside a layer, the next one of any model."""
+    """A layer more: after a layer, the same depth or the next of any model."""
     place = int(rng.integers(len(layers)))
     layer = min(layers[place].layer + int(rng.integers(0, 2)), pattern.layer_count - 1)
     new = LayerGene(pattern.models[int(rng.integers(len(pattern.models)))], layer)
@@ -71,19 +92,70 @@ def shift(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
 
 
 def change_model(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A run of layers from another model."""
+    """A run of layers from another model, at the same depths."""
     start, stop = _span(layers, rng)
-    model = pattern.models[int(rng.integers(len(pattern.models)))]
-    return layers[:start] + tuple(replace(g, source=model) for g in layers[start:stop]) + layers[stop:]
+    return _from_model(layers, start, stop, _other(pattern, layers[start].source, rng))
+
+
+def change_layer(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
+    """One layer from another model, at the same depth."""
+    place = int(rng.integers(len(layers)))
+    return _from_model(layers, place, place + 1, _other(pattern, layers[place].source, rng))
+
+
+def move_seam(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
+    """A run reaches further into its neighbour of another model, at the same depths."""
+    seams = [place for place in range(1, len(layers)) if layers[place].source != layers[place - 1].source]
+    if not seams:
+        return change_model(layers, pattern, rng)
+    seam = seams[int(rng.integers(len(seams)))]
+    start, stop = _span(layers, rng)
+    if rng.random() < 0.5:
+        return _from_model(layers, seam, min(seam + stop - start, len(layers)), layers[seam - 1].source)
+    return _from_model(layers, max(seam - (stop - start), 0), seam, layers[seam].source)
+
+
+def repeat_neighbour(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
+    """One layer gives way to a second copy of a neighbour."""
+    if len(layers) < 2:
+        return layers
+    place = int(rng.integers(len(layers) - 1))
+    kept = layers[place] if rng.random() < 0.5 else layers[place + 1]
+    return (*layers[:place], kept, kept, *layers[place + 2 :])
+
+
+def straighten(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
+    """Where depths jump, the layers in between are filled in from either side's model, or the repeat is taken out."""
+    jumps = [place for place in range(1, len(layers)) if layers[place].layer != layers[place - 1].layer + 1]
+    if not jumps:
+        return change_model(layers, pattern, rng)
+    place = jumps[int(rng.integers(len(jumps)))]
+    before, after = layers[place - 1], layers[place]
+    model = (before if rng.random() < 0.5 else after).source
+    missing = tuple(LayerGene(model, layer) for layer in range(before.layer + 1, after.layer))
+    if missing:
+        room = max(pattern.max_layers - len(layers), 1)
+        return fit(layers[:place] + missing[:room] + layers[place:], pattern, rng)
+    repeats = min(before.layer + 1 - after.layer, max(len(layers) - pattern.min_layers, 1))
+    if rng.random() < 0.5:  # whose copies of the repeated depths are kept
+        return fit(layers[:place] + layers[place + repeats :], pattern, rng)
+    return fit(layers[: max(place - repeats, 0)] + layers[place:], pattern, rng)
 
 
 def rescale(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A run of layers at a new scale, or back at 1."""
+    """The scales of a run moved by one factor, half of the way to 1, or to 1."""
     if pattern.scale is None:
-        return change_model(layers, pattern, rng)
+        return change_layer(layers, pattern, rng)
     start, stop = _span(layers, rng)
-    scale = 1.0 if rng.random() < 0.25 else float(rng.uniform(*pattern.scale))
-    return layers[:start] + tuple(replace(g, scale=scale) for g in layers[start:stop]) + layers[stop:]
+    low, high = pattern.scale
+    kind, factor = rng.random(), math.exp(rng.normal(0.0, _SCALE_STEP))
+
+    def scaled(gene: LayerGene) -> LayerGene:
+        if kind < 0.6 or gene.scale == 1.0:
+            return replace(gene, scale=min(max(gene.scale * factor, low), high))
+        return replace(gene, scale=1.0 if kind < 0.8 else min(max((gene.scale + 1.0) / 2.0, low), high))
+
+    return layers[:start] + tuple(scaled(gene) for gene in layers[start:stop]) + layers[stop:]
 
 
 #: By the name that the lineage shows.
@@ -94,16 +166,44 @@ MOVES: dict[str, Move] = {
     "swap": swap,
     "shift": shift,
     "model": change_model,
+    "layer": change_layer,
+    "seam": move_seam,
+    "repeat": repeat_neighbour,
+    "straighten": straighten,
     "scale": rescale,
 }
 
 
 def crossover(first: Layers, second: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """The first parent's layers below a depth, the second's from there on; or the same with a middle block."""
-    low, high = sorted(float(cut) for cut in rng.random(2))
+    """A block of depths from the second parent: its layers there, or only the models that it has for them.
+
+    The block lies between two depths, or reaches from one to the end. A parent crossed with itself is itself.
+    """
+    low, high = sorted(int(cut) for cut in rng.integers(0, pattern.layer_count + 1, size=2))
     if rng.random() < 0.5:
-        high = 1.0
-    inner = [gene for index, gene in enumerate(second) if low <= (index + 0.5) / len(second) < high]
-    before = [gene for index, gene in enumerate(first) if (index + 0.5) / len(first) < low]
-    after = [gene for index, gene in enumerate(first) if (index + 0.5) / len(first) >= high]
-    return fit([*before, *inner, *after] or first, pattern, rng)
+        high = pattern.layer_count
+    if rng.random() < 0.5:
+        return _models_of(first, second, low, high)
+    start, stop = _place(second, low), _place(second, high)
+    child = first[: _place(first, low)] + second[start:stop] + first[_place(first, high) :]
+    return fit(child or first, pattern, rng)
+
+
+def _place(layers: Layers, depth: int) -> int:
+    """The first position that is at least so deep; the end when none is."""
+    return next((place for place, gene in enumerate(layers) if gene.layer >= depth), len(layers))
+
+
+def _models_of(first: Layers, second: Layers, low: int, high: int) -> Layers:
+    """The first parent with the second's model (and scale) at each depth in [low, high) that both have.
+
+    Copies of one depth are matched in order: the first's first with the second's first.
+    """
+    copies: dict[int, list[LayerGene]] = {}
+    for gene in second:
+        copies.setdefault(gene.layer, []).append(gene)
+    child = []
+    for gene in first:
+        matching = copies.get(gene.layer, []) if low <= gene.layer < high else []
+        child.append(matching.pop(0) if matching else gene)
+    return tuple(child)

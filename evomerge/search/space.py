@@ -261,18 +261,26 @@ class SearchSpace:
 
 
 def sample_layers(pattern: Pattern, rng: np.random.Generator) -> tuple[LayerGene, ...]:
-    """A random pattern: the stack in a few runs of consecutive layers, each of one model, with overlaps or gaps."""
+    """A random pattern: the stack in a few runs of consecutive layers, each of one model.
+
+    Half of the patterns are one whole stack, as far as the bounds allow; in the other half the length is random, and
+    runs overlap or leave gaps. Half of the runs have a scale other than 1, rather near 1 than far from it.
+    """
+    whole = rng.random() < 0.5
     length = int(rng.integers(pattern.min_layers, pattern.max_layers + 1))
+    if whole:
+        length = min(max(pattern.layer_count, pattern.min_layers), pattern.max_layers)
     cuts = sorted(int(cut) for cut in rng.integers(1, max(length, 2), size=int(rng.integers(1, 6))))
     edges = sorted({0, *(cut for cut in cuts if cut < length), length})
     layers: list[LayerGene] = []
     for start, stop in itertools.pairwise(edges):
         model = pattern.models[int(rng.integers(len(pattern.models)))]
         # The run keeps its relative depth, give or take, so that early layers stay early.
-        first = round(start * pattern.layer_count / length) + int(rng.integers(-1, 2))
+        first = round(start * pattern.layer_count / length) + (0 if whole else int(rng.integers(-1, 2)))
         scale = 1.0
         if pattern.scale is not None and rng.random() < 0.5:
-            scale = float(rng.uniform(*pattern.scale))
+            scale += float(rng.random() * (rng.uniform(*pattern.scale) - 1.0))
+            scale = min(max(scale, pattern.scale[0]), pattern.scale[1])
         for offset in range(stop - start):
             layer = min(max(first + offset, 0), pattern.layer_count - 1)
             layers.append(LayerGene(model, layer, scale))

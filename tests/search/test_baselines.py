@@ -70,6 +70,15 @@ def test_a_pattern_space_starts_from_whole_stacks() -> None:
     assert [gene.source for gene in found["frankenmerge (defaults)"]] == ["math"] * 3 + ["code"] * 3 + ["law"] * 3 + [
         "math"
     ] * 3
+    # Each model's lower half is seen once, and each one's upper half.
+    halves = {name: layers for name, layers in found.items() if name.startswith("halves:")}
+    assert list(halves) == ["halves:base+math", "halves:math+code", "halves:code+law", "halves:law+base"]
+    assert halves["halves:code+law"] == tuple(LayerGene("code" if k < 6 else "law", k) for k in range(12))
+
+
+def test_halves_are_for_spaces_of_patterns_only() -> None:
+    mixed = make_space(methods=("ties", "frankenmerge"))
+    assert not any(start.name.startswith("halves:") for start in baselines(mixed))
 
 
 def test_without_a_base_nothing_needs_one() -> None:

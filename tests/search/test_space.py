@@ -13,7 +13,8 @@ from evomerge.errors import SpecError
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
 from evomerge.search import Genome, LayerGene, SearchSpace, baselines
-from evomerge.search.genes import layer_groups
+from evomerge.search.genes import Pattern, layer_groups
+from evomerge.search.space import sample_layers
 from tests.search.landscapes import make_space, pattern_space
 
 OUTER = ("model.embed_tokens.weight", "model.norm.weight")
@@ -328,3 +329,15 @@ def test_contains_refuses_what_is_outside() -> None:
     assert not everything.contains(Genome.of({**genome.values, "method": "magic"}, genome.layers))
     assert not everything.contains(Genome.of(genome.values, genome.layers[:3]))
     assert not everything.contains(Genome.of(genome.values, (*genome.layers[:-1], LayerGene("law", 99))))
+
+
+def test_sampled_patterns_are_often_one_whole_stack_and_scales_mostly_near_one() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [sample_layers(Pattern(("a", "b"), 12, 8, 16, (0.5, 1.5)), rng) for _ in range(400)]
+    whole = [layers for layers in drawn if [gene.layer for gene in layers] == list(range(12))]
+    assert len(whole) >= 180
+    assert {len(layers) for layers in drawn} == set(range(8, 17))
+    off = [abs(gene.scale - 1.0) for layers in drawn for gene in layers]
+    assert max(off) <= 0.5
+    assert np.median(off) < 0.1
+    assert max(off) > 0.4
