@@ -155,7 +155,7 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         choices = {name: str(c.genome.values[name]) for name in names}
         return Parent(c.number, space.unit(c.genome), choices, c.genome.layers)
 
-    order = promising(history, 2 * settings.population)
+    order = promising((c for c in history if _says_what_it_is(space, c)), 2 * settings.population)
     chosen, attraction = order[: settings.population], None
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * settings.population], settings)
@@ -188,6 +188,13 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         slopes,
         {parent(known[number]): steps for number, steps in sorted(asked.items())} if climbers else {},
     )
+
+
+def _says_what_it_is(space: SearchSpace, candidate: Candidate) -> bool:
+    """Whether a candidate's genome stands for its recipe: no pattern of layers does for an average of models."""
+    if candidate.generation > 0 or not all(method.copies_layers for method in space.methods):
+        return True
+    return candidate.operator.startswith("parent:") or space.registry[candidate.recipe["merge_method"]].copies_layers
 
 
 def _shared(order: Sequence[Candidate], settings: AlgorithmSettings) -> tuple[list[Candidate], FloatArray | None]:
@@ -325,8 +332,9 @@ def _mutate(breeding: Breeding, parent: Parent, rng: np.random.Generator) -> tup
     genome = space.genome(parent.unit, parent.choices, parent.layers)
     if space.pattern is not None and copies(space, genome):
         layers = parent.layers
+        moves = [name for name in patterns.MOVES if name != "scale" or space.pattern.scale is not None]
         for _ in range(int(rng.integers(1, 3))):
-            name = pick(rng, dict.fromkeys(patterns.MOVES, 1.0), experience)
+            name = pick(rng, dict.fromkeys(moves, 1.0), experience)
             layers = patterns.MOVES[name](layers, space.pattern, rng)
             words.append(name)
         parent = replace(parent, layers=layers)

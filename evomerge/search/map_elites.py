@@ -84,7 +84,7 @@ def map_elites(
 
 def elites_of(history: Sequence[Candidate], cells: int) -> list[Candidate]:
     """The fittest candidate of every cell that has one, the fittest of all first; a pruned one by its estimate."""
-    known = promising(history)
+    known = sorted(promising(history), key=lambda c: (-(c.fitness or 0.0), c.number))
     if not known:
         return []
     measures = measures_of(known)
