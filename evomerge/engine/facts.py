@@ -204,7 +204,7 @@ class FactStore:
         return Together(pairs, places, sum(self.histogram(*pair).total for pair in pairs))
 
     def _number(self, family: Members) -> int:
-        """Stands for a family in the names of facts: to compare hundreds of tensors each time costs more than to merge."""
+        """Stands for a family in the names of facts, which are looked up for each of its tensors."""
         with self._lock:
             last, number = self._family
             if last is not family:
