@@ -22,8 +22,6 @@ FINE, COARSE = 13, 16  # lower bits that a histogram leaves out: of 16-bit model
 
 _HELD = 1 << 22  # scores that are held rather than computed again: 16 MB
 _PART = 1 << 16
-_SAMPLE = 1 << 13  # scores from which a threshold is guessed
-_GUESS = 0.04  # how far, as a fraction of the scores, the guess may be off
 _DEVIATIONS = 6.0  # of a sample's threshold
 _INFINITY = 0x7F800000
 
@@ -139,12 +137,12 @@ def top(
             counted in n. Asked for up to three times where there are too many to hold.
         size: How many there are, NaN included.
         density: 0 gives (inf, -1), 1 gives (-1, -1).
-        near: Bits of two magnitudes between which the threshold nearly surely is: it is then found in one look. If
-            None, they are guessed from the first part.
+        near: Bits of two magnitudes between which the threshold nearly surely is: it is then found in one look.
     """
-    found = _cut_near(scores, size, density, *(near or _guess(scores, density)))
-    if found is not None:
-        return found
+    if near is not None:
+        found = _cut_near(scores, size, density, *near)
+        if found is not None:
+            return found
     parts = _scores(scores, size)
     histogram = count(parts, FINE)
     keep = kept_count(histogram.total, density)
@@ -154,18 +152,6 @@ def top(
         return -1.0, -1
     found_cut = cut([parts], [histogram], keep)
     return found_cut.threshold, last_index(parts, found_cut.bits, found_cut.stay[0])
-
-
-def _guess(scores: Callable[[], Iterator[tuple[int, Floats]]], density: float) -> tuple[int, int]:
-    """Bits of two magnitudes between which the threshold is, if the first part is like the others."""
-    values = next((part for _, part in scores()), np.empty(0, np.float32))
-    sample = np.sort(np.abs(values[:: max(1, values.size // _SAMPLE)]))
-    sample = sample[~np.isnan(sample)]
-    last = sample.size - 1
-    low, high = ((1.0 - density + apart) * last for apart in (-_GUESS, _GUESS))
-    least = int(sample[math.floor(low)].view(np.uint32)) if 0 <= low <= last else 0
-    most = int(sample[math.ceil(high)].view(np.uint32)) if 0 <= high <= last else _INFINITY
-    return least, most
 
 
 def _cut_near(
