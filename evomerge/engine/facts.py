@@ -85,7 +85,7 @@ class FactStore:
         self._read: OrderedDict[Input, Tensor] = OrderedDict()
         self._families: OrderedDict[Members, int] = OrderedDict()
         self._family: tuple[Members, int] = ((), -1)
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(1)
         self._thresholds: OrderedDict[Hashable, _Once] = OrderedDict()
         self._limit = thresholds
         self._remembered: dict[Hashable, tuple[Tensor, ...]] = {}
@@ -208,7 +208,7 @@ class FactStore:
         with self._lock:
             last, number = self._family
             if last is not family:
-                number = self._families.pop(family, None) or next(self._numbers) + 1
+                number = self._families.pop(family, 0) or next(self._numbers)
                 self._families[family] = number
                 if len(self._families) > _FAMILIES:
                     self._families.popitem(last=False)
