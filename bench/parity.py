@@ -7,10 +7,11 @@ its users call it, once in a process for all recipes. Every recipe is run on tin
 `--models` on real ones (a folder with `base` and fine-tunes of it). It is computed in float32 by both, and written as
 float32 (target: 1e-6 of the tensor's largest element) and as bfloat16 (target: one rounding step).
 
-Where a trim's threshold is met by several elements, which of them stay is a matter of taste (here the first ones);
-where weighted deltas cancel, rounding elects the sign (here the exact sum does). Such elements, common among
-fine-tunes stored in bfloat16, are counted, and left out of the largest difference. Stochastic methods cannot agree
-element by element: their mean and variance over seeds are compared.
+What differs by more is explained in the table: elements that are decided by a hair or that differ on purpose are
+counted (`parity_reasons`) and left out of the largest difference; and where there is any difference in float32,
+mergekit is run again with `dtype: float64`, against which this engine, whose inner products and votes are float64 in
+any case, has to agree if the difference was mergekit's rounding. Stochastic methods cannot agree element by element:
+their mean and variance over seeds are compared.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.parity_reasons import ROUNDING, Reasons, reasons
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.engine.disk import merge_to_folder
+from evomerge.engine.plan import prepare
 from evomerge.errors import EvoMergeError
 from evomerge.methods.registry import METHODS
-from evomerge.methods.trim import cutoff, kept_count
 from evomerge.recipe import parse_recipe
 
 RESULTS = Path(__file__).parent / "results" / "parity.md"
@@ -58,6 +62,8 @@ DELIBERATE = {
     "della": "kept elements are divided by their own probability (the paper), not scaled to the delta's L1 norm",
     "model_stock": "deltas that point apart (mean cosine below 0) leave the base; mergekit extrapolates away from it",
     "arcee_fusion": "float64 importance and exact quartiles; mergekit's are float32, and sampled above 1M elements",
+    "sce": "weighs the models by their squares however small; mergekit weighs them alike where these sum below 1e-6",
+    "multislerp": "a tensor that no source changed stays the base's; mergekit refuses a mean direction of length 0",
     "negative weights": "normalised by the sum of absolute weights: ties cannot blow up when weights cancel",
 }
 
@@ -210,8 +216,8 @@ def cases(depth: int) -> Iterator[Case]:
         models("model_stock", [{}, {}, {}], parameters={"filter_wise": True}),
         differs=DELIBERATE["model_stock"],
     )
-    yield Case("sce", models("sce", [{}, {}, {}], parameters={"select_topk": 0.6}))
-    yield Case("sce, all", models("sce", [{}, {}, {}]))
+    yield Case("sce", models("sce", [{}, {}, {}], parameters={"select_topk": 0.6}), differs=DELIBERATE["sce"])
+    yield Case("sce, all", models("sce", [{}, {}, {}]), differs=DELIBERATE["sce"])
     yield Case("nuslerp", models("nuslerp", W3[:2], base=False))
     yield Case("nuslerp, on deltas", models("nuslerp", W3[:2]))
     yield Case(
@@ -219,7 +225,7 @@ def cases(depth: int) -> Iterator[Case]:
         models("nuslerp", W3[:2], base=False, parameters={"nuslerp_row_wise": True, "nuslerp_flatten": False}),
     )
     yield Case("multislerp", models("multislerp", W3, base=False))
-    yield Case("multislerp, on deltas", models("multislerp", W3))
+    yield Case("multislerp, on deltas", models("multislerp", W3), differs=DELIBERATE["multislerp"])
     yield Case("karcher", models("karcher", [{}, {}, {}], base=False))
     yield Case("nearswap", models("nearswap", [{}], parameters={"t": 0.01}))
     yield Case("arcee_fusion", models("arcee_fusion", [{}]), differs=DELIBERATE["arcee_fusion"])
@@ -254,25 +260,36 @@ class Differences:
     """How far two checkpoints are apart.
 
     Attributes:
-        largest: Largest difference over the tensor's largest element.
-        steps: Largest difference in units of the last place of bfloat16.
-        differing: Elements that differ by more than rounding.
-        tied: Elements that differ, beyond rounding, and are decided by a hair (`Ties`).
-        total: Elements.
+        largest: Largest difference over the tensor's largest element, but for what has a reason.
+        steps: Largest difference in units of the last place of bfloat16, but for what has a reason.
         where: The tensor with the largest difference.
+        differing: Elements that differ by more than rounding, those with a reason left out.
+        hair: Elements that differ and are decided by a hair.
+        purpose: Elements that differ on purpose, and not by a hair.
+        total: Elements.
         names: Tensors that only one of the two has.
     """
 
     largest: float = 0.0
     steps: float = 0.0
-    differing: int = 0
-    tied: int = 0
-    total: int = 0
     where: str = ""
+    differing: int = 0
+    hair: int = 0
+    purpose: int = 0
+    total: int = 0
     names: list[str] = field(default_factory=list)
 
 
-def compare(ours: Checkpoint, theirs: Checkpoint, ties: Ties | None) -> Differences:
+def compare(
+    ours: Checkpoint, theirs: Checkpoint, rounded: bool, why: Callable[[str], Reasons | None] = lambda name: None
+) -> Differences:
+    """Compares tensor by tensor.
+
+    Args:
+        ours, theirs: The checkpoints.
+        rounded: They were written as bfloat16: one step of it is no difference.
+        why: Which elements of a tensor may differ.
+    """
     found = Differences()
     found.names = sorted(set(ours.tensors) ^ set(theirs.tensors))
     for name in sorted(set(ours.tensors) & set(theirs.tensors)):
@@ -283,55 +300,25 @@ def compare(ours: Checkpoint, theirs: Checkpoint, ties: Ties | None) -> Differen
         a, b = left.double().flatten(), right.double().flatten()
         apart = (a - b).abs()
         size = torch.maximum(a.abs(), b.abs())
-        step = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-38))) - 7)  # of bfloat16 at this size
-        found.total += a.numel()
         largest = max(float(size.max()), 1e-38)
-        wrong = (apart > 1e-6 * largest) & (apart > step * 1.001)
+        # An element near zero is what is left of larger ones that cancel: its own last place says nothing.
+        step = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-38))) - 7).clamp(min=ROUNDING * largest)
+        wrong = apart > (1.001 * step if rounded else ROUNDING * largest)
+        found.total += a.numel()
+        if bool(wrong.any()) and (known := why(name)) is not None:
+            found.hair += int((wrong & known.hair).sum())
+            found.purpose += int((wrong & known.purpose & ~known.hair).sum())
+            excused = wrong & (known.hair | known.purpose)
+            apart, wrong = apart.masked_fill(excused, 0.0), wrong & ~excused
         found.differing += int(wrong.sum())
-        if ties is not None and bool(wrong.any()):
-            excused = wrong & ties.by_a_hair(name)
-            found.tied += int(excused.sum())
-            apart = apart.masked_fill(excused, 0.0)
         if float(apart.max()) / largest > found.largest:
             found.largest, found.where = float(apart.max()) / largest, name
-        # An element near zero is what is left of larger ones that cancel: its own last place says nothing.
-        found.steps = max(found.steps, float((apart / step.clamp(min=1e-6 * largest)).max()))
+        found.steps = max(found.steps, float((apart / step).max()))
     return found
-
-
-@dataclass(frozen=True)
-class Ties:
-    """Which elements are decided by a hair under a trim: those of a delta exactly at its threshold, and those whose
-    weighted deltas cancel, so that rounding elects their sign. For recipes of whole models with a number for each."""
-
-    base: Checkpoint
-    sources: Mapping[str, Checkpoint]
-    own: Mapping[str, tuple[float, float]]  # (density, weight)
-
-    @classmethod
-    def of(cls, recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> Ties | None:
-        given = {m["model"]: m.get("parameters") or {} for m in recipe.get("models", [])}
-        own = {name: (p.get("density"), p.get("weight")) for name, p in given.items()}
-        if not own or not all(isinstance(d, float) and isinstance(w, float) for d, w in own.values()):
-            return None
-        return cls(opened[recipe["base_model"]], {m: opened[m] for m in own}, own)
-
-    def by_a_hair(self, name: str) -> torch.Tensor:
-        base = self.base.tensor(name).float().flatten()
-        found = torch.zeros(base.shape, dtype=torch.bool)
-        mass, total = torch.zeros(base.shape, dtype=torch.float64), torch.zeros(base.shape, dtype=torch.float64)
-        for model, (density, weight) in self.own.items():
-            delta = self.sources[model].tensor(name).float().flatten() - base
-            threshold, _ = cutoff(delta.abs(), kept_count(delta.numel(), density))
-            found |= delta.abs() == threshold
-            term = (delta * (delta.abs() > threshold)).double() * weight
-            mass, total = mass + term, total + term.abs()
-        return found | ((mass.abs() <= 1e-6 * total) & (total > 0))
 
 
 def tiny(root: Path) -> dict[str, str]:
     """A random Llama of four layers and three noisy copies of it, float32."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.models import write_tiny_llama
 
     places = {"base": write_tiny_llama(root / "base", 0, hidden=64)}
@@ -344,6 +331,10 @@ def real(folder: Path) -> dict[str, str]:
     sources = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "base")[:3]
     names = {"base": "base"} | dict(zip("abc", sources, strict=True))
     return {f"{{{key}}}": str((folder / name).resolve()) for key, name in names.items()}
+
+
+def depth_of(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
 
 
 class Mergekit:
@@ -383,7 +374,7 @@ def rows_of(
             continue
         recipe = placed(dict(case.recipe), places) | {"dtype": "float32"}
         if not case.stochastic:
-            cells = [cell for out in ("float32", "bfloat16") for cell in once(recipe, out, opened, mergekit, root)]
+            cells = once(recipe, opened, mergekit, root)
         elif label == "tiny":
             cells = over_seeds(recipe, mergekit, root)
         else:
@@ -391,22 +382,45 @@ def rows_of(
         yield f"| {label} | {case.name} | " + " | ".join(cells) + f" | {case.differs or ''} |"
 
 
-def once(
-    recipe: Mapping[str, Any], dtype: str, opened: Mapping[str, Checkpoint], mergekit: Mergekit, root: Path
-) -> list[str]:
-    """The two cells of one dtype: the largest difference, and how many elements sit at a tied threshold."""
-    wanted = {**recipe, "out_dtype": dtype}
-    try:
-        ours = merge_to_folder(parse_recipe(wanted), root / "ours", overwrite=True)
-    except EvoMergeError as error:
-        return [f"refused here: {error}"[:160], ""]
-    if problem := mergekit(wanted, root / "theirs"):
-        return [f"fails in mergekit: {problem}"[:160], ""]
-    found = compare(open_checkpoint(str(ours)), open_checkpoint(str(root / "theirs")), Ties.of(wanted, opened))
-    largest = f"{found.largest:.1e}" if dtype == "float32" else f"{found.steps:.2f}"
-    if found.largest > (1e-6 if dtype == "float32" else 1e-2):
-        largest += f" ({found.where}; {found.differing / found.total:.2%} of all elements)"
-    return [largest, str(found.tied) + (f" (names differ: {found.names[:2]})" if found.names else "")]
+def once(recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint], mergekit: Mergekit, root: Path) -> list[str]:
+    """The five cells of a deterministic case."""
+    parsed = parse_recipe({**recipe, "out_dtype": "float32"})
+    ours, theirs = root / "ours", root / "theirs"
+
+    def merged(out: str, computed: str = "float32") -> str | None:
+        """Both merges; what went wrong."""
+        wanted = {**recipe, "out_dtype": out}
+        try:
+            merge_to_folder(parse_recipe(wanted), ours, overwrite=True)
+        except EvoMergeError as error:
+            return f"refused here: {error}"[:160]
+        problem = mergekit({**wanted, "dtype": computed}, theirs)
+        return f"fails in mergekit: {problem}"[:160] if problem else None
+
+    operations = {op.output: op for op in prepare(parsed, opened, identify=False)[0].operations}
+
+    def why(name: str) -> Reasons | None:
+        return reasons(operations[name], opened)
+
+    def compared(rounded: bool) -> Differences:
+        return compare(open_checkpoint(str(ours)), open_checkpoint(str(theirs)), rounded, why)
+
+    if problem := merged("float32"):
+        return [problem, "", "", "", ""]
+    single = compared(False)
+    cells = [_text(single, f"{single.largest:.1e}", single.largest > ROUNDING), ""]
+    if single.differing or single.hair or single.purpose:  # is it the rounding of float32?
+        problem, wide = merged("float32", "float64"), compared(False)
+        cells[1] = problem or _text(wide, f"{wide.largest:.1e}", wide.largest > ROUNDING)
+    problem, short = merged("bfloat16"), compared(True)
+    cells.append(problem or _text(short, f"{short.steps:.2f}", bool(short.differing)))
+    return [*cells, *(f"{n} ({n / single.total:.2%})" if n else "" for n in (single.hair, single.purpose))]
+
+
+def _text(found: Differences, largest: str, where: bool) -> str:
+    if where:
+        largest += f" ({found.differing} elements; {found.where})"
+    return largest + (f" (names differ: {found.names[:2]})" if found.names else "")
 
 
 def over_seeds(recipe: Mapping[str, Any], mergekit: Mergekit, root: Path) -> list[str]:
@@ -416,7 +430,7 @@ def over_seeds(recipe: Mapping[str, Any], mergekit: Mergekit, root: Path) -> lis
     for seed in range(SEEDS):
         merge_to_folder(parse_recipe({**recipe, "seed": seed}), root / "ours", overwrite=True)
         if problem := mergekit(recipe, root / "theirs", seed):
-            return [f"fails in mergekit: {problem}"[:160], "", "", ""]
+            return [f"fails in mergekit: {problem}"[:160], "", "", "", ""]
         for name, held in samples.items():
             held.append(_matrices(str(root / name)) - start)
     a, b = (torch.stack(held) for held in samples.values())
@@ -426,7 +440,7 @@ def over_seeds(recipe: Mapping[str, Any], mergekit: Mergekit, root: Path) -> lis
     z = ((a.mean(0) - b.mean(0)).abs() / spread)[spread > 0]
     # Of a normal variable the mean magnitude is 0.80; a spread estimated from few seeds makes it a little more.
     texts = f"{SEEDS} seeds: mean / mean {mean:.3f}, mean abs(z) {float(z.mean()):.2f}"
-    return [texts, "", f"variance / variance {float(a.var(0).mean() / b.var(0).mean()):.3f}", ""]
+    return [texts, "", f"variance / variance {float(a.var(0).mean() / b.var(0).mean()):.3f}", "", ""]
 
 
 def _matrices(folder: str) -> torch.Tensor:
@@ -440,21 +454,23 @@ def main() -> None:
     parser.add_argument("--mergekit", required=True, help="python of an environment that has mergekit")
     parser.add_argument("--models", type=Path, help="a folder with `base` and its fine-tunes")
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name holds one of these")
+    parser.add_argument("--families", nargs="*", default=["tiny", "real"], choices=["tiny", "real"])
     parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS}")
     args = parser.parse_args()
     rows = [
-        "| models | recipe | float32: largest difference | decided by a hair | bfloat16: largest, in steps | "
-        "decided by a hair | differs on purpose |",
-        "| --- " * 7 + "|",
+        "| models | recipe | float32: largest difference | where mergekit computes in float64 | "
+        "bfloat16: largest, in steps | by a hair | on purpose | what purpose |",
+        "| --- " * 8 + "|",
     ]
     print("\n".join(rows), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         mergekit = Mergekit(args.mergekit, root / "mergekit.log")
-        families = [("tiny", tiny(root / "tiny"), 4)]
+        families = {"tiny": lambda: (tiny(root / "tiny"), 4)}
         if args.models:
-            families.append(("real", real(args.models), 30))
-        for label, places, depth in families:
+            families["real"] = lambda: (real(args.models), depth_of(args.models / "base"))
+        for label in (name for name in families if name in args.families):
+            places, depth = families[label]()
             for row in rows_of(label, places, depth, args.only, mergekit, root):
                 rows.append(row)
                 print(row, flush=True)

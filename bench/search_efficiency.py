@@ -128,7 +128,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.run import settings_of
     from evomerge.runfolder import RunFolder
     from evomerge.scoring import Scorer
-    from evomerge.search import Stop, get_algorithm, ranked, search, spent_items
+    from evomerge.search import Stop, get_algorithm, search, spent_items
     from evomerge.workbench import TEST, Workbench, make_space
 
     contender = CONTENDERS[name]
@@ -175,7 +175,6 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
             "fitness": scorer.fitness.unweighted(winner),
             "reported": scorer.reported(winner),
         },
-        "generation 0": max(c.fitness or 0.0 for c in ranked(c for c in order if c.generation == 0)),
     }
     write_atomic(summary, json.dumps(found, indent=1))
     return found

@@ -90,9 +90,10 @@ def _dare_ties(method: str, settings: Settings, facts: OperationFacts) -> Work |
     for k, i in enumerate(indices):
         if trims(settings.sources[i]) and edits.keeps[k] > 0:
             survivors = partial(_survivors, facts, i, int(edits.keeps[k]), edits.keys[k], edits.factors[k])
-            density = float(settings.sources[i]["density"])
-            near = sample_bracket(facts.magnitudes(i), density, chances[k], float(edits.factors[k]))
-            cuts[k] = top(survivors, facts.size, density, near)
+            density, population = float(settings.sources[i]["density"]), facts.magnitudes(i)
+            if population.bins.any() or population.mixed.any():  # of a delta of zeros it does not matter what is kept
+                near = sample_bracket(population, density, chances[k], float(edits.factors[k]))
+                cuts[k] = top(survivors, facts.size, density, near)
     return _elect(settings, _edits(len(indices), chances=chances, keys=keys, factors=factors, cuts=cuts))
 
 

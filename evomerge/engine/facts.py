@@ -32,16 +32,33 @@ from evomerge.methods.trim import band_counts, kept_count
 CHUNK = 1 << 17  # elements: float32 temporaries of this size stay in the caches, and Python has few of them to hand out
 _LOOK = 1 << 20  # elements that are only looked at
 _LATEST = 32  # segments of ranks: for the chunks that follow
+_FAMILIES = 16  # models whose tensors are looked at together
 _READ_AT_ONCE = 64  # tensors; those of an adapter cost a matrix product each
 
 Pair = tuple[Input | None, Input]
-Members = tuple[tuple[Input | None, tuple[Input, ...]], ...]
+Member = tuple[Input | None, tuple[Input, ...]]
+Members = tuple[Member, ...]
 
 
 def chunks(count: int, step: int = CHUNK) -> Iterator[tuple[int, int]]:
     """Ranges that cover 0..count in steps."""
     for start in range(0, count, step):
         yield start, min(count, start + step)
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """The deltas of one source over a whole model, whose largest elements are sought together.
+
+    Attributes:
+        pairs: In the model's order.
+        places: Where the first of equal members of the family is.
+        total: Elements of all.
+    """
+
+    pairs: tuple[Pair, ...]
+    places: Mapping[Member, int]
+    total: int
 
 
 @dataclass
@@ -66,6 +83,9 @@ class FactStore:
         self._checkpoints = checkpoints
         self._kept: dict[Hashable, _Once] = {}
         self._read: OrderedDict[Input, Tensor] = OrderedDict()
+        self._families: OrderedDict[Members, int] = OrderedDict()
+        self._family: tuple[Members, int] = ((), -1)
+        self._numbers = itertools.count(1)
         self._thresholds: OrderedDict[Hashable, _Once] = OrderedDict()
         self._limit = thresholds
         self._remembered: dict[Hashable, tuple[Tensor, ...]] = {}
@@ -160,26 +180,54 @@ class FactStore:
 
         return self._once(("histogram", base, source), compute)  # type: ignore[no-any-return]
 
-    def trim(self, pairs: tuple[Pair, ...], here: int, density: float) -> Kept:
-        """Threshold and last index (see `Facts.trim`) over the concatenation of `pairs`, for the tensor `here`."""
+    def trim(self, pair: Pair, density: float) -> Kept:
+        """Threshold and last index (see `Facts.trim`) of one delta."""
         if density <= 0:
             return math.inf, -1
-        total = sum(self.histogram(*pair).total for pair in pairs)
-        return self._largest(pairs, here, kept_count(total, density), total)
+        total = self.histogram(*pair).total
+        return self._largest(pair, (pair,), 0, kept_count(total, density), total)
+
+    def trim_model(self, family: Members, member: Member, source: int, density: float) -> Kept:
+        """The same over all deltas of a source, for one tensor of the family."""
+        if density <= 0:
+            return math.inf, -1
+        key = ("together", self._number(family), source)
+        whole: Together = self._once(key, lambda: self._together(family, source), self._limit)
+        keep = kept_count(whole.total, density)
+        return self._largest(whole, whole.pairs, whole.places[member], keep, whole.total)
+
+    def _together(self, family: Members, source: int) -> Together:
+        pairs = tuple((base, sources[source]) for base, sources in family)
+        places: dict[Member, int] = {}
+        for place, member in enumerate(family):
+            places.setdefault(member, place)
+        return Together(pairs, places, sum(self.histogram(*pair).total for pair in pairs))
+
+    def _number(self, family: Members) -> int:
+        """Stands for a family in the names of facts, which are looked up for each of its tensors."""
+        with self._lock:
+            last, number = self._family
+            if last is not family:
+                number = self._families.pop(family, 0) or next(self._numbers)
+                self._families[family] = number
+                if len(self._families) > _FAMILIES:
+                    self._families.popitem(last=False)
+                self._family = family, number
+            return number
 
     def band(self, pair: Pair, density: float, gamma: float) -> tuple[Kept, Kept]:
         """See `Facts.band`."""
         total = self.histogram(*pair).total
-        outliers, inside = (self._largest((pair,), 0, n, total) for n in band_counts(total, density, gamma))
+        outliers, inside = (self._largest(pair, (pair,), 0, n, total) for n in band_counts(total, density, gamma))
         return outliers, inside
 
-    def _largest(self, pairs: tuple[Pair, ...], here: int, keep: int, total: int) -> Kept:
-        """What keeps the `keep` largest magnitudes of all."""
+    def _largest(self, name: Hashable, pairs: tuple[Pair, ...], here: int, keep: int, total: int) -> Kept:
+        """What keeps the `keep` largest magnitudes of all; `name` stands for the pairs."""
         if keep <= 0:
             return math.inf, -1
         if keep >= total:
             return -1.0, -1
-        found: Cut = self._once(("cut", pairs, keep), lambda: self._cut(pairs, keep), self._limit)
+        found: Cut = self._once(("cut", name, keep), lambda: self._cut(pairs, keep), self._limit)
         pair, bits, stay = pairs[here], found.bits, found.stay[here]
         last = self._once(("last", pair, bits, stay), lambda: last_index(self._parts(pair), bits, stay), self._limit)
         return found.threshold, last
@@ -197,6 +245,11 @@ class FactStore:
         operands = tuple(sorted({left, right, *others}, key=str))
         known: dict[frozenset[Input], float] = self._once(("gram", base, operands), lambda: self._gram(base, operands))
         return known[frozenset((left, right))]
+
+    def dot_model(self, family: Members, name: Hashable, one: Callable[[Member], float]) -> float:
+        """A sum of inner products over a family; `name` says of which."""
+        key = ("dot", self._number(family), name)
+        return self._once(key, lambda: math.fsum(map(one, family)), self._limit)  # type: ignore[no-any-return]
 
     def _gram(self, base: Input | None, operands: tuple[Input, ...]) -> dict[frozenset[Input], float]:
         from evomerge.engine.kernels import looking

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from evomerge.methods.declaration import Settings
 
 COPY = "copy"
 
 
-@dataclass(frozen=True)
-class Input:
-    """A tensor of a checkpoint: the model's reference, the tensor's name, and the model's content fingerprint."""
+class Input(NamedTuple):
+    """A tensor of a checkpoint: the model's reference, the tensor's name, and the model's content fingerprint.
+
+    A tuple, because facts are looked up by it tens of thousands of times for each candidate.
+    """
 
     model: str
     tensor: str

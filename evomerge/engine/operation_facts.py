@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.engine.facts import FactStore, Members
+from evomerge.engine.facts import FactStore, Member, Members
 from evomerge.engine.operation import Input
 from evomerge.engine.selection import Histogram
 from evomerge.methods.declaration import Cut, Scope
@@ -69,14 +69,11 @@ class OperationFacts:
         """The facts as seen from one block."""
         return replace(self, start=start, shape=shape)
 
-    def _members(self, scope: Scope) -> Members:
-        return self.family if scope == "model" else ((self.base, self.sources),)
-
     def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:
         def find() -> Cut:
-            members = self._members(scope)
-            here = members.index((self.base, self.sources))
-            return self.store.trim(tuple((base, sources[source]) for base, sources in members), here, density)
+            if scope == "model":
+                return self.store.trim_model(self.family, (self.base, self.sources), source, density)
+            return self.store.trim((self.base, self.sources[source]), density)
 
         return self._asked(("trim", source, density, scope), find)
 
@@ -100,13 +97,16 @@ class OperationFacts:
         return self.store.histogram(self.base, self.sources[source])
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
-        def one(base: Input | None, sources: tuple[Input, ...]) -> float:
+        def one(member: Member) -> float:
+            base, sources = member
             pair = _pick(base, sources, left), _pick(base, sources, right)
             if of == "deltas":
                 return self.store.dot(base, *pair, sources)
             return self.store.dot(None, *pair, sources if base is None else (base, *sources))
 
-        return math.fsum(one(base, sources) for base, sources in self._members(scope))
+        if scope == "tensor":
+            return one((self.base, self.sources))
+        return self.store.dot_model(self.family, (left, right, of), one)
 
     def products(
         self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]

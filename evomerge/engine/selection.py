@@ -22,7 +22,6 @@ FINE, COARSE = 13, 16  # lower bits that a histogram leaves out: of 16-bit model
 
 _HELD = 1 << 22  # scores that are held rather than computed again: 16 MB
 _PART = 1 << 16
-_NEAR = 1 << 20  # magnitudes that are counted one by one: 8 MB
 _DEVIATIONS = 6.0  # of a sample's threshold
 _INFINITY = 0x7F800000
 
@@ -140,11 +139,11 @@ def top(
         density: 0 gives (inf, -1), 1 gives (-1, -1).
         near: Bits of two magnitudes between which the threshold nearly surely is: it is then found in one look.
     """
-    parts = _scores(scores, size)
-    if near is not None and near[1] - near[0] < _NEAR:
-        found = _cut_near(parts, density, *near)
+    if near is not None:
+        found = _cut_near(scores, size, density, *near)
         if found is not None:
             return found
+    parts = _scores(scores, size)
     histogram = count(parts, FINE)
     keep = kept_count(histogram.total, density)
     if keep == 0:
@@ -155,25 +154,35 @@ def top(
     return found_cut.threshold, last_index(parts, found_cut.bits, found_cut.stay[0])
 
 
-def _cut_near(parts: Parts, density: float, low: int, high: int) -> tuple[float, int] | None:
-    """The cut when its threshold is one of the magnitudes with the bits `low` to `high`; None when it is not."""
+def _cut_near(
+    scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float, low: int, high: int
+) -> tuple[float, int] | None:
+    """The cut when its threshold is one of the magnitudes with the bits `low` to `high`, and few are; else None."""
     from evomerge.engine.kernels import looking
 
-    counts = np.zeros(high - low + 1, dtype=np.int64)
-    alive = above = 0
-    for _, _, scores in parts():
-        numbers, larger = looking.count_between(scores, low, high, counts)
-        alive, above = alive + numbers, above + larger
+    places, sizes = np.empty(0, np.int64), np.empty(0, np.uint32)
+    gathered: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
+    alive = above = held = 0
+    for start, values in scores():
+        if values.size > places.size:
+            places, sizes = np.empty(values.size, np.int64), np.empty(values.size, np.uint32)
+        numbers, larger, found = looking.gather_between(values.view(np.uint32), low, high, places, sizes)
+        alive, above, held = alive + numbers, above + larger, held + found
+        if held > max(_PART, size // 4):
+            return None
+        gathered.append((places[:found] + start, sizes[:found].copy()))
     keep = kept_count(alive, density)
     if keep == 0:
         return math.inf, -1
     if keep >= alive:
         return -1.0, -1
-    if not above < keep <= above + int(counts.sum()):
+    wanted = keep - above
+    if not 0 < wanted <= held:
         return None
-    at, place = rank_from_top(counts, keep - above)
-    found = Cut(low + at, (place,))
-    return found.threshold, last_index(parts, found.bits, place)
+    every, magnitudes = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
+    threshold = np.partition(magnitudes, held - wanted)[held - wanted]
+    equal = every[magnitudes == threshold]
+    return float(threshold.view(np.float32)), int(equal[wanted - int((magnitudes > threshold).sum()) - 1])
 
 
 def sample_bracket(population: Histogram, density: float, chance: float, factor: float) -> tuple[int, int]:

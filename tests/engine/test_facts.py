@@ -190,8 +190,8 @@ def test_threads_that_ask_for_the_same_fact_compute_it_once(monkeypatch: pytest.
 
     monkeypatch.setattr(facts.store, "_cut", counted)
     found: list[tuple[float, int]] = []
-    pair = ((facts.base, facts.sources[0]),)
-    threads = [threading.Thread(target=lambda: found.append(facts.store.trim(pair, 0, 0.3))) for _ in range(4)]
+    pair = (facts.base, facts.sources[0])
+    threads = [threading.Thread(target=lambda: found.append(facts.store.trim(pair, 0.3))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -205,5 +205,5 @@ def test_only_so_many_thresholds_are_remembered() -> None:
     origin, others = inputs(1)
     store = store_of({"base": {"tensor": base}, "m0": {"tensor": sources[0]}}, thresholds=6)
     for density in np.linspace(0.1, 0.9, 30):
-        store.trim(((origin, others[0]),), 0, float(density))
+        store.trim((origin, others[0]), float(density))
     assert len(store._thresholds) <= 6

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import numba
 from numpy.typing import NDArray
 
-TILE = 512  # elements; the scratch arrays of a tile, for a handful of sources, fit in 32 KiB
+TILE = 1024  # elements; a tile's scratch arrays, for a handful of sources, about fill the first-level cache
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = NDArray[Any]

@@ -94,22 +94,23 @@ def find_equal(base: Array, source: Array, magnitude: int, wanted: int) -> tuple
 
 
 @kernel
-def count_between(scores: Array, low: int, high: int, counts: Array) -> tuple[int, int]:
-    """Counts each magnitude between two of them.
+def gather_between(scores: Array, low: int, high: int, places: Array, sizes: Array) -> tuple[int, int, int]:
+    """Gathers the scores whose magnitude is between two.
 
     Args:
         scores: Bits of float32 scores, uint32 [n]; those of NaN take no part.
-        low, high: Bits of the smallest and the largest magnitude that is counted.
-        counts: int64 [high - low + 1], added to.
+        low, high: Bits of the smallest and the largest magnitude that is gathered.
+        places: Their indices, int64 [n], ascending.
+        sizes: Bits of their magnitudes, uint32 [n].
 
     Returns:
-        How many are numbers, and how many of those are larger than `high`.
+        How many are numbers, how many of those are larger than `high`, and how many were gathered.
     """
     inside = np.zeros(TILE, np.uint8)
     eight = inside.view(np.uint64)
     magnitude, infinity = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
     first, last = np.uint32(low), np.uint32(high)
-    numbers, larger = 0, 0
+    numbers, larger, found = 0, 0, 0
     for at in range(0, scores.size, TILE):
         tile = scores[at : at + TILE]
         alive, above = np.uint32(0), np.uint32(0)
@@ -124,8 +125,10 @@ def count_between(scores: Array, low: int, high: int, counts: Array) -> tuple[in
             if eight[word]:
                 for j in range(8 * word, min(tile.size, 8 * word + 8)):
                     if inside[j]:
-                        counts[(tile[j] & magnitude) - first] += 1
-    return numbers, larger
+                        places[found] = at + j
+                        sizes[found] = tile[j] & magnitude
+                        found += 1
+    return numbers, larger, found
 
 
 @kernel
