@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,9 +85,17 @@ def _uniform(space: SearchSpace) -> Start:
 def _lambda(space: SearchSpace, method: Method, value: float) -> Start:
     sources = {reference: {"weight": 1.0} for reference in space.sources.values()}
     recipe = _recipe(space, method, sources, {"lambda": value})
-    weights = dict.fromkeys(space.sources, 1.0)
-    genome = _nearest(space, ("task_arithmetic",), {"weight": weights, "lambda": value}, None)
+    low, high = _allowed(space, "lambda")
+    near = min(max(value, low), high)
+    weights = dict.fromkeys(space.sources, value / near if near else 1.0)  # what λ may not be, the weights are
+    genome = _nearest(space, ("task_arithmetic",), {"weight": weights, "lambda": near}, None)
     return Start(f"task_arithmetic λ={value:g}", recipe, genome)
+
+
+def _allowed(space: SearchSpace, parameter: str) -> tuple[float, float]:
+    """The range that a parameter's genes have in common; any where it has none."""
+    ranges = [(gene.low, gene.high) for gene in space.reals if gene.parameter == parameter]
+    return max((low for low, _ in ranges), default=-math.inf), min((high for _, high in ranges), default=math.inf)
 
 
 def _defaults(space: SearchSpace, method: Method) -> Start:

@@ -164,11 +164,6 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     for c in history:
         if SLOPES in c.operator:
             asked[c.parents[0]] = asked.get(c.parents[0], 0) + 1
-    climbers: list[Candidate] = []
-    if options["slopes"] and settings.slopes is not None:
-        leaders = [c for c in order if c.state == "done"][:CLIMBERS]
-        unasked = next((c for c in leaders if c.number not in asked), None)
-        climbers = [c for c in leaders if c.number in asked or c is unasked]
     found: dict[int, FloatArray | None] = {}
 
     def slopes(number: int) -> FloatArray | None:
@@ -178,6 +173,12 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
             found[number] = None if told is None else np.array([told.get(g.name, 0.0) for g in space.reals]) * width
         return found[number]
 
+    climbers: list[Candidate] = []
+    if options["slopes"] and settings.slopes is not None:
+        # Slopes are asked for of one more at a time, of the best that has any.
+        leaders = [c for c in order if c.state == "done"][:CLIMBERS]
+        unasked = next((c for c in leaders if c.number not in asked and slopes(c.number) is not None), None)
+        climbers = [c for c in leaders if c.number in asked or c is unasked]
     return Breeding(
         space,
         Linkage(space),

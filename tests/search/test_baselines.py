@@ -85,3 +85,11 @@ def test_without_a_base_nothing_needs_one() -> None:
     starts = baselines(make_space(base=None, methods=("linear",)))
     assert [start.name for start in starts] == ["parent:math", "parent:code", "parent:law", "uniform average"]
     assert all("base_model" not in start.recipe for start in starts)
+
+
+def test_a_lambda_below_its_range_is_put_into_the_weights() -> None:
+    """λ 0.3 with weights 1 is λ 0.5 with weights 0.6."""
+    space = make_space(methods=("task_arithmetic",), gene_overrides={"lambda": {"low": 0.5, "high": 1.5}})
+    genome = next(start.genome for start in baselines(space) if start.name == "task_arithmetic λ=0.3")
+    assert {genome.values[g.name] for g in space.reals if g.parameter == "lambda"} == {0.5}
+    assert {genome.values[g.name] for g in space.reals if g.parameter == "weight"} == {0.6}
