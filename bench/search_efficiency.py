@@ -3,6 +3,8 @@
     python bench/search_efficiency.py runs/efficiency                                  # the zoo, live
     python bench/search_efficiency.py runs/efficiency --contenders default random --seeds 5
     python bench/search_efficiency.py runs/efficiency-real --search search_spaces/real.yaml --seeds 1
+    python bench/search_efficiency.py runs/efficiency-surrogate --search search_spaces/real.yaml \
+        --surrogate runs/efficiency-real/*          # on a landscape fitted to recorded runs (`bench/surrogate.py`)
 
 Every contender searches the same models on the same items (drawn by the seed), and spends as many item evaluations as
 random search without racing has for its candidates; what a gradient costs is counted in. A search's quality, after any
@@ -20,7 +22,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.files import write_atomic
+from evomerge.search.candidate import Candidate
 from evomerge.spec import SearchSpec, load_spec
 from evomerge.tables import table
 
@@ -70,6 +73,7 @@ def _mergekit(method: str, genes: int) -> Contender:
     )
 
 
+SLOPES_COST = 5  # scores of the same items, as evomerge.slopes has it
 OTHERS = ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
 CONTENDERS: dict[str, Contender] = {
     "default": Contender(),
@@ -152,14 +156,9 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     )
     with contextlib.redirect_stdout(io.StringIO()):
         result = finish(bench, opened, scorer, ended.candidates, Silent())  # type: ignore[arg-type]
-    track, best = [], -math.inf
     order = sorted(ended.candidates, key=lambda c: c.number)
     spent = list(spent_items(order, scorer.slope_items))
-    for candidate, after in zip(order, spent, strict=True):
-        if candidate.state == "done" and candidate.fitness is not None and candidate.fitness > best:
-            best = candidate.fitness
-            scores, _ = scorer.scores(candidate.recipe, TEST)
-            track.append([after, candidate.fitness, scorer.fitness.unweighted(scores), candidate.number])
+    track = _track(order, spent, lambda c: scorer.fitness.unweighted(scorer.scores(c.recipe, TEST)[0]))
     winner, _ = scorer.scores(result["winner"]["recipe"], TEST)
     found = {
         "name": name,
@@ -178,6 +177,72 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     }
     write_atomic(summary, json.dumps(found, indent=1))
     return found
+
+
+def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: Path, surrogate: Any) -> Iterator[str]:
+    """A contender's searches on a surrogate, without racing: half of its items steer, and the other half are unseen."""
+    from evomerge.search import AlgorithmSettings, Stop, get_algorithm, search, spent_items
+    from evomerge.workbench import Workbench, make_space
+
+    contender = CONTENDERS[name]
+    spec = spec_of(path, contender, 0, candidates)
+    space = make_space(spec, Workbench(spec).checkpoints, outer=contender.outer)
+    for seed in seeds:
+        summary = folder / f"{_slug(name)}-{seed}" / "efficiency.json"
+        if summary.is_file():
+            continue
+        imagined = surrogate.landscape(space, seed)
+        ended = search(
+            space,
+            get_algorithm(spec.search.algorithm),
+            imagined,
+            Memory(),  # type: ignore[arg-type]
+            Stop(10 * candidates, items=candidates * imagined.size, slope_items=SLOPES_COST * imagined.size),
+            seed=seed,
+            settings=AlgorithmSettings(
+                spec.search.population, spec.search.options, items=imagined.items, slopes=imagined.slopes
+            ),
+            starts=None if contender.baselines else (),
+        )
+        spent = list(spent_items(ended.candidates, SLOPES_COST * imagined.size))
+        track = _track(ended.candidates, spent, imagined.unseen)
+        found = {"name": name, "seed": seed, "items": spent[-1], "candidates": len(ended.candidates), "pruned": 0}
+        quality = track[-1][2]
+        found |= {"reason": ended.reason, "track": track, "winner": {"fitness": quality, "reported": quality}}
+        summary.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(summary, json.dumps(found, indent=1))
+        yield f"{name}, seed {seed}: {found['candidates']} candidates, {spent[-1]} items, {quality:.4f}"
+
+
+class Memory:
+    """A record that keeps candidates in memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Candidate] = {}
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All candidates, by number."""
+        return tuple(self._kept[number] for number in sorted(self._kept))
+
+    def append(self, candidate: Candidate) -> None:
+        """Keeps one more."""
+        self._kept[candidate.number] = candidate
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def _track(
+    candidates: Sequence[Candidate], spent: Sequence[int], unseen: Callable[[Candidate], float]
+) -> list[list[float]]:
+    """(item evaluations, fitness, fitness on unseen items, number) of every candidate that was the best so far."""
+    track: list[list[float]] = []
+    best = -math.inf
+    for candidate, after in zip(candidates, spent, strict=True):
+        if candidate.state == "done" and candidate.fitness is not None and candidate.fitness > best:
+            best = candidate.fitness
+            track.append([after, best, unseen(candidate), candidate.number])
+    return track
 
 
 def reached(track: Sequence[Sequence[float]], quality: float) -> float:
@@ -255,11 +320,21 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=100, help="of random search without racing")
     parser.add_argument("--items", type=int, help="item evaluations of every search; default: those of random search")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--surrogate", type=Path, nargs="+", help="search a landscape fitted to these finished runs")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     options = parser.parse_args()
     if not options.table:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         first, last = (0, options.seeds[0]) if len(options.seeds) == 1 else options.seeds
+    if not options.table and options.surrogate:
+        import surrogate
+
+        landscape = surrogate.fit(surrogate.read(options.surrogate))
+        for name in options.contenders:
+            seeds = range(first, last)
+            for line in run_imagined(name, options.search, seeds, options.candidates, options.folder, landscape):
+                print(line, file=sys.stderr, flush=True)
+    elif not options.table:
         items = options.items or search_items(options.search) * options.candidates
         jobs = [
             (name, options.search, seed, 10 * options.candidates, options.folder / f"{_slug(name)}-{seed}", items)

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.evaluation.scores import ItemScores
+from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.fitness import Fitness
 from evomerge.runfolder import RunFolder
+from evomerge.search import Candidate, Genome, Outcome, Proposal, SearchSpace
+from evomerge.search.decode import active
 from evomerge.tables import table
 
 Array = NDArray[np.float64]
@@ -104,6 +106,65 @@ class Surrogate:
         x, method = self.places.features(recipe)[None], [recipe["merge_method"]]
         row = _kernel(x, self.known[0], (method, self.known[1]), self.settings[0], self.settings[2])
         return _scores(self.fitness, self.template, (row @ self.weights[0] + self.weights[1])[0])
+
+    def landscape(self, space: SearchSpace, seed: int) -> Landscape:
+        """The landscape of a space, with the items that the seed draws to steer; the others are unseen."""
+        rng = np.random.default_rng([seed, 17])
+        halves: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+        for goal in self.fitness.goals:
+            order = rng.permutation(len(self.template[goal.task].items)).tolist()
+            halves[0][goal.task], halves[1][goal.task] = sorted(order[::2]), sorted(order[1::2])
+        return Landscape(self, space, *halves)
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What `evomerge.search.search` needs to search on a surrogate."""
+
+    surrogate: Surrogate
+    space: SearchSpace
+    steering: Mapping[str, Sequence[int]]
+    other: Mapping[str, Sequence[int]]
+
+    @property
+    def size(self) -> int:
+        """The items that steer."""
+        return sum(map(len, self.steering.values()))
+
+    def _scores(self, recipe: Mapping[str, Any], part: Mapping[str, Sequence[int]]) -> Scores:
+        return {task: scores.take(part[task]) for task, scores in self.surrogate.scores(recipe).items()}
+
+    def fitness(self, recipe: Mapping[str, Any]) -> float:
+        """The fitness on the items that steer."""
+        return self.surrogate.fitness(self._scores(recipe, self.steering))
+
+    def unseen(self, candidate: Candidate) -> float:
+        """A candidate's fitness on the other items."""
+        return self.surrogate.fitness(self._scores(candidate.recipe, self.other))
+
+    def __call__(self, proposal: Proposal) -> Outcome:
+        """A candidate's outcome."""
+        scores = self._scores(proposal.recipe, self.steering)
+        value = self.surrogate.fitness(scores)
+        told = {"search": table_to_json(score_table(scores))}
+        return Outcome(value, told, estimates={self.size: value})
+
+    def items(self, candidate: Candidate) -> Array:
+        """What every item says."""
+        return self.surrogate.fitness.by_item(self._scores(candidate.recipe, self.steering))
+
+    def slopes(self, candidate: Candidate) -> dict[str, float]:
+        """Central differences by every active gene; one-sided at the end of a range."""
+        used, genome, found = active(self.space, candidate.genome), candidate.genome, {}
+        for gene in self.space.reals:
+            if gene.name not in used or gene.low == gene.high:
+                continue
+            value, step = float(genome.values[gene.name]), 0.02 * (gene.high - gene.low)
+            ends = max(gene.low, value - step), min(gene.high, value + step)
+            moved = [Genome.of({**genome.values, gene.name: end}, genome.layers) for end in ends]
+            low, high = (self.fitness(self.space.recipe(one)) for one in moved)
+            found[gene.name] = (high - low) / (float(moved[1].values[gene.name]) - float(moved[0].values[gene.name]))
+        return found
 
 
 def _targets(fitness: Fitness, scores: Scores) -> Array:
