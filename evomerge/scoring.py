@@ -16,7 +16,7 @@ from evomerge.measuring import Measurer, joined, size, taken
 from evomerge.models import single_model
 from evomerge.planning import Planner
 from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
-from evomerge.search import Candidate, Outcome, Proposal, ranked
+from evomerge.search import Candidate, Genome, Outcome, Proposal, ranked
 from evomerge.search.baselines import baselines
 from evomerge.search.operators import FloatArray
 from evomerge.slopes import COST, fitness_slopes
@@ -268,27 +268,28 @@ class Scorer:
     def slopes(self, candidate: Candidate) -> Mapping[str, float] | None:
         """How the fitness changes with each real gene of a candidate, by name, in units of the gene.
 
-        None for a candidate without a full score, one whose genome is not its recipe (some of generation 0), and where
-        there is no derivative (`fitness_slopes`). Worked out once in a run and kept.
+        They are those of its genome, which for some of generation 0 is only the nearest to its recipe. None for a
+        candidate without a full score, and where there is no derivative (`fitness_slopes`). Worked out once in a run
+        and kept.
         """
         if candidate.state != "done":
             return None
         plan = self._bench.plan(candidate.recipe)
         known = self._folder.slopes(plan.digest)
         if known is None:
-            known = (self._find_slopes(candidate, plan),)
+            known = (self._find_slopes(candidate.genome),)
             self._folder.write_slopes(plan.digest, known[0])
         return known[0]
 
-    def _find_slopes(self, candidate: Candidate, plan: Plan) -> Mapping[str, float] | None:
-        selection = self._bench.selections[self._steering]
-        scores = taken(self._kept(plan, self._steering), self._measurer.items(selection))
-        genome = candidate.genome
-        if scores is None or self._bench.space.problem(genome) is not None:
+    def _find_slopes(self, genome: Genome) -> Mapping[str, float] | None:
+        if self._bench.space.problem(genome) is not None:
             return None
-        if self._bench.plan(self._bench.space.recipe(genome)).digest != plan.digest:
+        plan = self._bench.plan(self._bench.space.recipe(genome))  # a baseline may be said in other words, or nearly
+        try:
+            scores = self._measure(plan, self._steering, 0.0).scores
+        except CandidateError:
             return None
-        return fitness_slopes(self._bench, self.fitness, selection, genome, plan, scores)
+        return fitness_slopes(self._bench, self.fitness, self._bench.selections[self._steering], genome, plan, scores)
 
     @property
     def slope_items(self) -> int:
