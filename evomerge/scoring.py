@@ -284,12 +284,11 @@ class Scorer:
     def _find_slopes(self, genome: Genome) -> Mapping[str, float] | None:
         if self._bench.space.problem(genome) is not None:
             return None
-        plan = self._bench.plan(self._bench.space.recipe(genome))  # a baseline may be said in other words, or nearly
-        try:
-            scores = self._measure(plan, self._steering, 0.0).scores
+        try:  # scored already, but for a baseline that the space says in other words, or only nearly
+            scores, _ = self.scores(self._bench.space.recipe(genome), self._steering)
         except CandidateError:
             return None
-        return fitness_slopes(self._bench, self.fitness, self._bench.selections[self._steering], genome, plan, scores)
+        return fitness_slopes(self._bench, self.fitness, self._bench.selections[self._steering], genome, scores)
 
     @property
     def slope_items(self) -> int:

@@ -18,8 +18,7 @@ from evomerge.engine.operation import Operation
 from evomerge.engine.plan import Plan, make_plan
 from evomerge.errors import CandidateError, RecipeError
 from evomerge.fitness import Fitness, Scores
-from evomerge.search import Genome
-from evomerge.search.decode import active
+from evomerge.search import Genome, decode
 from evomerge.search.genes import Real
 from evomerge.workbench import Selection, Workbench
 
@@ -42,7 +41,7 @@ def genes_of_settings(bench: Workbench, genome: Genome, plan: Plan) -> Effects:
     """
     owners: dict[Entry, list[Real]] = {}
     places = {source: k for k, source in enumerate(bench.space.sources)}
-    used = active(bench.space, genome)
+    used = decode.active(bench.space, genome)
     for gene in bench.space.reals:
         if gene.name in used and gene.low < gene.high:
             entry = (gene.parameter, None if gene.source is None else places[gene.source])
@@ -52,7 +51,7 @@ def genes_of_settings(bench: Workbench, genome: Genome, plan: Plan) -> Effects:
     for k in range(max(map(len, owners.values()), default=0)):
         moved = {entry: genes[k] for entry, genes in owners.items() if k < len(genes)}
         targets = Genome.of({**genome.values, **{g.name: _elsewhere(g, genome) for g in moved.values()}}, genome.layers)
-        recipe = bench.recipe(bench.space.recipe(targets))
+        recipe = bench.recipe(decode.recipe(bench.space, targets, literal=True))
         for op in make_plan(recipe, bench.checkpoints, identify=False).operations:
             after = entries(op.settings)
             for entry, gene in moved.items():
@@ -71,7 +70,7 @@ def _elsewhere(gene: Real, genome: Genome) -> float:
 
 
 def fitness_slopes(
-    bench: Workbench, fitness: Fitness, selection: Selection, genome: Genome, plan: Plan, scores: Scores
+    bench: Workbench, fitness: Fitness, selection: Selection, genome: Genome, scores: Scores
 ) -> dict[str, float] | None:
     """The derivative of the fitness with respect to each active real gene, by name, in units of the gene.
 
@@ -80,7 +79,6 @@ def fitness_slopes(
         fitness: What steers.
         selection: The items that steer.
         genome: The candidate's genes.
-        plan: The genome's plan.
         scores: Its scores on the selection.
 
     Returns:
@@ -91,6 +89,7 @@ def fitness_slopes(
     if not pulls:
         return None
     try:
+        plan = bench.plan(decode.recipe(bench.space, genome, literal=True))
         effects = genes_of_settings(bench, genome, plan)
         work = [(op, _bounds(bench, effects[op.output])) for op in plan.operations if op.output in effects]
         found = _of_settings(bench, plan, selection, pulls, work)

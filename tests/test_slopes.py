@@ -58,7 +58,7 @@ def found(bench: Workbench, genome: Genome, fitness: Fitness) -> dict[str, float
     plan = bench.plan(bench.space.recipe(genome))
     selection = bench.selections[SEARCH]
     scores, _ = bench.measure(plan, selection)
-    slopes = fitness_slopes(bench, fitness, selection, genome, plan, scores)
+    slopes = fitness_slopes(bench, fitness, selection, genome, scores)
     assert slopes is not None
     return slopes
 
@@ -190,8 +190,8 @@ def test_where_nothing_changes_smoothly_there_are_none(family: dict[str, Path]) 
     genome = point(bench)
     plan, selection = bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH]
     scores, _ = bench.measure(plan, selection)
-    assert fitness_slopes(bench, bench.goals, selection, genome, plan, scores) is None
-    assert fitness_slopes(bench, bench.steering, selection, genome, plan, scores) is None
+    assert fitness_slopes(bench, bench.goals, selection, genome, scores) is None
+    assert fitness_slopes(bench, bench.steering, selection, genome, scores) is None
 
 
 def test_a_model_without_a_gradient_has_none_and_stays_as_it_is(
@@ -206,7 +206,7 @@ def test_a_model_without_a_gradient_has_none_and_stays_as_it_is(
         raise RuntimeError("can't allocate memory")
 
     monkeypatch.setattr(torch.autograd, "grad", no_memory)
-    assert fitness_slopes(bench, bench.steering, selection, genome, plan, scores) is None
+    assert fitness_slopes(bench, bench.steering, selection, genome, scores) is None
     assert "cannot be differentiated: can't allocate memory" in caplog.text
     model, _ = bench.resident.write(plan)
     assert not any(p.requires_grad for p in model.parameters())

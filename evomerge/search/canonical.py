@@ -47,14 +47,12 @@ def column(
         points: The layer group, or the control points in order of depth.
         tensors: The tensor group, None where there is one for all.
     """
-    raw = _raw(space, method, genome, points, tensors)
+    raw = spelled(space, method, genome, points, tensors)
     counting = counts(space, method, raw)
     found: Column = {}
     for parameter, source in keys(space, method):
         key = (parameter.name, source)
         found[key] = _filled(raw[key], counting[key], _otherwise(parameter))
-        if parameter.kind == "int":
-            found[key] = tuple(float(round(value)) for value in found[key])
     for parameter in space.searched[method.name]:
         if only_ratios(space, method, parameter):
             own = [(parameter.name, source) for source in space.sources]
@@ -66,7 +64,7 @@ def idle(
     space: SearchSpace, method: Method, genome: Genome, points: Sequence[str], tensors: str | None = None
 ) -> set[str]:
     """The names of the genes of one place that change nothing as the others are."""
-    counting = counts(space, method, _raw(space, method, genome, points, tensors))
+    counting = counts(space, method, spelled(space, method, genome, points, tensors))
     return {
         gene_name(name, source, point, tensors)
         for (name, source), flags in counting.items()
@@ -75,13 +73,15 @@ def idle(
     }
 
 
-def _raw(space: SearchSpace, method: Method, genome: Genome, points: Sequence[str], tensors: str | None) -> Column:
-    return {
-        (parameter.name, source): tuple(
-            float(genome.values[gene_name(parameter.name, source, point, tensors)]) for point in points
-        )
-        for parameter, source in keys(space, method)
-    }
+def spelled(
+    space: SearchSpace, method: Method, genome: Genome, points: Sequence[str], tensors: str | None = None
+) -> Column:
+    """The values of one place as the genome has them, whole numbers where the parameter is one."""
+    found: Column = {}
+    for parameter, source in keys(space, method):
+        values = (float(genome.values[gene_name(parameter.name, source, point, tensors)]) for point in points)
+        found[parameter.name, source] = tuple(float(round(v)) if parameter.kind == "int" else v for v in values)
+    return found
 
 
 def only_ratios(space: SearchSpace, method: Method, parameter: Parameter) -> bool:
@@ -101,10 +101,15 @@ def counts(space: SearchSpace, method: Method, raw: Column) -> dict[Key, tuple[b
         flags = (True,) * len(values)
         if source is not None and taking not in (None, parameter.name):
             flags = _near([value != 0.0 for value in raw[str(taking), source]])
-        if parameter.idle_at is not None and (parameter.idle_at[0], source) in raw:
-            moving = _near([value != parameter.idle_at[1] for value in raw[parameter.idle_at[0], source]])
-            flags = tuple(one and other for one, other in zip(flags, moving, strict=True))
         found[parameter.name, source] = flags
+    for parameter, source in keys(space, method):
+        if parameter.idle_at is not None and (parameter.idle_at[0], source) in raw:
+            # What counts is the other parameter as it is merged with: a point that does not count is not asked.
+            other = (parameter.idle_at[0], source)
+            merged = _filled(raw[other], found[other], parameter.idle_at[1])
+            moving = _near([value != parameter.idle_at[1] for value in merged])
+            own = found[parameter.name, source]
+            found[parameter.name, source] = tuple(a and b for a, b in zip(own, moving, strict=True))
     return found
 
 

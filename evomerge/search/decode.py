@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evomerge.methods.declaration import Method, Parameter
-from evomerge.search.canonical import Column, Values, absent, column, gene_name, idle, keys, only_ratios
+from evomerge.search.canonical import Column, Values, absent, column, gene_name, idle, keys, only_ratios, spelled
 from evomerge.search.genes import OUTER, searched
 from evomerge.search.genome import Genome, LayerGene
 
@@ -69,14 +69,20 @@ def problem(space: SearchSpace, genome: Genome) -> str | None:
     return None
 
 
-def recipe(space: SearchSpace, genome: Genome) -> dict[str, Any]:
-    """The recipe of a genome: the same one for genomes that differ only in genes that change nothing."""
+def recipe(space: SearchSpace, genome: Genome, *, literal: bool = False) -> dict[str, Any]:
+    """The recipe of a genome: the same one for genomes that differ only in genes that change nothing.
+
+    Args:
+        space: The space.
+        genome: Its genome.
+        literal: Every gene's own value instead, and every source, for who wants to see what a gene does.
+    """
     methods = [space.method(genome, index) for index in range(len(space.groups))]
     names = list(dict.fromkeys(method.name for method in methods))
     if len(names) == 1 and methods[0].copies_layers:
         slices = copied_slices(space, genome.layers)
     else:
-        slices = _slices(space, genome, methods, mixed=len(names) > 1)
+        slices = _slices(space, genome, methods, mixed=len(names) > 1, literal=literal)
     return assemble(space, methods, slices)
 
 
@@ -125,9 +131,12 @@ class Part:
     values: Column
 
 
-def _slices(space: SearchSpace, genome: Genome, methods: Sequence[Method], *, mixed: bool) -> list[dict[str, Any]]:
+def _slices(
+    space: SearchSpace, genome: Genome, methods: Sequence[Method], *, mixed: bool, literal: bool
+) -> list[dict[str, Any]]:
     """One slice per run of layer groups with the same method and values; one for all under control points."""
-    bodies = [_body(space, genome, method, points) for method, points in _inner(space, methods)]
+    seen = spelled if literal else column
+    bodies = [_body(space, genome, method, points, seen) for method, points in _inner(space, methods)]
     runs: list[tuple[int, int]] = []  # first and last layer group
     for index, body in enumerate(bodies):
         last = runs[-1][1] if runs else index
@@ -144,22 +153,30 @@ def _slices(space: SearchSpace, genome: Genome, methods: Sequence[Method], *, mi
         else:
             parts = bodies[first]
             if space.outer and (start == 0 or stop == space.layer_count):
-                parts = [Part(space.outer, column(space, method, genome, (OUTER,))), *parts]
-            made = [_merged_slice(space, method, parts, (start, stop), constants=mixed)]
+                parts = [Part(space.outer, seen(space, method, genome, (OUTER,), None)), *parts]
+            made = [_merged_slice(space, method, parts, (start, stop), constants=mixed, literal=literal)]
         slices += [{"merge_method": method.name, **piece} if mixed else piece for piece in made]
     return slices
 
 
-def _body(space: SearchSpace, genome: Genome, method: Method, points: Sequence[str]) -> list[Part]:
+def _body(
+    space: SearchSpace, genome: Genome, method: Method, points: Sequence[str], seen: Callable[..., Column]
+) -> list[Part]:
     """What a genome says about the tensors of a run of layers, what is left over last."""
     return [
-        Part(space.filters.get(str(tensors), ()), column(space, method, genome, points, tensors))
+        Part(space.filters.get(str(tensors), ()), seen(space, method, genome, points, tensors))
         for tensors in _tensors(space)
     ]
 
 
 def _merged_slice(
-    space: SearchSpace, method: Method, parts: Sequence[Part], layers: tuple[int, int], *, constants: bool
+    space: SearchSpace,
+    method: Method,
+    parts: Sequence[Part],
+    layers: tuple[int, int],
+    *,
+    constants: bool,
+    literal: bool,
 ) -> dict[str, Any]:
     sources: list[dict[str, Any]] = []
     if space.needs_base(method):
@@ -170,7 +187,7 @@ def _merged_slice(
         place = shared if owner is None else own[owner]
         settings = [(part.filters, _setting(parameter, part.values[parameter.name, owner])) for part in parts]
         place[parameter.name] = _conditional(settings)
-    left_out = absent(space, method, [part.values for part in parts])
+    left_out = set() if literal else absent(space, method, [part.values for part in parts])
     for source, reference in space.sources.items():
         if source in left_out:
             continue

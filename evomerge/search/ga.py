@@ -46,6 +46,7 @@ NEWTON = (1.0, 2.0, 4.0)
 SHORTER = 0.35
 """What the steps from a candidate are multiplied by when all of them have been tried."""
 LARGEST_CLIMB = 0.3
+"""The longest of them, as a root mean square."""
 
 RECOMBINATIONS = {
     "none": 0.2,
@@ -236,8 +237,8 @@ def _climb(breeding: Breeding, place: int) -> Draw | None:
         step = np.sign(step) * np.sqrt(np.abs(step))
     size = math.sqrt(float(np.mean(step[step != 0] ** 2)))
     steps = next((count for p, count in breeding.asked.items() if p.number == first.number), 0)
-    wanted = far * (size if measured else 1.0) * SHORTER ** (steps // len(ALONG))
-    unit = np.clip(first.unit + step * (min(wanted, LARGEST_CLIMB) / size), 0.0, 1.0)
+    reach = far * (min(size, LARGEST_CLIMB / max(NEWTON)) if measured else 1.0) * SHORTER ** (steps // len(ALONG))
+    unit = np.clip(first.unit + step * (reach / size), 0.0, 1.0)
     word = f"quasi-Newton {SLOPES}" if measured else SLOPES
     return breeding.space.genome(unit, first.choices, first.layers), (first.number,), word
 
