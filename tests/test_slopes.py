@@ -152,7 +152,7 @@ def test_the_model_and_the_next_scores_are_as_before(family: dict[str, Path]) ->
     before = [bench.measure(plan, selection)[0] for plan in plans]
     model, _ = bench.resident.write(plans[0])
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    first = fitness_slopes(bench, bench.steering, selection, genome, plans[0], before[0])
+    first = fitness_slopes(bench, bench.steering, selection, genome, before[0])
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     after = [bench.measure(plan, selection)[0] for plan in plans]
@@ -160,7 +160,7 @@ def test_the_model_and_the_next_scores_are_as_before(family: dict[str, Path]) ->
         for task, part in one.items():
             for metric, columns in part.metrics.items():
                 np.testing.assert_array_equal(columns, again[task].metrics[metric])
-    assert fitness_slopes(bench, bench.steering, selection, genome, plans[0], before[0]) == first
+    assert fitness_slopes(bench, bench.steering, selection, genome, before[0]) == first
 
 
 def test_threads_and_the_size_of_pieces(family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
