@@ -88,6 +88,8 @@ def render_status(status: Mapping[str, Any]) -> str:
             f"racing: {items['evaluated']} item evaluations instead of {items['without_racing']}, "
             f"{items['saved']:.0%} saved"
         )
+    if status["items"]["gradients"]:
+        lines.append(f"the fitness' slopes were taken at {status['items']['gradients']} candidates")
     if status["candidates_per_hour"] and status["state"] != "finished":
         left = timedelta(seconds=round(status["seconds_left"]))
         lines.append(f"{status['candidates_per_hour']:.0f} candidates an hour, {left} left")
