@@ -83,10 +83,7 @@ CONTENDERS: dict[str, Contender] = {
         f"mergekit-evolve, {method}": _mergekit(method, genes)
         for method, genes in (("task_arithmetic", 12), ("ties", 24), ("dare_ties", 24))
     },
-    **{
-        name: Contender({"algorithm": name})
-        for name in ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
-    },
+    **{name: Contender({"algorithm": name}) for name in OTHERS},
     "ga without slopes": Contender({"algorithm": "ga", "options": {"slopes": False}}),
     "ga, fixed operators": Contender({"algorithm": "ga", "options": {"adaptive": False}}),
     "ga, shared items": Contender({"algorithm": "ga", "options": {"sharing": True}}),

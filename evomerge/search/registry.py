@@ -10,8 +10,7 @@ from evomerge.errors import SpecError, suggest
 from evomerge.search import catcma, cmaes, gp, map_elites, tpe
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.ga import OPTIONS, ga
-from evomerge.search.nsga2 import nsga2
-from evomerge.search.nsga3 import nsga3
+from evomerge.search.nsga import nsga2, nsga3
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.random_search import random_search
 from evomerge.search.space import SearchSpace

@@ -38,7 +38,7 @@ def values_of(history: Sequence[Candidate]) -> list[tuple[Candidate, Values]]:
     """
     count = next((len(c.objectives) for c in history if c.objectives is not None), 1)
     told: list[tuple[Candidate, Values | None]] = []
-    for candidate in history:
+    for candidate in (c for c in history if c.state != "pending"):
         values = candidate.objectives
         if values is None and candidate.fitness is not None:
             values = (candidate.fitness,) * count
