@@ -15,6 +15,7 @@ import torch
 
 from evomerge.engine.directions import STEP
 from evomerge.fitness import Fitness
+from evomerge.memory import available
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
 from evomerge.search import Genome
@@ -210,6 +211,28 @@ def test_a_model_without_a_gradient_has_none_and_stays_as_it_is(
     assert "cannot be differentiated: can't allocate memory" in caplog.text
     model, _ = bench.resident.write(plan)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_without_memory_for_a_gradient_there_are_none(
+    family: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = bench_of(family, "task_arithmetic")
+    genome = point(bench)
+    scores, _ = bench.measure(bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH])
+    monkeypatch.setattr("evomerge.evaluation.backward.available", lambda: 1000)
+    assert fitness_slopes(bench, bench.steering, bench.selections[SEARCH], genome, scores) is None
+    assert "a gradient takes 0.0 GB, and 0.0 GB are free" in caplog.text
+    ours = 12 * sum(p.numel() for p in bench.resident.write(bench.plan(bench.space.recipe(genome)))[0].parameters())
+    monkeypatch.setattr("evomerge.evaluation.backward.available", lambda: ours)  # for one piece at a time
+    assert fitness_slopes(bench, bench.steering, bench.selections[SEARCH], genome, scores)
+
+
+def test_the_kernel_is_asked_what_is_free(tmp_path: Path) -> None:
+    told = tmp_path / "meminfo"
+    assert available(told) is None
+    told.write_text("MemTotal:       24 kB\nMemAvailable:       12 kB\n")
+    assert available(told) == 12 * 1024
+    assert (available() or 0) > 0 or not Path("/proc/meminfo").exists()
 
 
 @pytest.fixture

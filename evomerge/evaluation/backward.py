@@ -23,12 +23,15 @@ from evomerge.evaluation.forward import Forward, forwarding
 from evomerge.evaluation.layout import Batch, Layout
 from evomerge.evaluation.scorer import batch_inputs
 from evomerge.evaluation.scores import Array
+from evomerge.memory import available
 from evomerge.threads import run_all
 
 STATES, LEAST_TOKENS, MOST_TOKENS = 2**19, 128, 1024
 """Numbers in one layer's hidden state of a piece, and the bounds of its tokens: all layers' states are held at once."""
 _LANES = 4
 """Pieces under way at a time: each holds gradients of the whole model."""
+_SHARE = 0.7
+"""Of the free memory that gradients may take; a piece's own states take some as well."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def weight_gradient(
     total: list[Tensor | None] = [None] * len(names)
     with _differentiable(parameters), forwarding(model) as forward:
         work = [partial(_backward, forward, piece, parameters, head_is_last) for piece in pieces]
-        lanes = max(1, min(forward.threads, _LANES))
+        lanes = _lanes(forward, parameters)
         for start in range(0, len(work), lanes):
             part = work[start : start + lanes]
             try:
@@ -87,6 +90,24 @@ def weight_gradient(
     if not all(bool(torch.isfinite(held).all()) for held in result.values()):
         raise CandidateError("the gradient of the model's weights is not finite")
     return result
+
+
+def _lanes(forward: Forward, parameters: Sequence[Tensor]) -> int:
+    """How many pieces may be under way at a time.
+
+    Raises:
+        CandidateError: There is no memory for one. The kernel would end the process instead of saying so.
+    """
+    wanted = max(1, min(forward.threads, _LANES))
+    free = available() if forward.device.type == "cpu" else None
+    if free is None:
+        return wanted
+    sums = sum(4 * parameter.numel() for parameter in parameters)
+    each = sum(parameter.element_size() * parameter.numel() for parameter in parameters)
+    lanes = min(wanted, int((_SHARE * free - sums) / max(each, 1)))
+    if lanes < 1:
+        raise CandidateError(f"a gradient takes {(sums + each) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+    return lanes
 
 
 @contextmanager

@@ -1,0 +1,17 @@
+"""How much memory this machine has to give. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def available(meminfo: Path = MEMINFO) -> int | None:
+    """Bytes that can be had without swapping, as the kernel estimates them; None where it does not say."""
+    try:
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(parts[1]) * 1024 for parts in found), None)
