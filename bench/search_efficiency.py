@@ -85,6 +85,10 @@ CONTENDERS: dict[str, Contender] = {
     },
     **{name: Contender({"algorithm": name}) for name in OTHERS},
     "ga without slopes": Contender({"algorithm": "ga", "options": {"slopes": False}}),
+    "ga without slopes, fixed operators": Contender(
+        {"algorithm": "ga", "options": {"slopes": False, "adaptive": False}}
+    ),
+    "ga without slopes, shared items": Contender({"algorithm": "ga", "options": {"slopes": False, "sharing": True}}),
     "ga, fixed operators": Contender({"algorithm": "ga", "options": {"adaptive": False}}),
     "ga, shared items": Contender({"algorithm": "ga", "options": {"sharing": True}}),
 }

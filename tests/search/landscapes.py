@@ -178,7 +178,7 @@ class Memory:
         self.kept: list[Candidate] = []
 
     def candidates(self) -> tuple[Candidate, ...]:
-        return tuple(self.kept)
+        return tuple(sorted(self.kept, key=lambda c: c.number))
 
     def append(self, candidate: Candidate) -> None:
         self.kept.append(candidate)
