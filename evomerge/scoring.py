@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.engine.plan import Plan
-from evomerge.errors import CandidateError, EvoMergeError, RecipeError
+from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
 from evomerge.evaluation.informative import Sample, draw_samples
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.fitness import Fitness, Scores
@@ -44,6 +45,9 @@ class Rivals:
 
     leaders: tuple[tuple[int, str, Mapping[str, Any]], ...]
     generation: int
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -277,7 +281,13 @@ class Scorer:
         plan = self._bench.plan(candidate.recipe)
         known = self._folder.slopes(plan.digest)
         if known is None:
-            known = (self._find_slopes(candidate.genome),)
+            try:
+                known = (self._find_slopes(candidate.genome),)
+            except (OutputError, BadInput):
+                raise  # the run's trouble, not the candidate's
+            except Exception:
+                log.warning("no slopes of candidate %d", candidate.number, exc_info=True)
+                known = (None,)
             self._folder.write_slopes(plan.digest, known[0])
         return known[0]
 

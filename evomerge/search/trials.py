@@ -105,6 +105,8 @@ def user_attributes(candidate: Candidate) -> dict[str, Any]:
 def _flat_scores(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Split, task and metric of every score, and its value."""
     for split, tasks in scores.items():
+        if not isinstance(tasks, Mapping):  # a plug-in's own note
+            continue
         for task, metrics in tasks.items():
             for metric, score in metrics.items():
                 if isinstance(score, Mapping) and "value" in score:
