@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def open_scripted(folder: Path, deeds: dict[int, str], pause: float) -> Opened:
     def score(proposal: Proposal) -> Outcome:
         do(deeds.get(proposal.number, ""), folder / f"{proposal.number}.mark")
         outcome = evaluate(proposal, pause)
-        return Outcome(outcome.fitness, {"process": os.getpid(), "known": begun[0]}, outcome.state)
+        return replace(outcome, scores={"process": os.getpid(), "known": begun[0]})
 
     return begin, score
 
