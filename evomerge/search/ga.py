@@ -10,6 +10,7 @@ the structure of the genes: a whole model, a run of layer groups, or single gene
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,11 +19,11 @@ import numpy as np
 
 from evomerge.search import operators, patterns, sharing
 from evomerge.search.adaptive import Experience, pick
-from evomerge.search.candidate import SLOPES, Candidate, Proposal, promising
+from evomerge.search.candidate import SLOPES, Candidate, Proposal, promising, sloped
 from evomerge.search.decode import active, copies
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
-from evomerge.search.patterns import Layers
+from evomerge.search.parent import Parent
 from evomerge.search.propose import AlgorithmSettings, Draw, distinct
 from evomerge.search.slopes import Known, direction
 from evomerge.search.space import SearchSpace
@@ -92,16 +93,6 @@ class Linkage:
         return self.parameter * (len(self.space.sources) + 1) + self.source + 1
 
 
-@dataclass(frozen=True, eq=False)
-class Parent:
-    """A candidate to breed from, in the form that the operators work on."""
-
-    number: int
-    unit: FloatArray
-    choices: Mapping[str, str]
-    layers: Layers
-
-
 @dataclass(frozen=True)
 class Breeding:
     """What the children of a generation are made of.
@@ -112,10 +103,11 @@ class Breeding:
         parents: Whom to breed from, best first.
         experience: What worked; None where every operator keeps its prior weight.
         attraction: How much each parent has to offer to each, shape [parents, parents]; None without sharing.
-        climbers: Whom gradient steps may start from, best first.
+        leaders: Whom gradient steps may start from, best first.
         slopes: The derivative by every gene in units of its range, by a candidate's number, shape [reals]; None where
-            there are none.
-        asked: Those whose slopes are known already, and how many steps were taken from each.
+            there are none. Costs several evaluations for one that is asked for the first time.
+        sloped: Those whose slopes are known already.
+        steps: How many steps were taken from each of these, by number.
     """
 
     space: SearchSpace
@@ -123,9 +115,10 @@ class Breeding:
     parents: Sequence[Parent]
     experience: Experience | None
     attraction: FloatArray | None
-    climbers: Sequence[Parent]
+    leaders: Sequence[Parent]
     slopes: Callable[[int], FloatArray | None]
-    asked: Mapping[Parent, int]
+    sloped: Sequence[Parent]
+    steps: Mapping[int, int]
 
 
 def ga(
@@ -150,21 +143,13 @@ def ga(
 
 def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings) -> Breeding:
     options = {**OPTIONS, **settings.options}
-    names = [choice.name for choice in space.choices]
-
-    def parent(c: Candidate) -> Parent:
-        choices = {name: str(c.genome.values[name]) for name in names}
-        return Parent(c.number, space.unit(c.genome), choices, c.genome.layers)
-
     order = promising((c for c in history if _says_what_it_is(space, c)), 2 * settings.population)
     chosen, attraction = order[: settings.population], None
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * settings.population], settings)
     known = {c.number: c for c in history}
-    asked: dict[int, int] = {}
-    for c in history:
-        if SLOPES in c.operator:
-            asked[c.parents[0]] = asked.get(c.parents[0], 0) + 1
+    climbs = options["slopes"] and settings.slopes is not None
+    steps = Counter(number for c in history if (number := sloped(c)) is not None)
     found: dict[int, FloatArray | None] = {}
 
     def slopes(number: int) -> FloatArray | None:
@@ -174,21 +159,16 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
             found[number] = None if told is None else np.array([told.get(g.name, 0.0) for g in space.reals]) * width
         return found[number]
 
-    climbers: list[Candidate] = []
-    if options["slopes"] and settings.slopes is not None:
-        # Slopes are asked for of one more at a time, of the best that has any.
-        leaders = [c for c in order if c.state == "done"][:CLIMBERS]
-        unasked = next((c for c in leaders if c.number not in asked and slopes(c.number) is not None), None)
-        climbers = [c for c in leaders if c.number in asked or c is unasked]
     return Breeding(
         space,
         Linkage(space),
-        [parent(c) for c in chosen],
+        [Parent.of(space, c) for c in chosen],
         Experience.of(space, history) if options["adaptive"] else None,
         attraction,
-        [parent(c) for c in climbers],
+        [Parent.of(space, c) for c in order if c.state == "done"][:CLIMBERS] if climbs else [],
         slopes,
-        {parent(known[number]): steps for number, steps in sorted(asked.items())} if climbers else {},
+        [Parent.of(space, known[number]) for number in sorted(steps)] if climbs else [],
+        steps,
     )
 
 
@@ -218,14 +198,12 @@ def _climb(breeding: Breeding, place: int) -> Draw | None:
     """
     liked = 1.0 if breeding.experience is None else breeding.experience.favour(SLOPES)
     rank, length = divmod(place, len(ALONG))
-    if place >= round(CLIMBS * liked) or rank >= len(breeding.climbers):
-        return None
-    first = breeding.climbers[rank]
-    slopes = breeding.slopes(first.number)
-    if slopes is None or not np.any(slopes):
+    first = _climber(breeding, rank) if place < round(CLIMBS * liked) else None
+    slopes = breeding.slopes(first.number) if first is not None else None
+    if first is None or slopes is None or not np.any(slopes):
         return None
     near = sorted(
-        (p for p in breeding.asked if p.choices == first.choices and p.number != first.number),
+        (p for p in breeding.sloped if p.choices == first.choices and p.number != first.number),
         key=lambda p: (float(np.linalg.norm(p.unit - first.unit)), p.number),
     )
     others = [Known(p.unit, s) for p in near if (s := breeding.slopes(p.number)) is not None]
@@ -236,11 +214,28 @@ def _climb(breeding: Breeding, place: int) -> Draw | None:
     if flat:
         step = np.sign(step) * np.sqrt(np.abs(step))
     size = math.sqrt(float(np.mean(step[step != 0] ** 2)))
-    steps = next((count for p, count in breeding.asked.items() if p.number == first.number), 0)
-    reach = far * (min(size, LARGEST_CLIMB / max(NEWTON)) if measured else 1.0) * SHORTER ** (steps // len(ALONG))
+    tried = breeding.steps.get(first.number, 0) // len(ALONG)
+    reach = far * (min(size, LARGEST_CLIMB / max(NEWTON)) if measured else 1.0) * SHORTER**tried
     unit = np.clip(first.unit + step * (reach / size), 0.0, 1.0)
     word = f"quasi-Newton {SLOPES}" if measured else SLOPES
     return breeding.space.genome(unit, first.choices, first.layers), (first.number,), word
+
+
+def _climber(breeding: Breeding, rank: int) -> Parent | None:
+    """The leader of this rank among those whose slopes are known, and the best of the others that has any.
+
+    So slopes are asked for of one more at a time, and not before its place in the generation comes.
+    """
+    fresh = False
+    for leader in breeding.leaders:
+        if leader.number not in breeding.steps:
+            if fresh or breeding.slopes(leader.number) is None:
+                continue
+            fresh = True
+        if rank == 0:
+            return leader
+        rank -= 1
+    return None
 
 
 def _child(breeding: Breeding, rng: np.random.Generator) -> Draw:

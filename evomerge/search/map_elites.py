@@ -10,7 +10,6 @@ several objectives these are the axes; without scores by task the fitness is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from evomerge.search import decode, operators, patterns
 from evomerge.search.candidate import Candidate, Proposal, promising
 from evomerge.search.operators import FloatArray
-from evomerge.search.patterns import Layers
+from evomerge.search.parent import Parent
 from evomerge.search.propose import AlgorithmSettings, Draw, distinct
 from evomerge.search.space import SearchSpace
 
@@ -44,16 +43,6 @@ def problems(options: Mapping[str, Any]) -> list[str]:
     return found
 
 
-@dataclass(frozen=True)
-class _Elite:
-    """A candidate to breed from, in the form that the operators work on."""
-
-    number: int
-    unit: FloatArray
-    choices: Mapping[str, str]
-    layers: Layers
-
-
 def map_elites(
     space: SearchSpace,
     history: tuple[Candidate, ...],
@@ -64,15 +53,7 @@ def map_elites(
 ) -> list[Proposal]:
     """Children of the archive's elites; random genomes while it is empty."""
     options = {**OPTIONS, **settings.options}
-    elites = [
-        _Elite(
-            c.number,
-            space.unit(c.genome),
-            {choice.name: str(c.genome.values[choice.name]) for choice in space.choices},
-            c.genome.layers,
-        )
-        for c in elites_of(history, options["cells"])
-    ]
+    elites = [Parent.of(space, candidate) for candidate in elites_of(history, options["cells"])]
 
     def draw(rng: np.random.Generator) -> Draw:
         if not elites:
@@ -136,7 +117,7 @@ def _archive(measures: FloatArray, cells: int) -> GridArchive | CVTArchive:
 
 
 def _child(
-    space: SearchSpace, elites: Sequence[_Elite], iso_sigma: float, line_sigma: float, rng: np.random.Generator
+    space: SearchSpace, elites: Sequence[Parent], iso_sigma: float, line_sigma: float, rng: np.random.Generator
 ) -> Draw:
     from ribs.emitters.operators import IsoLineOperator
 

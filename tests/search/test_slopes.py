@@ -84,6 +84,12 @@ def test_a_search_with_slopes_is_far_ahead_and_its_lineage_says_how():
     assert all(len(c.parents) == 1 for c in climbed)
 
 
+def test_nobody_is_asked_whom_no_child_climbs_from():
+    """What is asked for is paid for: slopes of a candidate whose place in the generation does not come cost nothing."""
+    done, asked, _ = _sloped_run(True)
+    assert set(asked) == {c.parents[0] for c in done.candidates if SLOPES in c.operator}
+
+
 def test_what_slopes_cost_is_counted_once_a_candidate():
     done, _, _ = _sloped_run(True, 40)
     parents = {c.parents[0] for c in done.candidates if SLOPES in c.operator}
