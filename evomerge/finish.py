@@ -10,7 +10,7 @@ from evomerge.comparison import close_rivals, compare, number, verdict
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.fitness import Fitness
 from evomerge.rows import Row, fitness_json, read_row, row_json
-from evomerge.search.candidate import Candidate, count_items, count_states, ranked
+from evomerge.search.candidate import PARENT, Candidate, count_items, count_states, ranked
 from evomerge.search.front import finalists as choose_finalists
 from evomerge.tradeoff import best_first, front_json, hypervolume_json
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
@@ -136,7 +136,7 @@ def _rivals(bench: Workbench, known: Sequence[Candidate], winner: int | None) ->
     first = [c for c in known if c.generation == 0 and c.state == "done"]
     named = {c.operator: c for c in first}
     best = next((c for c in ranked(first)), None)
-    wanted = [f"parent:{name}" for name in bench.spec.models.sources] + ["parent:base", "uniform average"]
+    wanted = [*(f"{PARENT}{name}" for name in (*bench.spec.models.sources, "base")), "uniform average"]
     rows = [Row(name, named[name].number, named[name].recipe, {}) for name in wanted if name in named]
     if best is not None and best.operator not in wanted:
         rows.append(Row(f"best of generation 0: {best.operator}", best.number, best.recipe, {}))

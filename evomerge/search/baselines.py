@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.methods.declaration import Method
-from evomerge.search.candidate import Proposal
+from evomerge.search.candidate import PARENT, Proposal
 from evomerge.search.decode import fixed_parameters
 from evomerge.search.genes import paper_value, searched
 from evomerge.search.genome import Genome, LayerGene, Scalar
@@ -70,7 +70,7 @@ def _parent(space: SearchSpace, name: str) -> Start:
     recipe = _recipe(space, space.registry["linear"], {space.reference(name): {"weight": 1.0}}, {})
     weights = {source: 1.0 if source == name else 0.0 for source in space.sources}
     genome = _nearest(space, ("linear", "task_arithmetic"), {"weight": weights, "lambda": 1.0}, name)
-    return Start(f"parent:{name}", recipe, genome)
+    return Start(f"{PARENT}{name}", recipe, genome)
 
 
 def _uniform(space: SearchSpace) -> Start:

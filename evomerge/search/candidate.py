@@ -11,6 +11,11 @@ import numpy as np
 from evomerge.search import pareto
 from evomerge.search.genome import Genome
 
+PARENT = "parent:"
+"""How the operators of generation 0 begin that are a model itself."""
+SLOPES = "gradient"
+"""How the operators are called that take the slopes of the first parent."""
+
 State = Literal["done", "failed", "pruned"]
 """What is recorded of a candidate. One that is being scored is "pending", to algorithms that ask meanwhile."""
 
@@ -168,30 +173,39 @@ def count_states(history: Iterable[Candidate]) -> dict[str, int]:
     return {state: states.count(state) for state in get_args(State)}
 
 
-SLOPES = "gradient"
-"""How the operators are called that take the slopes of the first parent."""
-
-
 def sloped(candidate: Candidate) -> int | None:
     """The number of the candidate whose slopes were asked for to make this one; None where none were."""
     return candidate.parents[0] if SLOPES in candidate.operator and candidate.parents else None
 
 
-def spent_items(history: Iterable[Candidate], slope_items: int) -> Iterator[int]:
-    """Item evaluations after each candidate, what was asked for its parents' slopes included.
+class Spending:
+    """Counts item evaluations, candidate by candidate; what was asked for their parents' slopes once a parent.
 
     Args:
-        history: Candidates in order.
         slope_items: Item evaluations that the slopes of one candidate are worth.
+
+    Attributes:
+        items: The count.
     """
-    spent, asked = 0, set[int]()
-    for candidate in history:
+
+    def __init__(self, slope_items: int) -> None:
+        self.items = 0
+        self._slope_items = slope_items
+        self._asked: set[int] = set()
+
+    def add(self, candidate: Candidate) -> int:
+        """The count with one more candidate."""
         parent = sloped(candidate)
-        if parent is not None and parent not in asked:
-            asked.add(parent)
-            spent += slope_items
-        spent += candidate.items
-        yield spent
+        if parent is not None and parent not in self._asked:
+            self._asked.add(parent)
+            self.items += self._slope_items
+        self.items += candidate.items
+        return self.items
+
+
+def spent_items(history: Iterable[Candidate], slope_items: int) -> Iterator[int]:
+    """Item evaluations after each of the candidates, as `Spending` counts them."""
+    return map(Spending(slope_items).add, history)
 
 
 def count_items(history: Iterable[Candidate]) -> dict[str, float]:

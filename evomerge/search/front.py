@@ -9,10 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.search import pareto
-from evomerge.search.candidate import Candidate, best, objectives_of, pareto_front, ranked
-
-PARENT = "parent:"
-"""How the operators of generation 0 begin that are a model itself."""
+from evomerge.search.candidate import PARENT, Candidate, best, objectives_of, pareto_front, ranked
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from evomerge.search import operators, patterns, sharing
 from evomerge.search.adaptive import Experience, pick
-from evomerge.search.candidate import SLOPES, Candidate, Proposal, promising, sloped
+from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, promising, sloped
 from evomerge.search.decode import active, copies
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
@@ -176,7 +176,7 @@ def _says_what_it_is(space: SearchSpace, candidate: Candidate) -> bool:
     """Whether a candidate's genome stands for its recipe: no pattern of layers does for an average of models."""
     if candidate.generation > 0 or not all(method.copies_layers for method in space.methods):
         return True
-    return candidate.operator.startswith("parent:") or space.registry[candidate.recipe["merge_method"]].copies_layers
+    return candidate.operator.startswith(PARENT) or space.registry[candidate.recipe["merge_method"]].copies_layers
 
 
 def _shared(order: Sequence[Candidate], settings: AlgorithmSettings) -> tuple[list[Candidate], FloatArray | None]:

@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import Literal
 
 from evomerge.search.baselines import Start, baselines, first_generation
-from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked, sloped
+from evomerge.search.candidate import Candidate, Outcome, Proposal, Spending, best, ranked
 from evomerge.search.executor import Executor, InProcess
 from evomerge.search.front import latest_improvement
 from evomerge.search.propose import Algorithm, AlgorithmSettings
@@ -307,34 +307,25 @@ class _Watch:
         self._stop = stop
         self._slots = slots
         self._seconds = sum(float(c.seconds.get("total", 0.0)) for c in history)
-        self._asked: set[int] = set()
-        self._items = 0
+        self._spending = Spending(stop.slope_items)
         for candidate in history:
-            self._spend(candidate)
+            self._spending.add(candidate)
         failed = {c.number: c for c in history if c.state == "failed"}
         # A run that was stopped by its failures and is resumed gets another chance.
         self._failed = {n: c for n, c in failed.items() if len(_failing_row(failed, n)) < FAILURES_IN_A_ROW}
-
-    def _spend(self, candidate: Candidate) -> None:
-        """Counts a candidate's items, and what the slopes cost that were asked for to make it."""
-        parent = sloped(candidate)
-        if parent is not None and parent not in self._asked:
-            self._asked.add(parent)
-            self._items += self._stop.slope_items
-        self._items += candidate.items
 
     def already(self) -> End | None:
         """The end, if the record is at it: what is spent is the same in every session."""
         if self._stop.hours is not None and self._seconds / self._slots >= self._stop.hours * 3600:
             return "hours", f"{self._stop.hours:g} hours of scoring are over, all sessions together"
-        if self._stop.items is not None and self._items >= self._stop.items:
-            return "items", f"{self._items} items are scored"
+        if self._stop.items is not None and self._spending.items >= self._stop.items:
+            return "items", f"{self._spending.items} items are scored"
         return None
 
     def after_candidate(self, candidate: Candidate) -> End | None:
         """The end, if this candidate brings it."""
         self._seconds += float(candidate.seconds.get("total", 0.0))
-        self._spend(candidate)
+        self._spending.add(candidate)
         if candidate.state == "failed":
             self._failed[candidate.number] = candidate
             row = _failing_row(self._failed, candidate.number)

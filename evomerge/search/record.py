@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from evomerge.errors import RunError
 from evomerge.search.candidate import Candidate
-from evomerge.search.quiet import quiet_optuna as quiet_optuna
 from evomerge.search.space import SearchSpace
 from evomerge.search.stores import StorageLost, Store, open_store, without_password
 

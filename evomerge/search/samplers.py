@@ -16,7 +16,7 @@ from evomerge.search import decode
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.genome import Genome
 from evomerge.search.propose import Draw, distinct
-from evomerge.search.record import quiet_optuna
+from evomerge.search.quiet import quiet_optuna
 from evomerge.search.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -56,11 +56,6 @@ def best_of(told: Sequence[tuple[Candidate, Values]], count: int) -> list[tuple[
     return sorted(best, key=lambda one: one[0].number)
 
 
-def active_params(space: SearchSpace, genome: Genome) -> dict[str, Any]:
-    """The genes that the recipe depends on, for a sampler that knows conditional parameters."""
-    return space.params(genome)
-
-
 def all_params(space: SearchSpace, genome: Genome) -> dict[str, Any]:
     """Every gene, for a sampler that learns only of parameters that all trials have.
 
@@ -68,13 +63,9 @@ def all_params(space: SearchSpace, genome: Genome) -> dict[str, Any]:
     """
     params: dict[str, Any] = dict(genome.scalars)
     if space.pattern is not None:
+        missing = space.pattern.max_layers - len(genome.layers)
+        params |= space.layer_params((*genome.layers, *genome.layers[-1:] * missing))
         params["layers"] = len(genome.layers)
-        for index in range(space.pattern.max_layers):
-            gene = genome.layers[min(index, len(genome.layers) - 1)]
-            params[f"layers.{index:02d}.source"] = gene.source
-            params[f"layers.{index:02d}.layer"] = gene.layer
-            if space.pattern.scale is not None:
-                params[f"layers.{index:02d}.scale"] = gene.scale
     return params
 
 

@@ -238,12 +238,17 @@ class SearchSpace:
         active = decode.active(self, genome)
         found: dict[str, Any] = {name: value for name, value in genome.scalars if name in active}
         if self.pattern is not None and decode.copies(self, genome):
-            found["layers"] = len(genome.layers)
-            for index, gene in enumerate(genome.layers):
-                found[f"layers.{index:02d}.source"] = gene.source
-                found[f"layers.{index:02d}.layer"] = gene.layer
-                if self.pattern.scale is not None:
-                    found[f"layers.{index:02d}.scale"] = gene.scale
+            found |= self.layer_params(genome.layers)
+        return found
+
+    def layer_params(self, layers: Sequence[LayerGene]) -> dict[str, Any]:
+        """A layer pattern as parameters of an Optuna trial: its length, and a few for each layer."""
+        found: dict[str, Any] = {"layers": len(layers)}
+        for index, gene in enumerate(layers):
+            found[f"layers.{index:02d}.source"] = gene.source
+            found[f"layers.{index:02d}.layer"] = gene.layer
+            if self.pattern is not None and self.pattern.scale is not None:
+                found[f"layers.{index:02d}.scale"] = gene.scale
         return found
 
     def from_params(self, params: Mapping[str, Any]) -> Genome:

@@ -52,6 +52,6 @@ def tpe(
         seed,
         name="tpe",
         sampler=sampler,
-        read=samplers.active_params,
+        read=SearchSpace.params,
         ask=samplers.ask_active,
     )
