@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.runfolder import RunFolder
-from evomerge.scoring import Scorer
+from evomerge.scoring import Quiet, Scorer
 from evomerge.spec import SearchSpec, load_spec
 from evomerge.tables import table
 from evomerge.workbench import SEARCH, TEST, Workbench
@@ -94,12 +94,8 @@ def _items(folder: RunFolder, result: dict[str, Any]) -> int:
 def _fitness(bench: Workbench, folder: RunFolder) -> Any:
     """The run's own fitness; its sources' scores are read back from its folder."""
 
-    class Silent:
-        def say(self, text: str) -> None:
-            """Says nothing."""
-
     scorer = Scorer(bench, folder)
-    scorer.settle(Silent())  # type: ignore[arg-type]
+    scorer.settle(Quiet())
     return scorer.fitness
 
 

@@ -108,13 +108,6 @@ def spec_of(path: Path, contender: Contender, seed: int, candidates: int) -> Sea
     return SearchSpec.model_validate(data)
 
 
-class Silent:
-    """A display that shows nothing."""
-
-    def say(self, text: str) -> None:
-        """Says nothing."""
-
-
 def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: int | None) -> dict[str, Any]:
     """One search from start to end; the summary of one that is finished is read back.
 
@@ -132,7 +125,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.finish import finish
     from evomerge.run import settings_of
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Scorer
+    from evomerge.scoring import Quiet, Scorer
     from evomerge.search import Stop, get_algorithm, search, spent_items
     from evomerge.workbench import TEST, Workbench, make_space
 
@@ -143,7 +136,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     if not contender.outer:
         bench.space = make_space(spec, bench.checkpoints, outer=False)
     scorer = Scorer(bench, opened)
-    scorer.settle(Silent())  # type: ignore[arg-type]
+    scorer.settle(Quiet())
     ended = search(
         bench.space,
         get_algorithm(spec.search.algorithm),
@@ -156,7 +149,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         before_generation=scorer.before_generation,
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        result = finish(bench, opened, scorer, ended.candidates, Silent())  # type: ignore[arg-type]
+        result = finish(bench, opened, scorer, ended.candidates, Quiet())
     order = sorted(ended.candidates, key=lambda c: c.number)
     spent = list(spent_items(order, scorer.slope_items))
     track = _track(order, spent, lambda c: scorer.fitness.unweighted(scorer.scores(c.recipe, TEST)[0]))

@@ -205,12 +205,8 @@ class Recorded:
 
 def read(folders: Sequence[Path]) -> Recorded:
     """Every candidate of some runs on the same items that has a full score; equal recipes once."""
-    from evomerge.scoring import Scorer
+    from evomerge.scoring import Quiet, Scorer
     from evomerge.workbench import SEARCH, Workbench
-
-    class Silent:
-        def say(self, text: str) -> None:
-            """Says nothing."""
 
     recipes: dict[str, tuple[Mapping[str, Any], Scores]] = {}
     fitness, places = None, None
@@ -219,7 +215,7 @@ def read(folders: Sequence[Path]) -> Recorded:
         bench = Workbench(opened.spec)
         if fitness is None:
             scorer = Scorer(bench, opened)
-            scorer.settle(Silent())  # type: ignore[arg-type]
+            scorer.settle(Quiet())
             fitness = scorer.fitness
             starts = tuple(start for start, _ in bench.space.groups)
             places = Places(tuple(opened.spec.models.sources.values()), starts, bench.space.outer[0])

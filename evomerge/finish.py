@@ -16,9 +16,8 @@ from evomerge.tradeoff import best_first, front_json, hypervolume_json
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:
-    from evomerge.display import Display
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Scorer
+    from evomerge.scoring import Says, Scorer
 
 
 def finish(
@@ -26,7 +25,7 @@ def finish(
     folder: RunFolder,
     scorer: Scorer,
     known: tuple[Candidate, ...],
-    display: Display,
+    display: Says,
     baseline: tuple[Candidate, ...] = (),
     ended: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def finish(
 
 
 def _finals(
-    finalists: Sequence[Candidate], scorer: Scorer, display: Display, what: str
+    finalists: Sequence[Candidate], scorer: Scorer, display: Says, what: str
 ) -> tuple[list[Row], dict[int | None, float]]:
     """The finalists that have scores on `select`, best on `search` first, and by number their fitness over both."""
     measured = []
@@ -122,7 +121,7 @@ def _finals(
 
 
 def _random_winner(
-    folder: RunFolder, bench: Workbench, scorer: Scorer, baseline: Sequence[Candidate], display: Display
+    folder: RunFolder, bench: Workbench, scorer: Scorer, baseline: Sequence[Candidate], display: Says
 ) -> list[Row]:
     """The winner of the random search, by the same rule; its number is one of its own record, so the row has none."""
     finalists = choose_finalists(baseline, folder.spec.search.finalists)
@@ -143,7 +142,7 @@ def _rivals(bench: Workbench, known: Sequence[Candidate], winner: int | None) ->
     return [row for row in rows if row.candidate != winner]
 
 
-def _complete(row: Row, bench: Workbench, scorer: Scorer, display: Display) -> Row | None:
+def _complete(row: Row, bench: Workbench, scorer: Scorer, display: Says) -> Row | None:
     """The row with its test and guard scores; None when it gives none."""
     display.say(f"scoring {row.name} on the test items")
     return read_row(row, [split for split in (SEARCH, TEST, GUARD) if bench.selections[split]], scorer, display)

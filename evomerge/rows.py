@@ -13,8 +13,7 @@ from evomerge.fitness import Fitness, Scores
 from evomerge.workbench import GUARD
 
 if TYPE_CHECKING:
-    from evomerge.display import Display
-    from evomerge.scoring import Scorer
+    from evomerge.scoring import Says, Scorer
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Row:
     splits: Mapping[str, Scores]
 
 
-def read_row(row: Row, splits: Sequence[str], scorer: Scorer, display: Display) -> Row | None:
+def read_row(row: Row, splits: Sequence[str], scorer: Scorer, display: Says) -> Row | None:
     """The row with its scores on these splits; None when its scores are not finite, which is said."""
     try:
         read = {split: scorer.scores(row.recipe, split)[0] for split in splits if split not in row.splits}

@@ -27,11 +27,22 @@ if TYPE_CHECKING:
     from evomerge.runfolder import RunFolder
 
 
+log = logging.getLogger(__name__)
+
+
 class Says(Protocol):
     """What is told what is going on."""
 
     def say(self, text: str) -> None:
         """Takes one line."""
+
+
+class Quiet:
+    """Is told, and shows nothing: the log has it for who looks for it."""
+
+    def say(self, text: str) -> None:
+        """Takes one line."""
+        log.debug(text)
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,6 @@ class Rivals:
 
     leaders: tuple[tuple[int, str, Mapping[str, Any]], ...]
     generation: int
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass

@@ -16,9 +16,8 @@ from evomerge.search.front import growth, reference_point
 from evomerge.workbench import SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:
-    from evomerge.display import Display
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Scorer
+    from evomerge.scoring import Says, Scorer
 
 
 def best_first(
@@ -36,7 +35,7 @@ def best_first(
 
 
 def front_json(
-    winner: Row, scored: Sequence[Row], bench: Workbench, scorer: Scorer, display: Display
+    winner: Row, scored: Sequence[Row], bench: Workbench, scorer: Scorer, display: Says
 ) -> list[dict[str, Any]]:
     """The finalists that none dominates on the items that chose, the winner first; none where there is one objective.
 

@@ -25,8 +25,6 @@ from evomerge.search.executor import attempt
 Opened = tuple[Callable[[Any], None], Callable[[Proposal], Outcome]]
 """What takes whom to compare candidates with, and what scores one."""
 
-log = logging.getLogger(__name__)
-
 
 def open_scorer(root: Path, threads: int, share: int) -> Opened:
     """Opens a run's models and tasks, and settles what its driver has settled.
@@ -39,19 +37,14 @@ def open_scorer(root: Path, threads: int, share: int) -> Opened:
     import torch
 
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Scorer
+    from evomerge.scoring import Quiet, Scorer
     from evomerge.workbench import Workbench
 
     torch.set_num_threads(share)
     folder = RunFolder.existing(root)
     scorer = Scorer(Workbench(folder.spec, threads), folder)
-    scorer.settle(_Quiet())
+    scorer.settle(Quiet())
     return scorer.race_against, scorer
-
-
-class _Quiet:
-    def say(self, text: str) -> None:
-        log.debug(text)
 
 
 def main() -> NoReturn:

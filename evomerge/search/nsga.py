@@ -11,11 +11,12 @@ polynomial mutation. With one objective this is a genetic algorithm on the best 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.search import samplers
 from evomerge.search.candidate import Candidate, Proposal
-from evomerge.search.propose import AlgorithmSettings
+from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -24,31 +25,7 @@ if TYPE_CHECKING:
 Name = Literal["nsga2", "nsga3"]
 
 
-def nsga2(
-    space: SearchSpace,
-    history: tuple[Candidate, ...],
-    numbers: range,
-    generation: int,
-    seed: int,
-    settings: AlgorithmSettings,
-) -> list[Proposal]:
-    """Children of the survivors by NSGA-II; random genomes while there are fewer than two."""
-    return _children("nsga2", space, history, numbers, generation, seed, settings)
-
-
-def nsga3(
-    space: SearchSpace,
-    history: tuple[Candidate, ...],
-    numbers: range,
-    generation: int,
-    seed: int,
-    settings: AlgorithmSettings,
-) -> list[Proposal]:
-    """Children of the survivors by NSGA-III; random genomes while there are fewer than two."""
-    return _children("nsga3", space, history, numbers, generation, seed, settings)
-
-
-def _children(
+def nsga(
     name: Name,
     space: SearchSpace,
     history: tuple[Candidate, ...],
@@ -57,6 +34,7 @@ def _children(
     seed: int,
     settings: AlgorithmSettings,
 ) -> list[Proposal]:
+    """Children of the survivors; random genomes while there are fewer than two."""
     told = samplers.values_of(history)
     survivors = max(min(settings.population, len(told)), 2)
     if told and len(told[0][1]) == 1:
@@ -67,6 +45,10 @@ def _children(
         return _sampler(name, survivors, number)
 
     return samplers.propose(space, history, told, numbers, generation, seed, name=name, sampler=sampler)
+
+
+nsga2: Algorithm = partial(nsga, "nsga2")
+nsga3: Algorithm = partial(nsga, "nsga3")
 
 
 def _sampler(name: Name, survivors: int, seed: int) -> NSGAIISampler | NSGAIIISampler:
