@@ -11,7 +11,7 @@ from evomerge.files import held
 from evomerge.runfolder import RunFolder
 from evomerge.search.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
 from evomerge.search.front import growth
-from evomerge.tables import score_text, table
+from evomerge.tables import score_text, slopes_text, table
 
 _SHOWN = 12  # members of a front
 
@@ -88,8 +88,8 @@ def render_status(status: Mapping[str, Any]) -> str:
             f"racing: {items['evaluated']} item evaluations instead of {items['without_racing']}, "
             f"{items['saved']:.0%} saved"
         )
-    if status["items"]["gradients"]:
-        lines.append(f"the fitness' slopes were taken at {status['items']['gradients']} candidates")
+    if slopes := slopes_text(status["items"]):
+        lines.append(slopes)
     if status["candidates_per_hour"] and status["state"] != "finished":
         left = timedelta(seconds=round(status["seconds_left"]))
         lines.append(f"{status['candidates_per_hour']:.0f} candidates an hour, {left} left")

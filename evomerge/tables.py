@@ -46,6 +46,12 @@ def _groups(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"group {name}", metrics) for name, metrics in result.get("groups", {}).items()]
 
 
+def slopes_text(items: Mapping[str, Any]) -> str:
+    """What a search's count of item evaluations does not hold; empty where it asked for no slopes."""
+    asked = items.get("gradients")
+    return f"Beside these, the fitness' slopes were taken at {asked} candidates." if asked else ""
+
+
 def result_table(result: Mapping[str, Any]) -> str:
     """A finished run: everyone on the test items, the winner's three scores, the best baseline task by task.
 
@@ -72,6 +78,7 @@ def result_table(result: Mapping[str, Any]) -> str:
     parts = [
         f"{result['run']}: {counts['done']} scored, {counts['failed']} failed, {counts['pruned']} pruned, "
         f"budget {counts['budget']}{saved}",
+        slopes_text(result.get("items", {})),
         _steering_text(result["goals"]),
         table(header, rows),
         _bias_table(result),
