@@ -274,6 +274,7 @@ parts = st.sampled_from(["model", "layers", "0", "1", "00", "-1", "9" * 30, "wei
     shape=st.lists(st.sampled_from([0, 1, 5]), max_size=3),
     config=st.dictionaries(config_keys, json_values, max_size=4),
 )
+@example(names=["0.model", ".0.model"], shape=[0, 0], config={})
 def test_any_names_and_any_config_have_a_layout(names: list[str], shape: list[int], config: dict[str, Any]) -> None:
     tensors = {name: TensorSpec(name, tuple(shape), "F32") for name in names}
     layout = layout_of(tensors, config)

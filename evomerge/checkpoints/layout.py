@@ -184,6 +184,8 @@ def _split(name: str) -> tuple[str, int | None, str]:
     """("model.layers", 3, "mlp.up_proj.weight"), cut at the outermost number; the layer is None without one."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
+        if parts[:i] == [""]:
+            continue  # ".0.weight": not a layer of the stack without a name, as "0.weight" is
         if part.isascii() and part.isdecimal() and str(int(part[:9])) == part:
             return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
     return name, None, name
