@@ -4,7 +4,8 @@ The parents of a generation are the best `population` of all candidates (elitism
 stopped counts with the estimate it was stopped at, which is below the cut-off. A child is a recombination of tournament
 winners, then a mutation; or a step along the gradient from one of the best, where slopes are to be had. Scores on a
 hundred items are noisy, so recombination that averages several good candidates is the most frequent. Variation follows
-the structure of the genes: a whole model, a run of layer groups, or single genes. What succeeded is used more often.
+the structure of the genes: a whole model, a run of layer groups, or single genes. A pattern of layers is assembled
+from what all candidates say of every depth, as often as it is bred. What succeeded is used more often.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import numpy as np
 
 from evomerge.search import operators, patterns, sharing
 from evomerge.search.adaptive import Experience, pick
+from evomerge.search.assembly import assemble
 from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, promising, sloped
 from evomerge.search.decode import active, copies
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
 from evomerge.search.parent import Parent
+from evomerge.search.patterns import Layers
 from evomerge.search.propose import AlgorithmSettings, Draw, distinct
 from evomerge.search.slopes import Known, direction
 from evomerge.search.space import SearchSpace
@@ -35,6 +38,8 @@ TOURNAMENT = 3
 CENTROID_MOST = 8
 METHOD_MUTATION = 0.1
 MUTATION = 0.8
+PATTERNS = 256
+"""Patterns of layers that say what each depth is worth: those of so many of the best."""
 CLIMBERS = 3
 """Gradient steps start from so many of the best, at most."""
 CLIMBS = 3
@@ -49,6 +54,7 @@ SHORTER = 0.35
 LARGEST_CLIMB = 0.3
 """The longest of them, as a root mean square."""
 
+ASSEMBLY = "assembly"
 RECOMBINATIONS = {
     "none": 0.2,
     "centroid": 0.32,
@@ -58,6 +64,7 @@ RECOMBINATIONS = {
     "split-point crossover": 0.04,
     "crossover by model": 0.08,
     "uniform crossover": 0.02,
+    ASSEMBLY: 1.0,
 }
 MUTATIONS = {"whole model": 0.35, "layer group": 0.2, "smoothing": 0.1, "all genes": 0.15, "single genes": 0.2}
 """How often each operator is used before anything is known of it."""
@@ -108,6 +115,7 @@ class Breeding:
             there are none. Costs several evaluations for one that is asked for the first time.
         sloped: Those whose slopes are known already.
         steps: How many steps were taken from each of these, by number.
+        patterns: Patterns of layers and their fitness, best first.
     """
 
     space: SearchSpace
@@ -119,6 +127,7 @@ class Breeding:
     slopes: Callable[[int], FloatArray | None]
     sloped: Sequence[Parent]
     steps: Mapping[int, int]
+    patterns: Sequence[tuple[Layers, float]]
 
 
 def ga(
@@ -143,7 +152,8 @@ def ga(
 
 def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings) -> Breeding:
     options = {**OPTIONS, **settings.options}
-    order = promising((c for c in history if _says_what_it_is(space, c)), 2 * settings.population)
+    enough = max(2 * settings.population, PATTERNS if space.pattern is not None else 0)
+    order = promising((c for c in history if _says_what_it_is(space, c)), enough)
     chosen, attraction = order[: settings.population], None
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * settings.population], settings)
@@ -165,10 +175,13 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         [Parent.of(space, c) for c in chosen],
         Experience.of(space, history) if options["adaptive"] else None,
         attraction,
-        [Parent.of(space, c) for c in order if c.state == "done"][:CLIMBERS] if climbs else [],
+        [Parent.of(space, c) for c in order[: 2 * settings.population] if c.state == "done"][:CLIMBERS]
+        if climbs
+        else [],
         slopes,
         [Parent.of(space, known[number]) for number in sorted(steps)] if climbs else [],
         steps,
+        [(c.genome.layers, c.fitness or 0.0) for c in order if space.pattern is not None and copies(space, c.genome)],
     )
 
 
@@ -242,7 +255,11 @@ def _child(breeding: Breeding, rng: np.random.Generator) -> Draw:
     space, parents = breeding.space, breeding.parents
     first = parents[operators.tournament(len(parents), TOURNAMENT, rng)]
     child, used, words = first, [first], []
-    kind = pick(rng, _recombinations(space, len(parents)), breeding.experience)
+    kind = pick(rng, _recombinations(space, first, len(parents)), breeding.experience)
+    if kind == ASSEMBLY and space.pattern is not None:  # its draws differ enough: a mutation would take them apart
+        scales = {gene.layer: gene.scale for gene in first.layers}
+        layers = assemble(breeding.patterns, space.pattern, scales, rng)
+        return space.genome(first.unit, first.choices, layers), (first.number,), kind
     if kind != "none":
         child, used, word = _recombine(breeding, kind, first, rng)
         words.append(word)
@@ -253,7 +270,7 @@ def _child(breeding: Breeding, rng: np.random.Generator) -> Draw:
     return genome, tuple(p.number for p in used), " + ".join(words)
 
 
-def _recombinations(space: SearchSpace, parents: int) -> dict[str, float]:
+def _recombinations(space: SearchSpace, first: Parent, parents: int) -> dict[str, float]:
     """The recombinations that have a sense here."""
     if parents < 2:
         return {"none": 1.0}
@@ -262,6 +279,8 @@ def _recombinations(space: SearchSpace, parents: int) -> dict[str, float]:
         senseless |= {"crossover by layers", "split-point crossover"}
     if len(space.sources) < 2:
         senseless.add("crossover by model")
+    if space.pattern is None or not _copies_layers(space, first):
+        senseless.add(ASSEMBLY)
     return {name: weight for name, weight in RECOMBINATIONS.items() if name not in senseless}
 
 
