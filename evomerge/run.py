@@ -25,6 +25,8 @@ from evomerge.search import (
     Executor,
     Finished,
     InProcess,
+    Outcome,
+    Proposal,
     Record,
     Stop,
     get_algorithm,
@@ -40,6 +42,7 @@ from evomerge.workers import LocalWorkers
 
 log = logging.getLogger("evomerge")
 
+_MOST_DEATHS = 4  # of processes, over one candidate: fewer may be kills that are none of its doing
 _MOST_RANDOM = 10  # times the search's candidates, for a random search whose candidates see few items each
 
 
@@ -182,7 +185,7 @@ def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, display: Disp
     """What scores candidates, for the length of a block: this process, or as many workers as are wanted."""
     count = folder.spec.run.workers
     if count == 1:
-        yield InProcess(scorer, scorer.before_generation)
+        yield InProcess(partial(_survived, folder, scorer), scorer.before_generation)
         return
     share = max(1, bench.threads // count)
     display.say(f"{count} workers, of {share} of the {bench.threads} threads each; what they say is in log.txt")
@@ -202,6 +205,15 @@ def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, display: Disp
     finally:
         workers.close()
         folder.sweep()
+
+
+def _survived(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
+    """Scores a proposal here, unless it has killed one process after the other: then it has failed."""
+    with folder.attempting(proposal.phenotype) as deaths:
+        if deaths < _MOST_DEATHS:
+            return evaluate(proposal)
+    failure = f"killed: {deaths} processes in a row died while they scored it; the system may have run out of memory"
+    return Outcome(None, state="failed", failure=failure)
 
 
 def _place(device: str, share: int, place: int) -> dict[str, str]:

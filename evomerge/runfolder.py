@@ -8,8 +8,8 @@ import json
 import logging
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,21 @@ class RunFolder:
         for folder in (self.root, self.root / "scores"):
             for leftover in folder.glob(".*.partial"):
                 leftover.unlink(missing_ok=True)
+
+    @contextmanager
+    def attempting(self, phenotype: str) -> Iterator[int]:
+        """Notes that a candidate is being scored in this process, for the length of a block.
+
+        Gives how many processes in a row have died in such a block of this candidate, and of no other since.
+        """
+        path = self.root / "attempt.json"
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        deaths = before["deaths"] if before.get("phenotype") == phenotype else 0
+        write_atomic(path, json.dumps({"phenotype": phenotype, "deaths": deaths + 1}))
+        try:
+            yield deaths
+        finally:  # whatever else ends the block, the process lives
+            path.unlink(missing_ok=True)
 
     def settle_environment(self, environment: Mapping[str, Any]) -> list[str]:
         """Stores the environment, or compares it with the one the run began in.

@@ -14,7 +14,9 @@ import pytest
 from evomerge.errors import OutputError, RunError
 from evomerge.evaluation.scores import ItemScores
 from evomerge.files import exclusive, held, write_atomic
+from evomerge.run import _survived
 from evomerge.runfolder import RunFolder
+from evomerge.search import Genome, Outcome, Proposal
 from evomerge.spec import SearchSpec, parse_spec
 from tests.search.landscapes import make_space
 
@@ -168,3 +170,57 @@ def test_the_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
         lock.write_text("17 elsewhere 2026-01-02 03:04:05")
         with pytest.raises(RunError, match="process 17 on elsewhere since 2026-01-02"), exclusive(lock, "runs/x"):
             pass
+
+
+def die_scoring(folder: RunFolder, phenotype: str) -> None:
+    """A process that dies while it scores a candidate."""
+    child = os.fork()
+    if child == 0:
+        with folder.attempting(phenotype):
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def deaths_of(folder: RunFolder, phenotype: str) -> int:
+    with folder.attempting(phenotype) as deaths:
+        return deaths
+
+
+def test_deaths_over_one_candidate_are_counted(tmp_path: Path, spec: SearchSpec) -> None:
+    folder = RunFolder.create(tmp_path / "run", spec, "")
+    assert deaths_of(folder, "one") == 0
+    die_scoring(folder, "one")
+    die_scoring(folder, "one")
+    assert deaths_of(folder, "one") == 2
+    assert deaths_of(folder, "one") == 0  # it was lived through
+
+
+def test_deaths_over_another_candidate_do_not_count(tmp_path: Path, spec: SearchSpec) -> None:
+    folder = RunFolder.create(tmp_path / "run", spec, "")
+    die_scoring(folder, "one")
+    die_scoring(folder, "other")
+    assert deaths_of(folder, "one") == 0
+
+
+def test_an_interruption_is_no_death(tmp_path: Path, spec: SearchSpec) -> None:
+    folder = RunFolder.create(tmp_path / "run", spec, "")
+    with pytest.raises(KeyboardInterrupt), folder.attempting("one"):
+        raise KeyboardInterrupt
+    assert deaths_of(folder, "one") == 0
+
+
+def test_a_candidate_that_kills_every_process_fails_in_the_end(tmp_path: Path, spec: SearchSpec) -> None:
+    folder = RunFolder.create(tmp_path / "run", spec, "")
+    proposal = Proposal(3, 1, Genome.of({}), {}, "one", (), "random")
+
+    def scored() -> Outcome:
+        return _survived(folder, lambda _: Outcome(0.5), proposal)
+
+    for _ in range(3):  # as many as may be kills that are none of its doing
+        die_scoring(folder, "one")
+    assert scored() == Outcome(0.5)
+    for _ in range(4):
+        die_scoring(folder, "one")
+    found = scored()
+    assert found.state == "failed"
+    assert "killed: 4 processes in a row died" in (found.failure or "")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.search.candidate import SLOPES, Candidate
+from evomerge.search.candidate import SLOPES, Candidate, find
 from evomerge.search.space import SearchSpace
 
 RECENT = 256
@@ -44,11 +44,10 @@ class Experience:
     @classmethod
     def of(cls, space: SearchSpace, history: Sequence[Candidate]) -> Experience:
         """The experience of a history, in order of number."""
-        known = {candidate.number: candidate for candidate in history}
         uses: dict[str, tuple[int, int]] = {}
         steps: list[float] = []
         for child in history[-RECENT:]:
-            parents = [known[number] for number in child.parents if number in known]
+            parents = [parent for number in child.parents if (parent := find(history, number)) is not None]
             if not parents or child.generation == 0 or child.state == "pending":
                 continue
             better = child.state == "done" and all((child.fitness or 0.0) > (p.fitness or 0.0) for p in parents)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -109,10 +112,18 @@ class Candidate(Proposal):
         return None if self.failure is None else self.failure.split(":", 1)[0]
 
 
+number_of = attrgetter("number")
+
+
+def find(history: Sequence[Candidate], number: int) -> Candidate | None:
+    """The candidate of a number in a history that is sorted by number; None where there is none."""
+    place = bisect_left(history, number, key=number_of)
+    return history[place] if place < len(history) and history[place].number == number else None
+
+
 def ranked(history: Iterable[Candidate]) -> list[Candidate]:
     """The candidates that have a full score, best first; the earlier one first when equal."""
-    done = [c for c in history if c.state == "done" and c.fitness is not None]
-    return sorted(done, key=lambda c: (-(c.fitness or 0.0), c.number))
+    return _fittest(c for c in history if c.state == "done" and c.fitness is not None)
 
 
 def promising(history: Iterable[Candidate], enough: int | None = None) -> list[Candidate]:
@@ -126,11 +137,20 @@ def promising(history: Iterable[Candidate], enough: int | None = None) -> list[C
         enough: How many are wanted; with several objectives, the order beyond them is only roughly right then.
     """
     known = [c for c in history if c.state != "failed" and c.fitness is not None]
-    order = sorted(known, key=lambda c: (-(c.fitness or 0.0), c.number))
-    several = [c for c in order if c.objectives is not None]
-    if several:
-        order = _by_fronts(several, enough) + [c for c in order if c.objectives is None]
+    several = [c for c in known if c.objectives is not None]
+    if not several:
+        return _fittest(known, enough)
+    order = _by_fronts(_fittest(several), enough) + _fittest(c for c in known if c.objectives is None)
     return order[:enough]
+
+
+def _fittest(candidates: Iterable[Candidate], enough: int | None = None) -> list[Candidate]:
+    """The fittest, best first; the earlier one first when equal."""
+
+    def key(candidate: Candidate) -> tuple[float, int]:
+        return -(candidate.fitness or 0.0), candidate.number
+
+    return sorted(candidates, key=key) if enough is None else heapq.nsmallest(enough, candidates, key)
 
 
 def _by_fronts(candidates: list[Candidate], enough: int | None) -> list[Candidate]:

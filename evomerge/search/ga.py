@@ -21,7 +21,7 @@ import numpy as np
 from evomerge.search import operators, patterns, sharing
 from evomerge.search.adaptive import Experience, pick
 from evomerge.search.assembly import assemble
-from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, promising, sloped
+from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, find, promising, sloped
 from evomerge.search.decode import active, copies
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
@@ -157,14 +157,14 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     chosen, attraction = order[: settings.population], None
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * settings.population], settings)
-    known = {c.number: c for c in history}
     climbs = options["slopes"] and settings.slopes is not None
     steps = Counter(number for c in history if (number := sloped(c)) is not None)
     found: dict[int, FloatArray | None] = {}
 
     def slopes(number: int) -> FloatArray | None:
         if number not in found:
-            told = settings.slopes(known[number]) if settings.slopes is not None else None
+            candidate = find(history, number)
+            told = settings.slopes(candidate) if settings.slopes is not None and candidate is not None else None
             width = space.high - space.low
             found[number] = None if told is None else np.array([told.get(g.name, 0.0) for g in space.reals]) * width
         return found[number]
@@ -179,7 +179,7 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         if climbs
         else [],
         slopes,
-        [Parent.of(space, known[number]) for number in sorted(steps)] if climbs else [],
+        [Parent.of(space, c) for number in sorted(steps) if (c := find(history, number)) is not None] if climbs else [],
         steps,
         [(c.genome.layers, c.fitness or 0.0) for c in order if space.pattern is not None and copies(space, c.genome)],
     )

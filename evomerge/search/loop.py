@@ -10,15 +10,15 @@ finished by then. Which these are is a matter of time, unless only one is scored
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from operator import attrgetter
 from typing import Literal
 
 from evomerge.search.baselines import Start, baselines, first_generation
-from evomerge.search.candidate import Candidate, Outcome, Proposal, Spending, best, ranked
+from evomerge.search.candidate import Candidate, Outcome, Proposal, Spending, best, number_of, ranked
 from evomerge.search.executor import Executor, InProcess
 from evomerge.search.front import latest_improvement
 from evomerge.search.propose import Algorithm, AlgorithmSettings
@@ -177,19 +177,20 @@ class _Loop:
     def _propose(self, numbers: range, generation: int) -> list[Proposal]:
         """The generation's proposals; nothing is drawn for one that is recorded in full."""
         candidates = self.record.candidates()
-        recorded = [c for c in candidates if c.number in numbers]
-        if len(recorded) == len(numbers):
-            return list[Proposal](recorded)
-        history = tuple(c for c in candidates if c.number < numbers.start)
+        start, stop = (bisect_left(candidates, number, key=number_of) for number in (numbers.start, numbers.stop))
+        if stop - start == len(numbers):
+            return list[Proposal](candidates[start:stop])
+        history = candidates[:start]
         return self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
 
     def _score(self, proposals: Sequence[Proposal], watch: _Watch) -> End | None:
         """Scores and records what is not recorded of a generation; the end, if it comes in the middle."""
         known = self.record.candidates()
-        recorded = {candidate.number for candidate in known}
+        before = bisect_left(known, proposals[0].number, key=number_of) if proposals else 0
+        recorded = {candidate.number for candidate in known[before:]}
         waiting = deque(proposal for proposal in self._arranged(proposals) if proposal.number not in recorded)
         if waiting:
-            self.executor.begin_generation(tuple(c for c in known if c.generation < waiting[0].generation))
+            self.executor.begin_generation(known[:before])
         turns = deque(proposal.number for proposal in waiting)
         finished: dict[int, Candidate] = {}
         under_way = 0
@@ -259,7 +260,7 @@ class _Loop:
             drawn = [first[number]]
         else:
             under_way = (Candidate.of(proposal, _PENDING) for proposal in pending.values())
-            history = tuple(sorted((*known, *under_way), key=attrgetter("number")))
+            history = tuple(sorted((*known, *under_way), key=number_of))
             numbers = range(number, number + 1)
             drawn = self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
         if not drawn:

@@ -10,14 +10,14 @@ import logging
 import signal
 import threading
 import time
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from evomerge.errors import RunError
-from evomerge.search.candidate import Candidate
+from evomerge.search.candidate import Candidate, find, number_of
 from evomerge.search.space import SearchSpace
 from evomerge.search.stores import StorageLost, Store, open_store, without_password
 
@@ -89,7 +89,7 @@ class Record:
         known: dict[int, Candidate] = {}
         for candidate in store.read():
             known.setdefault(candidate.number, candidate)
-        self._candidates = sorted(known.values(), key=_number)
+        self._candidates = sorted(known.values(), key=number_of)
 
     @classmethod
     def open(
@@ -199,14 +199,13 @@ class Record:
             RunError: Its number is recorded already; or the database did not come back.
             OutputError: The journal cannot be written.
         """
-        place = bisect_left(self._candidates, candidate.number, key=_number)
-        if place < len(self._candidates) and self._candidates[place].number == candidate.number:
+        if find(self._candidates, candidate.number) is not None:
             raise RunError(f"candidate {candidate.number} is recorded already")
 
         def write() -> None:
             with _undisturbed():
                 self._store.append(candidate)
-                insort(self._candidates, candidate, key=_number)
+                insort(self._candidates, candidate, key=number_of)
 
         try:
             _patiently(write, self._waits, self._say, self._where)
@@ -216,10 +215,6 @@ class Record:
                 f"{candidate.number} is not recorded, but its scores are kept in the run's folder: when the storage "
                 "is there again, the same command goes on from here and scores nothing twice"
             ) from error
-
-
-def _number(candidate: Candidate) -> int:
-    return candidate.number
 
 
 def _patiently(work: Callable[[], T], waits: Sequence[float], say: Callable[[str], None], where: str) -> T:
