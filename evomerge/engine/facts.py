@@ -148,7 +148,9 @@ class FactStore:
             parts = [torch.zeros(stop - start, dtype=dtype) if value is None else value[start:stop] for value in stored]
             yield start, [_bits_of(part if direct else part.float()) for part in parts]
 
-    def _parts(self, pair: Pair) -> Parts:
+    def parts(self, pair: Pair) -> Parts:
+        """The bits of a delta, part by part."""
+
         def parts() -> Iterator[tuple[int, Bits, Bits]]:
             for start, (ours, theirs) in self._bits(*pair):
                 yield start, ours, theirs
@@ -176,7 +178,7 @@ class FactStore:
 
         def compute() -> Histogram:
             stored = [self.flat(tensor).dtype for tensor in (base, source) if tensor is not None]
-            return count(self._parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE)
+            return count(self.parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE)
 
         return self._once(("histogram", base, source), compute)  # type: ignore[no-any-return]
 
@@ -229,11 +231,11 @@ class FactStore:
             return -1.0, -1
         found: Cut = self._once(("cut", name, keep), lambda: self._cut(pairs, keep), self._limit)
         pair, bits, stay = pairs[here], found.bits, found.stay[here]
-        last = self._once(("last", pair, bits, stay), lambda: last_index(self._parts(pair), bits, stay), self._limit)
+        last = self._once(("last", pair, bits, stay), lambda: last_index(self.parts(pair), bits, stay), self._limit)
         return found.threshold, last
 
     def _cut(self, pairs: tuple[Pair, ...], keep: int) -> Cut:
-        return cut([self._parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], keep)
+        return cut([self.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], keep)
 
     def dot(self, base: Input | None, left: Input, right: Input, others: Sequence[Input] = ()) -> float:
         """Inner product of two tensors, or of their deltas where `base` is given; float64.

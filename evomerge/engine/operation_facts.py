@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evomerge.engine.facts import FactStore, Member, Members
 from evomerge.engine.operation import Input
-from evomerge.engine.selection import Histogram
+from evomerge.engine.selection import Histogram, Parts
 from evomerge.methods.declaration import Cut, Scope
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
 
@@ -95,6 +95,10 @@ class OperationFacts:
     def magnitudes(self, source: int) -> Histogram:
         """The magnitudes of a source's delta, counted."""
         return self.store.histogram(self.base, self.sources[source])
+
+    def parts(self, source: int) -> Parts:
+        """The bits of a source's delta, part by part."""
+        return self.store.parts((self.base, self.sources[source]))
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
         def one(member: Member) -> float:
