@@ -246,12 +246,15 @@ def _pruned(
 
 
 def _sce(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
-    cut, energies = facts.selection(float(settings.shared["select_topk"]))
-    chosen, weights = sce.coefficients(energies)
-    if not chosen or not all(_singles(weights)):
+    selection = facts.selected(float(settings.shared["select_topk"]))
+    chosen, weights = sce.coefficients(selection.energies)
+    if not chosen:
+        return Work((BASE,), lambda x, start, out: np.copyto(out, x[0]))
+    if not all(_singles(weights)):
         return None
     count = len(settings.sources)
-    rest = (np.float32(cut[0]), cut[1], np.array(chosen), _singles(weights), np.ones(count, np.float32))
+    marks = np.empty(0, np.uint16) if selection.marks is None else selection.marks
+    rest = (marks, np.array(chosen), _singles(weights), np.ones(count, np.float32))
     inputs = (BASE, *range(count))
     return Work(inputs, lambda x, start, out: spread.sce(x[0], x[1:], start, *rest, out))
 

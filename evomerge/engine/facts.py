@@ -23,8 +23,9 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.operation import Input
 from evomerge.engine.ranks import SEGMENT, Latest, Levels, levels_of
 from evomerge.engine.selection import COARSE, FINE, Bits, Cut, Histogram, Parts, count, cut, last_index, values_at
-from evomerge.engine.variation import Spread, select
+from evomerge.engine.variation import Selection, Spread, select
 from evomerge.engine.variation import count as count_spread
+from evomerge.engine.variation import levels_of as levels_of_spread
 from evomerge.methods import arcee_fusion
 from evomerge.methods.declaration import Cut as Kept
 from evomerge.methods.trim import band_counts, kept_count
@@ -332,16 +333,24 @@ class FactStore:
         key = ("levels", base, source, columns, start)
         return self._latest.get(key, lambda: self.remember(key, compute)[0].numpy())
 
-    def selection(self, base: Input, sources: tuple[Input, ...], fraction: float) -> tuple[Kept, list[float]]:
-        """See `Facts.selection`."""
+    def select(self, base: Input, sources: tuple[Input, ...], fraction: float) -> Selection:
+        """See `Facts.selection`; with a fraction of 1 without marks."""
         if fraction >= 1.0:
-            return (-1.0, -1), [self.dot(base, source, source, sources) for source in sources]
+            return Selection((-1.0, -1), [self.dot(base, source, source, sources) for source in sources], None)
         rows = partial(self.rows, (base, *sources))
         spread: Spread = self._once(("spread", base, sources), lambda: count_spread(rows, len(sources)))
-        found: tuple[Kept, list[float]] = self._once(
-            ("selection", base, sources, fraction), lambda: select(rows, spread, fraction), self._limit
-        )
-        return found
+
+        def levels() -> Levels:
+            key = ("spread levels", base, sources)
+            return self.remember(key, lambda: (torch.from_numpy(levels_of_spread(rows, spread)),))[0].numpy()
+
+        def gather(start: int, places: NDArray[np.int32]) -> NDArray[np.float32]:
+            at = torch.from_numpy(places)
+            last = start + int(places[-1]) + 1
+            read = [self.flat(tensor)[start:last].index_select(0, at).float() for tensor in (base, *sources)]
+            return torch.stack(read).numpy()
+
+        return select(spread, levels, gather, fraction)
 
     def importance(self, base: Input, source: Input, columns: int) -> tuple[Tensor, float]:
         """See `Facts.importance`, of all rows."""

@@ -32,12 +32,28 @@ def drop(delta: Array, keep: int, key: Array, start: int, factor: np.float32, fi
 @part
 def drop_unmarked(delta: Array, marks: Array, factor: np.float32, words: Array) -> None:
     """The same where the field was looked at before: a bit for every element, uint16 [n / 16] from the first on."""
-    stays, bits = words.view(np.uint8), marks.view(np.uint8)
-    for group in range((delta.size + 7) // 8):
-        words[group] = (np.uint64(bits[group]) * EVERY_BYTE) & EVERY_BIT
+    _unpack(marks, words, delta.size)
+    stays = words.view(np.uint8)
     for j in range(delta.size):
         delta[j] *= np.float32(stays[j] != 0)
     _scale(delta, factor)
+
+
+@part
+def unpack(marks: Array, words: Array, stays: Array) -> None:
+    """1 where an element of a tile is marked, else 0: float32 [n]; arguments as for `drop_unmarked`."""
+    _unpack(marks, words, stays.size)
+    marked = words.view(np.uint8)
+    for j in range(stays.size):
+        stays[j] = np.float32(marked[j] != 0)
+
+
+@part
+def _unpack(marks: Array, words: Array, size: int) -> None:
+    """A byte for every element, 0 where it is not marked, into `words`."""
+    bits = marks.view(np.uint8)
+    for group in range((size + 7) // 8):
+        words[group] = (np.uint64(bits[group]) * EVERY_BYTE) & EVERY_BIT
 
 
 @part
