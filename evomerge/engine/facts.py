@@ -22,7 +22,19 @@ from torch import Tensor
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.operation import Input
 from evomerge.engine.ranks import SEGMENT, Latest, Levels, levels_of
-from evomerge.engine.selection import COARSE, FINE, Bits, Cut, Histogram, Parts, count, cut, last_index, values_at
+from evomerge.engine.selection import (
+    COARSE,
+    FINE,
+    Bits,
+    Cut,
+    Histogram,
+    Parts,
+    count,
+    cut,
+    last_index,
+    together,
+    values_at,
+)
 from evomerge.engine.variation import Selection, Spread, select
 from evomerge.engine.variation import count as count_spread
 from evomerge.engine.variation import levels_of as levels_of_spread
@@ -54,12 +66,12 @@ class Together:
     Attributes:
         pairs: In the model's order.
         places: Where the first of equal members of the family is.
-        total: Elements of all.
+        whole: The magnitudes of all, counted.
     """
 
     pairs: tuple[Pair, ...]
     places: Mapping[Member, int]
-    total: int
+    whole: Histogram
 
 
 @dataclass
@@ -187,8 +199,8 @@ class FactStore:
         """Threshold and last index (see `Facts.trim`) of one delta."""
         if density <= 0:
             return math.inf, -1
-        total = self.histogram(*pair).total
-        return self._largest(pair, (pair,), 0, kept_count(total, density), total)
+        whole = self.histogram(*pair)
+        return self._largest(pair, (pair,), 0, kept_count(whole.total, density), whole)
 
     def trim_model(self, family: Members, member: Member, source: int, density: float) -> Kept:
         """The same over all deltas of a source, for one tensor of the family."""
@@ -196,15 +208,15 @@ class FactStore:
             return math.inf, -1
         key = ("together", self._number(family), source)
         whole: Together = self._once(key, lambda: self._together(family, source), self._limit)
-        keep = kept_count(whole.total, density)
-        return self._largest(whole, whole.pairs, whole.places[member], keep, whole.total)
+        keep = kept_count(whole.whole.total, density)
+        return self._largest(whole, whole.pairs, whole.places[member], keep, whole.whole)
 
     def _together(self, family: Members, source: int) -> Together:
         pairs = tuple((base, sources[source]) for base, sources in family)
         places: dict[Member, int] = {}
         for place, member in enumerate(family):
             places.setdefault(member, place)
-        return Together(pairs, places, sum(self.histogram(*pair).total for pair in pairs))
+        return Together(pairs, places, together([self.histogram(*pair) for pair in pairs]))
 
     def _number(self, family: Members) -> int:
         """Stands for a family in the names of facts, which are looked up for each of its tensors."""
@@ -220,23 +232,24 @@ class FactStore:
 
     def band(self, pair: Pair, density: float, gamma: float) -> tuple[Kept, Kept]:
         """See `Facts.band`."""
-        total = self.histogram(*pair).total
-        outliers, inside = (self._largest(pair, (pair,), 0, n, total) for n in band_counts(total, density, gamma))
+        whole = self.histogram(*pair)
+        counts = band_counts(whole.total, density, gamma)
+        outliers, inside = (self._largest(pair, (pair,), 0, n, whole) for n in counts)
         return outliers, inside
 
-    def _largest(self, name: Hashable, pairs: tuple[Pair, ...], here: int, keep: int, total: int) -> Kept:
-        """What keeps the `keep` largest magnitudes of all; `name` stands for the pairs."""
+    def _largest(self, name: Hashable, pairs: tuple[Pair, ...], here: int, keep: int, whole: Histogram) -> Kept:
+        """What keeps the `keep` largest of all, whose magnitudes are counted; `name` stands for the pairs."""
         if keep <= 0:
             return math.inf, -1
-        if keep >= total:
+        if keep >= whole.total:
             return -1.0, -1
-        found: Cut = self._once(("cut", name, keep), lambda: self._cut(pairs, keep), self._limit)
+        found: Cut = self._once(("cut", name, keep), lambda: self._cut(pairs, whole, keep), self._limit)
         pair, bits, stay = pairs[here], found.bits, found.stay[here]
         last = self._once(("last", pair, bits, stay), lambda: last_index(self.parts(pair), bits, stay), self._limit)
         return found.threshold, last
 
-    def _cut(self, pairs: tuple[Pair, ...], keep: int) -> Cut:
-        return cut([self.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], keep)
+    def _cut(self, pairs: tuple[Pair, ...], whole: Histogram, keep: int) -> Cut:
+        return cut([self.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], whole, keep)
 
     def dot(self, base: Input | None, left: Input, right: Input, others: Sequence[Input] = ()) -> float:
         """Inner product of two tensors, or of their deltas where `base` is given; float64.

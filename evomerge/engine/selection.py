@@ -94,15 +94,33 @@ class Cut:
         return float(np.uint32(self.bits).view(np.float32))
 
 
-def cut(parts: list[Parts], histograms: list[Histogram], keep: int) -> Cut:
+def together(histograms: Sequence[Histogram]) -> Histogram:
+    """The histogram of all their elements, with as many bins as the coarsest has."""
+    if len(histograms) == 1:
+        return histograms[0]
+    shift = max(h.shift for h in histograms)
+    histograms = [h.coarser(shift) for h in histograms]
+    bins, where = np.unique(np.concatenate([h.bins for h in histograms]), return_inverse=True)
+    counts, mixed = np.zeros(len(bins), dtype=np.uint64), np.zeros(len(bins), dtype=np.bool_)
+    np.add.at(counts, where, np.concatenate([h.counts.astype(np.uint64) for h in histograms]))
+    np.logical_or.at(mixed, where, np.concatenate([h.mixed for h in histograms]))
+    return Histogram(shift, bins, counts, mixed, sum(h.total for h in histograms))
+
+
+def cut(parts: Sequence[Parts], histograms: Sequence[Histogram], whole: Histogram, keep: int) -> Cut:
     """Where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` <= their total.
 
     At equal magnitude the earlier tensor, and within it the lower index, stays.
+
+    Args:
+        parts: The tensors' magnitudes.
+        histograms: Of each.
+        whole: Of all `together`.
+        keep: How many stay.
     """
-    shift = max(h.shift for h in histograms)
-    histograms = [h.coarser(shift) for h in histograms]
-    upper, wanted = bin_of(histograms, keep)
-    inside = [h.within(upper) for h in histograms]
+    shift = whole.shift
+    upper, wanted = bin_of(whole, keep)
+    inside = [h.coarser(shift).within(upper) for h in histograms]
     lower, equals = 0, [size for size, _ in inside]
     if any(mixed for _, mixed in inside):
         lower, wanted, equals = _split(parts, inside, shift, upper, wanted)
@@ -142,7 +160,7 @@ def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: 
         return math.inf, -1
     if keep >= histogram.total:
         return -1.0, -1
-    found_cut = cut([parts], [histogram], keep)
+    found_cut = cut([parts], [histogram], histogram, keep)
     return found_cut.threshold, last_index(parts, found_cut.bits, found_cut.stay[0])
 
 
@@ -150,7 +168,7 @@ def values_at(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, ran
     """The scores at these ranks, counted from the largest (1) down; `scores` and `size` as for `top`."""
     parts = _scores(scores, size)
     histogram = count(parts, FINE)
-    return [cut([parts], [histogram], rank).threshold for rank in ranks]
+    return [cut([parts], [histogram], histogram, rank).threshold for rank in ranks]
 
 
 def _scores(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int) -> Parts:
@@ -174,19 +192,20 @@ def _from_zero(scores: Callable[[], Iterator[tuple[int, Floats]]]) -> Iterator[t
 
 
 def _split(
-    parts: list[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, wanted: int
+    parts: Sequence[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, wanted: int
 ) -> tuple[int, int, list[int]]:
     """Within a bin: (lower bits of the `wanted`-th largest, its rank among its equals, its equals per tensor)."""
     from evomerge.engine.kernels import looking
 
     total, found = np.zeros(1 << shift, dtype=np.int64), []
     for part, (size, mixed) in zip(parts, inside, strict=True):
+        if not mixed:  # all of them have no lower bits
+            total[0] += size
+            found.append({0: size})
+            continue
         counts = np.zeros(1 << shift, dtype=np.int64)
-        if mixed:
-            for _, ours, theirs in part():
-                looking.count_low_bits(ours, theirs, shift, upper, counts)
-        else:
-            counts[0] = size
+        for _, ours, theirs in part():
+            looking.count_low_bits(ours, theirs, shift, upper, counts)
         total += counts
         used = counts.nonzero()[0]
         found.append(dict(zip(used.tolist(), counts[used].tolist(), strict=True)))
@@ -194,16 +213,10 @@ def _split(
     return lower, rank, [counts.get(lower, 0) for counts in found]
 
 
-def bin_of(histograms: list[Histogram], keep: int) -> tuple[int, int]:
+def bin_of(histogram: Histogram, keep: int) -> tuple[int, int]:
     """The bin that holds the `keep`-th largest magnitude, and its rank within the bin (1: the bin's largest)."""
-    if len(histograms) == 1:
-        bins, counts = histograms[0].bins, histograms[0].counts.astype(np.int64)
-    else:
-        bins, where = np.unique(np.concatenate([h.bins for h in histograms]), return_inverse=True)
-        counts = np.zeros(len(bins), dtype=np.int64)
-        np.add.at(counts, where, np.concatenate([h.counts.astype(np.int64) for h in histograms]))
-    at, rank = rank_from_top(counts, keep)
-    return int(bins[at]), rank
+    at, rank = rank_from_top(histogram.counts.astype(np.int64), keep)
+    return int(histogram.bins[at]), rank
 
 
 def rank_from_top(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:

@@ -81,11 +81,11 @@ def bracket(population: Histogram, density: float, chance: float, factor: np.flo
     ranks = (math.ceil((density + apart) * population.total), math.floor((density - apart) * population.total))
     low, middle, high = 0, 0, INFINITY
     if ranks[0] < population.total:
-        low = bin_of([population], ranks[0])[0] << population.shift
+        low = bin_of(population, ranks[0])[0] << population.shift
     if population.total > 0:
-        middle = bin_of([population], kept_count(population.total, density))[0] << population.shift
+        middle = bin_of(population, kept_count(population.total, density))[0] << population.shift
     if ranks[1] > 0:
-        high = ((bin_of([population], ranks[1])[0] + 1) << population.shift) - 1
+        high = ((bin_of(population, ranks[1])[0] + 1) << population.shift) - 1
     bounds = np.array([low, middle, min(high, INFINITY)], dtype=np.uint32)
     return (bounds.view(np.float32) * factor).view(np.uint32)
 
