@@ -44,8 +44,7 @@ def _shrink(delta: Array, bound: np.float32) -> None:
     """Sets magnitudes of at most `bound` to 0."""
     zero = np.float32(0.0)
     for j in range(delta.size):
-        d = delta[j]
-        delta[j] = d if (d < -bound) | (d > bound) else zero
+        delta[j] = delta[j] if abs(delta[j]) > bound else zero
 
 
 @part
@@ -56,6 +55,15 @@ def _trim(delta: Array, threshold: np.float32, last: int, start: int) -> None:
     equals = min(max(last - start + 1, 0), delta.size)
     _shrink(delta[:equals], np.nextafter(threshold, np.float32(0.0)))
     _shrink(delta[equals:], threshold)
+
+
+@part
+def _trimmed(theirs: Array, ours: Array, bound: np.float32, delta: Array) -> None:
+    """The delta, its magnitudes of at most `bound` set to 0."""
+    zero = np.float32(0.0)
+    for j in range(delta.size):
+        d = theirs[j] - ours[j]
+        delta[j] = d if abs(d) > bound else zero
 
 
 @part
@@ -102,6 +110,14 @@ def _edit(
     delta: Array,
 ) -> None:
     """The delta of source k in one tile, after all that is done to it."""
+    threshold, last = edits.thresholds[k], edits.lasts[k]
+    whole = edits.keeps[k] == STEPS and edits.factors[k] == np.float32(1.0)
+    if whole and edits.lines.shape[0] == 0 and threshold >= np.float32(0.0):
+        equals = min(max(last - start + 1, 0), delta.size)
+        _trimmed(theirs[:equals], ours[:equals], np.nextafter(threshold, np.float32(0.0)), delta[:equals])
+        _trimmed(theirs[equals:], ours[equals:], threshold, delta[equals:])
+        _leave_out(delta, edits.outliers[k], edits.outlier_lasts[k], start)
+        return
     for j in range(delta.size):
         delta[j] = theirs[j] - ours[j]
     if edits.lines.shape[0] > 0:
