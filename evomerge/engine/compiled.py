@@ -21,7 +21,8 @@ from evomerge.engine.facts import CHUNK
 from evomerge.engine.kernels import merging, spread
 from evomerge.engine.operation_facts import OperationFacts
 from evomerge.engine.ranks import Levels
-from evomerge.engine.selection import sample_bracket, top
+from evomerge.engine.selection import top
+from evomerge.engine.survivors import Drop, cut_survivors
 from evomerge.methods import breadcrumbs, della, sce
 from evomerge.methods.combine import participants, shares
 from evomerge.methods.dare import keep_probability, terms
@@ -30,7 +31,7 @@ from evomerge.methods.declaration import Block, Cut, Settings
 from evomerge.methods.dfs import row_anchor, scaled_alphas
 from evomerge.methods.nearswap import reach_of
 from evomerge.methods.nuslerp import vector_terms
-from evomerge.methods.random_field import STEPS, keep_threshold
+from evomerge.methods.random_field import LANES, STEPS, keep_threshold
 from evomerge.methods.registry import get_method
 
 Floats = NDArray[np.float32]
@@ -84,28 +85,27 @@ def _dare_ties(method: str, settings: Settings, facts: OperationFacts) -> Work |
     chances = [keep_probability(settings.sources[i]) for i in indices]
     rescale = settings.shared["rescale"]
     factors = [1.0 / chance if rescale and 0.0 < chance < 1.0 else 1.0 for chance in chances]
-    keys = [facts.key(i) for i in indices]
-    edits = _edits(len(indices), chances=chances, keys=keys, factors=factors)
-    cuts = [KEEP_ALL] * len(indices)
+    edits = _edits(len(indices), chances=chances, keys=[facts.key(i) for i in indices], factors=factors)
+    if any(trims(settings.sources[i]) for i in indices):
+        edits = edits._replace(marks=np.empty((len(indices), -(-facts.size // LANES)), dtype=np.uint16))
     for k, i in enumerate(indices):
-        if trims(settings.sources[i]) and edits.keeps[k] > 0:
-            survivors = partial(_survivors, facts, i, int(edits.keeps[k]), edits.keys[k], edits.factors[k])
-            density, population = float(settings.sources[i]["density"]), facts.magnitudes(i)
-            if population.bins.any() or population.mixed.any():  # of a delta of zeros it does not matter what is kept
-                near = sample_bracket(population, density, chances[k], float(edits.factors[k]))
-                cuts[k] = top(survivors, facts.size, density, near)
-    return _elect(settings, _edits(len(indices), chances=chances, keys=keys, factors=factors, cuts=cuts))
+        if trims(settings.sources[i]) and chances[k] > 0.0:
+            _trim_survivors(facts, i, float(settings.sources[i]["density"]), chances[k], edits, k)
+    return _elect(settings, edits)
 
 
-def _survivors(
-    facts: OperationFacts, source: int, keep: int, key: NDArray[np.uint64], factor: np.float32
-) -> Iterator[tuple[int, Floats]]:
-    """One source's delta after the drop, NaN where it is dropped."""
-    held = np.empty(CHUNK, dtype=np.float32)
-    for start, (base, theirs) in facts.store.rows(facts.inputs([BASE, source])):
-        out = held[: base.size]
-        merging.survivors(base, theirs, start, keep, key, factor, out)
-        yield start, out
+def _trim_survivors(
+    facts: OperationFacts, source: int, density: float, chance: float, edits: merging.Edits, k: int
+) -> None:
+    """Has a source's delta trimmed after the drop: entry k of the edits."""
+    population, found = facts.magnitudes(source), KEEP_ALL
+    if density <= 0.0 or chance >= 1.0:
+        found = facts.trim(source, density)
+    elif population.bins.any() or population.mixed.any():  # of a delta of zeros it does not matter what is kept
+        drop = Drop(chance, int(edits.keeps[k]), edits.keys[k], edits.factors[k])
+        found = cut_survivors(facts.parts(source), population, facts.size, density, drop, edits.marks[k])
+        edits.marked[k] = True
+    edits.thresholds[k], edits.lasts[k] = found
 
 
 def _elect(settings: Settings, edits: merging.Edits, levels: Callable[[int, int], Levels] | None = None) -> Work | None:
@@ -184,6 +184,8 @@ def _edits(
         np.array([last for _, last in cuts], dtype=np.int64),
         _singles(threshold for threshold, _ in outliers),
         np.array([last for _, last in outliers], dtype=np.int64),
+        np.zeros(count, dtype=np.bool_),
+        np.empty((count, 0), dtype=np.uint16),
     )
 
 
@@ -244,12 +246,15 @@ def _pruned(
 
 
 def _sce(method: str, settings: Settings, facts: OperationFacts) -> Work | None:
-    cut, energies = facts.selection(float(settings.shared["select_topk"]))
-    chosen, weights = sce.coefficients(energies)
-    if not chosen or not all(_singles(weights)):
+    selection = facts.selected(float(settings.shared["select_topk"]))
+    chosen, weights = sce.coefficients(selection.energies)
+    if not chosen:
+        return Work((BASE,), lambda x, start, out: np.copyto(out, x[0]))
+    if not all(_singles(weights)):
         return None
     count = len(settings.sources)
-    rest = (np.float32(cut[0]), cut[1], np.array(chosen), _singles(weights), np.ones(count, np.float32))
+    marks = np.empty(0, np.uint16) if selection.marks is None else selection.marks
+    rest = (marks, np.array(chosen), _singles(weights), np.ones(count, np.float32))
     inputs = (BASE, *range(count))
     return Work(inputs, lambda x, start, out: spread.sce(x[0], x[1:], start, *rest, out))
 

@@ -22,9 +22,22 @@ from torch import Tensor
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.operation import Input
 from evomerge.engine.ranks import SEGMENT, Latest, Levels, levels_of
-from evomerge.engine.selection import COARSE, FINE, Bits, Cut, Histogram, Parts, count, cut, last_index, values_at
-from evomerge.engine.variation import Spread, select
+from evomerge.engine.selection import (
+    COARSE,
+    FINE,
+    Bits,
+    Cut,
+    Histogram,
+    Parts,
+    count,
+    cut,
+    last_index,
+    together,
+    values_at,
+)
+from evomerge.engine.variation import Selection, Spread, select
 from evomerge.engine.variation import count as count_spread
+from evomerge.engine.variation import levels_of as levels_of_spread
 from evomerge.methods import arcee_fusion
 from evomerge.methods.declaration import Cut as Kept
 from evomerge.methods.trim import band_counts, kept_count
@@ -53,12 +66,12 @@ class Together:
     Attributes:
         pairs: In the model's order.
         places: Where the first of equal members of the family is.
-        total: Elements of all.
+        whole: The magnitudes of all, counted.
     """
 
     pairs: tuple[Pair, ...]
     places: Mapping[Member, int]
-    total: int
+    whole: Histogram
 
 
 @dataclass
@@ -148,7 +161,9 @@ class FactStore:
             parts = [torch.zeros(stop - start, dtype=dtype) if value is None else value[start:stop] for value in stored]
             yield start, [_bits_of(part if direct else part.float()) for part in parts]
 
-    def _parts(self, pair: Pair) -> Parts:
+    def parts(self, pair: Pair) -> Parts:
+        """The bits of a delta, part by part."""
+
         def parts() -> Iterator[tuple[int, Bits, Bits]]:
             for start, (ours, theirs) in self._bits(*pair):
                 yield start, ours, theirs
@@ -176,7 +191,7 @@ class FactStore:
 
         def compute() -> Histogram:
             stored = [self.flat(tensor).dtype for tensor in (base, source) if tensor is not None]
-            return count(self._parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE)
+            return count(self.parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE)
 
         return self._once(("histogram", base, source), compute)  # type: ignore[no-any-return]
 
@@ -184,8 +199,8 @@ class FactStore:
         """Threshold and last index (see `Facts.trim`) of one delta."""
         if density <= 0:
             return math.inf, -1
-        total = self.histogram(*pair).total
-        return self._largest(pair, (pair,), 0, kept_count(total, density), total)
+        whole = self.histogram(*pair)
+        return self._largest(pair, (pair,), 0, kept_count(whole.total, density), whole)
 
     def trim_model(self, family: Members, member: Member, source: int, density: float) -> Kept:
         """The same over all deltas of a source, for one tensor of the family."""
@@ -193,15 +208,15 @@ class FactStore:
             return math.inf, -1
         key = ("together", self._number(family), source)
         whole: Together = self._once(key, lambda: self._together(family, source), self._limit)
-        keep = kept_count(whole.total, density)
-        return self._largest(whole, whole.pairs, whole.places[member], keep, whole.total)
+        keep = kept_count(whole.whole.total, density)
+        return self._largest(whole, whole.pairs, whole.places[member], keep, whole.whole)
 
     def _together(self, family: Members, source: int) -> Together:
         pairs = tuple((base, sources[source]) for base, sources in family)
         places: dict[Member, int] = {}
         for place, member in enumerate(family):
             places.setdefault(member, place)
-        return Together(pairs, places, sum(self.histogram(*pair).total for pair in pairs))
+        return Together(pairs, places, together([self.histogram(*pair) for pair in pairs]))
 
     def _number(self, family: Members) -> int:
         """Stands for a family in the names of facts, which are looked up for each of its tensors."""
@@ -217,23 +232,24 @@ class FactStore:
 
     def band(self, pair: Pair, density: float, gamma: float) -> tuple[Kept, Kept]:
         """See `Facts.band`."""
-        total = self.histogram(*pair).total
-        outliers, inside = (self._largest(pair, (pair,), 0, n, total) for n in band_counts(total, density, gamma))
+        whole = self.histogram(*pair)
+        counts = band_counts(whole.total, density, gamma)
+        outliers, inside = (self._largest(pair, (pair,), 0, n, whole) for n in counts)
         return outliers, inside
 
-    def _largest(self, name: Hashable, pairs: tuple[Pair, ...], here: int, keep: int, total: int) -> Kept:
-        """What keeps the `keep` largest magnitudes of all; `name` stands for the pairs."""
+    def _largest(self, name: Hashable, pairs: tuple[Pair, ...], here: int, keep: int, whole: Histogram) -> Kept:
+        """What keeps the `keep` largest of all, whose magnitudes are counted; `name` stands for the pairs."""
         if keep <= 0:
             return math.inf, -1
-        if keep >= total:
+        if keep >= whole.total:
             return -1.0, -1
-        found: Cut = self._once(("cut", name, keep), lambda: self._cut(pairs, keep), self._limit)
+        found: Cut = self._once(("cut", name, keep), lambda: self._cut(pairs, whole, keep), self._limit)
         pair, bits, stay = pairs[here], found.bits, found.stay[here]
-        last = self._once(("last", pair, bits, stay), lambda: last_index(self._parts(pair), bits, stay), self._limit)
+        last = self._once(("last", pair, bits, stay), lambda: last_index(self.parts(pair), bits, stay), self._limit)
         return found.threshold, last
 
-    def _cut(self, pairs: tuple[Pair, ...], keep: int) -> Cut:
-        return cut([self._parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], keep)
+    def _cut(self, pairs: tuple[Pair, ...], whole: Histogram, keep: int) -> Cut:
+        return cut([self.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], whole, keep)
 
     def dot(self, base: Input | None, left: Input, right: Input, others: Sequence[Input] = ()) -> float:
         """Inner product of two tensors, or of their deltas where `base` is given; float64.
@@ -330,16 +346,24 @@ class FactStore:
         key = ("levels", base, source, columns, start)
         return self._latest.get(key, lambda: self.remember(key, compute)[0].numpy())
 
-    def selection(self, base: Input, sources: tuple[Input, ...], fraction: float) -> tuple[Kept, list[float]]:
-        """See `Facts.selection`."""
+    def select(self, base: Input, sources: tuple[Input, ...], fraction: float) -> Selection:
+        """See `Facts.selection`; with a fraction of 1 without marks."""
         if fraction >= 1.0:
-            return (-1.0, -1), [self.dot(base, source, source, sources) for source in sources]
+            return Selection((-1.0, -1), [self.dot(base, source, source, sources) for source in sources], None)
         rows = partial(self.rows, (base, *sources))
         spread: Spread = self._once(("spread", base, sources), lambda: count_spread(rows, len(sources)))
-        found: tuple[Kept, list[float]] = self._once(
-            ("selection", base, sources, fraction), lambda: select(rows, spread, fraction), self._limit
-        )
-        return found
+
+        def levels() -> Levels:
+            key = ("spread levels", base, sources)
+            return self.remember(key, lambda: (torch.from_numpy(levels_of_spread(rows, spread)),))[0].numpy()
+
+        def gather(start: int, places: NDArray[np.int32]) -> NDArray[np.float32]:
+            at = torch.from_numpy(places)
+            last = start + int(places[-1]) + 1
+            read = [self.flat(tensor)[start:last].index_select(0, at).float() for tensor in (base, *sources)]
+            return torch.stack(read).numpy()
+
+        return select(spread, levels, gather, fraction)
 
     def importance(self, base: Input, source: Input, columns: int) -> tuple[Tensor, float]:
         """See `Facts.importance`, of all rows."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from evomerge.engine.facts import FactStore, Member, Members
 from evomerge.engine.operation import Input
-from evomerge.engine.selection import Histogram
+from evomerge.engine.selection import Histogram, Parts
+from evomerge.engine.variation import Selection
 from evomerge.methods.declaration import Cut, Scope
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
 
@@ -82,8 +83,13 @@ class OperationFacts:
         return self._asked(("band", source, density, gamma), lambda: self.store.band(pair, density, gamma))
 
     def selection(self, fraction: float) -> tuple[Cut, list[float]]:
+        found = self._asked(("selection", fraction), lambda: self.selected(fraction))
+        return found.cut, found.energies
+
+    def selected(self, fraction: float) -> Selection:
+        """What `selection` says, and which elements it keeps."""
         base, *sources = self.inputs([-1, *range(len(self.sources))])
-        return self._asked(("selection", fraction), lambda: self.store.selection(base, tuple(sources), fraction))
+        return self.store.select(base, tuple(sources), fraction)
 
     def _asked(self, key: tuple[Any, ...], find: Callable[[], T]) -> T:
         """The answer to a question of this operation; asked of the store once."""
@@ -95,6 +101,10 @@ class OperationFacts:
     def magnitudes(self, source: int) -> Histogram:
         """The magnitudes of a source's delta, counted."""
         return self.store.histogram(self.base, self.sources[source])
+
+    def parts(self, source: int) -> Parts:
+        """The bits of a source's delta, part by part."""
+        return self.store.parts((self.base, self.sources[source]))
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
         def one(member: Member) -> float:

@@ -22,8 +22,7 @@ FINE, COARSE = 13, 16  # lower bits that a histogram leaves out: of 16-bit model
 
 _HELD = 1 << 22  # scores that are held rather than computed again: 16 MB
 _PART = 1 << 16
-_DEVIATIONS = 6.0  # of a sample's threshold
-_INFINITY = 0x7F800000
+INFINITY = 0x7F800000
 
 Floats = NDArray[np.float32]
 Bits = NDArray[Any]  # uint16 for bfloat16, uint32 for float32
@@ -72,7 +71,7 @@ def count(parts: Parts, shift: int) -> Histogram:
     """The histogram of the magnitudes; what is no number is left out."""
     from evomerge.engine.kernels import looking
 
-    infinity = _INFINITY >> shift
+    infinity = INFINITY >> shift
     counts, low = np.zeros(1 << (31 - shift), dtype=np.int64), np.zeros(1 << (31 - shift), dtype=np.uint16)
     for _, ours, theirs in parts():
         looking.count_magnitudes(ours, theirs, shift, counts, low)
@@ -95,15 +94,33 @@ class Cut:
         return float(np.uint32(self.bits).view(np.float32))
 
 
-def cut(parts: list[Parts], histograms: list[Histogram], keep: int) -> Cut:
+def together(histograms: Sequence[Histogram]) -> Histogram:
+    """The histogram of all their elements, with as many bins as the coarsest has."""
+    if len(histograms) == 1:
+        return histograms[0]
+    shift = max(h.shift for h in histograms)
+    histograms = [h.coarser(shift) for h in histograms]
+    bins, where = np.unique(np.concatenate([h.bins for h in histograms]), return_inverse=True)
+    counts, mixed = np.zeros(len(bins), dtype=np.uint64), np.zeros(len(bins), dtype=np.bool_)
+    np.add.at(counts, where, np.concatenate([h.counts.astype(np.uint64) for h in histograms]))
+    np.logical_or.at(mixed, where, np.concatenate([h.mixed for h in histograms]))
+    return Histogram(shift, bins, counts, mixed, sum(h.total for h in histograms))
+
+
+def cut(parts: Sequence[Parts], histograms: Sequence[Histogram], whole: Histogram, keep: int) -> Cut:
     """Where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` <= their total.
 
     At equal magnitude the earlier tensor, and within it the lower index, stays.
+
+    Args:
+        parts: The tensors' magnitudes.
+        histograms: Of each.
+        whole: Of all `together`.
+        keep: How many stay.
     """
-    shift = max(h.shift for h in histograms)
-    histograms = [h.coarser(shift) for h in histograms]
-    upper, wanted = _bin_of(histograms, keep)
-    inside = [h.within(upper) for h in histograms]
+    shift = whole.shift
+    upper, wanted = bin_of(whole, keep)
+    inside = [h.coarser(shift).within(upper) for h in histograms]
     lower, equals = 0, [size for size, _ in inside]
     if any(mixed for _, mixed in inside):
         lower, wanted, equals = _split(parts, inside, shift, upper, wanted)
@@ -127,9 +144,7 @@ def last_index(parts: Parts, bits: int, stay: int) -> int:
     raise IndexError(f"{stay} elements of magnitude {bits:#x} are missing: the tensor changed")
 
 
-def top(
-    scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float, near: tuple[int, int] | None = None
-) -> tuple[float, int]:
+def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float) -> tuple[float, int]:
     """`evomerge.methods.trim.cutoff` for the top floor(density · n) of n scores.
 
     Args:
@@ -137,12 +152,7 @@ def top(
             counted in n. Asked for up to three times where there are too many to hold.
         size: How many there are, NaN included.
         density: 0 gives (inf, -1), 1 gives (-1, -1).
-        near: Bits of two magnitudes between which the threshold nearly surely is: it is then found in one look.
     """
-    if near is not None:
-        found = _cut_near(scores, size, density, *near)
-        if found is not None:
-            return found
     parts = _scores(scores, size)
     histogram = count(parts, FINE)
     keep = kept_count(histogram.total, density)
@@ -150,75 +160,15 @@ def top(
         return math.inf, -1
     if keep >= histogram.total:
         return -1.0, -1
-    found_cut = cut([parts], [histogram], keep)
+    found_cut = cut([parts], [histogram], histogram, keep)
     return found_cut.threshold, last_index(parts, found_cut.bits, found_cut.stay[0])
-
-
-def _cut_near(
-    scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float, low: int, high: int
-) -> tuple[float, int] | None:
-    """The cut when its threshold is one of the magnitudes with the bits `low` to `high`, and few are; else None."""
-    from evomerge.engine.kernels import looking
-
-    places, sizes = np.empty(0, np.int64), np.empty(0, np.uint32)
-    gathered: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
-    alive = above = held = 0
-    for start, values in scores():
-        if values.size > places.size:
-            places, sizes = np.empty(values.size, np.int64), np.empty(values.size, np.uint32)
-        numbers, larger, found = looking.gather_between(values.view(np.uint32), low, high, places, sizes)
-        alive, above, held = alive + numbers, above + larger, held + found
-        if held > max(_PART, size // 4):
-            return None
-        gathered.append((places[:found] + start, sizes[:found].copy()))
-    keep = kept_count(alive, density)
-    if keep == 0:
-        return math.inf, -1
-    if keep >= alive:
-        return -1.0, -1
-    wanted = keep - above
-    if not 0 < wanted <= held:
-        return None
-    every, magnitudes = (np.concatenate(parts) for parts in zip(*gathered, strict=True))
-    threshold = np.partition(magnitudes, held - wanted)[held - wanted]
-    equal = every[magnitudes == threshold]
-    return float(threshold.view(np.float32)), int(equal[wanted - int((magnitudes > threshold).sum()) - 1])
-
-
-def sample_bracket(population: Histogram, density: float, chance: float, factor: float) -> tuple[int, int]:
-    """Where the threshold of a random sample of known magnitudes is, but for one in a thousand million samples.
-
-    Args:
-        population: The magnitudes that are drawn from.
-        density: What is kept of the sample.
-        chance: Probability to be drawn.
-        factor: What a drawn magnitude is multiplied by, in float32.
-
-    Returns:
-        Bits of the smallest and of the largest magnitude.
-    """
-    bounds = np.array(_bracket(population, density, chance), dtype=np.uint32).view(np.float32) * np.float32(factor)
-    low, high = bounds.view(np.uint32).tolist()
-    return low, high
-
-
-def _bracket(population: Histogram, density: float, chance: float) -> tuple[int, int]:
-    sample = max(1.0, chance * population.total)
-    apart = _DEVIATIONS * math.sqrt(density * (1.0 - density) / sample) + 2.0 / sample
-    ranks = (math.ceil((density + apart) * population.total), math.floor((density - apart) * population.total))
-    low, high = 0, _INFINITY
-    if ranks[0] < population.total:
-        low = _bin_of([population], ranks[0])[0] << population.shift
-    if ranks[1] > 0:
-        high = ((_bin_of([population], ranks[1])[0] + 1) << population.shift) - 1
-    return low, min(high, _INFINITY)
 
 
 def values_at(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, ranks: Sequence[int]) -> list[float]:
     """The scores at these ranks, counted from the largest (1) down; `scores` and `size` as for `top`."""
     parts = _scores(scores, size)
     histogram = count(parts, FINE)
-    return [cut([parts], [histogram], rank).threshold for rank in ranks]
+    return [cut([parts], [histogram], histogram, rank).threshold for rank in ranks]
 
 
 def _scores(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int) -> Parts:
@@ -242,19 +192,20 @@ def _from_zero(scores: Callable[[], Iterator[tuple[int, Floats]]]) -> Iterator[t
 
 
 def _split(
-    parts: list[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, wanted: int
+    parts: Sequence[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, wanted: int
 ) -> tuple[int, int, list[int]]:
     """Within a bin: (lower bits of the `wanted`-th largest, its rank among its equals, its equals per tensor)."""
     from evomerge.engine.kernels import looking
 
     total, found = np.zeros(1 << shift, dtype=np.int64), []
     for part, (size, mixed) in zip(parts, inside, strict=True):
+        if not mixed:  # all of them have no lower bits
+            total[0] += size
+            found.append({0: size})
+            continue
         counts = np.zeros(1 << shift, dtype=np.int64)
-        if mixed:
-            for _, ours, theirs in part():
-                looking.count_low_bits(ours, theirs, shift, upper, counts)
-        else:
-            counts[0] = size
+        for _, ours, theirs in part():
+            looking.count_low_bits(ours, theirs, shift, upper, counts)
         total += counts
         used = counts.nonzero()[0]
         found.append(dict(zip(used.tolist(), counts[used].tolist(), strict=True)))
@@ -262,16 +213,10 @@ def _split(
     return lower, rank, [counts.get(lower, 0) for counts in found]
 
 
-def _bin_of(histograms: list[Histogram], keep: int) -> tuple[int, int]:
+def bin_of(histogram: Histogram, keep: int) -> tuple[int, int]:
     """The bin that holds the `keep`-th largest magnitude, and its rank within the bin (1: the bin's largest)."""
-    if len(histograms) == 1:
-        bins, counts = histograms[0].bins, histograms[0].counts.astype(np.int64)
-    else:
-        bins, where = np.unique(np.concatenate([h.bins for h in histograms]), return_inverse=True)
-        counts = np.zeros(len(bins), dtype=np.int64)
-        np.add.at(counts, where, np.concatenate([h.counts.astype(np.int64) for h in histograms]))
-    at, rank = rank_from_top(counts, keep)
-    return int(bins[at]), rank
+    at, rank = rank_from_top(histogram.counts.astype(np.int64), keep)
+    return int(histogram.bins[at]), rank
 
 
 def rank_from_top(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """What keeps the elements on which the sources differ most, and what the deltas there weigh, without sorting.
 
 Elements are counted by the upper bits of their variance across the sources once per run, together with the squares of
-their deltas. For any fraction the count names the bin that holds the threshold; one more look at the tensors splits
-that bin.
+their deltas; and each is given a level, one of 256, that rises with its variance. For any fraction the count names the
+bin that holds the threshold, and only the elements of that bin's level are looked at again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ from numpy.typing import NDArray
 
 from evomerge.engine.selection import rank_from_top
 from evomerge.methods.declaration import Cut
+from evomerge.methods.random_field import LANES
 from evomerge.methods.trim import kept_count
 
 SHIFT = 16  # lower bits that are left out: 128 bins for each power of two
 
-Rows = Callable[[], Iterator[tuple[int, NDArray[np.float32]]]]
+_TOP = 255  # the highest level
+_LOOK = 1 << 20  # elements whose levels are looked at together
+
+Floats = NDArray[np.float32]
+Levels = NDArray[np.uint8]
+Marks = NDArray[np.uint16]
+Rows = Callable[[], Iterator[tuple[int, Floats]]]
 """(flat index of the first column, float32 [base and sources, columns]) over a tensor, part by part."""
+Gather = Callable[[int, NDArray[np.int32]], Floats]
+"""float32 [base and sources, columns] of the elements at these places from a flat index on."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,27 @@ class Spread:
     varying: int
     size: int
 
+    @property
+    def levels(self) -> Levels:
+        """The level of each bin: what share of all elements is below it."""
+        below = self.counts.cumsum() - self.counts
+        return (below * _TOP // max(1, self.size)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The elements on which the sources differ most.
+
+    Attributes:
+        cut: What keeps them, of all variances.
+        energies: Each delta's sum of squares over them.
+        marks: A bit for every element of the tensor, the lowest for the first of 16; None where nothing is selected.
+    """
+
+    cut: Cut
+    energies: list[float]
+    marks: Marks | None
+
 
 def count(rows: Rows, sources: int) -> Spread:
     """Looks at every element once."""
@@ -58,36 +88,96 @@ def count(rows: Rows, sources: int) -> Spread:
     return Spread(bins.astype(np.uint32), counts[bins], above, varying, int(counts.sum()))
 
 
-def select(rows: Rows, spread: Spread, fraction: float) -> tuple[Cut, list[float]]:
-    """The cut of the top `fraction` of the elements that vary, and each delta's sum of squares over them."""
+def levels_of(rows: Rows, spread: Spread) -> Levels:
+    """The level of every element: uint8, flat."""
     from evomerge.engine.kernels import spread as kernels
 
+    table, found = np.zeros(1 << (31 - SHIFT), dtype=np.uint8), np.empty(spread.size, dtype=np.uint8)
+    table[spread.bins] = spread.levels
+    for start, x in rows():
+        kernels.look_up_levels(x[0], x[1:], SHIFT, table, found[start : start + x.shape[1]])
+    return found
+
+
+def select(spread: Spread, levels: Callable[[], Levels], gather: Gather, fraction: float) -> Selection:
+    """The top `fraction` of the elements that vary.
+
+    Args:
+        spread: The elements, counted.
+        levels: Gives their levels.
+        gather: Reads some of them.
+        fraction: Below 1.
+    """
     keep = kept_count(spread.varying, fraction)
     if keep == 0:
-        return (math.inf, -1), [0.0] * spread.above.shape[1]
+        return Selection((math.inf, -1), [0.0] * spread.above.shape[1], None)
     at, wanted = rank_from_top(spread.counts, keep)
-    upper = int(spread.bins[at])
-    counts = np.zeros(1 << SHIFT, dtype=np.int64)
-    squares = np.zeros((counts.size, spread.above.shape[1]))
-    for _, x in rows():
-        kernels.count_spread_within(x[0], x[1:], SHIFT, upper, counts, squares)
-    lower, wanted = rank_from_top(counts, wanted)
-    bits = upper << SHIFT | lower
-    energies = spread.above[at] + squares[lower + 1 :].sum(axis=0)
+    marks = np.empty(-(-spread.size // LANES), dtype=np.uint16)
+    near = _Near(levels(), int(spread.levels[at]), gather, marks)
+    counts, squares = near.count(int(spread.bins[at]), spread.above.shape[1])
+    used = counts.nonzero()[0]
+    place, wanted = rank_from_top(counts[used], wanted)
+    lower = int(used[place])
+    bits = int(spread.bins[at]) << SHIFT | lower
+    energies = spread.above[at] + squares[used[place + 1 :]].sum(axis=0)
     if wanted == counts[lower]:  # all that equal the threshold are kept, wherever they are
-        last = spread.size - 1
         energies += squares[lower]
+        near.keep(bits, spread.size)
+        last = spread.size - 1
     else:
-        last = _find(rows, bits, wanted, energies)
-    return (float(np.uint32(bits).view(np.float32)), last), energies.tolist()
+        last = near.keep(bits, wanted, energies)
+    return Selection((float(np.uint32(bits).view(np.float32)), last), energies.tolist(), marks)
 
 
-def _find(rows: Rows, bits: int, wanted: int, energies: NDArray[np.float64]) -> int:
-    """Flat index of the `wanted`-th element of exactly this variance; the squares up to it join `energies`."""
-    from evomerge.engine.kernels import spread
+class _Near:
+    """The elements of one level; those of higher ones are marked.
 
-    for start, x in rows():
-        index, wanted = spread.find_spread(x[0], x[1:], bits, wanted, energies)
-        if index >= 0:
-            return start + int(index)
-    raise IndexError(f"{wanted} elements of variance {bits:#x} are missing: the tensors changed")
+    Args:
+        levels: Of all elements.
+        level: Which one.
+        gather: Reads some elements.
+        marks: Filled: a bit for every element.
+    """
+
+    def __init__(self, levels: Levels, level: int, gather: Gather, marks: Marks) -> None:
+        from evomerge.engine.kernels import spread
+
+        self._gather = gather
+        self._marks = marks
+        self._parts: list[tuple[int, NDArray[np.int32], NDArray[np.uint32]]] = []
+        places = np.empty(min(_LOOK, levels.size), dtype=np.int32)
+        for start in range(0, levels.size, _LOOK):
+            found = spread.split_levels(levels[start : start + _LOOK], level, marks[start // LANES :], places)
+            if found:
+                self._parts.append((start, places[:found].copy(), np.empty(found, dtype=np.uint32)))
+
+    def count(self, upper: int, sources: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """How many variances there are in a bin, by their lower bits, and the sums of squares of their deltas."""
+        from evomerge.engine.kernels import spread
+
+        counts = np.zeros(1 << SHIFT, dtype=np.int64)
+        squares = np.zeros((counts.size, sources))
+        for start, places, variances in self._parts:
+            x = self._gather(start, places)
+            spread.count_spread_within(x[0], x[1:], SHIFT, upper, counts, squares, variances)
+        return counts, squares
+
+    def keep(self, bits: int, wanted: int, energies: NDArray[np.float64] | None = None) -> int:
+        """Marks the variances above these bits and the first `wanted` that equal them.
+
+        Returns:
+            Flat index of the last of the latter, whose squares join `energies`.
+        """
+        from evomerge.engine.kernels import spread
+
+        last = -1
+        for start, places, variances in self._parts:
+            spread.mark(places[variances > bits], self._marks[start // LANES :])
+            equal = places[variances == bits][:wanted]
+            spread.mark(equal, self._marks[start // LANES :])
+            wanted -= equal.size
+            if equal.size and energies is not None:
+                last = start + int(equal[-1])
+                x = self._gather(start, equal)
+                spread.add_squares(x[0], x[1:], energies)
+        return last

@@ -36,9 +36,9 @@ def inputs(count: int, tensor: str = "tensor") -> tuple[Input, tuple[Input, ...]
     return Input("base", tensor, "base"), tuple(Input(f"m{i}", tensor, PRINTS[i]) for i in range(count))
 
 
-def store_for(base: Tensor, sources: Sequence[Tensor]) -> FactStore:
+def store_for(base: Tensor, sources: Sequence[Tensor], **more: Any) -> FactStore:
     """A store over one tensor of a base and its sources."""
-    return store_of({"base": {"tensor": base}} | {f"m{i}": {"tensor": s} for i, s in enumerate(sources)})
+    return store_of({"base": {"tensor": base}} | {f"m{i}": {"tensor": s} for i, s in enumerate(sources)}, **more)
 
 
 def operation_for(method: str, settings: Settings, shape: Sequence[int], **more: Any) -> Operation:

@@ -18,7 +18,7 @@ def _widen(stored: Array, bits: Array) -> None:
 
 
 @part
-def _delta(base: Array, source: Array, bits: Array, ours: Array) -> None:
+def delta_bits(base: Array, source: Array, bits: Array, ours: Array) -> None:
     """The delta of one tile, as float32 bits; the base's are left in `ours`."""
     _widen(base, ours)
     _widen(source, bits)
@@ -41,7 +41,7 @@ def count_magnitudes(base: Array, source: Array, shift: int, counts: Array, low:
     by, magnitude, below = np.uint32(shift), np.uint32(0x7FFFFFFF), np.uint32((1 << shift) - 1)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        _delta(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
         for j in range(n):
             upper = (bits[j] & magnitude) >> by
             counts[upper] += 1
@@ -58,7 +58,7 @@ def count_low_bits(base: Array, source: Array, shift: int, upper: int, counts: A
     wanted = np.uint32(upper)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        _delta(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
         for j in range(n):
             inside[j] = np.uint8((bits[j] & magnitude) >> by == wanted)
         for word in range((n + 7) // 8):
@@ -79,7 +79,7 @@ def find_equal(base: Array, source: Array, magnitude: int, wanted: int) -> tuple
     exactly = np.uint32(magnitude)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        _delta(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
         equal = np.uint32(0)
         for j in range(n):
             equal += np.uint32((bits[j] & np.uint32(0x7FFFFFFF)) == exactly)
@@ -91,44 +91,6 @@ def find_equal(base: Array, source: Array, magnitude: int, wanted: int) -> tuple
             if wanted == 0:
                 return at + j, 0
     return -1, wanted
-
-
-@kernel
-def gather_between(scores: Array, low: int, high: int, places: Array, sizes: Array) -> tuple[int, int, int]:
-    """Gathers the scores whose magnitude is between two.
-
-    Args:
-        scores: Bits of float32 scores, uint32 [n]; those of NaN take no part.
-        low, high: Bits of the smallest and the largest magnitude that is gathered.
-        places: Their indices, int64 [n], ascending.
-        sizes: Bits of their magnitudes, uint32 [n].
-
-    Returns:
-        How many are numbers, how many of those are larger than `high`, and how many were gathered.
-    """
-    inside = np.zeros(TILE, np.uint8)
-    eight = inside.view(np.uint64)
-    magnitude, infinity = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-    first, last = np.uint32(low), np.uint32(high)
-    numbers, larger, found = 0, 0, 0
-    for at in range(0, scores.size, TILE):
-        tile = scores[at : at + TILE]
-        alive, above = np.uint32(0), np.uint32(0)
-        for j in range(tile.size):
-            size = tile[j] & magnitude
-            alive += np.uint32(size <= infinity)
-            above += np.uint32((size > last) & (size <= infinity))
-            inside[j] = np.uint8((size >= first) & (size <= last))
-        numbers += int(alive)
-        larger += int(above)
-        for word in range((tile.size + 7) // 8):
-            if eight[word]:
-                for j in range(8 * word, min(tile.size, 8 * word + 8)):
-                    if inside[j]:
-                        places[found] = at + j
-                        sizes[found] = tile[j] & magnitude
-                        found += 1
-    return numbers, larger, found
 
 
 @kernel
@@ -146,8 +108,8 @@ def add_gram(base: Array, left: Array, right: Array, based: bool, sums: Array) -
     for at in range(0, left.size, TILE):
         n = min(TILE, left.size - at)
         if based:
-            _delta(base[at : at + n], left[at : at + n], bits, ours)
-            _delta(base[at : at + n], right[at : at + n], other, ours)
+            delta_bits(base[at : at + n], left[at : at + n], bits, ours)
+            delta_bits(base[at : at + n], right[at : at + n], other, ours)
         else:
             _widen(left[at : at + n], bits)
             _widen(right[at : at + n], other)
@@ -185,7 +147,7 @@ def add_moments(base: Array, source: Array, start: int, columns: int, means: Arr
     while at < base.size:
         row, before = (start + at) // columns, (start + at) % columns
         n = min(TILE, base.size - at, columns - before)
-        _delta(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
         for lane in range(PARTIAL):
             sums[lane] = 0.0
         for group in range(n // PARTIAL):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evomerge.engine.kernels.dropping import drop, drop_unmarked
 from evomerge.engine.kernels.field import philox
 from evomerge.engine.kernels.jit import TILE, Array, kernel, part
 from evomerge.methods.random_field import LANES, STEPS
@@ -22,6 +23,8 @@ class Edits(NamedTuple):
         factors: The delta is multiplied by this after the drop, float32.
         thresholds, lasts: What is kept of what was not dropped (`Facts.trim`), float32 and int64; -1 keeps all.
         outliers, outlier_lasts: What of that is left out again (`Facts.band`); inf leaves out nothing.
+        marked: Whether what is kept by the field was marked before, bool.
+        marks: Then a bit for every element of the tensor (`drop_unmarked`), uint16 [sources, elements / 16].
     """
 
     keeps: Array
@@ -32,6 +35,8 @@ class Edits(NamedTuple):
     lasts: Array
     outliers: Array
     outlier_lasts: Array
+    marked: Array
+    marks: Array
 
 
 @part
@@ -39,8 +44,7 @@ def _shrink(delta: Array, bound: np.float32) -> None:
     """Sets magnitudes of at most `bound` to 0."""
     zero = np.float32(0.0)
     for j in range(delta.size):
-        d = delta[j]
-        delta[j] = d if (d < -bound) | (d > bound) else zero
+        delta[j] = delta[j] if abs(delta[j]) > bound else zero
 
 
 @part
@@ -51,6 +55,15 @@ def _trim(delta: Array, threshold: np.float32, last: int, start: int) -> None:
     equals = min(max(last - start + 1, 0), delta.size)
     _shrink(delta[:equals], np.nextafter(threshold, np.float32(0.0)))
     _shrink(delta[equals:], threshold)
+
+
+@part
+def _trimmed(theirs: Array, ours: Array, bound: np.float32, delta: Array) -> None:
+    """The delta, its magnitudes of at most `bound` set to 0."""
+    zero = np.float32(0.0)
+    for j in range(delta.size):
+        d = theirs[j] - ours[j]
+        delta[j] = d if abs(d) > bound else zero
 
 
 @part
@@ -97,31 +110,24 @@ def _edit(
     delta: Array,
 ) -> None:
     """The delta of source k in one tile, after all that is done to it."""
+    threshold, last = edits.thresholds[k], edits.lasts[k]
+    whole = edits.keeps[k] == STEPS and edits.factors[k] == np.float32(1.0)
+    if whole and edits.lines.shape[0] == 0 and threshold >= np.float32(0.0):
+        equals = min(max(last - start + 1, 0), delta.size)
+        _trimmed(theirs[:equals], ours[:equals], np.nextafter(threshold, np.float32(0.0)), delta[:equals])
+        _trimmed(theirs[equals:], ours[equals:], threshold, delta[equals:])
+        _leave_out(delta, edits.outliers[k], edits.outlier_lasts[k], start)
+        return
     for j in range(delta.size):
         delta[j] = theirs[j] - ours[j]
     if edits.lines.shape[0] > 0:
         _prune(delta, levels[k, at : at + delta.size], edits.lines[k], edits.keys[k], start, field, words)
+    elif edits.marked[k]:
+        drop_unmarked(delta, edits.marks[k, start // LANES :], edits.factors[k], words)
     else:
-        _drop(delta, edits.keeps[k], edits.keys[k], start, edits.factors[k], field, words)
+        drop(delta, edits.keeps[k], edits.keys[k], start, edits.factors[k], field, words)
     _trim(delta, edits.thresholds[k], edits.lasts[k], start)
     _leave_out(delta, edits.outliers[k], edits.outlier_lasts[k], start)
-
-
-@part
-def _drop(delta: Array, keep: int, key: Array, start: int, factor: np.float32, field: Array, words: Array) -> None:
-    """`evomerge.methods.dare.dropped` in place: elements whose number in the field is below `keep` stay."""
-    if keep <= 0:
-        for j in range(delta.size):
-            delta[j] = np.float32(0.0)
-        return
-    if keep < STEPS:
-        philox(key[0], key[1], start // LANES, words)
-        one, zero, limit = np.float32(1.0), np.float32(0.0), np.uint16(keep)
-        for j in range(delta.size):
-            delta[j] *= one if field[j] < limit else zero
-    if factor != np.float32(1.0):
-        for j in range(delta.size):
-            delta[j] *= factor
 
 
 @part
@@ -289,22 +295,6 @@ def weighted_sum(tensors: Array, coefficients: Array, out: Array) -> None:
             theirs, coefficient = tensors[k, at : at + result.size], coefficients[k]
             for j in range(result.size):
                 result[j] += theirs[j] * coefficient
-
-
-@kernel
-def survivors(base: Array, source: Array, start: int, keep: int, key: Array, factor: np.float32, out: Array) -> None:
-    """A delta after the drop, NaN where it is dropped; arguments as for `ties`."""
-    words = np.empty(TILE // 4, np.uint64)
-    field, gone = words.view(np.uint16), np.float32(np.nan)
-    for at in range(0, base.size, TILE):
-        n = min(TILE, base.size - at)
-        ours, theirs, result = base[at : at + n], source[at : at + n], out[at : at + n]
-        for j in range(n):
-            result[j] = (theirs[j] - ours[j]) * factor
-        if keep < STEPS:
-            philox(key[0], key[1], (start + at) // LANES, words)
-            for j in range(n):
-                result[j] = result[j] if field[j] < keep else gone
 
 
 @part

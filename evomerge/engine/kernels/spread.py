@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from evomerge.engine.kernels.dropping import TO_BITS, unpack
 from evomerge.engine.kernels.jit import TILE, Array, kernel, part
 from evomerge.engine.kernels.merging import agree, elect, land
+from evomerge.methods.random_field import LANES
 
 
 @part
@@ -65,8 +67,13 @@ def count_spread(base: Array, sources: Array, shift: int, counts: Array, squares
 
 
 @kernel
-def count_spread_within(base: Array, sources: Array, shift: int, upper: int, counts: Array, squares: Array) -> None:
-    """As `count_spread` by the lower bits, of the variances with these upper bits: arrays of 2^shift."""
+def count_spread_within(
+    base: Array, sources: Array, shift: int, upper: int, counts: Array, squares: Array, found: Array
+) -> None:
+    """As `count_spread` by the lower bits, of the variances with these upper bits: arrays of 2^shift.
+
+    `found`, uint32 [n], is filled with the bits of all variances.
+    """
     mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
     bits, by, below = variance.view(np.uint32), np.uint32(shift), np.uint32((1 << shift) - 1)
     wanted = np.uint32(upper)
@@ -77,6 +84,7 @@ def count_spread_within(base: Array, sources: Array, shift: int, upper: int, cou
         n = ours.size
         _spread(ours, sources, at, mean, total, variance)
         for j in range(n):
+            found[at + j] = bits[j]
             inside[j] = np.uint8(bits[j] >> by == wanted)
         for word in range((n + 7) // 8):
             if eight[word]:
@@ -88,24 +96,63 @@ def count_spread_within(base: Array, sources: Array, shift: int, upper: int, cou
 
 
 @kernel
-def find_spread(base: Array, sources: Array, exactly: int, wanted: int, squares: Array) -> tuple[int, int]:
-    """Index of the `wanted`-th element (from 1) with exactly this variance; up to it, squares are added up.
-
-    Returns:
-        (index, 0), or (-1, how many are still to be found).
-    """
+def look_up_levels(base: Array, sources: Array, shift: int, table: Array, levels: Array) -> None:
+    """The level of each element's variance, uint8 [n], by its upper bits; arguments as for `count_spread`."""
     mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
-    bits, equal = variance.view(np.uint32), np.uint32(exactly)
+    bits, by = variance.view(np.uint32), np.uint32(shift)
     for at in range(0, base.size, TILE):
         ours = base[at : min(base.size, at + TILE)]
         _spread(ours, sources, at, mean, total, variance)
         for j in range(ours.size):
-            if bits[j] == equal:
-                _add_squares(ours, sources, at, j, squares)
-                wanted -= 1
-                if wanted == 0:
-                    return at + j, 0
-    return -1, wanted
+            levels[at + j] = table[bits[j] >> by]
+
+
+@kernel
+def split_levels(levels: Array, level: int, marks: Array, places: Array) -> int:
+    """Marks what is above a level, and finds what is at it.
+
+    Args:
+        levels: uint8 [n].
+        level: The one.
+        marks: Filled with a bit for every element, uint16 [n / 16].
+        places: Filled with the indices of elements at the level, int32 [n].
+
+    Returns:
+        How many those are.
+    """
+    above, equal = np.zeros(TILE // 8, np.uint64), np.zeros(TILE // 8, np.uint64)
+    over, at_it, bits = above.view(np.uint8), equal.view(np.uint8), marks.view(np.uint8)
+    exactly, found = np.uint8(level), 0
+    for at in range(0, levels.size, TILE):
+        here = levels[at : at + TILE]
+        for j in range(here.size):
+            over[j] = np.uint8(here[j] > exactly)
+            at_it[j] = np.uint8(here[j] == exactly)
+        for j in range(here.size, TILE):
+            over[j] = at_it[j] = np.uint8(0)
+        for group in range((here.size + 7) // 8):
+            bits[at // 8 + group] = np.uint8((above[group] * TO_BITS) >> np.uint64(56))
+            if equal[group]:
+                for j in range(8 * group, 8 * group + 8):
+                    if at_it[j]:
+                        places[found] = at + j
+                        found += 1
+    return found
+
+
+@kernel
+def mark(places: Array, marks: Array) -> None:
+    """Marks the elements at these places."""
+    bits = marks.view(np.uint8)
+    for place in places:
+        bits[place >> 3] |= np.uint8(1 << (place & 7))
+
+
+@kernel
+def add_squares(base: Array, sources: Array, squares: Array) -> None:
+    """Adds up the squares of each source's delta: float64 [sources]."""
+    for j in range(base.size):
+        _add_squares(base, sources, 0, j, squares)
 
 
 @kernel
@@ -113,8 +160,7 @@ def sce(
     base: Array,
     sources: Array,
     start: int,
-    threshold: np.float32,
-    last: int,
+    marks: Array,
     chosen: Array,
     weights: Array,
     votes: Array,
@@ -126,7 +172,7 @@ def sce(
         base: float32 [n].
         sources: float32 [sources, n].
         start: Flat index of the first element.
-        threshold, last: Which variances are kept; -1 keeps all.
+        marks: A bit for every element of the tensor, set where it is kept, uint16 [elements / 16]; empty keeps all.
         chosen: The sources with a weight above 0, int64.
         weights: Theirs, float32.
         votes: A 1 for every source, float32.
@@ -135,7 +181,7 @@ def sce(
     count = sources.shape[0]
     deltas, ranked = np.empty((count, TILE), np.float32), np.empty((chosen.size, TILE), np.float32)
     landing = np.empty((chosen.size, TILE), np.float32)
-    mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
+    mass, words, stays = np.empty(TILE, np.float64), np.empty(TILE // 8, np.uint64), np.empty(TILE, np.float32)
     sign, weight, update = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
@@ -144,25 +190,26 @@ def sce(
             theirs, delta = sources[k, at : at + n], deltas[k, :n]
             for j in range(n):
                 delta[j] = theirs[j] - ours[j]
-        if threshold >= np.float32(0.0):
-            _spread(ours, sources, at, mean, total, variance)
-            equals = min(max(last - start - at + 1, 0), n)
-            for j in range(equals):
-                variance[j] = np.float32(variance[j] >= threshold)
-            for j in range(equals, n):
-                variance[j] = np.float32(variance[j] > threshold)
+        if marks.size > 0:
+            unpack(marks[(start + at) // LANES :], words, stays[:n])
             for k in range(count):
                 delta = deltas[k, :n]
                 for j in range(n):
-                    delta[j] *= variance[j]
-        elect(deltas, votes, False, mean, sign[:n])
-        for k in range(chosen.size):
-            ranked[k, :n] = deltas[chosen[k], :n]
-            landing[k, :n] = sources[chosen[k], at : at + n]
-        agree(ranked, weights, weights, 2, sign[:n], weight, update)
+                    delta[j] *= stays[j]
+        elect(deltas, votes, False, mass, sign[:n])
+        if chosen.size == count:
+            agree(deltas, weights, weights, 2, sign[:n], weight, update)
+        else:
+            for k in range(chosen.size):
+                ranked[k, :n] = deltas[chosen[k], :n]
+                landing[k, :n] = sources[chosen[k], at : at + n]
+            agree(ranked, weights, weights, 2, sign[:n], weight, update)
         for j in range(n):
             update[j] *= sign[j]
-        land(ours, landing, 0, update, out[at : at + n])
+        if chosen.size == count:
+            land(ours, sources, at, update, out[at : at + n])
+        else:
+            land(ours, landing, 0, update, out[at : at + n])
 
 
 @kernel

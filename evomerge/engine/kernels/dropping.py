@@ -1,0 +1,184 @@
+"""Kernels that drop elements at random, and that look at what survives."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evomerge.engine.kernels.field import philox
+from evomerge.engine.kernels.jit import TILE, Array, kernel, part
+from evomerge.engine.kernels.looking import delta_bits
+from evomerge.methods.random_field import LANES, STEPS
+
+# Eight bytes of 0 or 1 and the eight bits of one byte, either way by one product.
+TO_BITS = np.uint64(0x0102040810204080)
+EVERY_BYTE, EVERY_BIT = np.uint64(0x0101010101010101), np.uint64(0x8040201008040201)
+
+
+@part
+def drop(delta: Array, keep: int, key: Array, start: int, factor: np.float32, field: Array, words: Array) -> None:
+    """`evomerge.methods.dare.dropped` in place: elements whose number in the field is below `keep` stay."""
+    if keep <= 0:
+        for j in range(delta.size):
+            delta[j] = np.float32(0.0)
+        return
+    if keep < STEPS:
+        philox(key[0], key[1], start // LANES, words)
+        one, zero, limit = np.float32(1.0), np.float32(0.0), np.uint16(keep)
+        for j in range(delta.size):
+            delta[j] *= one if field[j] < limit else zero
+    _scale(delta, factor)
+
+
+@part
+def drop_unmarked(delta: Array, marks: Array, factor: np.float32, words: Array) -> None:
+    """The same where the field was looked at before: a bit for every element, uint16 [n / 16] from the first on."""
+    _unpack(marks, words, delta.size)
+    stays = words.view(np.uint8)
+    for j in range(delta.size):
+        delta[j] *= np.float32(stays[j] != 0)
+    _scale(delta, factor)
+
+
+@part
+def unpack(marks: Array, words: Array, stays: Array) -> None:
+    """1 where an element of a tile is marked, else 0: float32 [n]; arguments as for `drop_unmarked`."""
+    _unpack(marks, words, stays.size)
+    marked = words.view(np.uint8)
+    for j in range(stays.size):
+        stays[j] = np.float32(marked[j] != 0)
+
+
+@part
+def _unpack(marks: Array, words: Array, size: int) -> None:
+    """A byte for every element, 0 where it is not marked, into `words`."""
+    bits = marks.view(np.uint8)
+    for group in range((size + 7) // 8):
+        words[group] = (np.uint64(bits[group]) * EVERY_BYTE) & EVERY_BIT
+
+
+@part
+def _scale(delta: Array, factor: np.float32) -> None:
+    if factor != np.float32(1.0):
+        for j in range(delta.size):
+            delta[j] *= factor
+
+
+@part
+def _sizes(base: Array, source: Array, factor: np.float32, sizes: Array, ours: Array) -> None:
+    """Bits of the magnitudes of a tile's delta times a factor."""
+    delta_bits(base, source, sizes, ours)
+    values = sizes.view(np.float32)
+    for j in range(base.size):
+        values[j] = abs(values[j] * factor)
+
+
+@kernel
+def look_at_survivors(
+    base: Array,
+    source: Array,
+    start: int,
+    keep: int,
+    key: Array,
+    factor: np.float32,
+    bounds: Array,
+    marks: Array,
+    equals: Array,
+    places: Array,
+    sizes: Array,
+) -> tuple[int, int, int]:
+    """Marks the elements of a delta that the drop leaves, and counts their magnitudes around one of them.
+
+    Args:
+        base, source: Bits, [n], one dtype.
+        start: Flat index of the first element, a multiple of 16.
+        keep, key, factor: As for `drop`; something is kept.
+        bounds: Bits of three magnitudes, ascending, uint32: low, middle and high.
+        marks: Filled with a bit for every element, uint16 [n / 16].
+        equals: Filled with how many survivors of each tile have the middle magnitude, int64 [n / `TILE`].
+        places: Indices of the other survivors from low to high, int64 [n], ascending.
+        sizes: Bits of their magnitudes, uint32 [n].
+
+    Returns:
+        How many survivors are numbers, how many of those are larger than high, and how many places were found.
+    """
+    words, eight, eighths = (
+        np.zeros(TILE // 4, np.uint64),
+        np.zeros(TILE // 8, np.uint64),
+        np.zeros(TILE // 8, np.uint64),
+    )
+    field, stays, inside, bits = (
+        words.view(np.uint16),
+        eight.view(np.uint8),
+        eighths.view(np.uint8),
+        marks.view(np.uint8),
+    )
+    here, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    low, middle, high, infinity = bounds[0], bounds[1], bounds[2], np.uint32(0x7F800000)
+    numbers, larger, found = 0, 0, 0
+    for tile in range((base.size + TILE - 1) // TILE):
+        at = tile * TILE
+        n = min(TILE, base.size - at)
+        _sizes(base[at : at + n], source[at : at + n], factor, here, ours)
+        if keep < STEPS:
+            philox(key[0], key[1], (start + at) // LANES, words)
+        for j in range(TILE):
+            stays[j] = np.uint8(np.uint32(field[j]) < np.uint32(keep))
+        for group in range((n + 7) // 8):
+            bits[at // 8 + group] = np.uint8((eight[group] * TO_BITS) >> np.uint64(56))
+        for j in range(n):
+            here[j] |= np.uint32(stays[j] == 0) << np.uint32(31)  # above all magnitudes
+        alive, above, same, near = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+        for j in range(n):
+            size = here[j]
+            alive += np.uint32(size <= infinity)
+            above += np.uint32((size > high) & (size <= infinity))
+            same += np.uint32(size == middle)
+            near += np.uint32((size >= low) & (size <= high))
+        numbers += int(alive)
+        larger += int(above)
+        equals[tile] = int(same)
+        if near == same:
+            continue
+        for j in range(n):
+            inside[j] = np.uint8((here[j] >= low) & (here[j] <= high) & (here[j] != middle))
+        for group in range((n + 7) // 8):
+            if eighths[group]:
+                for j in range(8 * group, min(n, 8 * group + 8)):
+                    if inside[j]:
+                        places[found] = at + j
+                        sizes[found] = here[j]
+                        found += 1
+    return numbers, larger, found
+
+
+@kernel
+def find_survivor(base: Array, source: Array, factor: np.float32, marks: Array, magnitude: int, wanted: int) -> int:
+    """Index of the `wanted`-th survivor (from 1) of exactly this magnitude, in a tile that has as many.
+
+    Args:
+        base, source: Bits, [n], one dtype, n at most `TILE`.
+        factor, marks: As for `look_at_survivors`.
+        magnitude: Its bits.
+        wanted: Its rank.
+    """
+    sizes, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    _sizes(base, source, factor, sizes, ours)
+    for j in range(base.size):
+        marked = (np.uint32(marks[j // LANES]) >> np.uint32(j % LANES)) & np.uint32(1)
+        wanted -= (sizes[j] == np.uint32(magnitude)) & (marked == np.uint32(1))
+        if wanted == 0:
+            return j
+    return -1
+
+
+@kernel
+def survivors(base: Array, source: Array, factor: np.float32, marks: Array, out: Array) -> None:
+    """A delta after the drop, NaN where it is dropped: float32 [n]; arguments as for `look_at_survivors`."""
+    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    values, gone = bits.view(np.float32), np.float32(np.nan)
+    for at in range(0, base.size, TILE):
+        n = min(TILE, base.size - at)
+        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
+        for j in range(n):
+            marked = (np.uint32(marks[(at + j) // LANES]) >> np.uint32((at + j) % LANES)) & np.uint32(1)
+            out[at + j] = values[j] * factor if marked else gone

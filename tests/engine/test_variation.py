@@ -1,0 +1,89 @@
+"""The elements on which the sources differ most: the same as by ordering them, whatever parts they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from evomerge.engine import variation
+from evomerge.engine.variation import SHIFT, Floats, Selection, count, levels_of, select
+from evomerge.methods.sce import spread as variance
+from evomerge.methods.trim import cutoff, kept, kept_count
+from tests.engine.helpers import inputs, store_for
+
+SIZE = 5_003  # no whole number of anything
+SOURCES = 3
+
+
+def tensors(step: float | None) -> Floats:
+    """[base and sources, elements]: normal deltas, or multiples of a step; in a tenth of the elements no variance."""
+    random = np.random.default_rng(3)
+    base, deltas = random.normal(size=SIZE), random.normal(size=(SOURCES, SIZE))
+    deltas[:, random.random(SIZE) < 0.1] = 0.5
+    deltas = deltas if step is None else np.round(deltas / step) * step
+    base = base if step is None else np.round(base)  # so that the deltas are exact
+    return np.concatenate([base[None], base + deltas]).astype(np.float32)
+
+
+def selected(x: Floats, fraction: float) -> Selection:
+    def rows() -> Iterator[tuple[int, Floats]]:
+        for start in range(0, SIZE, 960):
+            yield start, x[:, start : start + 960]
+
+    def gather(start: int, places: NDArray[np.int32]) -> Floats:
+        return np.ascontiguousarray(x[:, start + places])
+
+    spread = count(rows, SOURCES)
+    return select(spread, lambda: levels_of(rows, spread), gather, fraction)
+
+
+@pytest.mark.parametrize("look", [1 << 20, 1_024])
+@pytest.mark.parametrize("step", [None, 0.25, 2.0])
+@pytest.mark.parametrize("fraction", [1e-4, 0.03, 0.4, 0.95, 0.9999])
+def test_the_same_as_ordering_all(
+    fraction: float, step: float | None, look: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variation, "_LOOK", look)
+    x = tensors(step)
+    found = selected(x, fraction)
+    deltas = [torch.from_numpy(source - x[0]) for source in x[1:]]
+    sizes = variance(deltas)
+    cut = cutoff(sizes, kept_count(int((sizes > 0).sum()), fraction))
+    mask = kept(sizes, *cut).numpy()
+    assert kept(sizes, *found.cut).equal(kept(sizes, *cut))
+    assert found.cut[0] == cut[0]
+    assert found.marks is not None
+    assert np.array_equal(np.unpackbits(found.marks.view(np.uint8), bitorder="little")[:SIZE], mask)
+    energies = [float(np.square(delta.double().numpy()[mask]).sum()) for delta in deltas]
+    assert found.energies == pytest.approx(energies, rel=1e-12)
+
+
+@pytest.mark.parametrize(("step", "fraction"), [(0.25, 0.0), (100.0, 0.5)])
+def test_where_nothing_is_selected_there_are_no_marks(step: float, fraction: float) -> None:
+    found = selected(tensors(step), fraction)
+    assert found == Selection((float("inf"), -1), [0.0] * SOURCES, None)
+
+
+def test_levels_rise_with_the_variance() -> None:
+    x = tensors(None)
+    spread = count(lambda: iter([(0, x)]), SOURCES)
+    levels = levels_of(lambda: iter([(0, x)]), spread)
+    bins = variance([torch.from_numpy(source - x[0]) for source in x[1:]]).numpy().view(np.uint32) >> SHIFT
+    assert np.all(np.diff(levels[np.argsort(bins)].astype(int)) >= 0)
+    assert len(np.unique(levels)) > 200
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_levels_are_found_once_where_there_is_room(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *sources = (torch.from_numpy(row).to(dtype) for row in tensors(0.25))
+    store = store_for(base, sources, room=SIZE)
+    origin, others = inputs(SOURCES)
+    first = store.select(origin, others, 0.4)
+    monkeypatch.setattr("evomerge.engine.facts.levels_of_spread", None)
+    again, other = store.select(origin, others, 0.4), store.select(origin, others, 0.2)
+    assert (again.cut, again.energies) == (first.cut, first.energies)
+    assert other.cut[0] >= first.cut[0]
