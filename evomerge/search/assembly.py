@@ -3,7 +3,7 @@
 A pattern's fitness is taken for a sum: what the model of each depth is worth, and what a change of model or a jump of
 depth costs. One candidate says little about one depth, but every candidate says something about all of its depths, so a
 Bayesian regression over the history knows more than any two parents do; and of a sum the best pattern is found exactly,
-by dynamic programming over the depths. The worths are one draw from their posterior (Thompson sampling, as Baptista and
+by dynamic programming over the depths. The worths are drawn from their posterior (Thompson sampling, as Baptista and
 Poloczek, 2018, https://arxiv.org/abs/1806.08838, do it for combinatorial structures): where little is known, draws
 differ.
 """
@@ -79,11 +79,17 @@ def _prior(pattern: Pattern) -> tuple[FloatArray, FloatArray]:
 def _draw(
     table: FloatArray, fitness: FloatArray, mean: FloatArray, cover: FloatArray, rng: np.random.Generator
 ) -> FloatArray:
-    """Worths from their posterior: a draw from the prior, corrected by what it gets wrong (Matheron's rule)."""
-    drawn = mean + np.linalg.cholesky(cover) @ rng.standard_normal(len(mean))
-    told = table @ drawn + np.sqrt(NOISE) * rng.standard_normal(len(table))
+    """Worths between their posterior mean and a draw from the posterior, somewhere at random.
+
+    The draw is one from the prior, corrected by what it gets wrong (Matheron's rule). Of a tall stack a whole draw has
+    something odd at so many depths that nothing is left of what is known; on the way to the mean there is less of it.
+    """
+    far = rng.random()
+    apart = far * (np.linalg.cholesky(cover) @ rng.standard_normal(len(mean)))
+    noise = far * np.sqrt(NOISE) * rng.standard_normal(len(table))
     seen = table @ cover @ table.T + NOISE * np.eye(len(table))
-    return drawn + cover @ table.T @ np.linalg.solve(seen, fitness - told)
+    wrong = fitness - table @ (mean + apart) - noise
+    return mean + apart + cover @ table.T @ np.linalg.solve(seen, wrong)
 
 
 def _best_path(worths: FloatArray, seam: float) -> list[int]:

@@ -68,7 +68,7 @@ def test_a_ruined_depth_is_taken_from_another_model() -> None:
 def test_draws_differ_where_little_is_known() -> None:
     rng = np.random.default_rng(0)
     known = [(stack("a" * 8), 0.5), (stack("b" * 8), 0.4)]
-    assert len({assemble(known, PATTERN, {}, rng) for _ in range(10)}) >= 8
+    assert len({assemble(known, PATTERN, {}, rng) for _ in range(20)}) >= 8
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12))
@@ -85,3 +85,22 @@ def test_any_history_gives_a_pattern_within_bounds(seed: int, count: int) -> Non
 def test_equal_fitness_says_nothing_and_breaks_nothing() -> None:
     layers = assemble([(stack("a" * 8), 0.5)] * 3, PATTERN, {}, np.random.default_rng(0))
     assert [gene.layer for gene in layers] == list(range(DEPTH))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_a_tall_stack_assembly_keeps_what_is_good(seed: int) -> None:
+    """Thirty depths, five models of which a is the best but for two ruined layers; what is assembled joins the rest."""
+    rng = np.random.default_rng(seed)
+    tall = Pattern(("a", "b", "c", "d", "e"), 30, 28, 32, None)
+    ruined = {LayerGene("a", 7), LayerGene("a", 20)}
+
+    def fitness(layers: Layers) -> float:
+        return float(np.mean([g.source == "a" for g in layers])) - 0.5 * sum(gene in ruined for gene in layers)
+
+    whole = [tuple(LayerGene(model, depth) for depth in range(30)) for model in tall.models]
+    known = [(layers, fitness(layers)) for layers in (*whole, *(sample_layers(tall, rng) for _ in range(20)))]
+    before = max(value for _, value in known)
+    for _ in range(30):
+        layers = assemble(known, tall, {}, rng)
+        known.append((layers, fitness(layers)))
+    assert max(value for _, value in known) > before + 0.05
