@@ -98,14 +98,14 @@ class _Look:
         middle: A magnitude's bits.
         alive: Survivors that are numbers.
         above: Of those, the ones above the bracket.
-        equals: For each part, (index of its first element, how many of the middle magnitude are in each tile).
+        equals: For each part how many of the middle magnitude are in each of its tiles.
         places, sizes: The others within the bracket.
     """
 
     middle: np.uint32
     alive: int
     above: int
-    equals: list[tuple[int, NDArray[np.int64]]]
+    equals: list[NDArray[np.int64]]
     places: NDArray[np.int64]
     sizes: NDArray[np.uint32]
 
@@ -115,7 +115,7 @@ class _Look:
         if keep >= self.alive:
             return (-1.0, -1) if keep else (math.inf, -1)
         larger = int((self.sizes > self.middle).sum())
-        same = sum(int(each.sum()) for _, each in self.equals)
+        same = sum(int(each.sum()) for each in self.equals)
         wanted = keep - self.above
         if larger < wanted <= larger + same:
             last = self._find(parts, drop, marks, wanted - larger)
@@ -130,21 +130,18 @@ class _Look:
 
     def _find(self, parts: Parts, drop: Drop, marks: Marks, wanted: int) -> int:
         """Flat index of the `wanted`-th survivor of the middle magnitude."""
-        for (start, ours, theirs), (_, equals) in zip(parts(), self.equals, strict=True):
+        for (start, ours, theirs), equals in zip(parts(), self.equals, strict=True):
             upto = equals.cumsum()
             if wanted > upto[-1]:
                 wanted -= int(upto[-1])
                 continue
             tile = int(np.searchsorted(upto, wanted))
-            first = tile * TILE
-            here = slice(first, first + TILE)
             wanted -= int(upto[tile] - equals[tile])
+            first = tile * TILE
+            ours, theirs = ours[first : first + TILE], theirs[first : first + TILE]
             marked = marks[(start + first) // LANES :]
-            return (
-                start
-                + first
-                + int(dropping.find_survivor(ours[here], theirs[here], drop.factor, marked, int(self.middle), wanted))
-            )
+            index = dropping.find_survivor(ours, theirs, drop.factor, marked, int(self.middle), wanted)
+            return start + first + int(index)
         raise IndexError(f"{wanted} elements of magnitude {self.middle:#x} are missing: the tensor changed")
 
 
@@ -152,7 +149,7 @@ def _look(parts: Parts, drop: Drop, bounds: NDArray[np.uint32], marks: Marks, li
     """What one look finds; None where more than `limit` are within the bracket. The marks are filled all the same."""
     places, sizes = np.empty(0, np.int64), np.empty(0, np.uint32)
     gathered: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
-    every: list[tuple[int, NDArray[np.int64]]] = []
+    every: list[NDArray[np.int64]] = []
     alive = above = held = 0
     for start, ours, theirs in parts():
         if ours.size > places.size:
@@ -161,7 +158,7 @@ def _look(parts: Parts, drop: Drop, bounds: NDArray[np.uint32], marks: Marks, li
         arguments = (drop.keep, drop.key, drop.factor, bounds, marks[start // LANES :], equals, places, sizes)
         numbers, larger, found = dropping.look_at_survivors(ours, theirs, start, *arguments)
         alive, above, held = alive + numbers, above + larger, held + found
-        every.append((start, equals))
+        every.append(equals)
         if held <= limit:
             gathered.append((places[:found] + start, sizes[:found].copy()))
     if held > limit or not gathered:

@@ -65,7 +65,8 @@ class Selection:
     Attributes:
         cut: What keeps them, of all variances.
         energies: Each delta's sum of squares over them.
-        marks: A bit for every element of the tensor, the lowest for the first of 16; None where nothing is selected.
+        marks: A bit for every element of the tensor, the lowest for the first of 16; None where nothing is selected,
+            and where everything is.
     """
 
     cut: Cut

@@ -106,12 +106,8 @@ def look_at_survivors(
         np.zeros(TILE // 8, np.uint64),
         np.zeros(TILE // 8, np.uint64),
     )
-    field, stays, inside, bits = (
-        words.view(np.uint16),
-        eight.view(np.uint8),
-        eighths.view(np.uint8),
-        marks.view(np.uint8),
-    )
+    field, stays, inside = words.view(np.uint16), eight.view(np.uint8), eighths.view(np.uint8)
+    bits = marks.view(np.uint8)
     here, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     low, middle, high, infinity = bounds[0], bounds[1], bounds[2], np.uint32(0x7F800000)
     numbers, larger, found = 0, 0, 0
