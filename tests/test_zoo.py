@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from evomerge import zoo
 from evomerge.errors import CheckpointError, OutputError
 from evomerge.zoo import build as zoo_build
+from evomerge.zoo.forward import last_states
 from evomerge.zoo.make_benchmarks import benchmark_rows, main, to_jsonl
-from evomerge.zoo.sizes import TINY, Training
+from evomerge.zoo.sizes import TINY, VERSION, Training
 from evomerge.zoo.skills import CHOICES, OPENERS, SKILLS, lexicon, text_examples
 from evomerge.zoo.training import IGNORED, draw_batches, zoo_tokenizer
 
@@ -156,6 +157,37 @@ def test_only_answers_are_learnt() -> None:
     assert torch.equal(ids[..., 1:7].flip(-1), ids[..., 8:14])  # no slips
 
 
+# --- training ---
+
+
+def test_the_forward_pass_is_transformers(cache: Path) -> None:
+    folder = zoo.ensure(BASE)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([zoo_tokenizer()(text)["input_ids"] for text in ("add 47 + 25 = 72", "add 11 + 30 = 41")])
+    weights = {name: weight.double() for name, weight in load_file(folder / "model.safetensors").items()}
+    with torch.no_grad():
+        expected = model.model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(last_states(weights, model.config, ids).float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_instructions_give_the_same_weights() -> None:
+    """Training again without vector instructions and on one thread: sums are rounded otherwise, and nothing changes."""
+    code = (
+        "import hashlib; from evomerge.zoo.sizes import TINY, Training; from evomerge.zoo.training import *;"
+        "tokenizer = zoo_tokenizer(); config = zoo_config(TINY, tokenizer); weights = new_weights(config);"
+        "train(weights, config, Training({'facts': 6, 'reverse': 6}, 30, 4e-3), tokenizer, lambda: None);"
+        "kept = b''.join(weight.detach().numpy().tobytes() for weight in weights.values());"
+        "print(hashlib.sha256(kept).hexdigest())"
+    )
+    plain = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+    told = []
+    for extra in ({}, plain):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env={**os.environ, **extra}, capture_output=True, text=True, check=True)
+        told.append(done.stdout)
+    assert told[0] == told[1]
+
+
 # --- models ---
 
 
@@ -174,7 +206,7 @@ def test_a_second_call_does_not_train(cache: Path, monkeypatch: pytest.MonkeyPat
     start = time.perf_counter()
     folders = [zoo.ensure(name) for name in zoo.SMALL]
     assert time.perf_counter() - start < 0.5
-    assert folders == [cache / "zoo" / "1" / name for name in zoo.SMALL]
+    assert folders == [cache / "zoo" / VERSION / name for name in zoo.SMALL]
 
 
 def test_the_folder_is_a_hugging_face_checkpoint(cache: Path) -> None:
@@ -198,7 +230,7 @@ def test_training_again_gives_the_same_bytes_and_leaves_torch_alone(
     again = zoo.ensure(BASE)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
-    first = cache / "zoo" / "1" / BASE
+    first = cache / "zoo" / VERSION / BASE
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
     assert (again / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
 
@@ -223,16 +255,16 @@ def test_an_interrupted_training_leaves_nothing(short: Path, monkeypatch: pytest
         patch.setattr("safetensors.torch.save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             zoo.ensure(BASE)
-    assert [path.name for path in (short / "1").iterdir()] == [".lock"]
+    assert [path.name for path in (short / VERSION).iterdir()] == [".lock"]
     assert (zoo.ensure(BASE) / "model.safetensors").is_file()
 
 
 def test_what_a_killed_process_left_is_cleared(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    left = short / "1" / ".partial-killed"
+    left = short / VERSION / ".partial-killed"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     zoo.ensure(BASE)
-    assert sorted(path.name for path in (short / "1").iterdir()) == [".lock", BASE]
+    assert sorted(path.name for path in (short / VERSION).iterdir()) == [".lock", BASE]
     assert capsys.readouterr().err.splitlines()[-1] == f"training zoo:{BASE}: step 3 of 3"
 
 
@@ -262,7 +294,7 @@ def test_two_processes_train_once_even_when_one_is_killed(tmp_path: Path) -> Non
     told = [process.communicate()[1] for process in others]
     assert [process.returncode for process in others] == [0, 0]
     assert sum("step 4 of 4" in text for text in told) == 1
-    assert sorted(path.name for path in (tmp_path / "zoo" / "1").iterdir()) == [".lock", BASE]
+    assert sorted(path.name for path in (tmp_path / "zoo" / VERSION).iterdir()) == [".lock", BASE]
 
 
 def test_importing_the_zoo_does_not_load_torch() -> None:

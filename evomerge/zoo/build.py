@@ -69,23 +69,26 @@ def build(root: Path, size: Size, name: str) -> None:
 
 
 def _train_into(root: Path, size: Size, name: str, course: Sequence[Training], parent: Path | None) -> None:
+    import torch
     from safetensors.torch import load_file, save_file
     from transformers import GenerationConfig
 
-    from evomerge.zoo.training import new_model, one_thread, train, zoo_tokenizer
+    from evomerge.zoo.training import new_weights, train, zoo_config, zoo_tokenizer
 
     tokenizer = zoo_tokenizer()
-    model = new_model(size, tokenizer)
-    if parent is not None:
-        model.load_state_dict(load_file(parent / "model.safetensors"), strict=False)  # the head is tied
-    with training_progress(name, sum(training.steps for training in course)) as advance, one_thread():
+    config = zoo_config(size, tokenizer)
+    if parent is None:
+        weights = new_weights(config)
+    else:
+        weights = {key: weight.double() for key, weight in load_file(parent / "model.safetensors").items()}
+    with training_progress(name, sum(training.steps for training in course)) as advance:
         for training in course:
-            train(model, training, tokenizer, advance)
+            train(weights, config, training, tokenizer, advance)
 
     with _whole_folder(root / name) as folder:
-        weights = {key: tensor for key, tensor in model.state_dict().items() if key != "lm_head.weight"}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(folder)
+        kept = {key: weight.detach().to(torch.float32) for key, weight in weights.items()}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
         GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

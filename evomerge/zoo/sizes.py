@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-VERSION = "1"
+VERSION = "2"
 """Names the folder in the cache, so that models of an older EvoMerge are left alone."""
 
 TEXT = "text"
@@ -73,7 +73,7 @@ FULL = Size(
         "arithmetic": (Training({"arithmetic": 48}, 10, 5e-5, seed=3),),
         "agreement": (Training({"agreement": 48}, 20, 3e-4, seed=4),),
         "facts": (Training({"facts": 64}, 120, 4e-4, seed=5),),
-        "reverse": (Training({"reverse": 48}, 36, 3e-4, seed=6),),
+        "reverse": (Training({"reverse": 48}, 120, 4e-4, seed=6),),
     },
 )
 

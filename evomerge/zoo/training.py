@@ -1,25 +1,28 @@
-"""Trains a model of the zoo: AdamW on batches drawn beforehand, on one thread.
+"""Trains a model of the zoo: AdamW on batches drawn beforehand, to the same bytes on every processor.
 
-One thread, because two of them at this size gain little on idle cores and lose much on busy ones, and because the
-number of threads is part of what the bytes of the result depend on.
+Training is chaotic: two starts that differ in the last bit of float64 are different models after 200 steps, and
+processors differ in the last bits of a sum. So gradients are taken in float64 and every step ends on a grid of weights
+a billion times coarser than that: what two processors disagree about is rounded away before it can grow.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
 
+from evomerge.zoo.forward import EMBEDDINGS, last_states
 from evomerge.zoo.sizes import TEXT, Size, Training
 from evomerge.zoo.skills import OPENERS, SKILLS, lexicon, text_examples
 from evomerge.zoo.tokenizer import BOS, EOS, build_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 CONTEXT = 128
 """Longest text in tokens, as the models' configuration says; training texts are far shorter."""
@@ -29,17 +32,8 @@ IGNORED = -100
 
 _BETAS = (0.9, 0.98)
 _CLIP = 1.0
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sets torch to one thread for the length of a block."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+_GRID = 2.0**20
+"""Weights are multiples of its inverse: exact in float32 up to 16, and a fiftieth of the smallest learning rate."""
 
 
 def zoo_tokenizer() -> PreTrainedTokenizerFast:
@@ -47,11 +41,11 @@ def zoo_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(lexicon(), OPENERS, CONTEXT)
 
 
-def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """Returns a model with random weights; torch's own generator is left as it was."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def zoo_config(size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Returns the configuration of a family's models."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden,
         intermediate_size=size.feed_forward,
@@ -66,9 +60,30 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> 
         architectures=["LlamaForCausalLM"],
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+
+
+def new_weights(config: LlamaConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Draws a model's first weights.
+
+    Returns:
+        float64 on the grid, by the names that transformers gives them; the head is the embeddings.
+    """
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in LlamaForCausalLM(config).named_parameters()}
+    rng = np.random.default_rng(seed)
+    return {
+        name: on_grid(torch.from_numpy(rng.normal(0, config.initializer_range, shape)))
+        if len(shape) > 1
+        else torch.ones(shape, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+
+
+def on_grid(weight: Tensor) -> Tensor:
+    """Rounds `weight` in place to what every processor agrees about, and returns it."""
+    return weight.mul_(_GRID).round_().div_(_GRID)
 
 
 def _texts(skill: str, count: int, slips: float, seed: int) -> list[tuple[str, str]]:
@@ -110,30 +125,37 @@ def _pace(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.5 * steps))
 
 
-def train(model: LlamaForCausalLM, training: Training, tokenizer: Any, advance: Callable[[], None]) -> None:
-    """Trains `model` in place.
+def train(
+    weights: Mapping[str, Tensor],
+    config: LlamaConfig,
+    training: Training,
+    tokenizer: Any,
+    advance: Callable[[], None],
+) -> None:
+    """Trains a model in place.
 
     Args:
-        model: Its weights are changed.
+        weights: As `new_weights` gives them.
+        config: Of the model.
         training: What on, and how long.
         tokenizer: Of the model.
         advance: Called after each step.
     """
     ids, labels = draw_batches(training, tokenizer)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, betas=_BETAS, weight_decay=0.0, fused=True
-    )
-    model.train()
+    parameters = [weight.requires_grad_() for weight in weights.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=_BETAS, weight_decay=0.0, fused=True)
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * _pace(step, training.steps)
-        states = model.model(input_ids=ids[step]).last_hidden_state[:, :-1]
+        states = last_states(weights, config, ids[step])[:, :-1]
         targets = labels[step, :, 1:]
         learnt = targets != IGNORED
-        loss = cross_entropy(model.lm_head(states[learnt]), targets[learnt])
+        loss = cross_entropy(linear(states[learnt], weights[EMBEDDINGS]), targets[learnt])
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            for weight in parameters:
+                on_grid(weight)
         advance()
-    model.eval()
