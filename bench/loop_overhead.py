@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from evomerge.memory import collect_rarely
 from evomerge.search import (
     ALGORITHMS,
     AlgorithmSettings,
@@ -60,6 +61,7 @@ def user_seconds() -> float:
 
 def measure(algorithm: str, candidates: int, genes: int, population: int) -> list[str]:
     """One row of the table."""
+    collect_rarely()  # as the command line does
     space = space_of(genes)
     marks: list[float] = []
 

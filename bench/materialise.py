@@ -13,7 +13,6 @@ kernels come from the cache on disk (run it twice); what compiling costs, once p
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ import torch
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.engine.plan import Plan, make_plan
 from evomerge.engine.resident import Resident
+from evomerge.memory import collect_rarely
 from evomerge.methods.registry import get_method
 from evomerge.recipe import parse_recipe
 
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="labels that contain one of these words")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    gc.set_threshold(100_000, 50, 100)  # as the command line does: a full collection takes 0.2 s of one candidate
+    collect_rarely()  # as the command line does: a full collection takes 0.2 s of one candidate
     names = sorted(path.name for path in arguments.models.iterdir() if path.name != "base" and path.is_dir())
     checkpoints = {
         str(arguments.models / name): open_checkpoint(str(arguments.models / name)) for name in ["base", *names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import typer
 from evomerge.dare_command import dare
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.evaluation.backends import BackendName
+from evomerge.memory import collect_rarely
 from evomerge.merge_command import Crimes, merge
 
 app = typer.Typer(
@@ -209,7 +209,7 @@ def _interruptible() -> None:
 
 def main() -> None:
     """Entry point: our own errors become messages and exit codes; a bug keeps its traceback."""
-    gc.set_threshold(100_000, 50, 100)  # torch's import alone would have what it makes searched many times over
+    collect_rarely()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Where other processes compete for the cores, threads that spin at every barrier make scoring six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

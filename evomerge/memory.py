@@ -1,7 +1,8 @@
-"""How much memory this machine has to give. Imports no torch."""
+"""How much memory this machine has to give, and how often a process looks for its own garbage. Imports no torch."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -15,3 +16,8 @@ def available(meminfo: Path = MEMINFO) -> int | None:
         return None
     found = (line.split() for line in lines if line.startswith("MemAvailable:"))
     return next((int(parts[1]) * 1024 for parts in found), None)
+
+
+def collect_rarely() -> None:
+    """Makes full garbage collections rare: what torch's import and a long history hold would be searched each time."""
+    gc.set_threshold(100_000, 50, 100)

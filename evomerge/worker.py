@@ -5,7 +5,6 @@ It ends by itself when the other end of its connection closes, whatever it is do
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import os
@@ -19,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any, NoReturn
 
 from evomerge.errors import EvoMergeError
+from evomerge.memory import collect_rarely
 from evomerge.search.candidate import Outcome, Proposal
 from evomerge.search.executor import attempt
 
@@ -49,7 +49,7 @@ def open_scorer(root: Path, threads: int, share: int) -> Opened:
 
 def main() -> NoReturn:
     """Serves the connection with the file descriptor ``argv[1]``, by what ``argv[2]`` (`module:function`) opens."""
-    gc.set_threshold(100_000, 50, 100)  # as the command line does
+    collect_rarely()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("evomerge").setLevel(logging.INFO)
     logging.captureWarnings(True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +149,12 @@ def _fittest(candidates: Iterable[Candidate], enough: int | None = None) -> list
     def key(candidate: Candidate) -> tuple[float, int]:
         return -(candidate.fitness or 0.0), candidate.number
 
-    return sorted(candidates, key=key) if enough is None else heapq.nsmallest(enough, candidates, key)
+    known = list(candidates)
+    if enough is not None and 0 < enough < len(known):
+        values = np.array([candidate.fitness or 0.0 for candidate in known])
+        least = np.partition(values, -enough)[-enough]
+        known = [known[k] for k in np.flatnonzero(values >= least)]
+    return sorted(known, key=key)[:enough]
 
 
 def _by_fronts(candidates: list[Candidate], enough: int | None) -> list[Candidate]:

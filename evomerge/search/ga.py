@@ -153,12 +153,13 @@ def ga(
 def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings) -> Breeding:
     options = {**OPTIONS, **settings.options}
     enough = max(2 * settings.population, PATTERNS if space.pattern is not None else 0)
-    order = promising((c for c in history if _says_what_it_is(space, c)), enough)
+    only_copied = all(method.copies_layers for method in space.methods)
+    order = promising((c for c in history if _says_what_it_is(space, c)) if only_copied else history, enough)
     chosen, attraction = order[: settings.population], None
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * settings.population], settings)
     climbs = options["slopes"] and settings.slopes is not None
-    steps = Counter(number for c in history if (number := sloped(c)) is not None)
+    steps = Counter(number for c in history if (number := sloped(c)) is not None) if climbs else Counter()
     found: dict[int, FloatArray | None] = {}
 
     def slopes(number: int) -> FloatArray | None:
@@ -187,7 +188,7 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
 
 def _says_what_it_is(space: SearchSpace, candidate: Candidate) -> bool:
     """Whether a candidate's genome stands for its recipe: no pattern of layers does for an average of models."""
-    if candidate.generation > 0 or not all(method.copies_layers for method in space.methods):
+    if candidate.generation > 0:
         return True
     return candidate.operator.startswith(PARENT) or space.registry[candidate.recipe["merge_method"]].copies_layers
 

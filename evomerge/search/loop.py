@@ -340,6 +340,8 @@ class _Watch:
 
     def after_generation(self, history: tuple[Candidate, ...], generation: int) -> End | None:
         """The end, if this generation reaches what is good enough, or makes too many without a better candidate."""
+        if self._stop.fitness is None and self._stop.stale_generations is None:
+            return None
         before = [c for c in history if c.number < self._stop.since]
         return self._reached(history, generation, before) or self._stale(history, generation, before)
 
