@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -92,7 +92,13 @@ class Forward:
         """How many threads can run the model at once, each on inputs of its own; 0 on a device of another kind."""
         if self.device.type != "cpu":
             return 0
-        return 1 if _changes_itself(self.model) else torch.get_num_threads()
+        return 1 if self._changes_itself else torch.get_num_threads()
+
+    @cached_property
+    def _changes_itself(self) -> bool:
+        """Whether a forward pass writes to the model: rotary frequencies that follow the length of the input."""
+        kinds = repr([module.rope_type for module in self.model.modules() if hasattr(module, "rope_type")])
+        return "dynamic" in kinds or "longrope" in kinds
 
 
 def _without_gradients(piece: Callable[[], T]) -> T:
@@ -122,9 +128,3 @@ def head_is_last(forward: Forward) -> bool:
     logits = forward.logits(positions, input_ids=ids, use_cache=False)
     (alone,) = forward.chunks(positions, head_is_last=True, input_ids=ids, use_cache=False)
     return logits.dtype == alone.dtype and torch.equal(logits, alone)
-
-
-def _changes_itself(model: Any) -> bool:
-    """Whether a forward pass writes to the model: rotary frequencies that follow the length of the input."""
-    kinds = repr([module.rope_type for module in model.modules() if hasattr(module, "rope_type")])
-    return "dynamic" in kinds or "longrope" in kinds

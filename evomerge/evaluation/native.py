@@ -99,6 +99,8 @@ class NativeBackend:
 
     def _generated(self, model: Any, requests: Requests, asked: Sequence[Place]) -> dict[Place, Any]:
         places = [(index, k) for index, k in asked if not _scores(requests.by_item[index][k])]
+        if not places:
+            return {}
         instances = [requests.by_item[index][k] for index, k in places]
         own_loop = self.scorer.trees is True and self.scorer.window is None
         return dict(zip(places, self.generator.respond(model, instances, own_loop=own_loop), strict=True))
