@@ -259,7 +259,8 @@ def _search(
 def settings_of(wanted: Search, scorer: Scorer, algorithm: str | None = None) -> AlgorithmSettings:
     """What an algorithm is told: its options, where it is the specification's own, and whom to ask."""
     own = algorithm in (None, wanted.algorithm)
-    return AlgorithmSettings(wanted.population, wanted.options if own else {}, items=scorer.items, slopes=scorer.slopes)
+    population = wanted.population or get_algorithm(wanted.algorithm).population
+    return AlgorithmSettings(population, wanted.options if own else {}, items=scorer.items, slopes=scorer.slopes)
 
 
 def _baseline(

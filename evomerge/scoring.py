@@ -20,7 +20,7 @@ from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_block
 from evomerge.search import Candidate, Genome, Outcome, Proposal, ranked
 from evomerge.search.baselines import baselines
 from evomerge.search.operators import FloatArray
-from evomerge.slopes import COST, fitness_slopes
+from evomerge.slopes import COST, fitness_slopes, sample
 from evomerge.workbench import SEARCH, STEER, Selection, Workbench
 
 if TYPE_CHECKING:
@@ -306,12 +306,14 @@ class Scorer:
             scores, _ = self.scores(self._bench.space.recipe(genome), self._steering)
         except CandidateError:
             return None
-        return fitness_slopes(self._bench, self.fitness, self._bench.selections[self._steering], genome, scores)
+        selection = self._bench.selections[self._steering]
+        places = sample(selection, self._bench.plan(self._bench.space.recipe(genome)).digest)
+        return fitness_slopes(self._bench, self.fitness, selection, genome, scores, places)
 
     @property
     def slope_items(self) -> int:
         """What `slopes` costs when asked first, in item evaluations."""
-        return round(COST * size(self._bench.selections[self._steering]))
+        return round(COST * size(sample(self._bench.selections[self._steering], "")))
 
     def __call__(self, proposal: Proposal) -> Outcome:
         """Scores one proposal on the search items; a candidate's own failure is an outcome, not an error."""

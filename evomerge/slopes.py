@@ -1,12 +1,14 @@
 """How the fitness of a candidate changes with its genes: the slopes that a search may climb along.
 
 By the chain rule: from the fitness to the items' log-likelihoods, by one pass backward to the model's weights, from
-there to the numbers in the recipe by differences of merges, and from these to the genes that set them.
+there to the numbers in the recipe by differences of merges, and from these to the genes that set them. The pass is over
+a sample of the items: a step needs a direction, which a few of them give, and its candidate is scored on all.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -28,6 +30,11 @@ COST = 5.0
 """What slopes cost, in scores of the same items: about 4 for the pass forward and backward, the rest for the merges.
 
 Measured in processor seconds on 135M models in bfloat16."""
+
+SHARE = 0.25
+"""Of a task's items, drawn anew for every candidate; bench/results/search.md says why so few."""
+LEAST = 16
+"""Items of a task, where it has them."""
 
 Effects = Mapping[str, Mapping[Entry, Mapping[str, float]]]
 """Output tensor -> number in its settings -> gene -> derivative of the number with respect to the gene."""
@@ -69,8 +76,30 @@ def _elsewhere(gene: Real, genome: Genome) -> float:
     return (value + farther) / 2
 
 
+def sample(selection: Selection, seed: str) -> dict[str, tuple[int, ...]]:
+    """Draws the items that slopes are taken on.
+
+    Args:
+        selection: Task to items.
+        seed: Names the draw.
+
+    Returns:
+        Task to places in its selection, ascending.
+    """
+    drawn = {}
+    for task, items in sorted(selection.items()):
+        count = min(len(items), max(LEAST, round(SHARE * len(items))))
+        drawn[task] = tuple(sorted(random.Random(f"{seed} {task}").sample(range(len(items)), count)))
+    return drawn
+
+
 def fitness_slopes(
-    bench: Workbench, fitness: Fitness, selection: Selection, genome: Genome, scores: Scores
+    bench: Workbench,
+    fitness: Fitness,
+    selection: Selection,
+    genome: Genome,
+    scores: Scores,
+    places: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, float] | None:
     """The derivative of the fitness with respect to each active real gene, by name, in units of the gene.
 
@@ -80,6 +109,7 @@ def fitness_slopes(
         selection: The items that steer.
         genome: The candidate's genes.
         scores: Its scores on the selection.
+        places: Task to places in the selection: items that stand for all of their task. None for all items.
 
     Returns:
         None where there is none: no active real genes, no metric that changes smoothly, or a model that has no
@@ -88,6 +118,12 @@ def fitness_slopes(
     pulls = _smooth(bench, fitness.derivatives(scores))
     if not pulls:
         return None
+    if places is not None:
+        pulls = {
+            task: {metric: pull[list(places[task])] * (len(pull) / len(places[task])) for metric, pull in row.items()}
+            for task, row in pulls.items()
+        }
+        selection = {task: tuple(selection[task][place] for place in places[task]) for task in pulls}
     try:
         plan = bench.plan(decode.recipe(bench.space, genome, literal=True))
         effects = genes_of_settings(bench, genome, plan)

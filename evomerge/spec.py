@@ -165,7 +165,7 @@ class Search(_Part):
     algorithm: str = "ga"
     mode: Literal["generational", "asynchronous"] = "generational"
     options: dict[str, Any] = {}
-    population: int = Field(16, ge=2)
+    population: int | None = Field(None, ge=2)  # None: what suits the algorithm
     candidates: int = Field(100, ge=1)
     objectives: Literal["mean", "pareto"] = "mean"
     also_minimize: list[Size] = []

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 WHERE = "search.warm_start"
 
 
+AS_MANY = 8
+"""Candidates that are taken of a run."""
+
+
 @dataclass(frozen=True)
 class Seed:
     """One entry of `search.warm_start`, read.
@@ -99,7 +103,7 @@ def same_names(theirs: SearchSpec, ours: SearchSpec) -> dict[str, str]:
 def warm_starts(bench: Workbench) -> tuple[Start, ...]:
     """Generation 0: the baselines, then each seed in the order of the specification, every recipe once.
 
-    Of a run, the best that are not there yet, as many as half a population.
+    Of a run, the best that are not there yet, `AS_MANY`.
 
     Raises:
         SpecError: As `read_seeds`; and for a recipe that cannot be carried out, or a run that does not fit.
@@ -139,7 +143,7 @@ def _of_recipe_file(bench: Workbench, seed: Seed) -> list[Start]:
 
 
 def _of_run(bench: Workbench, seed: Seed, known: Container[str]) -> list[Start]:
-    """The best candidates of a run whose recipes are not known yet, as many as half a population."""
+    """The best candidates of a run whose recipes are not known yet, `AS_MANY` at most."""
     if seed.spec is None:
         return []
     names = same_names(seed.spec, bench.spec)
@@ -151,7 +155,7 @@ def _of_run(bench: Workbench, seed: Seed, known: Container[str]) -> list[Start]:
         said = said or start is not None
         if start is not None and digest(start.recipe) not in known:
             starts.setdefault(digest(start.recipe), start)
-        if len(starts) >= max(bench.spec.search.population // 2, 1):
+        if len(starts) >= AS_MANY:
             break
     if not said:
         raise SpecError(f"nothing of its {len(seed.candidates)} candidates can be said in this space")

@@ -15,7 +15,7 @@ from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.search import baselines, digest, ranked
 from evomerge.spec import SearchSpec, load_spec, parse_spec
-from evomerge.warmstart import read_seeds, warm_starts
+from evomerge.warmstart import AS_MANY, read_seeds, warm_starts
 from evomerge.workbench import Workbench
 from tests.frame import invoke, search_spec
 
@@ -48,7 +48,7 @@ def test_generation_0_is_the_baselines_then_the_best_of_the_run_then_the_recipe(
     winner = RunFolder.existing(finished_run).winner(tuple(known.values()))
     order = [winner, *(c.number for c in ranked(known.values()) if c.number != winner)]
     old = {digest(s.recipe) for s in first}
-    expected = [f"seed: tiny #{k}" for k in order if digest(known[k].recipe) not in old][:3]
+    expected = [f"seed: tiny #{k}" for k in order if digest(known[k].recipe) not in old][:AS_MANY]
     assert [s.name for s in starts[len(first) :]] == [*expected, "seed: known-good.yaml"]
     for seed in starts[len(first) : -1]:
         candidate = known[int(seed.name.split("#")[1])]

@@ -1,6 +1,6 @@
 """The default search: a genetic algorithm over merge recipes.
 
-The parents of a generation are the best `population` of all candidates (elitism: a (μ + λ) truncation); one that a race
+The parents of a generation are the best of all candidates (elitism: a (μ + λ) truncation); one that a race
 stopped counts with the estimate it was stopped at, which is below the cut-off. A child is a recombination of tournament
 winners, then a mutation; or a step along the gradient from one of the best, where slopes are to be had. Scores on a
 hundred items are noisy, so recombination that averages several good candidates is the most frequent. Variation follows
@@ -10,9 +10,7 @@ from what all candidates say of every depth, as often as it is bred. What succee
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,38 +19,29 @@ import numpy as np
 from evomerge.search import operators, patterns, sharing
 from evomerge.search.adaptive import Experience, pick
 from evomerge.search.assembly import assemble
-from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, find, promising, sloped
+from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, promising
+from evomerge.search.climb import Climbs
 from evomerge.search.decode import active, copies
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.patterns import Layers
 from evomerge.search.propose import AlgorithmSettings, Draw, distinct
-from evomerge.search.slopes import Known, direction
 from evomerge.search.space import SearchSpace
 
 OPTIONS = {"slopes": True, "adaptive": True, "sharing": False}
 """The options and their defaults; bench/results/search.md says why these."""
 
+GENERATION = 4
+"""Candidates per generation where nothing else is asked for: a step along the gradient needs the last one's outcome."""
+PARENTS = 16
+"""Whom to breed from: so many of the best, or as many as a generation has."""
 TOURNAMENT = 3
 CENTROID_MOST = 8
 METHOD_MUTATION = 0.1
 MUTATION = 0.8
 PATTERNS = 256
 """Patterns of layers that say what each depth is worth: those of so many of the best."""
-CLIMBERS = 3
-"""Gradient steps start from so many of the best, at most."""
-CLIMBS = 3
-"""Gradient steps in a generation of `population`, before anything is known of them."""
-ALONG = ((0.04, False), (0.1, False), (0.07, True))
-"""Steps along a gradient: the root mean square move of a gene, and whether small slopes move their genes nearly as much
-as large ones."""
-NEWTON = (1.0, 2.0, 4.0)
-"""Multiples of a quasi-Newton step that are tried: its memory is short, and the fitness flattens out."""
-SHORTER = 0.35
-"""What the steps from a candidate are multiplied by when all of them have been tried."""
-LARGEST_CLIMB = 0.3
-"""The longest of them, as a root mean square."""
 
 ASSEMBLY = "assembly"
 RECOMBINATIONS = {
@@ -110,11 +99,7 @@ class Breeding:
         parents: Whom to breed from, best first.
         experience: What worked; None where every operator keeps its prior weight.
         attraction: How much each parent has to offer to each, shape [parents, parents]; None without sharing.
-        leaders: Whom gradient steps may start from, best first.
-        slopes: The derivative by every gene in units of its range, by a candidate's number, shape [reals]; None where
-            there are none. Costs several evaluations for one that is asked for the first time.
-        sloped: Those whose slopes are known already.
-        steps: How many steps were taken from each of these, by number.
+        climbs: Gradient steps; None where there are no slopes.
         patterns: Patterns of layers and their fitness, best first.
     """
 
@@ -123,10 +108,7 @@ class Breeding:
     parents: Sequence[Parent]
     experience: Experience | None
     attraction: FloatArray | None
-    leaders: Sequence[Parent]
-    slopes: Callable[[int], FloatArray | None]
-    sloped: Sequence[Parent]
-    steps: Mapping[int, int]
+    climbs: Climbs | None
     patterns: Sequence[tuple[Layers, float]]
 
 
@@ -145,43 +127,32 @@ def ga(
         return _child(breeding, rng) if breeding.parents else (space.sample(rng), (), "random")
 
     def planned(number: int) -> Draw | None:
-        return _climb(breeding, number % settings.population)
+        return breeding.climbs.step(number % settings.population) if breeding.climbs is not None else None
 
     return distinct(space, history, numbers, generation, seed, draw, planned)
 
 
 def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings) -> Breeding:
     options = {**OPTIONS, **settings.options}
-    enough = max(2 * settings.population, PATTERNS if space.pattern is not None else 0)
+    parents = max(settings.population, PARENTS)
+    enough = max(2 * parents, PATTERNS if space.pattern is not None else 0)
     only_copied = all(method.copies_layers for method in space.methods)
     order = promising((c for c in history if _says_what_it_is(space, c)) if only_copied else history, enough)
-    chosen, attraction = order[: settings.population], None
+    chosen, attraction = order[:parents], None
     if options["sharing"] and settings.items is not None:
-        chosen, attraction = _shared(order[: 2 * settings.population], settings)
-    climbs = options["slopes"] and settings.slopes is not None
-    steps = Counter(number for c in history if (number := sloped(c)) is not None) if climbs else Counter()
-    found: dict[int, FloatArray | None] = {}
-
-    def slopes(number: int) -> FloatArray | None:
-        if number not in found:
-            candidate = find(history, number)
-            told = settings.slopes(candidate) if settings.slopes is not None and candidate is not None else None
-            width = space.high - space.low
-            found[number] = None if told is None else np.array([told.get(g.name, 0.0) for g in space.reals]) * width
-        return found[number]
-
+        chosen, attraction = _shared(order[: 2 * parents], parents, settings)
+    experience = Experience.of(space, history) if options["adaptive"] else None
+    climbs = None
+    if options["slopes"] and settings.slopes is not None:
+        leaders = order[: 2 * parents]
+        climbs = Climbs(space, history, leaders, settings, experience.favour(SLOPES) if experience else 1.0)
     return Breeding(
         space,
         Linkage(space),
         [Parent.of(space, c) for c in chosen],
-        Experience.of(space, history) if options["adaptive"] else None,
+        experience,
         attraction,
-        [Parent.of(space, c) for c in order[: 2 * settings.population] if c.state == "done"][:CLIMBERS]
-        if climbs
-        else [],
-        slopes,
-        [Parent.of(space, c) for number in sorted(steps) if (c := find(history, number)) is not None] if climbs else [],
-        steps,
+        climbs,
         [(c.genome.layers, c.fitness or 0.0) for c in order if space.pattern is not None and copies(space, c.genome)],
     )
 
@@ -193,63 +164,18 @@ def _says_what_it_is(space: SearchSpace, candidate: Candidate) -> bool:
     return candidate.operator.startswith(PARENT) or space.registry[candidate.recipe["merge_method"]].copies_layers
 
 
-def _shared(order: Sequence[Candidate], settings: AlgorithmSettings) -> tuple[list[Candidate], FloatArray | None]:
+def _shared(
+    order: Sequence[Candidate], parents: int, settings: AlgorithmSettings
+) -> tuple[list[Candidate], FloatArray | None]:
     """The parents by their share of the items, and what each has to offer to each."""
     values = [None if settings.items is None else settings.items(c) for c in order]
     seen = [(c, v) for c, v in zip(order, values, strict=True) if v is not None]
     if len(seen) < 2:
-        return list(order[: settings.population]), None
+        return list(order[:parents]), None
     table = np.stack([v for _, v in seen])
-    best_first = np.argsort(-sharing.shared_fitness(table), kind="stable")[: settings.population]
+    best_first = np.argsort(-sharing.shared_fitness(table), kind="stable")[:parents]
     kept = table[best_first]
     return [seen[k][0] for k in best_first], np.stack([sharing.attraction(kept, k) for k in range(len(kept))])
-
-
-def _climb(breeding: Breeding, place: int) -> Draw | None:
-    """The gradient step that has this place in a generation: steps of several lengths from the best, then from others.
-
-    None where the place has none, or there are no slopes.
-    """
-    liked = 1.0 if breeding.experience is None else breeding.experience.favour(SLOPES)
-    rank, length = divmod(place, len(ALONG))
-    first = _climber(breeding, rank) if place < round(CLIMBS * liked) else None
-    slopes = breeding.slopes(first.number) if first is not None else None
-    if first is None or slopes is None or not np.any(slopes):
-        return None
-    near = sorted(
-        (p for p in breeding.sloped if p.choices == first.choices and p.number != first.number),
-        key=lambda p: (float(np.linalg.norm(p.unit - first.unit)), p.number),
-    )
-    others = [Known(p.unit, s) for p in near if (s := breeding.slopes(p.number)) is not None]
-    step, measured = direction(Known(first.unit, slopes), others)
-    if not np.any(step):
-        return None
-    far, flat = (NEWTON[length], False) if measured else ALONG[length]
-    if flat:
-        step = np.sign(step) * np.sqrt(np.abs(step))
-    size = math.sqrt(float(np.mean(step[step != 0] ** 2)))
-    tried = breeding.steps.get(first.number, 0) // len(ALONG)
-    reach = far * (min(size, LARGEST_CLIMB / max(NEWTON)) if measured else 1.0) * SHORTER**tried
-    unit = np.clip(first.unit + step * (reach / size), 0.0, 1.0)
-    word = f"quasi-Newton {SLOPES}" if measured else SLOPES
-    return breeding.space.genome(unit, first.choices, first.layers), (first.number,), word
-
-
-def _climber(breeding: Breeding, rank: int) -> Parent | None:
-    """The leader of this rank among those whose slopes are known, and the best of the others that has any.
-
-    So slopes are asked for of one more at a time, and not before its place in the generation comes.
-    """
-    fresh = False
-    for leader in breeding.leaders:
-        if leader.number not in breeding.steps:
-            if fresh or breeding.slopes(leader.number) is None:
-                continue
-            fresh = True
-        if rank == 0:
-            return leader
-        rank -= 1
-    return None
 
 
 def _child(breeding: Breeding, rng: np.random.Generator) -> Draw:

@@ -27,7 +27,7 @@ class AlgorithmSettings:
     Both questions must have the same answer in every session of a run, or a resumed run would differ.
 
     Attributes:
-        population: Candidates per generation; the GA breeds from as many of the best.
+        population: Candidates per generation.
         options: Settings that only one algorithm knows; those that are left out have the registry's defaults.
         items: A candidate's value on every item that steers, higher is better, in one order for all candidates, shape
             [items]; None for a candidate that has not seen them all. The function is None where nobody knows.

@@ -9,7 +9,7 @@ from typing import Any
 from evomerge.errors import SpecError, suggest
 from evomerge.search import catcma, cmaes, gp, map_elites, tpe
 from evomerge.search.candidate import Candidate, Proposal
-from evomerge.search.ga import OPTIONS, ga
+from evomerge.search.ga import GENERATION, OPTIONS, ga
 from evomerge.search.nsga import nsga2, nsga3
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.random_search import random_search
@@ -22,6 +22,7 @@ class Registered:
 
     Attributes:
         propose: The algorithm.
+        population: Candidates per generation, where a search.yaml does not say.
         options: Its own settings (`search.options` in a search.yaml) with their defaults.
         check: What is wrong with options of the right names and kinds; None where nothing can be.
         one: Whether it can maximise one fitness.
@@ -31,6 +32,7 @@ class Registered:
     """
 
     propose: Algorithm
+    population: int = 16
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
     one: bool = True
@@ -70,16 +72,16 @@ def _of_kind(value: Any, default: Any) -> bool:
 
 
 ALGORITHMS: dict[str, Registered] = {
-    "ga": Registered(ga, OPTIONS, several=True),
+    "ga": Registered(ga, GENERATION, OPTIONS, several=True),
     "random": Registered(random_search, several=True),
-    "tpe": Registered(tpe.tpe, tpe.OPTIONS, several=True),
-    "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
-    "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems, asynchronous=False),
-    "gp": Registered(gp.gp, gp.OPTIONS),
+    "tpe": Registered(tpe.tpe, options=tpe.OPTIONS, several=True),
+    "cmaes": Registered(cmaes.cmaes, options=cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
+    "catcma": Registered(catcma.catcma, options=catcma.OPTIONS, check=catcma.problems, asynchronous=False),
+    "gp": Registered(gp.gp, options=gp.OPTIONS),
     "nsga2": Registered(nsga2, several=True, asynchronous=False),
     "nsga3": Registered(nsga3, several=True, asynchronous=False),
     "map_elites": Registered(
-        map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True, asynchronous=False
+        map_elites.map_elites, options=map_elites.OPTIONS, check=map_elites.problems, several=True, asynchronous=False
     ),
 }
 

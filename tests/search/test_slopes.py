@@ -1,11 +1,11 @@
-"""Steps along the gradient: on a quadratic the memory finds the curvature, and a search that has slopes uses them."""
+"""Steps along the gradient: what a surface makes of values and slopes, and that a search which has slopes uses them."""
 
 import numpy as np
 import pytest
 
 from evomerge.search import ALGORITHMS, AlgorithmSettings, Candidate, Outcome, Stop, search, spent_items
 from evomerge.search.candidate import SLOPES
-from evomerge.search.slopes import Known, direction
+from evomerge.search.surface import Surface, Told
 
 from .landscapes import Memory, make_space
 
@@ -13,33 +13,71 @@ CURVATURE = np.diag([1.0, 4.0, 9.0])
 TOP = np.array([0.5, 0.4, 0.6])
 
 
-def known(*unit: float) -> Known:
-    """A point of the concave quadratic -(x - top)ᵀ C (x - top) / 2."""
-    point = np.array(unit)
-    return Known(point, -CURVATURE @ (point - TOP))
+def surface(points: np.ndarray, sloped: np.ndarray, noise: float = 0.0) -> Surface:
+    """What is known of the concave quadratic -(x - top)ᵀ C (x - top) / 2."""
+    away = points - TOP
+    errors = noise * np.random.default_rng(0).normal(size=sloped.shape)
+    return Surface(
+        Told(points, -0.5 * np.sum(away @ CURVATURE * away, axis=1), sloped, errors - (sloped - TOP) @ CURVATURE)
+    )
 
 
-def test_without_other_points_the_gradient_is_followed():
-    here = known(0.2, 0.2, 0.2)
-    step, measured = direction(here, [])
-    assert not measured
-    np.testing.assert_array_equal(step, here.slopes)
+def test_the_surface_goes_through_what_is_told():
+    points = np.random.default_rng(1).uniform(size=(6, 3))
+    found = surface(points, points[:4])
+    for point in points:
+        np.testing.assert_allclose(found.at(point)[0], -0.5 * (point - TOP) @ CURVATURE @ (point - TOP), atol=1e-3)
+    for point in points[:4]:
+        np.testing.assert_allclose(found.at(point)[1], -CURVATURE @ (point - TOP), atol=1e-2)
 
 
-def test_points_along_every_axis_give_the_newton_step():
-    # Secant pairs along the axes of a quadratic that are its eigenvectors tell its curvature exactly: the step then
-    # leads to the top, whatever the order of the pairs.
-    here = known(0.2, 0.2, 0.2)
-    others = [known(0.3, 0.2, 0.2), known(0.2, 0.3, 0.2), known(0.2, 0.2, 0.3)]
-    step, measured = direction(here, others)
-    assert measured
-    np.testing.assert_allclose(here.unit + step, TOP, atol=1e-12)
+def test_its_derivatives_are_its_differences():
+    points = np.random.default_rng(2).uniform(size=(5, 3))
+    found = surface(points, points[1:4], noise=0.5)
+    here, step = np.array([0.3, 0.6, 0.2]), 1e-5
+    moved = [found.at(here + step * axis)[0] - found.at(here - step * axis)[0] for axis in np.eye(3)]
+    np.testing.assert_allclose(found.at(here)[1], np.array(moved) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
-def test_genes_held_by_a_bound_stay_and_convex_pairs_are_left_out():
-    held = Known(np.array([0.0, 1.0, 0.5]), np.array([-1.0, 2.0, 3.0]))
-    step, _ = direction(held, [Known(np.array([0.1, 0.9, 0.4]), np.array([-2.0, 1.0, 1.0]))])
-    np.testing.assert_array_equal(step, [0.0, 0.0, 3.0])  # the gradient rises along the only pair: no curvature to use
+def test_genes_that_change_nothing_make_no_difference():
+    """A hundred more genes, the same in every point: steps are within the span of what is told."""
+    points = np.random.default_rng(3).uniform(size=(4, 3))
+    few = surface(points, points)
+    wide = np.hstack([points, np.full((4, 97), 0.5)])
+    slopes = np.hstack([-(points - TOP) @ CURVATURE, np.zeros((4, 97))])
+    away = points - TOP
+    many = Surface(Told(wide, -0.5 * np.sum(away @ CURVATURE * away, axis=1), wide, slopes))
+    there = many.best_within(0.2)
+    np.testing.assert_array_equal(there[3:], wide[0, 3:])
+    assert few.at(there[:3])[0] > few.at(points[0])[0]
+
+
+def test_a_few_slopes_lead_to_the_top_and_no_step_is_too_long():
+    points = np.array([[0.2, 0.2, 0.2], [0.3, 0.2, 0.2], [0.2, 0.3, 0.2], [0.2, 0.2, 0.3]])
+    found = surface(points, points)
+    np.testing.assert_allclose(found.best_within(1.0), TOP, atol=0.1)  # from 0.3 to 0.4 away in every gene
+    near = found.best_within(0.1)
+    np.testing.assert_allclose(np.linalg.norm(near - points[0]), 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(surface(points[:1], points[:1]).best_within(0.0), points[0])
+
+
+def test_steps_stay_within_the_ranges():
+    corner = np.array([[0.95, 0.5]])
+    found = Surface(Told(corner, np.zeros(1), corner, np.array([[3.0, 1.0]])))
+    there = found.best_within(0.5)
+    assert 0.99 < there[0] <= 1.0
+    assert 0.5 < there[1] <= 1.0
+
+
+def test_many_noisy_slopes_are_better_than_one():
+    rng = np.random.default_rng(4)
+    points = 0.5 + 0.05 * rng.normal(size=(12, 8))
+    true = rng.normal(size=8)
+    slopes = true + 2.0 * np.linalg.norm(true) / np.sqrt(8) * rng.normal(size=(12, 8))
+    found = Surface(Told(points, points @ true, points, slopes))
+    step = found.best_within(0.1) - points[0]
+    assert step @ true / np.linalg.norm(step) > slopes[0] @ true / np.linalg.norm(slopes[0])
+    assert step @ true / np.linalg.norm(step) / np.linalg.norm(true) > 0.8
 
 
 def _sloped_run(slopes: bool, budget: int = 60, sign: float = 1.0):
