@@ -59,7 +59,7 @@ def user_seconds() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
-def measure(algorithm: str, candidates: int, genes: int, population: int) -> list[str]:
+def measure(algorithm: str, candidates: int, genes: int, population: int | None) -> list[str]:
     """One row of the table."""
     collect_rarely()  # as the command line does
     space = space_of(genes)
@@ -71,7 +71,7 @@ def measure(algorithm: str, candidates: int, genes: int, population: int) -> lis
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "study.log"
         record = Record.open(journal, "bench", space=space)
-        settings = AlgorithmSettings(population=population)
+        settings = AlgorithmSettings(population or ALGORITHMS[algorithm].population)
         marks.append(user_seconds())
         search(space, ALGORITHMS[algorithm], score, record, Stop(candidates), settings=settings, progress=tick)
         size = journal.stat().st_size
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=1000)
     parser.add_argument("--genes", type=int, default=100)
-    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--population", type=int, help="default: what suits the algorithm")
     parser.add_argument("--algorithms", nargs="+", default=["ga", "random"], choices=sorted(ALGORITHMS))
     arguments = parser.parse_args()
     windows = [f"to {round(share * arguments.candidates)}" for share in WINDOWS]
