@@ -180,6 +180,8 @@ def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: P
 
     contender = CONTENDERS[name]
     spec = spec_of(path, contender, 0, candidates)
+    algorithm = get_algorithm(spec.search.algorithm)
+    population = spec.search.population or algorithm.population
     space = make_space(spec, Workbench(spec).checkpoints, outer=contender.outer)
     for seed in seeds:
         summary = folder / f"{_slug(name)}-{seed}" / "efficiency.json"
@@ -188,14 +190,12 @@ def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: P
         imagined = surrogate.landscape(space, seed)
         ended = search(
             space,
-            get_algorithm(spec.search.algorithm),
+            algorithm,
             imagined,
             Memory(),  # type: ignore[arg-type]
             Stop(10 * candidates, items=candidates * imagined.size, slope_items=SLOPES_COST * imagined.size),
             seed=seed,
-            settings=AlgorithmSettings(
-                spec.search.population, spec.search.options, items=imagined.items, slopes=imagined.slopes
-            ),
+            settings=AlgorithmSettings(population, spec.search.options, items=imagined.items, slopes=imagined.slopes),
             starts=None if contender.baselines else (),
         )
         spent = list(spent_items(ended.candidates, SLOPES_COST * imagined.size))

@@ -303,11 +303,12 @@ class Scorer:
         if self._bench.space.problem(genome) is not None:
             return None
         try:  # scored already, but for a baseline that the space says in other words, or only nearly
-            scores, _ = self.scores(self._bench.space.recipe(genome), self._steering)
+            plan = self._bench.plan(self._bench.space.recipe(genome))
+            scores = self._measure(plan, self._steering, planning=0.0).scores
         except CandidateError:
             return None
         selection = self._bench.selections[self._steering]
-        places = sample(selection, self._bench.plan(self._bench.space.recipe(genome)).digest)
+        places = sample(selection, plan.digest)
         return fitness_slopes(self._bench, self.fitness, selection, genome, scores, places)
 
     @property

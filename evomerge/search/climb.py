@@ -71,11 +71,12 @@ class Climbs:
         first = self._climber(place) if place < self._room else None
         if first is None:
             return None
-        surface, mask = self._surface(first)
         parent = Parent.of(self._space, first)
+        names = active(self._space, first.genome)
+        mask = np.array([gene.name in names for gene in self._space.reals], dtype=np.bool_)
         length = self._length(first, parent, mask)
         unit = parent.unit.copy()
-        unit[mask] = surface.best_within(length)
+        unit[mask] = self._surface(parent, mask).best_within(length)
         if np.linalg.norm(unit - parent.unit) < NO_STEP * length:
             return None
         return self._space.genome(unit, parent.choices, parent.layers), (first.number,), SLOPES
@@ -106,16 +107,14 @@ class Climbs:
             self._found[number] = None if values is None else np.array(values) * width
         return self._found[number]
 
-    def _surface(self, first: Candidate) -> tuple[Surface, Mask]:
+    def _surface(self, here: Parent, mask: Mask) -> Surface:
         """The fitness around a candidate, over the genes that count for it."""
-        names = active(self._space, first.genome)
-        mask = np.array([gene.name in names for gene in self._space.reals], dtype=np.bool_)
-        here = Parent.of(self._space, first)
-        known = [c for number in sorted(self._steps) if (c := find(self._history, number)) is not None]
+        numbers = {here.number, *self._steps}
+        known = [c for number in numbers if (c := find(self._history, number)) is not None]
         points = self._nearest(here, mask, self._done, VALUES)
         with_slopes = [
             (unit, slopes[mask])
-            for candidate, unit in self._nearest(here, mask, [first, *known], GRADIENTS)
+            for candidate, unit in self._nearest(here, mask, known, GRADIENTS)
             if (slopes := self._slopes(candidate)) is not None
         ]
         told = Told(
@@ -124,22 +123,21 @@ class Climbs:
             np.stack([unit for unit, _ in with_slopes]),
             np.stack([slopes for _, slopes in with_slopes]),
         )
-        return Surface(told), mask
+        return Surface(told)
 
     def _nearest(
         self, here: Parent, mask: Mask, candidates: Sequence[Candidate], enough: int
     ) -> list[tuple[Candidate, FloatArray]]:
-        """The nearest candidates that differ in real genes only, with these genes; nearest first, each once."""
-        found = {}
+        """The nearest candidates that differ in real genes only, with these genes: itself, then the nearest first."""
+        found = []
         for candidate in candidates:
             if candidate.generation == 0 and not self._is_its_genome(candidate) and candidate.number != here.number:
                 continue
             there = Parent.of(self._space, candidate)
             if there.choices == here.choices and there.layers == here.layers and candidate.fitness is not None:
                 distance = float(np.linalg.norm(there.unit[mask] - here.unit[mask]))
-                found[candidate.number] = (candidate.number != here.number, distance, candidate, there.unit[mask])
-        order = sorted(found, key=lambda number: (*found[number][:2], number))
-        return [found[number][2:] for number in order[:enough]]
+                found.append((candidate.number != here.number, distance, candidate.number, candidate, there.unit[mask]))
+        return [(candidate, unit) for *_, candidate, unit in sorted(found, key=lambda row: row[:3])[:enough]]
 
     def _is_its_genome(self, baseline: Candidate) -> bool:
         return self._space.kept_phenotype(baseline.genome) == baseline.phenotype

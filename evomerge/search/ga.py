@@ -144,8 +144,8 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     experience = Experience.of(space, history) if options["adaptive"] else None
     climbs = None
     if options["slopes"] and settings.slopes is not None:
-        leaders = order[: 2 * parents]
-        climbs = Climbs(space, history, leaders, settings, experience.favour(SLOPES) if experience else 1.0)
+        favour = experience.favour(SLOPES) if experience else 1.0
+        climbs = Climbs(space, history, order[: 2 * parents], settings, favour)
     return Breeding(
         space,
         Linkage(space),

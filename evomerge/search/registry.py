@@ -22,22 +22,22 @@ class Registered:
 
     Attributes:
         propose: The algorithm.
-        population: Candidates per generation, where a search.yaml does not say.
         options: Its own settings (`search.options` in a search.yaml) with their defaults.
         check: What is wrong with options of the right names and kinds; None where nothing can be.
         one: Whether it can maximise one fitness.
         several: Whether it can look for the Pareto front of several objectives.
         asynchronous: Whether it can propose one candidate at a time, while others are being scored: those are in the
             history as "pending", without a fitness. One that learns from whole generations cannot.
+        population: Candidates per generation, where a search.yaml does not say.
     """
 
     propose: Algorithm
-    population: int = 16
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
     one: bool = True
     several: bool = False
     asynchronous: bool = True
+    population: int = 16
 
     def __call__(
         self,
@@ -72,16 +72,16 @@ def _of_kind(value: Any, default: Any) -> bool:
 
 
 ALGORITHMS: dict[str, Registered] = {
-    "ga": Registered(ga, GENERATION, OPTIONS, several=True),
+    "ga": Registered(ga, OPTIONS, several=True, population=GENERATION),
     "random": Registered(random_search, several=True),
-    "tpe": Registered(tpe.tpe, options=tpe.OPTIONS, several=True),
-    "cmaes": Registered(cmaes.cmaes, options=cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
-    "catcma": Registered(catcma.catcma, options=catcma.OPTIONS, check=catcma.problems, asynchronous=False),
-    "gp": Registered(gp.gp, options=gp.OPTIONS),
+    "tpe": Registered(tpe.tpe, tpe.OPTIONS, several=True),
+    "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
+    "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems, asynchronous=False),
+    "gp": Registered(gp.gp, gp.OPTIONS),
     "nsga2": Registered(nsga2, several=True, asynchronous=False),
     "nsga3": Registered(nsga3, several=True, asynchronous=False),
     "map_elites": Registered(
-        map_elites.map_elites, options=map_elites.OPTIONS, check=map_elites.problems, several=True, asynchronous=False
+        map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True, asynchronous=False
     ),
 }
 

@@ -8,8 +8,8 @@ span, whatever the number of genes (de Roos et al., 2021, https://arxiv.org/abs/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -57,23 +57,26 @@ class Surface:
         self._mean = float(told.values.mean())
         targets = np.concatenate([told.values - self._mean, (told.slopes @ self._span).ravel()])
         scale = np.sqrt(told.points.shape[1])
-        fits = (self._fit(length * scale, noise, targets) for length, noise in product(LENGTHS, NOISES))
+        fits = (fit for length in LENGTHS for fit in self._fits(length * scale, targets))
         _, self._length, weights = max(fits, key=lambda fit: fit[0])
         self._of_values = weights[: len(self._points)]
         self._of_slopes = weights[len(self._points) :].reshape(self._sloped.shape)
 
-    def _fit(self, length: float, noise: float, targets: FloatArray) -> tuple[float, float, FloatArray]:
-        """The log likelihood with the best variance, the length, and the observations' weights."""
+    def _fits(self, length: float, targets: FloatArray) -> Iterator[tuple[float, float, FloatArray]]:
+        """For every noise the log likelihood with the best variance, the length, and the observations' weights."""
+        kernel = self._kernel(length)
         values, slopes = len(self._points), self._sloped.size
-        errors = np.concatenate([np.full(values, VALUE_NOISE**2), np.full(slopes, (noise / length) ** 2)]) + _JITTER
-        try:
-            root = np.linalg.cholesky(self._kernel(length) + np.diag(errors))
-        except np.linalg.LinAlgError:
-            return -np.inf, length, np.zeros_like(targets)
-        whitened = np.linalg.solve(root, targets)
-        variance = max(float(whitened @ whitened) / len(targets), 1e-300)
-        likelihood = -0.5 * len(targets) * np.log(variance) - float(np.log(np.diag(root)).sum())
-        return likelihood, length, np.linalg.solve(root.T, whitened)
+        for noise in NOISES:
+            errors = np.concatenate([np.full(values, VALUE_NOISE**2), np.full(slopes, (noise / length) ** 2)]) + _JITTER
+            try:
+                root = np.linalg.cholesky(kernel + np.diag(errors))
+            except np.linalg.LinAlgError:
+                yield -np.inf, length, np.zeros_like(targets)
+                continue
+            whitened = np.linalg.solve(root, targets)
+            variance = max(float(whitened @ whitened) / len(targets), 1e-300)
+            likelihood = -0.5 * len(targets) * np.log(variance) - float(np.log(np.diag(root)).sum())
+            yield likelihood, length, np.linalg.solve(root.T, whitened)
 
     def _kernel(self, length: float) -> FloatArray:
         """Covariances of all values, then all slopes, for a variance of one."""

@@ -69,7 +69,6 @@ def build(root: Path, size: Size, name: str) -> None:
 
 
 def _train_into(root: Path, size: Size, name: str, course: Sequence[Training], parent: Path | None) -> None:
-    import torch
     from safetensors.torch import load_file, save_file
     from transformers import GenerationConfig
 
@@ -86,7 +85,7 @@ def _train_into(root: Path, size: Size, name: str, course: Sequence[Training], p
             train(weights, config, training, tokenizer, advance)
 
     with _whole_folder(root / name) as folder:
-        kept = {key: weight.detach().to(torch.float32) for key, weight in weights.items()}
+        kept = {key: weight.detach().float() for key, weight in weights.items()}
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
         GenerationConfig(

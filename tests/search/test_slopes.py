@@ -13,22 +13,29 @@ CURVATURE = np.diag([1.0, 4.0, 9.0])
 TOP = np.array([0.5, 0.4, 0.6])
 
 
+def values(points: np.ndarray) -> np.ndarray:
+    """The concave quadratic -(x - top)ᵀ C (x - top) / 2."""
+    return -0.5 * np.sum((points - TOP) @ CURVATURE * (points - TOP), axis=-1)
+
+
+def slopes(points: np.ndarray) -> np.ndarray:
+    """Its derivatives."""
+    return -(points - TOP) @ CURVATURE
+
+
 def surface(points: np.ndarray, sloped: np.ndarray, noise: float = 0.0) -> Surface:
-    """What is known of the concave quadratic -(x - top)ᵀ C (x - top) / 2."""
-    away = points - TOP
+    """What is known of it."""
     errors = noise * np.random.default_rng(0).normal(size=sloped.shape)
-    return Surface(
-        Told(points, -0.5 * np.sum(away @ CURVATURE * away, axis=1), sloped, errors - (sloped - TOP) @ CURVATURE)
-    )
+    return Surface(Told(points, values(points), sloped, slopes(sloped) + errors))
 
 
 def test_the_surface_goes_through_what_is_told():
     points = np.random.default_rng(1).uniform(size=(6, 3))
     found = surface(points, points[:4])
     for point in points:
-        np.testing.assert_allclose(found.at(point)[0], -0.5 * (point - TOP) @ CURVATURE @ (point - TOP), atol=1e-3)
+        np.testing.assert_allclose(found.at(point)[0], values(point), atol=1e-3)
     for point in points[:4]:
-        np.testing.assert_allclose(found.at(point)[1], -CURVATURE @ (point - TOP), atol=1e-2)
+        np.testing.assert_allclose(found.at(point)[1], slopes(point), atol=1e-2)
 
 
 def test_its_derivatives_are_its_differences():
@@ -44,9 +51,7 @@ def test_genes_that_change_nothing_make_no_difference():
     points = np.random.default_rng(3).uniform(size=(4, 3))
     few = surface(points, points)
     wide = np.hstack([points, np.full((4, 97), 0.5)])
-    slopes = np.hstack([-(points - TOP) @ CURVATURE, np.zeros((4, 97))])
-    away = points - TOP
-    many = Surface(Told(wide, -0.5 * np.sum(away @ CURVATURE * away, axis=1), wide, slopes))
+    many = Surface(Told(wide, values(points), wide, np.hstack([slopes(points), np.zeros((4, 97))])))
     there = many.best_within(0.2)
     np.testing.assert_array_equal(there[3:], wide[0, 3:])
     assert few.at(there[:3])[0] > few.at(points[0])[0]
@@ -73,14 +78,14 @@ def test_many_noisy_slopes_are_better_than_one():
     rng = np.random.default_rng(4)
     points = 0.5 + 0.05 * rng.normal(size=(12, 8))
     true = rng.normal(size=8)
-    slopes = true + 2.0 * np.linalg.norm(true) / np.sqrt(8) * rng.normal(size=(12, 8))
-    found = Surface(Told(points, points @ true, points, slopes))
+    noisy = true + 2.0 * np.linalg.norm(true) / np.sqrt(8) * rng.normal(size=(12, 8))
+    found = Surface(Told(points, points @ true, points, noisy))
     step = found.best_within(0.1) - points[0]
-    assert step @ true / np.linalg.norm(step) > slopes[0] @ true / np.linalg.norm(slopes[0])
+    assert step @ true / np.linalg.norm(step) > noisy[0] @ true / np.linalg.norm(noisy[0])
     assert step @ true / np.linalg.norm(step) / np.linalg.norm(true) > 0.8
 
 
-def _sloped_run(slopes: bool, budget: int = 60, sign: float = 1.0):
+def _sloped_run(climb: bool, budget: int = 60, sign: float = 1.0):
     space = make_space(methods=("task_arithmetic",))
     rng = np.random.default_rng(3)
     top, weight = rng.uniform(0.2, 0.8, len(space.reals)), rng.gamma(1.0, size=len(space.reals))
@@ -101,7 +106,7 @@ def _sloped_run(slopes: bool, budget: int = 60, sign: float = 1.0):
             )
         )
 
-    settings = AlgorithmSettings(population=8, options={"slopes": slopes}, slopes=told)
+    settings = AlgorithmSettings(population=8, options={"slopes": climb}, slopes=told)
     memory = Memory()
     done = search(
         space,
