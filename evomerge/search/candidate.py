@@ -116,17 +116,29 @@ number_of = attrgetter("number")
 
 def find(history: Sequence[Candidate], number: int) -> Candidate | None:
     """The candidate of a number in a history that is sorted by number; None where there is none."""
+    if 0 <= number < len(history) and history[number].number == number:  # where none is missing
+        return history[number]
     place = bisect_left(history, number, key=number_of)
     return history[place] if place < len(history) and history[place].number == number else None
 
 
+def fitness_order(candidate: Candidate) -> tuple[float, int]:
+    """Sorts the fittest first; the earlier one first when equal."""
+    return -(candidate.fitness or 0.0), candidate.number
+
+
 def ranked(history: Iterable[Candidate]) -> list[Candidate]:
     """The candidates that have a full score, best first; the earlier one first when equal."""
-    return _fittest(c for c in history if c.state == "done" and c.fitness is not None)
+    return sorted((c for c in history if c.state == "done" and c.fitness is not None), key=fitness_order)
+
+
+def teaches(candidate: Candidate) -> bool:
+    """Whether there is something to learn from it: a pruned one has the estimate that it was stopped at."""
+    return candidate.state != "failed" and candidate.fitness is not None
 
 
 def promising(history: Iterable[Candidate], enough: int | None = None) -> list[Candidate]:
-    """The candidates to learn from, best first: a pruned one counts with the estimate that it was stopped at.
+    """The candidates to learn from, best first.
 
     With several objectives: front by front, within a front those with the fewest neighbours first (NSGA-II), then those
     that have no objectives.
@@ -135,26 +147,15 @@ def promising(history: Iterable[Candidate], enough: int | None = None) -> list[C
         history: The candidates.
         enough: How many are wanted; with several objectives, the order beyond them is only roughly right then.
     """
-    known = [c for c in history if c.state != "failed" and c.fitness is not None]
-    several = [c for c in known if c.objectives is not None]
+    return by_objectives(sorted(filter(teaches, history), key=fitness_order), enough)
+
+
+def by_objectives(fittest: Sequence[Candidate], enough: int | None = None) -> list[Candidate]:
+    """As `promising`, of candidates to learn from that are in the order of their fitness."""
+    several = [c for c in fittest if c.objectives is not None]
     if not several:
-        return _fittest(known, enough)
-    order = _by_fronts(_fittest(several), enough) + _fittest(c for c in known if c.objectives is None)
-    return order[:enough]
-
-
-def _fittest(candidates: Iterable[Candidate], enough: int | None = None) -> list[Candidate]:
-    """The fittest, best first; the earlier one first when equal."""
-
-    def key(candidate: Candidate) -> tuple[float, int]:
-        return -(candidate.fitness or 0.0), candidate.number
-
-    known = list(candidates)
-    if enough is not None and 0 < enough < len(known):
-        values = np.array([candidate.fitness or 0.0 for candidate in known])
-        least = np.partition(values, -enough)[-enough]
-        known = [known[k] for k in np.flatnonzero(values >= least)]
-    return sorted(known, key=key)[:enough]
+        return list(fittest[:enough])
+    return [*_by_fronts(several, enough), *(c for c in fittest if c.objectives is None)][:enough]
 
 
 def _by_fronts(candidates: list[Candidate], enough: int | None) -> list[Candidate]:

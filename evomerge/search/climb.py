@@ -8,7 +8,6 @@ the next ones, and those from a candidate whose steps all failed are shorter.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from evomerge.search.decode import active
 from evomerge.search.operators import FloatArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.propose import AlgorithmSettings, Draw
+from evomerge.search.reading import Reading
 from evomerge.search.space import SearchSpace
 from evomerge.search.surface import Surface, Told
 
@@ -60,7 +60,8 @@ class Climbs:
         self._space, self._history, self._settings = space, history, settings
         self._room = round(favour)
         self._done = [c for c in order if c.state == "done"]
-        self._steps = Counter(number for c in history if (number := sloped(c)) is not None)
+        self._reading = Reading.of(space, history)
+        self._steps = self._reading.steps
         self._found: dict[int, FloatArray | None] = {}
 
     def step(self, place: int) -> Draw | None:
@@ -131,16 +132,13 @@ class Climbs:
         """The nearest candidates that differ in real genes only, with these genes: itself, then the nearest first."""
         found = []
         for candidate in candidates:
-            if candidate.generation == 0 and not self._is_its_genome(candidate) and candidate.number != here.number:
+            if candidate.number in self._reading.unlike and candidate.number != here.number:
                 continue
             there = Parent.of(self._space, candidate)
             if there.choices == here.choices and there.layers == here.layers and candidate.fitness is not None:
                 distance = float(np.linalg.norm(there.unit[mask] - here.unit[mask]))
                 found.append((candidate.number != here.number, distance, candidate.number, candidate, there.unit[mask]))
         return [(candidate, unit) for *_, candidate, unit in sorted(found, key=lambda row: row[:3])[:enough]]
-
-    def _is_its_genome(self, baseline: Candidate) -> bool:
-        return self._space.kept_phenotype(baseline.genome) == baseline.phenotype
 
     def _length(self, first: Candidate, here: Parent, mask: Mask) -> float:
         """How long a step from a candidate should be: somewhat more than the one that led to it, if one did."""

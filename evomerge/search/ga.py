@@ -27,6 +27,7 @@ from evomerge.search.operators import FloatArray, IntArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.patterns import Layers
 from evomerge.search.propose import AlgorithmSettings, Draw, distinct
+from evomerge.search.reading import Reading
 from evomerge.search.space import SearchSpace
 
 OPTIONS = {"slopes": True, "adaptive": True, "sharing": False}
@@ -137,7 +138,10 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     parents = max(settings.population, PARENTS)
     enough = max(2 * parents, PATTERNS if space.pattern is not None else 0)
     only_copied = all(method.copies_layers for method in space.methods)
-    order = promising((c for c in history if _says_what_it_is(space, c)) if only_copied else history, enough)
+    if only_copied:
+        order = promising((c for c in history if _says_what_it_is(space, c)), enough)
+    else:
+        order = Reading.of(space, history).promising(enough)
     chosen, attraction = order[:parents], None
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * parents], parents, settings)

@@ -11,6 +11,7 @@ import numpy as np
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.genome import Genome
 from evomerge.search.operators import FloatArray
+from evomerge.search.reading import Reading
 from evomerge.search.space import SearchSpace, digest
 
 REDRAWS = 16
@@ -85,7 +86,7 @@ def distinct(
     A number gets what is planned for it, if that is new; else a bounded number of redraws, then of random genomes. The
     first number that stays without a new recipe ends the list.
     """
-    seen = tried(space, history)
+    seen = set(Reading.of(space, history).tried)
     proposals: list[Proposal] = []
     for number in numbers:
         first = planned(number) if planned is not None else None
@@ -95,13 +96,6 @@ def distinct(
         seen.add(proposal.phenotype)
         proposals.append(proposal)
     return proposals
-
-
-def tried(space: SearchSpace, history: Sequence[Candidate]) -> set[str]:
-    """Phenotypes that need no second look; a baseline counts by its own recipe and by its genome's."""
-    seen = {candidate.phenotype for candidate in history}
-    seen.update(space.kept_phenotype(candidate.genome) for candidate in history if candidate.generation == 0)
-    return seen
 
 
 def _new(

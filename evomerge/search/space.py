@@ -186,14 +186,9 @@ class SearchSpace:
         return digest(self.recipe(genome))
 
     @cached_property
-    def _kept_phenotypes(self) -> dict[Genome, str]:
+    def notes(self) -> dict[type, Any]:
+        """What others work out about this space and keep for the next time, each under a type of its own."""
         return {}
-
-    def kept_phenotype(self, genome: Genome) -> str:
-        """As `phenotype`, and remembered: for the few genomes that every generation asks about, the baselines'."""
-        if genome not in self._kept_phenotypes:
-            self._kept_phenotypes[genome] = self.phenotype(genome)
-        return self._kept_phenotypes[genome]
 
     def needs_base(self, method: Method) -> bool:
         """Whether the space's recipes of a method have the base; where they do, it is no source."""
