@@ -17,6 +17,8 @@ PARENT = "parent:"
 """How the operators of generation 0 begin that are a model itself."""
 SLOPES = "gradient"
 """How the operators are called that take the slopes of the first parent."""
+DRAW = "draw"
+"""How the operator is called that draws from what the fitness may be."""
 
 State = Literal["done", "failed", "pruned"]
 """What is recorded of a candidate. One that is being scored is "pending", to algorithms that ask meanwhile."""

@@ -64,6 +64,13 @@ class Climbs:
         self._steps = self._reading.steps
         self._found: dict[int, FloatArray | None] = {}
 
+    @property
+    def any(self) -> bool:
+        """Whether to climb at all: not where steps do not pay, nor where nothing has slopes."""
+        if self._room == 0 or self._steps:
+            return self._room > 0
+        return any(self._slopes(leader) is not None for leader in self._done[:1])
+
     def step(self, place: int) -> Draw | None:
         """The step that has this place in a generation: from the best, then from others.
 

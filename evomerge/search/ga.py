@@ -10,6 +10,7 @@ from what all candidates say of every depth, as often as it is bred. What succee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from evomerge.search.assembly import assemble
 from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, promising
 from evomerge.search.climb import Climbs
 from evomerge.search.decode import active, copies
+from evomerge.search.draws import Draws
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
 from evomerge.search.parent import Parent
@@ -30,11 +32,13 @@ from evomerge.search.propose import AlgorithmSettings, Draw, distinct
 from evomerge.search.reading import Reading
 from evomerge.search.space import SearchSpace
 
-OPTIONS = {"slopes": True, "adaptive": True, "sharing": False}
+OPTIONS = {"slopes": True, "draws": True, "adaptive": True, "sharing": False}
 """The options and their defaults; bench/results/search.md says why these."""
 
 GENERATION = 4
 """Candidates per generation where nothing else is asked for: a step along the gradient needs the last one's outcome."""
+DRAWN = 0.75
+"""The share of a generation that is drawn near the best where there are no slopes; the rest is bred."""
 PARENTS = 16
 """Whom to breed from: so many of the best, or as many as a generation has."""
 TOURNAMENT = 3
@@ -101,6 +105,7 @@ class Breeding:
         experience: What worked; None where every operator keeps its prior weight.
         attraction: How much each parent has to offer to each, shape [parents, parents]; None without sharing.
         climbs: Gradient steps; None where there are no slopes.
+        draws: Steps without slopes; None where there are none.
         patterns: Patterns of layers and their fitness, best first.
     """
 
@@ -110,6 +115,7 @@ class Breeding:
     experience: Experience | None
     attraction: FloatArray | None
     climbs: Climbs | None
+    draws: Draws | None
     patterns: Sequence[tuple[Layers, float]]
 
 
@@ -122,26 +128,31 @@ def ga(
     settings: AlgorithmSettings,
 ) -> list[Proposal]:
     """Children of the best candidates so far; random genomes while there are none."""
-    breeding = _breeding(space, history, settings)
+    breeding = _breeding(space, history, settings, seed)
+    drawn = math.floor(DRAWN * settings.population)
 
     def draw(rng: np.random.Generator) -> Draw:
         return _child(breeding, rng) if breeding.parents else (space.sample(rng), (), "random")
 
     def planned(number: int) -> Draw | None:
-        return breeding.climbs.step(number % settings.population) if breeding.climbs is not None else None
+        place = number % settings.population
+        if breeding.climbs is not None and breeding.climbs.any:
+            return breeding.climbs.step(place)
+        return breeding.draws.draw(number) if breeding.draws is not None and place < drawn else None
 
     return distinct(space, history, numbers, generation, seed, draw, planned)
 
 
-def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings) -> Breeding:
+def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings, seed: int) -> Breeding:
     options = {**OPTIONS, **settings.options}
     parents = max(settings.population, PARENTS)
     enough = max(2 * parents, PATTERNS if space.pattern is not None else 0)
     only_copied = all(method.copies_layers for method in space.methods)
+    reading = Reading.of(space, history)
     if only_copied:
         order = promising((c for c in history if _says_what_it_is(space, c)), enough)
     else:
-        order = Reading.of(space, history).promising(enough)
+        order = reading.promising(enough)
     chosen, attraction = order[:parents], None
     if options["sharing"] and settings.items is not None:
         chosen, attraction = _shared(order[: 2 * parents], parents, settings)
@@ -157,6 +168,7 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         experience,
         attraction,
         climbs,
+        Draws(space, reading, seed) if options["draws"] and not only_copied and not reading.several else None,
         [(c.genome.layers, c.fitness or 0.0) for c in order if space.pattern is not None and copies(space, c.genome)],
     )
 

@@ -16,6 +16,8 @@ from evomerge.search.space import SearchSpace, digest
 
 REDRAWS = 16
 IMMIGRANTS = 48
+OWN = REDRAWS + IMMIGRANTS
+"""The attempt whose random numbers are left to what is planned."""
 
 #: A draw: (genome, numbers of its parents, operator).
 Draw = tuple[Genome, tuple[int, ...], str]

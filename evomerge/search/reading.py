@@ -6,12 +6,14 @@ candidates. A reading is nothing but its history's; where another history is ask
 
 from __future__ import annotations
 
+import math
 import operator
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
 
-from evomerge.search.candidate import Candidate, by_objectives, fitness_order, sloped, teaches
+from evomerge.search.candidate import DRAW, Candidate, by_objectives, fitness_order, sloped, teaches
+from evomerge.search.operators import FloatArray
 from evomerge.search.space import SearchSpace
 
 
@@ -23,6 +25,8 @@ class Reading:
         tried: Phenotypes that need no second look; a baseline counts by its own recipe and by its genome's.
         unlike: Numbers of the baselines whose recipe is not what their genome says.
         steps: Number of a candidate -> how many were made with its slopes.
+        several: Whether there are candidates with several objectives.
+        draws: Generation with draws -> whether one of them was the best candidate so far.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -30,9 +34,12 @@ class Reading:
         self.tried: set[str] = set()
         self.unlike: set[int] = set()
         self.steps: Counter[int] = Counter()
+        self.draws: dict[int, bool] = {}
         self._space = space
+        self._units: dict[int, FloatArray] = {}
+        self._best = -math.inf
         self._fittest: list[Candidate] = []
-        self._several = False
+        self.several = False
 
     @classmethod
     def of(cls, space: SearchSpace, history: Sequence[Candidate]) -> Reading:
@@ -45,7 +52,13 @@ class Reading:
 
     def promising(self, enough: int | None = None) -> list[Candidate]:
         """As `promising` of the history."""
-        return by_objectives(self._fittest if self._several else self._fittest[:enough], enough)
+        return by_objectives(self._fittest if self.several else self._fittest[:enough], enough)
+
+    def unit(self, candidate: Candidate) -> FloatArray:
+        """A candidate's real genes in [0, 1], shape [reals]."""
+        if candidate.number not in self._units:
+            self._units[candidate.number] = self._space.unit(candidate.genome)
+        return self._units[candidate.number]
 
     def _begins(self, history: Sequence[Candidate]) -> bool:
         """Whether a history begins with these very candidates."""
@@ -61,7 +74,12 @@ class Reading:
                     self.unlike.add(candidate.number)
             if (number := sloped(candidate)) is not None:
                 self.steps[number] += 1
+            won = candidate.state == "done" and candidate.fitness is not None and candidate.fitness > self._best
+            if won and candidate.fitness is not None:
+                self._best = candidate.fitness
+            if candidate.operator == DRAW and candidate.state != "pending":
+                self.draws[candidate.generation] = self.draws.get(candidate.generation, False) or won
             if teaches(candidate):
                 insort(self._fittest, candidate, key=fitness_order)
-                self._several = self._several or candidate.objectives is not None
+                self.several = self.several or candidate.objectives is not None
         self.history = history

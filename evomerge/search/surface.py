@@ -67,16 +67,9 @@ class Surface:
         kernel = self._kernel(length)
         values, slopes = len(self._points), self._sloped.size
         for noise in NOISES:
-            errors = np.concatenate([np.full(values, VALUE_NOISE**2), np.full(slopes, (noise / length) ** 2)]) + _JITTER
-            try:
-                root = np.linalg.cholesky(kernel + np.diag(errors))
-            except np.linalg.LinAlgError:
-                yield -np.inf, length, np.zeros_like(targets)
-                continue
-            whitened = np.linalg.solve(root, targets)
-            variance = max(float(whitened @ whitened) / len(targets), 1e-300)
-            likelihood = -0.5 * len(targets) * np.log(variance) - float(np.log(np.diag(root)).sum())
-            yield likelihood, length, np.linalg.solve(root.T, whitened)
+            errors = np.concatenate([np.full(values, VALUE_NOISE**2), np.full(slopes, (noise / length) ** 2)])
+            fit = likeliest(kernel, errors + _JITTER, targets)
+            yield fit.likelihood, length, fit.weights
 
     def _kernel(self, length: float) -> FloatArray:
         """Covariances of all values, then all slopes, for a variance of one."""
@@ -119,6 +112,41 @@ class Surface:
     def _allowed(self, point: FloatArray, radius: float) -> FloatArray:
         move = np.clip(point, 0.0, 1.0) - self._origin
         return np.asarray(self._origin + move * min(1.0, radius / max(float(np.linalg.norm(move)), 1e-300)))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A Gaussian process through observations.
+
+    Attributes:
+        likelihood: The log likelihood with the best variance, less a constant; -inf where there is none.
+        variance: That variance.
+        root: Cholesky factor of the observations' covariance for a variance of one, shape [observations, observations].
+        weights: What every observation counts for, shape [observations].
+    """
+
+    likelihood: float
+    variance: float
+    root: FloatArray
+    weights: FloatArray
+
+
+def likeliest(kernel: FloatArray, errors: FloatArray, targets: FloatArray) -> Fit:
+    """The fit with the likeliest variance.
+
+    Args:
+        kernel: Covariances of the observations for a variance of one, shape [observations, observations].
+        errors: Variances of their errors, likewise, shape [observations].
+        targets: What was observed, with an expectation of zero, shape [observations].
+    """
+    try:
+        root = np.asarray(np.linalg.cholesky(kernel + np.diag(errors)))
+    except np.linalg.LinAlgError:
+        return Fit(-np.inf, 1.0, np.eye(len(targets)), np.zeros_like(targets))
+    whitened = np.linalg.solve(root, targets)
+    variance = max(float(whitened @ whitened) / len(targets), 1e-300)
+    likelihood = -0.5 * len(targets) * np.log(variance) - float(np.log(np.diag(root)).sum())
+    return Fit(likelihood, variance, root, np.linalg.solve(root.T, whitened))
 
 
 def _gaussian(a: FloatArray, b: FloatArray, length: float) -> FloatArray:

@@ -1,0 +1,158 @@
+"""Draws from what the fitness may be near the best candidate: steps where nobody knows slopes.
+
+Thompson sampling within a trust region (Eriksson et al., 2019, "Scalable global optimization via local Bayesian
+optimization", https://arxiv.org/abs/1910.01739): a Gaussian process is told the fitness of the candidates around the
+best one, those that a race stopped among them, with the error of what was seen of their items. Every child is the best
+of some random moves under another draw of the function, so that the children of one generation differ by what is not
+known yet. The region grows after a generation that found a better candidate and shrinks after one that did not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from evomerge.search.candidate import DRAW, Candidate
+from evomerge.search.decode import active
+from evomerge.search.operators import FloatArray, Mask
+from evomerge.search.parent import Parent
+from evomerge.search.propose import OWN, Draw, generator
+from evomerge.search.reading import Reading
+from evomerge.search.space import SearchSpace
+from evomerge.search.surface import likeliest
+
+LENGTHS = (0.1, 0.17, 0.25, 0.45, 0.7, 1.1)
+"""Over which the fitness changes its course, as a root mean square of genes; the likeliest is taken."""
+NOISES = (0.02, 0.05, 0.1)
+"""Deviation of one item's paired difference between two candidates, in units of fitness; the likeliest is taken."""
+VALUE_NOISE = 1e-3
+"""Error of a full score, in units of how much the fitness varies."""
+KNOWN, NEAREST = 512, 200
+"""Of so many of the best candidates, the process is told so many of the nearest."""
+MOVES = 512
+"""Random moves to choose from."""
+MOVED = 20
+"""Genes that a move changes, on average, where there are more."""
+FIRST, SMALLEST, LARGEST = 0.2, 0.01, 0.3
+"""The size of a move, as a root mean square of genes: at first, and its bounds."""
+LARGER, SMALLER = 1.5, 0.85
+"""What it is multiplied by after a generation with a draw that is the best candidate so far, and after one without."""
+
+
+class Draws:
+    """The draws of one generation.
+
+    Args:
+        space: The space.
+        reading: What is known.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, space: SearchSpace, reading: Reading, seed: int) -> None:
+        self._space, self._reading, self._seed = space, reading, seed
+        self._known = reading.promising(KNOWN)
+
+    def draw(self, number: int) -> Draw | None:
+        """A child of the best candidate; None where that has no real genes, or there is none."""
+        region = self._region
+        if region is None:
+            return None
+        rng = generator(self._seed, number, OWN)
+        unit = region.here.unit.copy()
+        unit[region.mask] = region.process.best_of(self._moves(unit[region.mask], rng), rng)
+        return self._space.genome(unit, region.here.choices, region.here.layers), (region.here.number,), DRAW
+
+    def _moves(self, here: FloatArray, rng: np.random.Generator) -> FloatArray:
+        """Random points around one, shape [moves, genes]."""
+        reach = math.sqrt(3.0) * self._size  # of a uniform distribution with this deviation
+        moves = rng.uniform(-reach, reach, (MOVES, len(here)))
+        moves *= rng.random(moves.shape) < MOVED / len(here)
+        return np.clip(here + moves, 0.0, 1.0)
+
+    @cached_property
+    def _size(self) -> float:
+        size = FIRST
+        for won in self._reading.draws.values():
+            size = min(max(size * (LARGER if won else SMALLER), SMALLEST), LARGEST)
+        return size
+
+    @cached_property
+    def _region(self) -> _Region | None:
+        best = next((c for c in self._known if c.state == "done"), None)
+        if best is None:
+            return None
+        here, names = Parent.of(self._space, best), active(self._space, best.genome)
+        mask = np.array([gene.name in names for gene in self._space.reals], dtype=np.bool_)
+        if not mask.any():
+            return None
+        alike = [c for c in self._known if self._is_like(c, best)]
+        points = np.stack([self._reading.unit(c) for c in alike])[:, mask]
+        nearest = np.argsort(((points - here.unit[mask]) ** 2).sum(axis=1), kind="stable")[:NEAREST]
+        values = np.array([c.fitness for c in alike], dtype=np.float64)
+        return _Region(here, mask, Process(points[nearest], values[nearest], self._errors(alike)[nearest]))
+
+    def _is_like(self, candidate: Candidate, best: Candidate) -> bool:
+        """Whether two candidates differ in real genes only, and the first one's genome says what it is."""
+        mine, its = candidate.genome, best.genome
+        if candidate is not best and (candidate.number in self._reading.unlike or mine.layers != its.layers):
+            return False
+        return all(mine.values[choice.name] == its.values[choice.name] for choice in self._space.choices)
+
+    def _errors(self, candidates: Sequence[Candidate]) -> FloatArray:
+        """The error of every estimate in deviations of one item: of what a race has not seen."""
+        items = np.array([c.items for c in candidates], dtype=np.float64)
+        whole = items.max()
+        unseen: FloatArray = np.where(items > 0, 1.0 / np.maximum(items, 1.0) - 1.0 / max(whole, 1.0), 0.0)
+        return np.sqrt(unseen)
+
+
+@dataclass(frozen=True)
+class _Region:
+    here: Parent
+    mask: Mask
+    process: Process
+
+
+class Process:
+    """A Gaussian process through some values.
+
+    Args:
+        points: Where they are, shape [points, genes].
+        values: The values, shape [points].
+        errors: Their errors, in deviations of one item, shape [points].
+    """
+
+    def __init__(self, points: FloatArray, values: FloatArray, errors: FloatArray) -> None:
+        spread = max(float(values.std()), 1e-9)
+        targets = (values - np.median(values)) / spread
+        self._points, self._scale = points, math.sqrt(points.shape[1])
+        fits = []
+        for length in LENGTHS:
+            kernel = _gaussian(points, points, length * self._scale)
+            for noise in NOISES:
+                fit = likeliest(kernel, (noise / spread * errors) ** 2 + VALUE_NOISE**2, targets)
+                fits.append((fit, length))
+        best, length = max(fits, key=lambda row: row[0].likelihood)
+        self._length, self._root, self._weights, self._variance = length, best.root, best.weights, best.variance
+
+    def best_of(self, points: FloatArray, rng: np.random.Generator) -> FloatArray:
+        """The best of some points under a draw of the function, shape [genes]."""
+        length = self._length * self._scale
+        across = _gaussian(points, self._points, length)
+        told = np.linalg.solve(self._root, across.T)
+        left = _gaussian(points, points, length) - told.T @ told
+        root = np.linalg.cholesky(left + 1e-6 * np.eye(len(points)))
+        drawn = across @ self._weights + math.sqrt(self._variance) * (root @ rng.standard_normal(len(points)))
+        best: FloatArray = points[int(np.argmax(drawn))]
+        return best
+
+
+def _gaussian(a: FloatArray, b: FloatArray, length: float) -> FloatArray:
+    """Covariances of the values at some points with those at others, for a variance of one, shape [a, b]."""
+    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2.0 * (a @ b.T)
+    found: FloatArray = np.exp(-np.maximum(squares, 0.0) / (2 * length**2))
+    return found
