@@ -31,9 +31,9 @@ NOISES = (0.02, 0.05, 0.1)
 """Deviation of one item's paired difference between two candidates, in units of fitness; the likeliest is taken."""
 VALUE_NOISE = 1e-3
 """Error of a full score, in units of how much the fitness varies."""
-KNOWN, NEAREST = 512, 200
-"""Of so many of the best candidates, the process is told so many of the nearest."""
-MOVES = 512
+KNOWN, NEAREST, FITTED = 512, 200, 100
+"""Of so many of the best candidates, the process is told so many of the nearest; its settings fit so many of these."""
+MOVES = 256
 """Random moves to choose from."""
 MOVED = 20
 """Genes that a move changes, on average, where there are more."""
@@ -121,7 +121,7 @@ class Process:
     """A Gaussian process through some values.
 
     Args:
-        points: Where they are, shape [points, genes].
+        points: Where they are, shape [points, genes]; lengths and noise are fitted to the first of them.
         values: The values, shape [points].
         errors: Their errors, in deviations of one item, shape [points].
     """
@@ -130,20 +130,23 @@ class Process:
         spread = max(float(values.std()), 1e-9)
         targets = (values - np.median(values)) / spread
         self._points, self._scale = points, math.sqrt(points.shape[1])
+        few = min(FITTED, len(points))
         fits = []
         for length in LENGTHS:
-            kernel = _gaussian(points, points, length * self._scale)
+            kernel = _gaussian(points[:few], points[:few], length * self._scale)
             for noise in NOISES:
-                fit = likeliest(kernel, (noise / spread * errors) ** 2 + VALUE_NOISE**2, targets)
-                fits.append((fit, length))
-        best, length = max(fits, key=lambda row: row[0].likelihood)
-        self._length, self._root, self._weights, self._variance = length, best.root, best.weights, best.variance
+                fit = likeliest(kernel, (noise / spread * errors[:few]) ** 2 + VALUE_NOISE**2, targets[:few])
+                fits.append((fit.likelihood, length, noise))
+        _, self._length, noise = max(fits)
+        kernel = _gaussian(points, points, self._length * self._scale)
+        fit = likeliest(kernel, (noise / spread * errors) ** 2 + VALUE_NOISE**2, targets)
+        self._weights, self._variance, self._whiten = fit.weights, fit.variance, np.linalg.inv(fit.root)
 
     def best_of(self, points: FloatArray, rng: np.random.Generator) -> FloatArray:
         """The best of some points under a draw of the function, shape [genes]."""
         length = self._length * self._scale
         across = _gaussian(points, self._points, length)
-        told = np.linalg.solve(self._root, across.T)
+        told = self._whiten @ across.T
         left = _gaussian(points, points, length) - told.T @ told
         root = np.linalg.cholesky(left + 1e-6 * np.eye(len(points)))
         drawn = across @ self._weights + math.sqrt(self._variance) * (root @ rng.standard_normal(len(points)))
