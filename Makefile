@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/evomerge export runs/quickstart runs/quickstart/export --overwrite
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --cov=evomerge --cov-report=term:skip-covered --cov-fail-under=85
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --cov=evomerge --cov-report=term:skip-covered --cov-fail-under=85
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -74,6 +74,7 @@ def _mergekit(method: str, genes: int) -> Contender:
 
 
 SLOPES_COST = 5  # scores of the same items, as evomerge.slopes has it
+_BRED: dict[str, Any] = {"algorithm": "ga", "options": {"slopes": False, "draws": False}, "population": 16}
 OTHERS = ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
 CONTENDERS: dict[str, Contender] = {
     "default": Contender(),
@@ -85,10 +86,9 @@ CONTENDERS: dict[str, Contender] = {
     },
     **{name: Contender({"algorithm": name}) for name in OTHERS},
     "ga without slopes": Contender({"algorithm": "ga", "options": {"slopes": False}}),
-    "ga without slopes, fixed operators": Contender(
-        {"algorithm": "ga", "options": {"slopes": False, "adaptive": False}}
-    ),
-    "ga without slopes, shared items": Contender({"algorithm": "ga", "options": {"slopes": False, "sharing": True}}),
+    "ga, bred only": Contender(_BRED),
+    "ga, bred only, fixed operators": Contender({**_BRED, "options": {**_BRED["options"], "adaptive": False}}),
+    "ga, bred only, shared items": Contender({**_BRED, "options": {**_BRED["options"], "sharing": True}}),
     "ga, fixed operators": Contender({"algorithm": "ga", "options": {"adaptive": False}}),
     "ga, shared items": Contender({"algorithm": "ga", "options": {"sharing": True}}),
 }
@@ -294,6 +294,33 @@ def summary(folder: Path, default: str) -> str:
     return table(HEADER, [against(name, found[default], found[name], default) for name in names])
 
 
+def winners(folder: Path, default: str, seed: int) -> str:
+    """The winners of one seed on its `test` items, paired: as reported, and by the fitness that steered."""
+    from evomerge.runfolder import RunFolder
+    from evomerge.scoring import Quiet, Scorer
+    from evomerge.workbench import TEST, Workbench
+
+    read: dict[str, tuple[Any, Any]] = {}
+    for name in CONTENDERS:
+        if (folder / f"{_slug(name)}-{seed}" / "result.json").is_file():
+            opened = RunFolder.existing(folder / f"{_slug(name)}-{seed}")
+            scorer = Scorer(Workbench(opened.spec), opened)
+            scorer.settle(Quiet())
+            result = opened.result()
+            if result is not None:
+                read[name] = scorer, scorer.scores(result["winner"]["recipe"], TEST)[0]
+    scorer, best = read[default]
+    rows = []
+    for name, (_, scores) in read.items():
+        row = [name]
+        for fitness in (scorer.reported, scorer.fitness.unweighted):
+            row.append(f"{fitness(scores):.3f} ± {fitness.stderr(scores):.3f}")
+            row.append("" if name == default else "{:+.3f} ± {:.3f}".format(*fitness.difference(best, scores)))
+        rows.append(row)
+    header = ["winner of", "test fitness", f"{default} is better by", "as steered", f"{default} is better by"]
+    return table(header, rows)
+
+
 def _work(job: tuple[str, Path, int, int, Path, int | None]) -> str:
     name, path, seed, candidates, folder, items = job
     found = run(name, path, seed, candidates, folder, items)
@@ -316,7 +343,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--surrogate", type=Path, nargs="+", help="search a landscape fitted to these finished runs")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    parser.add_argument("--winners", type=int, metavar="SEED", help="only print the winners of a seed, paired by item")
     options = parser.parse_args()
+    if options.winners is not None:
+        print(winners(options.folder, options.default, options.winners))
+        return
     if not options.table:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         first, last = (0, options.seeds[0]) if len(options.seeds) == 1 else options.seeds

@@ -2,10 +2,11 @@
 
 The parents of a generation are the best of all candidates (elitism: a (μ + λ) truncation); one that a race
 stopped counts with the estimate it was stopped at, which is below the cut-off. A child is a recombination of tournament
-winners, then a mutation; or a step along the gradient from one of the best, where slopes are to be had. Scores on a
-hundred items are noisy, so recombination that averages several good candidates is the most frequent. Variation follows
-the structure of the genes: a whole model, a run of layer groups, or single genes. A pattern of layers is assembled
-from what all candidates say of every depth, as often as it is bred. What succeeded is used more often.
+winners, then a mutation; or a step along the gradient from one of the best, where slopes are to be had (`climb`); or
+where they are not, a draw from what the fitness may be near the best (`draws`). Scores on a hundred items are noisy, so
+recombination that averages several good candidates is the most frequent. Variation follows the structure of the genes:
+a whole model, a run of layer groups, or single genes. A pattern of layers is assembled from what all candidates say of
+every depth, as often as it is bred. What succeeded is used more often.
 """
 
 from __future__ import annotations
