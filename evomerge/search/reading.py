@@ -13,8 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from evomerge.search.candidate import DRAW, Candidate, by_objectives, fitness_order, sloped, teaches
+from evomerge.search.genome import Genome
 from evomerge.search.operators import FloatArray
 from evomerge.search.space import SearchSpace
+
+FEW = 64
+"""So many new candidates are put in their places one by one."""
 
 
 class Reading:
@@ -29,24 +33,26 @@ class Reading:
         draws: Generation with draws -> whether one of them was the best candidate so far.
     """
 
-    def __init__(self, space: SearchSpace) -> None:
-        self.history: Sequence[Candidate] = ()
+    def __init__(self, space: SearchSpace, before: Reading | None = None) -> None:
+        self.history: tuple[Candidate, ...] = ()
         self.tried: set[str] = set()
         self.unlike: set[int] = set()
         self.steps: Counter[int] = Counter()
+        self.several = False
         self.draws: dict[int, bool] = {}
         self._space = space
-        self._units: dict[int, FloatArray] = {}
         self._best = -math.inf
         self._fittest: list[Candidate] = []
-        self.several = False
+        # What genomes say, by number of candidate; it holds for the very genome only.
+        self._units: dict[int, tuple[Genome, FloatArray]] = before._units if before else {}
+        self._phenotypes: dict[int, tuple[Genome, str]] = before._phenotypes if before else {}
 
     @classmethod
     def of(cls, space: SearchSpace, history: Sequence[Candidate]) -> Reading:
         """The reading of a history, which the space keeps for the next time."""
-        kept = space.notes.get(cls)
-        reading = kept if isinstance(kept, cls) and kept._begins(history) else cls(space)
-        reading._go_on(history)
+        kept: Reading | None = space.notes.get(cls)
+        reading = kept if kept is not None and kept._begins(history) else cls(space, kept)
+        reading._go_on(tuple(history))
         space.notes[cls] = reading
         return reading
 
@@ -56,19 +62,27 @@ class Reading:
 
     def unit(self, candidate: Candidate) -> FloatArray:
         """A candidate's real genes in [0, 1], shape [reals]."""
-        if candidate.number not in self._units:
-            self._units[candidate.number] = self._space.unit(candidate.genome)
-        return self._units[candidate.number]
+        known = self._units.get(candidate.number)
+        if known is None or known[0] is not candidate.genome:
+            known = self._units[candidate.number] = candidate.genome, self._space.unit(candidate.genome)
+        return known[1]
+
+    def _phenotype(self, candidate: Candidate) -> str:
+        known = self._phenotypes.get(candidate.number)
+        if known is None or known[0] is not candidate.genome:
+            known = self._phenotypes[candidate.number] = candidate.genome, self._space.phenotype(candidate.genome)
+        return known[1]
 
     def _begins(self, history: Sequence[Candidate]) -> bool:
         """Whether a history begins with these very candidates."""
         return len(self.history) <= len(history) and all(map(operator.is_, self.history, history))
 
-    def _go_on(self, history: Sequence[Candidate]) -> None:
-        for candidate in history[len(self.history) :]:
+    def _go_on(self, history: tuple[Candidate, ...]) -> None:
+        new = history[len(self.history) :]
+        for candidate in new:
             self.tried.add(candidate.phenotype)
             if candidate.generation == 0:
-                said = self._space.phenotype(candidate.genome)
+                said = self._phenotype(candidate)
                 self.tried.add(said)
                 if said != candidate.phenotype:
                     self.unlike.add(candidate.number)
@@ -79,7 +93,10 @@ class Reading:
                 self._best = candidate.fitness
             if candidate.operator == DRAW and candidate.state != "pending":
                 self.draws[candidate.generation] = self.draws.get(candidate.generation, False) or won
-            if teaches(candidate):
+            self.several = self.several or candidate.objectives is not None
+        if len(new) > FEW:
+            self._fittest = sorted([*self._fittest, *filter(teaches, new)], key=fitness_order)
+        else:
+            for candidate in filter(teaches, new):
                 insort(self._fittest, candidate, key=fitness_order)
-                self.several = self.several or candidate.objectives is not None
         self.history = history

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from hypothesis import given
@@ -60,11 +61,12 @@ def said(reading: Reading) -> dict[str, Any]:
     }
 
 
-@given(drawn, st.lists(st.integers(0, 30), max_size=4))
-def test_it_goes_on_from_where_it_was(rows: Any, stops: Any) -> None:
+@given(drawn, st.lists(st.integers(0, 30), max_size=4), st.sampled_from([0, 3, 64]))
+def test_it_goes_on_from_where_it_was(rows: Any, stops: Any, few: int) -> None:
     history = history_of(rows)
-    for stop in [*sorted(stops), len(history)]:
-        assert said(Reading.of(SPACE, history[:stop])) == afresh(history[:stop])
+    with patch("evomerge.search.reading.FEW", few):
+        for stop in [*sorted(stops), len(history)]:
+            assert said(Reading.of(SPACE, history[:stop])) == afresh(history[:stop])
 
 
 @given(drawn, st.data())
@@ -77,6 +79,15 @@ def test_another_history_is_another_reading(rows: Any, data: Any) -> None:
         other[place] = replace(other[place], state="done", fitness=1.0, phenotype="other", operator="y")
     other = other[: data.draw(st.integers(0, len(other)))]
     assert said(Reading.of(SPACE, tuple(other))) == afresh(tuple(other))
+
+
+def test_genes_are_those_of_the_candidate_at_hand() -> None:
+    history = history_of([(0.5, None, False)] * (len(STARTS) + 3))
+    other = (*history[:-1], replace(history[-1], genome=history[-2].genome))
+    for candidates in (history, other, history):
+        reading = Reading.of(SPACE, candidates)
+        for candidate in candidates:
+            assert np.array_equal(reading.unit(candidate), SPACE.unit(candidate.genome))
 
 
 def test_what_is_known_is_not_read_again(monkeypatch: Any) -> None:
