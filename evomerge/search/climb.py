@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from evomerge.search.candidate import SLOPES, Candidate, find, sloped
-from evomerge.search.decode import active
 from evomerge.search.operators import FloatArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.propose import AlgorithmSettings, Draw
@@ -43,7 +42,7 @@ class Climbs:
 
     Args:
         space: The space.
-        history: All candidates, by number.
+        reading: What is known.
         order: Those to learn from, best first.
         settings: With a function that gives slopes.
         favour: How much more often than by default to climb.
@@ -52,24 +51,23 @@ class Climbs:
     def __init__(
         self,
         space: SearchSpace,
-        history: Sequence[Candidate],
+        reading: Reading,
         order: Sequence[Candidate],
         settings: AlgorithmSettings,
         favour: float,
     ) -> None:
-        self._space, self._history, self._settings = space, history, settings
+        self._space, self._reading, self._settings = space, reading, settings
         self._room = round(favour)
         self._done = [c for c in order if c.state == "done"]
-        self._reading = Reading.of(space, history)
-        self._steps = self._reading.steps
+        self._steps = reading.steps
         self._found: dict[int, FloatArray | None] = {}
 
     @property
-    def any(self) -> bool:
+    def possible(self) -> bool:
         """Whether to climb at all: not where steps do not pay, nor where nothing has slopes."""
-        if self._room == 0 or self._steps:
-            return self._room > 0
-        return any(self._slopes(leader) is not None for leader in self._done[:1])
+        if self._room == 0:
+            return False
+        return bool(self._steps) or (bool(self._done) and self._slopes(self._done[0]) is not None)
 
     def step(self, place: int) -> Draw | None:
         """The step that has this place in a generation: from the best, then from others.
@@ -80,11 +78,10 @@ class Climbs:
         if first is None:
             return None
         parent = Parent.of(self._space, first)
-        names = active(self._space, first.genome)
-        mask = np.array([gene.name in names for gene in self._space.reals], dtype=np.bool_)
+        mask = self._space.active_reals(first.genome)
         length = self._length(first, parent, mask)
         unit = parent.unit.copy()
-        unit[mask] = self._surface(parent, mask).best_within(length)
+        unit[mask] = self._surface(first, mask).best_within(length)
         if np.linalg.norm(unit - parent.unit) < NO_STEP * length:
             return None
         return self._space.genome(unit, parent.choices, parent.layers), (first.number,), SLOPES
@@ -115,43 +112,29 @@ class Climbs:
             self._found[number] = None if values is None else np.array(values) * width
         return self._found[number]
 
-    def _surface(self, here: Parent, mask: Mask) -> Surface:
+    def _surface(self, here: Candidate, mask: Mask) -> Surface:
         """The fitness around a candidate, over the genes that count for it."""
         numbers = {here.number, *self._steps}
-        known = [c for number in numbers if (c := find(self._history, number)) is not None]
-        points = self._nearest(here, mask, self._done, VALUES)
+        known = [c for number in numbers if (c := find(self._reading.history, number)) is not None]
+        valued = self._reading.nearest(here, mask, self._done, VALUES)
         with_slopes = [
-            (unit, slopes[mask])
-            for candidate, unit in self._nearest(here, mask, known, GRADIENTS)
+            (candidate, slopes[mask])
+            for candidate in self._reading.nearest(here, mask, known, GRADIENTS)
             if (slopes := self._slopes(candidate)) is not None
         ]
         told = Told(
-            np.stack([unit for _, unit in points]),
-            np.array([candidate.fitness for candidate, _ in points]),
-            np.stack([unit for unit, _ in with_slopes]),
+            self._reading.units(valued, mask),
+            np.array([candidate.fitness for candidate in valued]),
+            self._reading.units([candidate for candidate, _ in with_slopes], mask),
             np.stack([slopes for _, slopes in with_slopes]),
         )
         return Surface(told)
-
-    def _nearest(
-        self, here: Parent, mask: Mask, candidates: Sequence[Candidate], enough: int
-    ) -> list[tuple[Candidate, FloatArray]]:
-        """The nearest candidates that differ in real genes only, with these genes: itself, then the nearest first."""
-        found = []
-        for candidate in candidates:
-            if candidate.number in self._reading.unlike and candidate.number != here.number:
-                continue
-            there = Parent.of(self._space, candidate)
-            if there.choices == here.choices and there.layers == here.layers and candidate.fitness is not None:
-                distance = float(np.linalg.norm(there.unit[mask] - here.unit[mask]))
-                found.append((candidate.number != here.number, distance, candidate.number, candidate, there.unit[mask]))
-        return [(candidate, unit) for *_, candidate, unit in sorted(found, key=lambda row: row[:3])[:enough]]
 
     def _length(self, first: Candidate, here: Parent, mask: Mask) -> float:
         """How long a step from a candidate should be: somewhat more than the one that led to it, if one did."""
         unit = math.sqrt(mask.sum())
         length = FIRST * unit
-        mother = find(self._history, number) if (number := sloped(first)) is not None else None
+        mother = find(self._reading.history, number) if (number := sloped(first)) is not None else None
         if mother is not None:
-            length = LONGER * float(np.linalg.norm(Parent.of(self._space, mother).unit[mask] - here.unit[mask]))
+            length = LONGER * float(np.linalg.norm(self._reading.unit(mother)[mask] - here.unit[mask]))
         return min(length, FARTHEST * unit) * SHORTER ** self._steps[first.number]

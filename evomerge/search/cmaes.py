@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.search import decode, replay
+from evomerge.search import replay
 from evomerge.search.candidate import Candidate, Proposal, promising
 from evomerge.search.genome import Genome
 from evomerge.search.operators import FloatArray, Mask, reflect
@@ -93,8 +93,7 @@ def cmaes(
 
 def free_genes(space: SearchSpace, genome: Genome) -> Mask:
     """The real genes that the genome's methods use and that have a width, shape [reals]."""
-    used = decode.active(space, genome)
-    return np.array([gene.name in used and gene.high > gene.low for gene in space.reals], dtype=np.bool_)
+    return space.active_reals(genome) & (space.high > space.low)
 
 
 def starting_genome(space: SearchSpace, history: Sequence[Candidate]) -> Genome:

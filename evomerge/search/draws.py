@@ -17,7 +17,6 @@ from functools import cached_property
 import numpy as np
 
 from evomerge.search.candidate import DRAW, Candidate
-from evomerge.search.decode import active
 from evomerge.search.operators import FloatArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.propose import OWN, Draw, generator
@@ -85,22 +84,13 @@ class Draws:
         best = next((c for c in self._known if c.state == "done"), None)
         if best is None:
             return None
-        here, names = Parent.of(self._space, best), active(self._space, best.genome)
-        mask = np.array([gene.name in names for gene in self._space.reals], dtype=np.bool_)
+        mask = self._space.active_reals(best.genome)
         if not mask.any():
             return None
-        alike = [c for c in self._known if self._is_like(c, best)]
-        points = np.stack([self._reading.unit(c) for c in alike])[:, mask]
-        nearest = np.argsort(((points - here.unit[mask]) ** 2).sum(axis=1), kind="stable")[:NEAREST]
-        values = np.array([c.fitness for c in alike], dtype=np.float64)
-        return _Region(here, mask, Process(points[nearest], values[nearest], self._errors(alike)[nearest]))
-
-    def _is_like(self, candidate: Candidate, best: Candidate) -> bool:
-        """Whether two candidates differ in real genes only, and the first one's genome says what it is."""
-        mine, its = candidate.genome, best.genome
-        if candidate is not best and (candidate.number in self._reading.unlike or mine.layers != its.layers):
-            return False
-        return all(mine.values[choice.name] == its.values[choice.name] for choice in self._space.choices)
+        told = self._reading.nearest(best, mask, self._known, NEAREST)
+        values = np.array([c.fitness for c in told], dtype=np.float64)
+        process = Process(self._reading.units(told, mask), values, self._errors(told))
+        return _Region(Parent.of(self._space, best), mask, process)
 
     def _errors(self, candidates: Sequence[Candidate]) -> FloatArray:
         """The error of every estimate in deviations of one item: of what a race has not seen."""
@@ -155,7 +145,7 @@ class Process:
 
 
 def _gaussian(a: FloatArray, b: FloatArray, length: float) -> FloatArray:
-    """Covariances of the values at some points with those at others, for a variance of one, shape [a, b]."""
+    """As `surface` has it, from products: of hundreds of points many times as fast as from differences."""
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2.0 * (a @ b.T)
     found: FloatArray = np.exp(-np.maximum(squares, 0.0) / (2 * length**2))
     return found

@@ -23,7 +23,7 @@ from evomerge.search.adaptive import Experience, pick
 from evomerge.search.assembly import assemble
 from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, promising
 from evomerge.search.climb import Climbs
-from evomerge.search.decode import active, copies
+from evomerge.search.decode import copies
 from evomerge.search.draws import Draws
 from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
@@ -137,7 +137,7 @@ def ga(
 
     def planned(number: int) -> Draw | None:
         place = number % settings.population
-        if breeding.climbs is not None and breeding.climbs.any:
+        if breeding.climbs is not None and breeding.climbs.possible:
             return breeding.climbs.step(place)
         return breeding.draws.draw(number) if breeding.draws is not None and place < drawn else None
 
@@ -161,7 +161,7 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     climbs = None
     if options["slopes"] and settings.slopes is not None:
         favour = experience.favour(SLOPES) if experience else 1.0
-        climbs = Climbs(space, history, order[: 2 * parents], settings, favour)
+        climbs = Climbs(space, reading, order[: 2 * parents], settings, favour)
     return Breeding(
         space,
         Linkage(space),
@@ -298,8 +298,7 @@ def _mutate(breeding: Breeding, parent: Parent, rng: np.random.Generator) -> tup
             layers = patterns.MOVES[name](layers, space.pattern, rng)
             words.append(name)
         parent = replace(parent, layers=layers)
-    names = active(space, genome)
-    mask = np.array([gene.name in names for gene in space.reals], dtype=np.bool_)
+    mask = space.active_reals(genome)
     if mask.any() and (not words or rng.random() < 0.5):
         unit, word = _mutate_reals(breeding, parent.unit, mask, rng)
         parent = replace(parent, unit=unit)

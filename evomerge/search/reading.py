@@ -10,12 +10,17 @@ import math
 import operator
 from bisect import insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
 
 from evomerge.search.candidate import DRAW, Candidate, by_objectives, fitness_order, sloped, teaches
 from evomerge.search.genome import Genome
-from evomerge.search.operators import FloatArray
+from evomerge.search.operators import FloatArray, Mask
 from evomerge.search.space import SearchSpace
+
+T = TypeVar("T")
 
 FEW = 64
 """So many new candidates are put in their places one by one."""
@@ -62,16 +67,32 @@ class Reading:
 
     def unit(self, candidate: Candidate) -> FloatArray:
         """A candidate's real genes in [0, 1], shape [reals]."""
-        known = self._units.get(candidate.number)
-        if known is None or known[0] is not candidate.genome:
-            known = self._units[candidate.number] = candidate.genome, self._space.unit(candidate.genome)
-        return known[1]
+        return _said(self._units, candidate, self._space.unit)
 
-    def _phenotype(self, candidate: Candidate) -> str:
-        known = self._phenotypes.get(candidate.number)
-        if known is None or known[0] is not candidate.genome:
-            known = self._phenotypes[candidate.number] = candidate.genome, self._space.phenotype(candidate.genome)
-        return known[1]
+    def units(self, candidates: Sequence[Candidate], mask: Mask) -> FloatArray:
+        """Some of their real genes, shape [candidates, genes]."""
+        return np.stack([self.unit(candidate)[mask] for candidate in candidates])
+
+    def nearest(self, here: Candidate, mask: Mask, candidates: Sequence[Candidate], enough: int) -> list[Candidate]:
+        """Of some candidates with a fitness those that differ from one in real genes only, by how far they are in some.
+
+        Args:
+            here: The one, itself the first.
+            mask: The real genes that count, shape [reals].
+            candidates: Those to choose from.
+            enough: How many at most.
+        """
+        alike = [c for c in candidates if c.fitness is not None and (c.number == here.number or self._is_like(c, here))]
+        apart = np.linalg.norm(self.units(alike, mask) - self.unit(here)[mask], axis=1)
+        order = np.lexsort(([c.number for c in alike], apart, [c.number != here.number for c in alike]))
+        return [alike[k] for k in order[:enough]]
+
+    def _is_like(self, candidate: Candidate, here: Candidate) -> bool:
+        """Whether a candidate's genome says what it is, and has the methods and layers of another one's."""
+        mine, its = candidate.genome, here.genome
+        if candidate.number in self.unlike or mine.layers != its.layers:
+            return False
+        return all(mine.values[choice.name] == its.values[choice.name] for choice in self._space.choices)
 
     def _begins(self, history: Sequence[Candidate]) -> bool:
         """Whether a history begins with these very candidates."""
@@ -82,15 +103,14 @@ class Reading:
         for candidate in new:
             self.tried.add(candidate.phenotype)
             if candidate.generation == 0:
-                said = self._phenotype(candidate)
+                said = _said(self._phenotypes, candidate, self._space.phenotype)
                 self.tried.add(said)
                 if said != candidate.phenotype:
                     self.unlike.add(candidate.number)
             if (number := sloped(candidate)) is not None:
                 self.steps[number] += 1
-            won = candidate.state == "done" and candidate.fitness is not None and candidate.fitness > self._best
-            if won and candidate.fitness is not None:
-                self._best = candidate.fitness
+            fitness = -math.inf if candidate.state != "done" or candidate.fitness is None else candidate.fitness
+            won, self._best = fitness > self._best, max(fitness, self._best)
             if candidate.operator == DRAW and candidate.state != "pending":
                 self.draws[candidate.generation] = self.draws.get(candidate.generation, False) or won
             self.several = self.several or candidate.objectives is not None
@@ -100,3 +120,11 @@ class Reading:
             for candidate in filter(teaches, new):
                 insort(self._fittest, candidate, key=fitness_order)
         self.history = history
+
+
+def _said(known: dict[int, tuple[Genome, T]], candidate: Candidate, say: Callable[[Genome], T]) -> T:
+    """What a genome says, worked out once for the candidate."""
+    kept = known.get(candidate.number)
+    if kept is None or kept[0] is not candidate.genome:
+        kept = known[candidate.number] = candidate.genome, say(candidate.genome)
+    return kept[1]

@@ -16,13 +16,13 @@ from evomerge.methods.declaration import Method, Parameter
 from evomerge.search import decode, genes
 from evomerge.search.genes import Choice, Pattern, Real
 from evomerge.search.genome import Genome, LayerGene, Scalar
+from evomerge.search.operators import FloatArray, Mask
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Recipe = dict[str, Any]
 MethodScope = Literal["run", "layer_group"]
-FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def digest(recipe: Mapping[str, Any]) -> str:
@@ -113,6 +113,11 @@ class SearchSpace:
         values = np.array([genome.values[gene.name] for gene in self.reals], dtype=np.float64)
         width = self.high - self.low
         return np.divide(values - self.low, width, out=np.zeros_like(values), where=width > 0)
+
+    def active_reals(self, genome: Genome) -> Mask:
+        """Which real genes the genome's recipe depends on, shape [reals]."""
+        names = decode.active(self, genome)
+        return np.array([gene.name in names for gene in self.reals], dtype=np.bool_)
 
     def genome(
         self, unit: FloatArray, choices: Mapping[str, str] | None = None, layers: Sequence[LayerGene] = ()
