@@ -124,7 +124,7 @@ class Evaluation(_Part):
     scale: Literal["relative", "raw"] = "relative"
     splits: Splits = Splits()
     guard: list[str] = []
-    fitness: Literal["metric", "smooth"] = "smooth"
+    fitness: Literal["metric", "smooth"] | None = None  # None: what suits the space
     informative: float | None = Field(None, gt=0, lt=1)
     racing: bool = False
     cache: bool = True
@@ -234,7 +234,7 @@ def parse_spec(data: Mapping[str, Any], *, where: str = "search.yaml", beside: P
     problems += _unknown_names(spec)
     if problems:
         raise SpecError([f"{where}: {problem}" for problem in problems])
-    return spec
+    return _settled(spec)
 
 
 def load_spec(path: Path) -> SearchSpec:
@@ -270,6 +270,21 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
     warm = [str(resolve_path(text, beside) or text) for text in spec.search.warm_starts]
     search = spec.search.model_copy(update={"warm_start": warm or None})
     return spec.model_copy(update={"models": models, "evaluation": evaluation, "search": search}), problems
+
+
+def _settled(spec: SearchSpec) -> SearchSpec:
+    """With the fitness that suits the space, where the file does not say.
+
+    The probability of the right choice follows confidence as well as knowledge. Averages of models keep the first much
+    as it was; stacks of copied layers do not, and a search among them finds the sure ones instead of the right ones.
+    """
+    from evomerge.methods.registry import get_method
+
+    if spec.evaluation.fitness is not None:
+        return spec
+    copied = all(get_method(name).copies_layers for name in spec.space.methods)
+    evaluation = spec.evaluation.model_copy(update={"fitness": "metric" if copied else "smooth"})
+    return spec.model_copy(update={"evaluation": evaluation})
 
 
 def _unknown_names(spec: SearchSpec) -> list[str]:

@@ -117,6 +117,25 @@ def test_minimal_takes_defaults() -> None:
     assert (spec.search.algorithm, spec.evaluation.dtype, spec.run.keep) == ("ga", "bfloat16", 1)
 
 
+@pytest.mark.parametrize(
+    ("methods", "fitness"),
+    [
+        (["linear", "ties"], "smooth"),
+        (["linear", "frankenmerge"], "smooth"),
+        (["frankenmerge"], "metric"),
+        (["passthrough"], "metric"),
+    ],
+)
+def test_what_steers_suits_the_space(methods: list[str], fitness: str) -> None:
+    """Stacks of copied layers differ in how sure they are; where the file says what steers, that does."""
+    assert parse_spec({**MINIMAL, "space": {"methods": methods}}).evaluation.fitness == fitness
+    for said in ("smooth", "metric"):
+        evaluation = {**MINIMAL["evaluation"], "fitness": said}
+        assert (
+            parse_spec({**MINIMAL, "space": {"methods": methods}, "evaluation": evaluation}).evaluation.fitness == said
+        )
+
+
 def test_paths_beside_the_file_above_it_and_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = tmp_path / "project" / "searches"
     for folder in (inner / "beside", tmp_path / "above", tmp_path / "here" / "cwd", inner / "tasks"):

@@ -23,10 +23,9 @@ from evomerge.search import (
     search,
 )
 from evomerge.search.executor import attempt
-from tests.search.landscapes import Memory, plain
+from tests.search.landscapes import COSTLY, Memory, plain
 from tests.search.scripted_run import SPACE, evaluate
 
-every_algorithm = pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 able = [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].asynchronous]
 every_asynchronous = pytest.mark.parametrize("algorithm", able)
 STARTS = len(baselines(SPACE))
@@ -77,10 +76,12 @@ def ordered(found: tuple[Candidate, ...]) -> list[Any]:
     return sorted(plain(found), key=lambda c: c["number"])
 
 
-@every_algorithm
-@pytest.mark.parametrize("slots", [2, 3, 11])
+@pytest.mark.parametrize(
+    ("algorithm", "slots"),
+    [(name, slots) for name in sorted(ALGORITHMS) for slots in ([3] if name in COSTLY else [2, 3, 11])],
+)
 def test_a_generational_search_is_the_same_for_any_number_at_once(algorithm: str, slots: int) -> None:
-    budget = STARTS + 17
+    budget = STARTS + (POPULATION + 3 if algorithm in COSTLY else 17)
     whole = go(Memory(), evaluate, budget, algorithm)
     record = Memory()
     shuffled = go(record, Shuffled(slots), budget, algorithm)
@@ -106,6 +107,8 @@ def test_what_the_user_interrupts_goes_on_with_another_number_at_once() -> None:
 @pytest.mark.parametrize("slots", [1, 2, 5])
 @pytest.mark.parametrize("budget", [1, STARTS, STARTS + 1, STARTS + 24])
 def test_asynchronous_budgets_are_exact_and_nobody_idles(algorithm: str, slots: int, budget: int) -> None:
+    if algorithm in COSTLY:
+        budget = min(budget, STARTS + POPULATION + 1)
     record, executor = Memory(), Shuffled(slots, 1)
     finished = go(record, executor, budget, algorithm, asynchronous=True)
     assert finished.reason == "budget"
@@ -128,9 +131,9 @@ def test_asynchronous_budgets_are_exact_and_nobody_idles(algorithm: str, slots: 
 
 @every_asynchronous
 def test_an_asynchronous_search_of_one_at_a_time_is_the_same_whenever_it_is_stopped(algorithm: str) -> None:
-    budget = STARTS + 16
+    budget = STARTS + (8 if algorithm in COSTLY else 16)
     whole = plain(go(Memory(), evaluate, budget, algorithm, asynchronous=True).candidates)
-    for last in range(0, budget, 2):
+    for last in [STARTS + 4] if algorithm in COSTLY else range(0, budget, 2):
         record = Memory()
         go(record, Shuffled(1, last=last), budget, algorithm, asynchronous=True)
         assert plain(go(record, evaluate, budget, algorithm, asynchronous=True).candidates) == whole
