@@ -2,6 +2,7 @@
 
     python bench/repair.py                                   # the zoo: nine seeds of 60 candidates
     python bench/repair.py --every-source                    # the same with a ruined layer in every other source too
+    python bench/repair.py --fitness smooth                  # steered by the probability of the right choice
     python bench/repair.py --real models --seeds 1            # a 135M model of 30 layers, one seed
 
 A model that is good at a task loses two of its layers: their weights become noise, are shuffled, or add nothing to the
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,6 +78,7 @@ class Problem:
         limits: Fewest and most layers of a pattern.
         items: Items that steer, and that report.
         loss: Accuracy that the damage must cost to be worth a repair.
+        fitness: What steers; None for what does by default.
     """
 
     seed: int
@@ -88,6 +90,7 @@ class Problem:
     limits: tuple[int, int]
     items: tuple[int, int]
     loss: float
+    fitness: str | None = None
 
 
 def ruin(intact: Path, out: Path, layers: Sequence[int], damage: str, seed: int) -> Path:
@@ -134,6 +137,7 @@ def specification(problem: Problem, models: Mapping[str, Path]) -> SearchSpec:
             "include_path": str(HERE.parent / "eval") if problem.task.startswith("zoo_") else str(real_tasks()),
             "tasks": [problem.task],
             "scale": "raw",
+            "fitness": problem.fitness,
             "splits": {"search": steer, "select": 2, "test": report},
             "dtype": "float32" if problem.task.startswith("zoo_") else "bfloat16",
         },
@@ -155,7 +159,7 @@ class Scores:
         self._known: dict[tuple[str, str], float] = {}
 
     def of(self, recipe: Mapping[str, Any], split: str) -> float:
-        """By the smooth metric on search items, by the task's own on test items."""
+        """By what steers on search items, by the task's own metric on test items."""
         plan = self.bench.plan(recipe)
         if (plan.digest, split) not in self._known:
             scores, _ = self.bench.measure(plan, self.bench.selections[split])
@@ -355,6 +359,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--candidates", type=int, default=60)
     parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--fitness", choices=["metric", "smooth"], help="what steers; default: what suits patterns")
     parser.add_argument("--every-source", action="store_true", help="ruin layers of every source")
     parser.add_argument("--real", type=Path, help="the folder of the real models")
     options = parser.parse_args()
@@ -367,7 +372,8 @@ def main() -> None:
             else zoo_problems(seed, options.every_source)
         )
         with tempfile.TemporaryDirectory() as folder:
-            line, row = solve(pose(problems, Path(folder)), options.candidates, options.population)
+            posed = pose((replace(problem, fitness=options.fitness) for problem in problems), Path(folder))
+            line, row = solve(posed, options.candidates, options.population)
         print(" | ".join(line), "|", row["pattern"], file=sys.stderr, flush=True)
         lines.append(line)
         rows.append(row)
