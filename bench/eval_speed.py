@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge import zoo
 from evomerge.evaluation import native
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.tasks import load_tasks
+from evomerge.system.quiet import quiet
 from evomerge.tables import table
 
 GENERATION = "short_generation"

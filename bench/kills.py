@@ -25,8 +25,9 @@ import optuna  # noqa: F401  # imported before the fork, not in every child
 import yaml
 
 from evomerge.runfolder import RunFolder
-from evomerge.search import ALGORITHMS, best
+from evomerge.search.candidate import best
 from evomerge.search.record import Record
+from evomerge.search.registry import ALGORITHMS
 from tests.frame import environment, search_spec
 from tests.search.kills import Killed, Launch, forked, kill_and_resume, life
 from tests.search.landscapes import plain

@@ -31,9 +31,9 @@ import torch
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.engine.plan import Plan, make_plan
 from evomerge.engine.resident import Resident
-from evomerge.memory import collect_rarely
 from evomerge.methods.registry import get_method
 from evomerge.recipe import parse_recipe
+from evomerge.system.memory import collect_rarely
 
 GROUPS = 6
 LATER = 3

@@ -29,9 +29,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from evomerge.files import write_atomic
 from evomerge.search.candidate import Candidate
 from evomerge.spec import SearchSpec, load_spec
+from evomerge.system.files import write_atomic
 from evomerge.tables import table
 
 QUICKSTART = Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
@@ -126,7 +126,9 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.run import settings_of
     from evomerge.runfolder import RunFolder
     from evomerge.scoring import Quiet, Scorer
-    from evomerge.search import Stop, get_algorithm, search, spent_items
+    from evomerge.search.candidate import spent_items
+    from evomerge.search.loop import Stop, search
+    from evomerge.search.registry import get_algorithm
     from evomerge.workbench import TEST, Workbench, make_space
 
     contender = CONTENDERS[name]
@@ -175,7 +177,10 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
 
 def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: Path, surrogate: Any) -> Iterator[str]:
     """A contender's searches on a surrogate, without racing: half of its items steer, and the other half are unseen."""
-    from evomerge.search import AlgorithmSettings, Stop, get_algorithm, search, spent_items
+    from evomerge.search.candidate import spent_items
+    from evomerge.search.loop import Stop, search
+    from evomerge.search.propose import AlgorithmSettings
+    from evomerge.search.registry import get_algorithm
     from evomerge.workbench import Workbench, make_space
 
     contender = CONTENDERS[name]

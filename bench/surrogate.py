@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.fitness import Fitness
 from evomerge.runfolder import RunFolder
-from evomerge.search import Candidate, Genome, Outcome, Proposal, SearchSpace
+from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.decode import active
+from evomerge.search.genome import Genome
+from evomerge.search.space import SearchSpace
 from evomerge.tables import table
 
 Array = NDArray[np.float64]

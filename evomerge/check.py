@@ -16,9 +16,9 @@ from evomerge.errors import BadInput, CheckpointError
 from evomerge.gates import look_before
 from evomerge.models import single_model
 from evomerge.recipe import load_recipe
-from evomerge.search import baselines
+from evomerge.search.baselines import baselines
 from evomerge.spec import SearchSpec, load_spec
-from evomerge.strict_yaml import read_documents
+from evomerge.system.yaml import read_documents
 from evomerge.tables import table
 from evomerge.warmstart import warm_starts
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench

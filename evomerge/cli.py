@@ -15,8 +15,8 @@ import typer
 from evomerge.dare_command import dare
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.evaluation.backends import BackendName
-from evomerge.memory import collect_rarely
 from evomerge.merge_command import Crimes, merge
+from evomerge.system.memory import collect_rarely
 
 app = typer.Typer(
     name="evomerge",

@@ -13,13 +13,13 @@ from evomerge.engine.disk import write_checkpoint
 from evomerge.engine.dtypes import torch_dtype
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.scores import ItemScores, score_table
-from evomerge.files import write_atomic
 from evomerge.lineage import ancestry
 from evomerge.models import single_model
 from evomerge.recipe import expand_frankenmerge
 from evomerge.runfolder import RunFolder
 from evomerge.samples import continuation, prompt_of
 from evomerge.search.candidate import Candidate
+from evomerge.system.files import write_atomic
 from evomerge.tables import result_table, table
 from evomerge.workbench import SEARCH, TEST, Workbench
 

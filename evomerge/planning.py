@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from evomerge.engine.plan import Plan
 from evomerge.evaluation.prefixes import Depths, arrange
-from evomerge.search import Proposal
+from evomerge.search.candidate import Proposal
 from evomerge.workbench import Workbench
 
 log = logging.getLogger(__name__)

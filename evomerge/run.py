@@ -19,22 +19,14 @@ from evomerge.finish import finish
 from evomerge.gates import look_before
 from evomerge.runfolder import STARTS, RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search import (
-    AlgorithmSettings,
-    Candidate,
-    Executor,
-    Finished,
-    InProcess,
-    Outcome,
-    Proposal,
-    Record,
-    Stop,
-    get_algorithm,
-    search,
-    spent_items,
-)
+from evomerge.search.candidate import Candidate, Outcome, Proposal, spent_items
+from evomerge.search.executor import Executor, InProcess
+from evomerge.search.loop import Finished, Stop, search
+from evomerge.search.propose import AlgorithmSettings
+from evomerge.search.record import Record
+from evomerge.search.registry import get_algorithm
 from evomerge.spec import Search, SearchSpec
-from evomerge.strict_yaml import write_yaml
+from evomerge.system.yaml import write_yaml
 from evomerge.tables import result_table
 from evomerge.warmstart import read_seeds, warm_starts
 from evomerge.workbench import Workbench

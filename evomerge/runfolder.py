@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from evomerge.errors import RunError
-from evomerge.files import exclusive, write_atomic
 from evomerge.search.candidate import Candidate, best
 from evomerge.spec import SearchSpec
+from evomerge.system.files import exclusive, write_atomic
 
 if TYPE_CHECKING:
     from evomerge.evaluation.informative import Sample

@@ -21,7 +21,7 @@ from typing import Any
 
 from evomerge.errors import OutputError
 from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
-from evomerge.files import write_atomic
+from evomerge.system.files import write_atomic
 
 LIMIT = 512 * 2**20
 """Bytes that the cache may grow to."""

@@ -17,8 +17,9 @@ from evomerge.measuring import Measurer, joined, size, taken
 from evomerge.models import single_model
 from evomerge.planning import Planner
 from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
-from evomerge.search import Candidate, Genome, Outcome, Proposal, ranked
 from evomerge.search.baselines import baselines
+from evomerge.search.candidate import Candidate, Outcome, Proposal, ranked
+from evomerge.search.genome import Genome
 from evomerge.search.operators import FloatArray
 from evomerge.slopes import COST, fitness_slopes, sample
 from evomerge.workbench import SEARCH, STEER, Selection, Workbench

@@ -20,8 +20,9 @@ from evomerge.engine.operation import Operation
 from evomerge.engine.plan import Plan, make_plan
 from evomerge.errors import CandidateError, RecipeError
 from evomerge.fitness import Fitness, Scores
-from evomerge.search import Genome, decode
+from evomerge.search import decode
 from evomerge.search.genes import Real
+from evomerge.search.genome import Genome
 from evomerge.workbench import Selection, Workbench
 
 log = logging.getLogger(__name__)

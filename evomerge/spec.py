@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from evomerge.errors import SpecError, suggest
 from evomerge.evaluation.backends import BackendName
-from evomerge.paths import resolve_path
 from evomerge.recipe import resolve_reference
-from evomerge.strict_yaml import read_yaml
+from evomerge.system.paths import resolve_path
+from evomerge.system.yaml import read_yaml
 
 MOST_OBJECTIVES = 6
 """With more, hardly a candidate dominates another, and the volume of a front takes seconds."""

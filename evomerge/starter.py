@@ -17,11 +17,11 @@ from evomerge.engine.dtypes import FLOATS
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Input
 from evomerge.errors import BadInput, CheckpointError
-from evomerge.files import write_atomic
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import resolve_reference
 from evomerge.spec import parse_spec
-from evomerge.strict_yaml import read_yaml, write_yaml
+from evomerge.system.files import write_atomic
+from evomerge.system.yaml import read_yaml, write_yaml
 from evomerge.tables import table
 
 _LOOK_AT = 50_000_000  # elements of each model: enough for three digits, and seconds for any model

@@ -7,10 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from evomerge.files import held
 from evomerge.runfolder import RunFolder
 from evomerge.search.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
 from evomerge.search.front import growth
+from evomerge.system.files import held
 from evomerge.tables import score_text, slopes_text, table
 
 _SHOWN = 12  # members of a front

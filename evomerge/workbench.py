@@ -27,7 +27,8 @@ from evomerge.evaluation.tasks import LoadedTask, TaskSet, find_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
 from evomerge.models import load_config, load_tokenizer, open_models, single_model
 from evomerge.recipe import Recipe, parse_recipe
-from evomerge.search import SearchSpace, build_space
+from evomerge.search.build import build_space
+from evomerge.search.space import SearchSpace
 from evomerge.spec import SearchSpec, Splits
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"

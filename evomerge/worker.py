@@ -18,9 +18,9 @@ from queue import SimpleQueue
 from typing import Any, NoReturn
 
 from evomerge.errors import EvoMergeError
-from evomerge.memory import collect_rarely
 from evomerge.search.candidate import Outcome, Proposal
 from evomerge.search.executor import attempt
+from evomerge.system.memory import collect_rarely
 
 Opened = tuple[Callable[[Any], None], Callable[[Proposal], Outcome]]
 """What takes whom to compare candidates with, and what scores one."""

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import CandidateError, OutputError, RunError
-from evomerge.search import ALGORITHMS, AlgorithmSettings, Finished, Outcome, Proposal, Record, Stop, search
-from evomerge.search.candidate import Candidate
+from evomerge.search.candidate import Candidate, Outcome, Proposal
+from evomerge.search.loop import Finished, Stop, search
+from evomerge.search.propose import AlgorithmSettings
+from evomerge.search.record import Record
+from evomerge.search.registry import ALGORITHMS
 from evomerge.worker import Opened
 from evomerge.workers import LocalWorkers
 from tests.search.scripted_run import SPACE, evaluate

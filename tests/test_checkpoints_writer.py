@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from evomerge.checkpoints import writer
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.checkpoints.header import TensorSpec, read_header
-from evomerge.checkpoints.lock import output_lock
 from evomerge.checkpoints.tensors import DTYPE_NAMES
 from evomerge.checkpoints.writer import CheckpointWriter, plan_shards
 from evomerge.errors import OutputError
+from evomerge.system.locks import output_lock
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.bfloat16).view(3, 4),

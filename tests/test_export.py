@@ -13,11 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 from evomerge.engine.disk import merge_to_folder
-from evomerge.evaluation.quiet import quiet
 from evomerge.export import Rescored
 from evomerge.recipe import load_recipe, parse_recipe
 from evomerge.runfolder import RunFolder
 from evomerge.search.record import Record
+from evomerge.system.quiet import quiet
 from evomerge.workbench import TEST, Workbench
 from tests.frame import TASKS, files, invoke
 

@@ -13,8 +13,8 @@ from evomerge import export
 from evomerge.display import Display
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
-from evomerge.search import Candidate, pareto
-from evomerge.search.candidate import best, pareto_front
+from evomerge.search import pareto
+from evomerge.search.candidate import Candidate, best, pareto_front
 from evomerge.search.front import finalists
 from evomerge.spec import SearchSpec, parse_spec
 from evomerge.status import read_status, render_status

@@ -13,7 +13,8 @@ from evomerge.evaluation.prefixes import Prefixes
 from evomerge.planning import Planner
 from evomerge.run import start
 from evomerge.runfolder import RunFolder
-from evomerge.search import Genome, Proposal
+from evomerge.search.candidate import Proposal
+from evomerge.search.genome import Genome
 from evomerge.spec import parse_spec
 from evomerge.workbench import Workbench
 from tests.frame import files, search_spec

@@ -13,8 +13,7 @@ import pytest
 from evomerge.errors import SpecError
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
-from evomerge.search import Candidate, spent_items
-from evomerge.search.candidate import sloped
+from evomerge.search.candidate import Candidate, sloped, spent_items
 from evomerge.slopes import COST
 from evomerge.spec import SearchSpec, parse_spec
 from evomerge.status import read_status, render_status

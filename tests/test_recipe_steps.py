@@ -9,7 +9,7 @@ import pytest
 
 from evomerge.errors import RecipeError
 from evomerge.recipe import load_recipe, parse_recipe
-from evomerge.strict_yaml import read_documents
+from evomerge.system.yaml import read_documents
 
 
 def linear(*models: str, **more: Any) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import yaml
 
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, RecipeError, RunError
 from evomerge.evaluation.scores import ItemScores
-from evomerge.files import exclusive
 from evomerge.planning import Planner
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search import Candidate, Proposal
+from evomerge.search.candidate import Candidate, Proposal
 from evomerge.spec import SearchSpec, load_spec, parse_spec
 from evomerge.status import read_status, render_status
+from evomerge.system.files import exclusive
 from evomerge.tables import result_table
 from evomerge.workbench import SEARCH, SELECT, TEST, Workbench
 from tests.frame import changed, files, search_spec
@@ -330,7 +330,7 @@ def test_changed_data_is_refused(tiny_family: dict[str, Path], tmp_path: Path) -
 
 
 def test_another_process_holds_the_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evomerge.files._PAUSE", 0.001)
+    monkeypatch.setattr("evomerge.system.files._PAUSE", 0.001)
     resolved = (copied / "resolved.yaml").read_text()
     with exclusive(copied / ".lock", "it"), pytest.raises(RunError, match=r"is in use by process \d+"):
         resume(copied, candidates=40)

@@ -13,11 +13,12 @@ import pytest
 
 from evomerge.errors import OutputError, RunError
 from evomerge.evaluation.scores import ItemScores
-from evomerge.files import exclusive, held, write_atomic
 from evomerge.run import _survived
 from evomerge.runfolder import RunFolder
-from evomerge.search import Genome, Outcome, Proposal
+from evomerge.search.candidate import Outcome, Proposal
+from evomerge.search.genome import Genome
 from evomerge.spec import SearchSpec, parse_spec
+from evomerge.system.files import exclusive, held, write_atomic
 from tests.search.landscapes import make_space
 
 SPEC = {

@@ -15,13 +15,13 @@ import torch
 
 from evomerge.engine.directions import STEP
 from evomerge.fitness import Fitness
-from evomerge.memory import available
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search import Genome
 from evomerge.search.decode import active
+from evomerge.search.genome import Genome
 from evomerge.slopes import COST, fitness_slopes, genes_of_settings
 from evomerge.spec import parse_spec
+from evomerge.system.memory import available
 from evomerge.workbench import SEARCH, Workbench
 from tests.frame import changed, search_spec
 from tests.models import write_tiny_llama

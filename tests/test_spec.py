@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.errors import SpecError
-from evomerge.search import ALGORITHMS
+from evomerge.search.registry import ALGORITHMS
 from evomerge.spec import SearchSpec, load_spec, parse_spec
 from tests.frame import changed, search_spec
 

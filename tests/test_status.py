@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from evomerge.runfolder import RunFolder
-from evomerge.search import Candidate
+from evomerge.search.candidate import Candidate
 from evomerge.status import read_status, render_status
 from tests.frame import invoke
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import EvoMergeError, OutputError, RunError
-from evomerge.search import Candidate, Record
+from evomerge.search.candidate import Candidate
+from evomerge.search.record import Record
 from evomerge.workers import LocalWorkers
 from tests.frame import environment
 from tests.scripted_worker import run, workers

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from evomerge.checkpoints.header import name_some
 from evomerge.errors import CheckpointError
-from evomerge.paths import resolve_path
+from evomerge.system.paths import resolve_path
 
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]

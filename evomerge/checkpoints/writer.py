@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.header import DTYPE_BYTES, TensorInfo, TensorSpec, name_some, shape_text
-from evomerge.checkpoints.lock import output_lock
 from evomerge.errors import OutputError
+from evomerge.system.locks import output_lock
 
 if TYPE_CHECKING:
     import torch

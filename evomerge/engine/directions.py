@@ -18,7 +18,7 @@ from evomerge.engine.execute import Family, Part, parts
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation
 from evomerge.methods.declaration import Settings
-from evomerge.threads import run_all
+from evomerge.system.threads import run_all
 
 Entry = tuple[str, int | None]
 """A number in an operation's settings: the parameter, and the index of the source that it is for."""

@@ -21,7 +21,7 @@ from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.declaration import Block, Granularity
 from evomerge.methods.registry import get_method
-from evomerge.threads import run_all
+from evomerge.system.threads import run_all
 
 if TYPE_CHECKING:
     from evomerge.engine.compiled import Work

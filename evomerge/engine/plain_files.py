@@ -13,7 +13,6 @@ import numpy as np
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import name_some, shape_text
-from evomerge.checkpoints.lock import output_lock
 from evomerge.engine.disk import Progress, write_checkpoint
 from evomerge.engine.dtypes import FLOATS
 from evomerge.engine.facts import FactStore
@@ -22,6 +21,7 @@ from evomerge.engine.plan import Plan
 from evomerge.errors import CheckpointError, OutputError
 from evomerge.methods.declaration import Settings
 from evomerge.methods.registry import get_method
+from evomerge.system.locks import output_lock
 
 
 def plan_files(

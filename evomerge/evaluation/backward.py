@@ -23,8 +23,8 @@ from evomerge.evaluation.forward import Forward, forwarding
 from evomerge.evaluation.layout import Batch, Layout
 from evomerge.evaluation.scorer import batch_inputs
 from evomerge.evaluation.scores import Array
-from evomerge.memory import available
-from evomerge.threads import run_all
+from evomerge.system.memory import available
+from evomerge.system.threads import run_all
 
 STATES, LEAST_TOKENS, MOST_TOKENS = 2**19, 128, 1024
 """Numbers in one layer's hidden state of a piece, and the bounds of its tokens: all layers' states are held at once."""

@@ -14,11 +14,11 @@ from evomerge.evaluation.backward import weight_gradient
 from evomerge.evaluation.metrics import item_scores
 from evomerge.evaluation.native import NativeBackend
 from evomerge.evaluation.prefixes import Depths, Prefixes
-from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.evaluation.scores import Array, ItemScores
 from evomerge.evaluation.sensitivity import Answers, sensitivities
 from evomerge.evaluation.tasks import LoadedTask
+from evomerge.system.quiet import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor

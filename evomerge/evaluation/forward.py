@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from evomerge.threads import run_all
+from evomerge.system.threads import run_all
 
 T = TypeVar("T")
 

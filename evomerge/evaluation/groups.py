@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.scores import Score, ScoreTable
 from evomerge.evaluation.tasks import LoadedTask, TaskSet
+from evomerge.system.quiet import quiet
 
 
 def group_scores(found: TaskSet, table: ScoreTable) -> dict[str, dict[str, Score]]:

@@ -10,8 +10,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Requests
+from evomerge.system.quiet import quiet
 
 PROBE = Requests("probe", ((Instance("loglikelihood", {}, ("1 2 3", " 4"), 0, ("probe", 0, 1)),),))
 """One log-likelihood of nothing in particular, which shows whether a model's numbers are finite."""

@@ -230,7 +230,7 @@ def build_requests(loaded: Any, encoder: Encoder, prompting: Prompting) -> Reque
     Raises:
         TaskError: The task has no documents, or its templates do not fit them.
     """
-    from evomerge.evaluation.quiet import quiet, seeded
+    from evomerge.system.quiet import quiet, seeded
 
     loaded.task.set_fewshot_seed(seed=loaded.fewshot_seed)
     try:

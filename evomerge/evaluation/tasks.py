@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
-from evomerge.evaluation.quiet import quiet, seeded
 from evomerge.evaluation.task_data import plain_names, with_data
+from evomerge.system.quiet import quiet, seeded
 
 FEWSHOT_SEED = 1234
 """What `lm_eval` draws few-shot examples with unless told otherwise."""

@@ -25,8 +25,8 @@ from typing import Any
 
 from evomerge.errors import BadInput
 from evomerge.evaluation.hf import PROBE, ask
-from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.requests import Requests
+from evomerge.system.quiet import quiet
 
 GPU_SHARE = 0.5
 """Of the GPU's memory, what vLLM may take: the resident model and the merging need theirs beside it."""

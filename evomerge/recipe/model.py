@@ -12,7 +12,7 @@ from typing import Any
 from evomerge.recipe.mergekit import mergekit_mapping
 from evomerge.recipe.settings import Parameters, plain
 from evomerge.recipe.tokenizer import TokenizerBlock
-from evomerge.strict_yaml import write_documents
+from evomerge.system.yaml import write_documents
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from evomerge.recipe.model import Recipe
 from evomerge.recipe.reader import Reader
 from evomerge.recipe.references import resolve_models
 from evomerge.recipe.steps import link
-from evomerge.strict_yaml import read_documents
+from evomerge.system.yaml import read_documents
 
 
 def load_recipe(path: str | Path, *, methods: Mapping[str, Method] = METHODS) -> Recipe:

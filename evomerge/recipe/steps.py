@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from evomerge.errors import RecipeError, suggest
-from evomerge.paths import resolve_path
 from evomerge.recipe.model import Recipe
 from evomerge.recipe.references import MODEL, NO_MODEL, ZOO, resolve_models, without_adapter
+from evomerge.system.paths import resolve_path
 
 
 def link(recipes: Sequence[Recipe], where: str, beside: Path | None) -> Recipe:

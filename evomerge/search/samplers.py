@@ -16,8 +16,8 @@ from evomerge.search import decode
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.genome import Genome
 from evomerge.search.propose import Draw, distinct
-from evomerge.search.quiet import quiet_optuna
 from evomerge.search.space import SearchSpace
+from evomerge.system.quiet_optuna import quiet_optuna
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evomerge.errors import RunError
 from evomerge.search.candidate import Candidate
 from evomerge.search.journal import Journal, optuna_storage, repair
-from evomerge.search.quiet import quiet_optuna
 from evomerge.search.space import SearchSpace
 from evomerge.search.trials import Parameters, frozen_trial, journal_line, unpacked
+from evomerge.system.quiet_optuna import quiet_optuna
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge import threads
 from evomerge.engine import compiled, facts, selection
 from evomerge.engine import execute as engine
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
@@ -23,6 +22,7 @@ from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.declaration import Method, Settings
 from evomerge.methods.facts import merge_tensors
 from evomerge.methods.registry import METHODS
+from evomerge.system import threads
 from tests.engine.helpers import PRINTS, inputs, operation_for, store_for, store_of
 from tests.methods.helpers import declared, every_mode, family, fit, numbers
 

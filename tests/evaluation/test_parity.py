@@ -13,8 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.tasks import load_tasks
+from evomerge.system.quiet import quiet
 from tests.evaluation.conftest import CONFIGS, Bench
 
 TOLERANCE = 1e-4

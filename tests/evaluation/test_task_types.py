@@ -14,9 +14,9 @@ from lm_eval.tasks import TaskManager
 
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.groups import group_scores
-from evomerge.evaluation.quiet import quiet
 from evomerge.evaluation.scores import score_table
 from evomerge.evaluation.tasks import find_tasks, load_tasks
+from evomerge.system.quiet import quiet
 from tests.evaluation.conftest import Bench, documents, write_documents, write_task
 
 ABSOLUTE = "tasks_of_lm_eval"

@@ -7,7 +7,11 @@ import time
 from pathlib import Path
 
 from evomerge.errors import CandidateError
-from evomerge.search import ALGORITHMS, AlgorithmSettings, Finished, Outcome, Proposal, Record, Stop, search
+from evomerge.search.candidate import Outcome, Proposal
+from evomerge.search.loop import Finished, Stop, search
+from evomerge.search.propose import AlgorithmSettings
+from evomerge.search.record import Record
+from evomerge.search.registry import ALGORITHMS
 from tests.search.landscapes import Bowl, make_space
 
 SPACE = make_space(layer_groups=2)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evomerge.search import Candidate
 from evomerge.search.adaptive import BOUNDS, CAUTION, Experience, operators_of, pick
+from evomerge.search.candidate import Candidate
 from evomerge.search.operators import LARGEST, SMALLEST, step_size
 
 from .landscapes import make_space

@@ -13,20 +13,15 @@ import numpy as np
 import pytest
 
 from evomerge.errors import SpecError
-from evomerge.search import (
+from evomerge.search.baselines import baselines, first_generation
+from evomerge.search.candidate import Candidate, Outcome, Proposal
+from evomerge.search.propose import AlgorithmSettings
+from evomerge.search.registry import (
     ALGORITHMS,
-    AlgorithmSettings,
-    Candidate,
-    Outcome,
-    Proposal,
-    SearchSpace,
-    baselines,
+    Registered,
     get_algorithm,
 )
-from evomerge.search.baselines import first_generation
-from evomerge.search.registry import (
-    Registered,
-)
+from evomerge.search.space import SearchSpace
 from tests.search.landscapes import COSTLY, Bowl, Repair, best_truth, every_algorithm, make_space, pattern_space
 
 SPACES = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from evomerge.search import LayerGene, baselines, digest
+from evomerge.search.baselines import baselines
+from evomerge.search.genome import LayerGene
+from evomerge.search.space import digest
 from tests.search.landscapes import make_space, pattern_space
 
 

@@ -20,7 +20,8 @@ from evomerge.engine.plan import make_plan
 from evomerge.engine.resident import Resident
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
-from evomerge.search import Genome, LayerGene, SearchSpace
+from evomerge.search.genome import Genome, LayerGene
+from evomerge.search.space import SearchSpace
 from tests.search.test_canonical import LAYERS, OUTER, tiny_space
 
 COPYING = "frankenmerge"

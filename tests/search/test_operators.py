@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.search import LayerGene, operators, patterns
+from evomerge.search import operators, patterns
 from evomerge.search.genes import Pattern
+from evomerge.search.genome import LayerGene
 
 seeds = st.integers(0, 2**32)
 

@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.search import Candidate, baselines
-from evomerge.search.candidate import promising, sloped
+from evomerge.search.baselines import baselines
+from evomerge.search.candidate import Candidate, promising, sloped
 from evomerge.search.reading import Reading
 from tests.search.landscapes import make_space
 

@@ -17,10 +17,13 @@ import pytest
 from optuna.trial import TrialState
 
 from evomerge.errors import RunError
-from evomerge.search import ALGORITHMS, Candidate, Genome, Outcome, Proposal, Record, baselines
-from evomerge.search.baselines import first_generation
+from evomerge.search.baselines import baselines, first_generation
+from evomerge.search.candidate import Candidate, Outcome, Proposal
+from evomerge.search.genome import Genome
 from evomerge.search.journal import repair
-from evomerge.search.quiet import quiet_optuna
+from evomerge.search.record import Record
+from evomerge.search.registry import ALGORITHMS
+from evomerge.system.quiet_optuna import quiet_optuna
 from tests.frame import ROOT, environment
 from tests.search.landscapes import make_space
 from tests.search.scripted_run import SPACE, run

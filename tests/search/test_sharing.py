@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from evomerge.search import ALGORITHMS, AlgorithmSettings, Candidate
+from evomerge.search.candidate import Candidate
+from evomerge.search.propose import AlgorithmSettings
+from evomerge.search.registry import ALGORITHMS
 from evomerge.search.sharing import attraction, shared_fitness
 
 from .landscapes import make_space

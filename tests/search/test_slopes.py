@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from evomerge.search import ALGORITHMS, AlgorithmSettings, Candidate, Outcome, Stop, search, spent_items
-from evomerge.search.candidate import SLOPES
+from evomerge.search.candidate import SLOPES, Candidate, Outcome, spent_items
+from evomerge.search.loop import Stop, search
+from evomerge.search.propose import AlgorithmSettings
+from evomerge.search.registry import ALGORITHMS
 from evomerge.search.surface import Surface, Told
 
 from .landscapes import Memory, make_space

@@ -17,9 +17,13 @@ from typing import Any
 import pytest
 
 from evomerge.errors import OutputError, RunError
-from evomerge.search import ALGORITHMS, AlgorithmSettings, Candidate, Outcome, Proposal, Record, Stop, baselines, search
-from evomerge.search.baselines import first_generation
+from evomerge.search.baselines import baselines, first_generation
+from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.journal import Journal
+from evomerge.search.loop import Stop, search
+from evomerge.search.propose import AlgorithmSettings
+from evomerge.search.record import Record
+from evomerge.search.registry import ALGORITHMS
 from evomerge.search.stores import StorageLost
 from tests.search.landscapes import Memory, plain
 from tests.search.scripted_run import SPACE, evaluate

@@ -8,21 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.search import (
-    ALGORITHMS,
-    AlgorithmSettings,
-    Candidate,
-    Genome,
-    Outcome,
-    Proposal,
-    Stop,
-    replay,
-    search,
-)
+from evomerge.search import replay
+from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.cmaes import mergekit_mean
+from evomerge.search.genome import Genome
+from evomerge.search.loop import Stop, search
 from evomerge.search.map_elites import elites_of
 from evomerge.search.operators import reflect
-from evomerge.search.propose import generator
+from evomerge.search.propose import AlgorithmSettings, generator
+from evomerge.search.registry import ALGORITHMS
 from evomerge.search.samplers import all_params, values_of
 from tests.search.landscapes import COSTLY, Bowl, Memory, best_truth, make_space, pattern_space, plain
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.recipe import parse_recipe
-from evomerge.search import Genome, LayerGene, SearchSpace
+from evomerge.search.genome import Genome, LayerGene
+from evomerge.search.space import SearchSpace
 from evomerge.search.warm import Shape, depth_shares, layer_shares, of_genome, of_recipe
 from tests.search.landscapes import make_space, pattern_space
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.paths import resolve_path
+from evomerge.system.paths import resolve_path
 
 
 @pytest.fixture
