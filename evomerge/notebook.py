@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from evomerge.checkpoints.checkpoint import Checkpoint
     from evomerge.engine.plan import Plan
-    from evomerge.methods.declaration import Method, Parameter
+    from evomerge.methods.contract import Method, Parameter
 
     Model: TypeAlias = str | Path | PreTrainedModel
 

@@ -24,10 +24,10 @@ from evomerge.engine.ranks import Levels
 from evomerge.engine.selection import top
 from evomerge.engine.survivors import Drop, cut_survivors
 from evomerge.methods import breadcrumbs, della, sce
-from evomerge.methods.combine import participants, shares
+from evomerge.methods.arithmetic import participants, shares
+from evomerge.methods.contract import Block, Cut, Settings
 from evomerge.methods.dare import keep_probability, terms
 from evomerge.methods.dare_ties import trims
-from evomerge.methods.declaration import Block, Cut, Settings
 from evomerge.methods.dfs import row_anchor, scaled_alphas
 from evomerge.methods.nearswap import reach_of
 from evomerge.methods.nuslerp import vector_terms
@@ -313,7 +313,7 @@ def _certainties(
 class _Symbol:
     """Stands for a tensor while a method says which combination of its inputs it computes.
 
-    It knows the few operations that `evomerge.methods.combine` builds its sums from, and keeps their terms in order:
+    It knows the few operations that `evomerge.methods.arithmetic` builds its sums from, and keeps their terms in order:
     (source, coefficient), the source as it is or minus the pivot. Anything else fails, and the method is called on
     tensors instead.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from evomerge.engine.execute import Family, Part, parts
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation
-from evomerge.methods.declaration import Settings
+from evomerge.methods.contract import Settings
 from evomerge.system.threads import run_all
 
 Entry = tuple[str, int | None]

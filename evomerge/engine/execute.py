@@ -19,7 +19,7 @@ from torch import Tensor
 from evomerge.engine.facts import CHUNK, FactStore, Members, chunks
 from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.engine.operation_facts import OperationFacts
-from evomerge.methods.declaration import Block, Granularity
+from evomerge.methods.contract import Block, Granularity
 from evomerge.methods.registry import get_method
 from evomerge.system.threads import run_all
 

@@ -39,8 +39,8 @@ from evomerge.engine.variation import Selection, Spread, select
 from evomerge.engine.variation import count as count_spread
 from evomerge.engine.variation import levels_of as levels_of_spread
 from evomerge.methods import arcee_fusion
-from evomerge.methods.declaration import Cut as Kept
-from evomerge.methods.trim import band_counts, kept_count
+from evomerge.methods.contract import Cut as Kept
+from evomerge.methods.topk import band_counts, kept_count
 
 CHUNK = 1 << 17  # elements: float32 temporaries of this size stay in the caches, and Python has few of them to hand out
 _LOOK = 1 << 20  # elements that are only looked at

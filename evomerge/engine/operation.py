@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from evomerge.methods.declaration import Settings
+from evomerge.methods.contract import Settings
 
 COPY = "copy"
 

@@ -15,7 +15,7 @@ from evomerge.engine.facts import FactStore, Member, Members
 from evomerge.engine.operation import Input
 from evomerge.engine.selection import Histogram, Parts
 from evomerge.engine.variation import Selection
-from evomerge.methods.declaration import Cut, Scope
+from evomerge.methods.contract import Cut, Scope
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
 
 T = TypeVar("T")

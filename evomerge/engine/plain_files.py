@@ -19,7 +19,7 @@ from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.engine.plan import Plan
 from evomerge.errors import CheckpointError, OutputError
-from evomerge.methods.declaration import Settings
+from evomerge.methods.contract import Settings
 from evomerge.methods.registry import get_method
 from evomerge.system.locks import output_lock
 

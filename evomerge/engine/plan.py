@@ -18,7 +18,7 @@ from evomerge.engine.execute import Family
 from evomerge.engine.modules import Share, find_shares, owner, stack_list
 from evomerge.engine.operation import COPY, Input, Operation, operation_digest
 from evomerge.errors import CheckpointError, RecipeError
-from evomerge.methods.declaration import Settings
+from evomerge.methods.contract import Settings
 from evomerge.methods.registry import get_method
 from evomerge.recipe import (
     LayerPlace,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.methods.trim import kept_count
+from evomerge.methods.topk import kept_count
 
 FINE, COARSE = 13, 16  # lower bits that a histogram leaves out: of 16-bit models, which take few values, and others
 
@@ -145,7 +145,7 @@ def last_index(parts: Parts, bits: int, stay: int) -> int:
 
 
 def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float) -> tuple[float, int]:
-    """`evomerge.methods.trim.cutoff` for the top floor(density · n) of n scores.
+    """`evomerge.methods.topk.cutoff` for the top floor(density · n) of n scores.
 
     Args:
         scores: Gives (flat index of the first, scores) part by part, the same every time; NaN takes no part and is not

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from evomerge.engine.kernels import dropping
 from evomerge.engine.kernels.jit import TILE
 from evomerge.engine.selection import INFINITY, Floats, Histogram, Parts, bin_of, top
-from evomerge.methods.declaration import Cut
+from evomerge.methods.contract import Cut
 from evomerge.methods.random_field import LANES
-from evomerge.methods.trim import kept_count
+from evomerge.methods.topk import kept_count
 
 _DEVIATIONS = 6.0  # of a sample's threshold
 _FEW = 1 << 16  # elements of a bracket that may be gathered, whatever the size of the tensor

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.engine.selection import rank_from_top
-from evomerge.methods.declaration import Cut
+from evomerge.methods.contract import Cut
 from evomerge.methods.random_field import LANES
-from evomerge.methods.trim import kept_count
+from evomerge.methods.topk import kept_count
 
 SHIFT = 16  # lower bits that are left out: 128 bins for each power of two
 

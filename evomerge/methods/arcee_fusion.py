@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evomerge.methods.combine import base_of
-from evomerge.methods.declaration import Block, Granularity, Method, Settings
+from evomerge.methods.arithmetic import base_of
+from evomerge.methods.contract import Block, Granularity, Method, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor

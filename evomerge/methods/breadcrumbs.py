@@ -13,11 +13,11 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.arithmetic import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
 from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_add
-from evomerge.methods.trim import kept, shrink
+from evomerge.methods.topk import kept, shrink
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.methods.combine import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Settings
+from evomerge.methods.arithmetic import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.random_field import keep_threshold
 from evomerge.methods.shared_parameters import DENSITY, DROP_RATE, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.methods.combine import base_of, participants
+from evomerge.methods.arithmetic import base_of, participants
+from evomerge.methods.contract import Block, Granularity, Method, Settings
 from evomerge.methods.dare import PAPER, dropped, keep_probability
-from evomerge.methods.declaration import Block, Granularity, Method, Settings
 from evomerge.methods.shared_parameters import DENSITY, DROP_RATE, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
 from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_add
-from evomerge.methods.trim import top
+from evomerge.methods.topk import top
 
 if TYPE_CHECKING:
     from torch import Tensor

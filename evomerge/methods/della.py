@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.methods.combine import add_deltas, add_up, as_float32, base_of, participants, shares, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.arithmetic import add_deltas, add_up, as_float32, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.random_field import STEPS
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
 from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_add

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evomerge.methods.combine import add_deltas, affine, base_of, land, participants, shares, zero_sum_problem
-from evomerge.methods.declaration import Block, Facts, Granularity, Method, Parameter, Settings
+from evomerge.methods.arithmetic import add_deltas, affine, base_of, land, participants, shares, zero_sum_problem
+from evomerge.methods.contract import Block, Facts, Granularity, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import DENSITY, LAMBDA, WEIGHT
-from evomerge.methods.trim import top
+from evomerge.methods.topk import top
 
 if TYPE_CHECKING:
     from torch import Tensor

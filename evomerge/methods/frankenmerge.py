@@ -8,7 +8,7 @@ Nothing is merged here: the engine copies the layers that a recipe's slices, or 
 
 from __future__ import annotations
 
-from evomerge.methods.declaration import Method, Parameter
+from evomerge.methods.contract import Method, Parameter
 
 METHOD = Method(
     name="frankenmerge",

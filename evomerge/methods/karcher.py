@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.methods.combine import participants, shares, spanned, to_unit, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.arithmetic import participants, shares, spanned, to_unit, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import affine, participants, shares, weighted_sum, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Settings
+from evomerge.methods.arithmetic import affine, participants, shares, weighted_sum, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import NORMALIZE, WEIGHT
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.methods.combine import add_deltas, affine, base_of
-from evomerge.methods.declaration import Block, Granularity, Method, Parameter, Settings
+from evomerge.methods.arithmetic import add_deltas, affine, base_of
+from evomerge.methods.contract import Block, Granularity, Method, Parameter, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import from_origin, origin_dot, participants, shares, to_unit, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.arithmetic import from_origin, origin_dot, participants, shares, to_unit, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import affine, as_float32, base_of, participants, shares, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.arithmetic import affine, as_float32, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
 
 if TYPE_CHECKING:

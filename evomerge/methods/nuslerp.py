@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import RecipeError
-from evomerge.methods.combine import ROUNDING, from_origin, origin_dot, participants, zero_sum_problem
-from evomerge.methods.declaration import Block, Facts, Granularity, Method, Parameter, Settings
+from evomerge.methods.arithmetic import ROUNDING, from_origin, origin_dot, participants, zero_sum_problem
+from evomerge.methods.contract import Block, Facts, Granularity, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
 from evomerge.methods.slerp import PARALLEL
 

@@ -24,7 +24,7 @@ from evomerge.methods import (
     ties,
     tsv_merge,
 )
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -13,11 +13,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import base_of, land
-from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.arithmetic import base_of, land
+from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import INT8_MASK
 from evomerge.methods.ties import agreeing, elected_sign
-from evomerge.methods.trim import kept
+from evomerge.methods.topk import kept
 
 if TYPE_CHECKING:
     from torch import Tensor

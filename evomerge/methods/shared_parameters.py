@@ -5,7 +5,7 @@ A default is mergekit's; a method whose paper or mergekit counterpart differs us
 
 from __future__ import annotations
 
-from evomerge.methods.declaration import Parameter
+from evomerge.methods.contract import Parameter
 
 WEIGHT = Parameter(
     "weight",

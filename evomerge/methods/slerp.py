@@ -23,8 +23,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import RecipeError
-from evomerge.methods.combine import add_deltas, affine, base_of, participants, weighted_sum
-from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.arithmetic import add_deltas, affine, base_of, participants, weighted_sum
+from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import SCOPE, WEIGHT
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import add_deltas, participants, shares, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Settings
+from evomerge.methods.arithmetic import add_deltas, participants, shares, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import as_float32, base_of, land, participants
-from evomerge.methods.declaration import Block, Method, Parameter, Settings
+from evomerge.methods.arithmetic import as_float32, base_of, land, participants
+from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, SCOPE, WEIGHT
-from evomerge.methods.trim import shrink
+from evomerge.methods.topk import shrink
 
 if TYPE_CHECKING:
     from torch import Tensor

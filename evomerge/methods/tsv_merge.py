@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.combine import add_deltas, base_of, participants, shares, zero_sum_problem
-from evomerge.methods.declaration import Block, Method, Settings
+from evomerge.methods.arithmetic import add_deltas, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import LAMBDA, SPECTRAL, WEIGHT
 from evomerge.methods.spectral import orthogonal, right_vectors, tall, times
 

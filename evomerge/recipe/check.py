@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from evomerge.errors import RecipeError, suggest
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.recipe.fields import Findings, join
 from evomerge.recipe.frankenmerge import pattern_problems
 from evomerge.recipe.model import Recipe, Slice

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from evomerge.errors import RecipeError
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
 from evomerge.recipe.model import Recipe, Slice, Source
 from evomerge.recipe.parameter_fields import LAYOUT_NAMES

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import suggest
-from evomerge.methods.declaration import Method, Parameter
+from evomerge.methods.contract import Method, Parameter
 from evomerge.recipe.fields import Findings, choice_at, integer_at, join, kind_of, number_at, text_at
 from evomerge.recipe.settings import Conditional, Gradient, Parameters, Scalar, Setting
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import RecipeError
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
 from evomerge.recipe.check import check_recipe
 from evomerge.recipe.fields import Findings, kind_of

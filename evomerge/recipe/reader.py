@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge.errors import suggest
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.recipe.fields import Findings, integer_at, join, kind_of, list_at, mapping_at, number_at, text_at
 from evomerge.recipe.model import Recipe, Slice, Source
 from evomerge.recipe.parameter_fields import EMBED_SLERP, parameters_at

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import RecipeError
-from evomerge.methods.declaration import Method, Parameter, Settings
+from evomerge.methods.contract import Method, Parameter, Settings
 from evomerge.methods.registry import METHODS
 from evomerge.recipe.model import Recipe, Slice, Source
 from evomerge.recipe.parameter_fields import LAYOUT_NAMES, RESIDUAL_SCALE

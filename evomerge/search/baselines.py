@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.search.candidate import PARENT, Proposal
 from evomerge.search.decode import fixed_parameters
 from evomerge.search.genes import paper_value, searched

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from evomerge.errors import SpecError, suggest
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.search import genes
 from evomerge.search.genes import CONTROL_POINTS, REST, Choice, LayerGroups, Pattern, Real
 from evomerge.search.space import MethodScope, SearchSpace

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.methods.declaration import Method, Parameter
+from evomerge.methods.contract import Method, Parameter
 from evomerge.search.genes import paper_value
 from evomerge.search.genome import DECIMALS, Genome
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evomerge.methods.declaration import Method, Parameter
+from evomerge.methods.contract import Method, Parameter
 from evomerge.search.canonical import Column, Values, absent, column, gene_name, idle, keys, only_ratios, spelled
 from evomerge.search.genes import OUTER, searched
 from evomerge.search.genome import Genome, LayerGene

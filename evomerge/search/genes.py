@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import SpecError, suggest
-from evomerge.methods.declaration import Method, Parameter
+from evomerge.methods.contract import Method, Parameter
 
 OUTER = "outer"
 REST = "rest"

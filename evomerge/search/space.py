@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from evomerge.methods.declaration import Method, Parameter
+from evomerge.methods.contract import Method, Parameter
 from evomerge.search import decode, genes
 from evomerge.search.genes import Choice, Pattern, Real
 from evomerge.search.genome import Genome, LayerGene, Scalar

@@ -11,7 +11,7 @@ from torch import Tensor
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Input, Operation
-from evomerge.methods.declaration import Settings
+from evomerge.methods.contract import Settings
 
 PRINTS = ("f0", "f1", "f2", "f3", "f4")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.engine.plan import Plan, make_plan
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
 from tests.methods.helpers import fit

@@ -14,7 +14,7 @@ from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import execute, materialise
 from evomerge.engine.facts import FactStore
 from evomerge.errors import BadInput
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
 from tests.engine.recipes import EVERY, opened, plan_of, recipe_for, single

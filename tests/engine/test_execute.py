@@ -19,8 +19,8 @@ from evomerge.engine import execute as engine
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
 from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.engine.operation_facts import OperationFacts
-from evomerge.methods.declaration import Method, Settings
-from evomerge.methods.facts import merge_tensors
+from evomerge.methods.contract import Method, Settings
+from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
 from evomerge.system import threads
 from tests.engine.helpers import PRINTS, inputs, operation_for, store_for, store_of

@@ -1,4 +1,4 @@
-"""Facts of the store against the plain ones of `evomerge.methods.facts`, and against sorting."""
+"""Facts of the store against the plain ones of `evomerge.methods.plain_statistics`, and against sorting."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from evomerge.engine.facts import CHUNK
 from evomerge.engine.operation import Input
 from evomerge.engine.operation_facts import OperationFacts
-from evomerge.methods.facts import TensorFacts
+from evomerge.methods.plain_statistics import TensorFacts
 from evomerge.methods.random_field import field_key
-from evomerge.methods.trim import kept
+from evomerge.methods.topk import kept
 from tests.engine.helpers import PRINTS, inputs, store_for, store_of
 from tests.methods.helpers import family, numbers
 

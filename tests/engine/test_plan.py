@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.engine.operation import COPY
 from evomerge.errors import CheckpointError, RecipeError
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from tests.engine.recipes import EVERY, layers, plan_of, recipe_for, single
 from tests.models import write_tiny_llama
 

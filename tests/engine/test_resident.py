@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.resident import Resident
-from evomerge.methods.declaration import Method
+from evomerge.methods.contract import Method
 from evomerge.recipe import parse_recipe
 from tests.engine.recipes import EVERY, layers, opened, plan_of, recipe_for, single
 from tests.models import write_tiny_llama

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from evomerge.engine import variation
 from evomerge.engine.variation import SHIFT, Floats, Selection, count, levels_of, select
 from evomerge.methods.sce import spread as variance
-from evomerge.methods.trim import cutoff, kept, kept_count
+from evomerge.methods.topk import cutoff, kept, kept_count
 from tests.engine.helpers import inputs, store_for
 
 SIZE = 5_003  # no whole number of anything

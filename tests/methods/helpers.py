@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.methods.declaration import Method, Settings
-from evomerge.methods.facts import TensorFacts, merge_tensors
+from evomerge.methods.contract import Method, Settings
+from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
 from evomerge.methods.registry import METHODS
 
 FINGERPRINTS = ("f0", "f1", "f2", "f3", "f4")

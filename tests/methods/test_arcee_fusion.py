@@ -9,7 +9,7 @@ import torch
 
 from evomerge.errors import RecipeError
 from evomerge.methods.arcee_fusion import divergence, quartile_ranks, relative, threshold
-from evomerge.methods.facts import merge_tensors
+from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
 
 FUSION = METHODS["arcee_fusion"]

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.methods.combine import affine, land, zero_sum_problem
-from evomerge.methods.declaration import Method
-from evomerge.methods.facts import TensorFacts, merge_tensors, tensor_fingerprint
+from evomerge.methods.arithmetic import affine, land, zero_sum_problem
+from evomerge.methods.contract import Method
+from evomerge.methods.plain_statistics import TensorFacts, merge_tensors, tensor_fingerprint
 from evomerge.methods.random_field import field_key, kept_elements
 from evomerge.methods.registry import METHODS
 from tests.methods.helpers import family

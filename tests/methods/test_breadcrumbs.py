@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.methods.facts import TensorFacts, merge_tensors
+from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
 from evomerge.methods.registry import METHODS
-from evomerge.methods.trim import band_counts, kept
+from evomerge.methods.topk import band_counts, kept
 
 CRUMBS, TIES = METHODS["breadcrumbs"], METHODS["breadcrumbs_ties"]
 

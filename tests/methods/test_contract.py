@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.errors import RecipeError
-from evomerge.methods.declaration import Method
-from evomerge.methods.facts import merge_tensors
+from evomerge.methods.contract import Method
+from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS, get_method
 from tests.methods.helpers import (
     FAR,
@@ -404,5 +404,5 @@ def test_settings_are_completed_and_checked() -> None:
 
 
 def test_the_declarations_load_without_torch() -> None:
-    code = "import sys, evomerge.methods.registry, evomerge.methods.facts; sys.exit('torch' in sys.modules)"
+    code = "import sys, evomerge.methods.registry, evomerge.methods.plain_statistics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

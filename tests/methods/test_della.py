@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.methods.della import TOP, levels, line
-from evomerge.methods.facts import TensorFacts, merge_tensors
+from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
 from evomerge.methods.random_field import STEPS
 from evomerge.methods.registry import METHODS
 

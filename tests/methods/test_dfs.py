@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.methods.facts import merge_tensors
+from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
 from tests.methods.helpers import family, run
 

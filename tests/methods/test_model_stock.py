@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evomerge.errors import RecipeError
-from evomerge.methods.facts import merge_tensors
+from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
 
 STOCK = METHODS["model_stock"]

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.methods.declaration import Method
-from evomerge.methods.facts import merge_tensors
+from evomerge.methods.contract import Method
+from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.random_field import field_key, uniform16
 from evomerge.methods.registry import METHODS
 from tests.methods.helpers import declared, family, fit, mode_id, modes

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.methods.facts import TensorFacts, merge_tensors
+from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
 from evomerge.methods.registry import METHODS
 from evomerge.methods.sce import spread
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import RecipeError
-from evomerge.methods.facts import merge_tensors
+from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
 from evomerge.methods.slerp import arc, fold
 

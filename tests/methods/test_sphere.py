@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.errors import RecipeError
-from evomerge.methods.facts import merge_tensors
 from evomerge.methods.karcher import mean_direction
+from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
 from tests.methods.helpers import family
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.methods.facts import TensorFacts, merge_tensors
+from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
 from evomerge.methods.random_field import field_key
 from evomerge.methods.registry import METHODS
 

@@ -49,7 +49,7 @@ def _shrink(delta: Array, bound: np.float32) -> None:
 
 @part
 def _trim(delta: Array, threshold: np.float32, last: int, start: int) -> None:
-    """`evomerge.methods.trim.shrink` in place."""
+    """`evomerge.methods.topk.shrink` in place."""
     if threshold < np.float32(0.0):
         return
     equals = min(max(last - start + 1, 0), delta.size)
@@ -68,7 +68,7 @@ def _trimmed(theirs: Array, ours: Array, bound: np.float32, delta: Array) -> Non
 
 @part
 def _leave_out(delta: Array, threshold: np.float32, last: int, start: int) -> None:
-    """Sets to 0 what `evomerge.methods.trim.kept` keeps."""
+    """Sets to 0 what `evomerge.methods.topk.kept` keeps."""
     if threshold == np.float32(np.inf):
         return
     zero = np.float32(0.0)
@@ -191,7 +191,7 @@ def agree(deltas: Array, weights: Array, shares: Array, mode: int, sign: Array, 
 
 @part
 def land(base: Array, sources: Array, at: int, update: Array, result: Array) -> None:
-    """`evomerge.methods.combine.land` of one tile."""
+    """`evomerge.methods.arithmetic.land` of one tile."""
     for j in range(base.size):
         result[j] = base[j] + update[j]
     for i in range(sources.shape[0]):
@@ -272,7 +272,7 @@ def add(base: Array, sources: Array, start: int, edits: Edits, levels: Array, sc
 
 @kernel
 def affine(pivot: Array, others: Array, coefficients: Array, out: Array) -> None:
-    """`evomerge.methods.combine.affine`: xa + Σ ci (xi − xa), with the pivot xa left out of `others`."""
+    """`evomerge.methods.arithmetic.affine`: xa + Σ ci (xi − xa), with the pivot xa left out of `others`."""
     for at in range(0, pivot.size, TILE):
         n = min(TILE, pivot.size - at)
         ours, result = pivot[at : at + n], out[at : at + n]
@@ -286,7 +286,7 @@ def affine(pivot: Array, others: Array, coefficients: Array, out: Array) -> None
 
 @kernel
 def weighted_sum(tensors: Array, coefficients: Array, out: Array) -> None:
-    """`evomerge.methods.combine.weighted_sum`: Σ ci xi, added in order."""
+    """`evomerge.methods.arithmetic.weighted_sum`: Σ ci xi, added in order."""
     for at in range(0, out.size, TILE):
         result = out[at : min(out.size, at + TILE)]
         for j in range(result.size):
@@ -370,7 +370,7 @@ def positions(
         shares: Their weights' shares, float32; a share of 0 adds nothing.
         anchor: The source of the largest share.
         tau: τ over the number of sources.
-        threshold, last: Which certainties are kept (`evomerge.methods.trim`).
+        threshold, last: Which certainties are kept (`evomerge.methods.topk`).
         scale: λ.
         out: float32 [n].
     """

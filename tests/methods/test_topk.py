@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.methods.facts import TensorFacts
-from evomerge.methods.trim import cutoff, kept, kept_count, shrink, top
+from evomerge.methods.plain_statistics import TensorFacts
+from evomerge.methods.topk import cutoff, kept, kept_count, shrink, top
 from tests.methods.references import largest
 
 tied = st.lists(st.integers(-3, 3), min_size=1, max_size=60)

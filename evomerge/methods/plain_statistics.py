@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import RecipeError
 from evomerge.methods import arcee_fusion, della, sce
-from evomerge.methods.declaration import Block, Cut, Granularity, Method, Scope, Settings
+from evomerge.methods.contract import Block, Cut, Granularity, Method, Scope, Settings
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
-from evomerge.methods.trim import band_counts, cutoff, kept, kept_count
+from evomerge.methods.topk import band_counts, cutoff, kept, kept_count
 
 if TYPE_CHECKING:
     from torch import Tensor

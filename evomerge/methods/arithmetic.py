@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import RecipeError
-from evomerge.methods.declaration import Block, Settings
+from evomerge.methods.contract import Block, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
