@@ -103,7 +103,8 @@ def evaluate(
         CandidateError: When the model's logits are not finite.
     """
     from evomerge.checkpoints.checkpoint import open_checkpoint
-    from evomerge.engine.dtypes import torch_dtype
+    from evomerge.checkpoints.dtypes import torch_dtype
+    from evomerge.checkpoints.models import load_config, load_tokenizer, single_model
     from evomerge.engine.plan import make_plan
     from evomerge.engine.resident import Resident
     from evomerge.errors import BadInput, TaskError
@@ -112,7 +113,6 @@ def evaluate(
     from evomerge.evaluation.groups import group_scores
     from evomerge.evaluation.scores import score_table, table_to_json
     from evomerge.evaluation.tasks import find_tasks
-    from evomerge.models import load_config, load_tokenizer, single_model
     from evomerge.recipe import parse_recipe, resolve_reference
 
     if limit is not None and limit < 1:

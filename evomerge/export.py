@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.checkpoints.dtypes import torch_dtype
+from evomerge.checkpoints.models import single_model
 from evomerge.engine.card import licence_verdict, licences, merge_card
 from evomerge.engine.disk import write_checkpoint
-from evomerge.engine.dtypes import torch_dtype
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.scores import ItemScores, score_table
 from evomerge.lineage import ancestry
-from evomerge.models import single_model
 from evomerge.recipe import expand_frankenmerge
 from evomerge.runfolder import RunFolder
 from evomerge.samples import continuation, prompt_of

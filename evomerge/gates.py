@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from evomerge.checkpoints.models import load_tokenizer, single_model
 from evomerge.errors import CheckpointError
-from evomerge.models import load_tokenizer, single_model
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.checkpoint import Checkpoint
@@ -145,7 +145,7 @@ def end_of_turn(tokenizer: Any) -> tuple[str, int] | None:
 
 def _has_chat_template(model: Checkpoint) -> bool:
     """From the files' names and one small JSON file; loading a tokenizer takes much longer."""
-    from evomerge.checkpoints.files import read_json_object
+    from evomerge.checkpoints.weight_files import read_json_object
 
     folder = model.folder
     if folder is None:

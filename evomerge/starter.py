@@ -12,8 +12,8 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.compatible import check_compatible, mixed_architectures, not_finite
+from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.engine.card import licences
-from evomerge.engine.dtypes import FLOATS
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Input
 from evomerge.errors import BadInput, CheckpointError

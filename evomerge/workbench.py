@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.engine.dtypes import torch_dtype
+from evomerge.checkpoints.dtypes import torch_dtype
+from evomerge.checkpoints.models import load_config, load_tokenizer, open_models, single_model
 from evomerge.engine.plan import Plan, make_plan
 from evomerge.engine.prefix import depth_digests
 from evomerge.engine.resident import Resident
@@ -25,7 +26,6 @@ from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
 from evomerge.evaluation.tasks import LoadedTask, TaskSet, find_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
-from evomerge.models import load_config, load_tokenizer, open_models, single_model
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.search.build import build_space
 from evomerge.search.space import SearchSpace

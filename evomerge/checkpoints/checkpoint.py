@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.checkpoints.files import PICKLE_SUFFIXES, WeightFiles, find_weights, read_json_object
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.layout import Layout, layout_of
 from evomerge.checkpoints.lora import LoraWeights, read_adapter
 from evomerge.checkpoints.reference import find_model, split_adapter
 from evomerge.checkpoints.tensors import Weights, is_finite, open_weights
+from evomerge.checkpoints.weight_files import PICKLE_SUFFIXES, WeightFiles, find_weights, read_json_object
 from evomerge.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
-from evomerge.checkpoints.vocabulary import vocabulary_tensors
+from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.checkpoint import Checkpoint

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.checkpoints.files import Signature, signature
 from evomerge.checkpoints.header import TensorInfo
+from evomerge.checkpoints.weight_files import Signature, signature
 
 if TYPE_CHECKING:
     import torch

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints.files import WeightFiles, read_json_object
 from evomerge.checkpoints.fingerprint import derived_fingerprint
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
 from evomerge.checkpoints.layout import Layout
 from evomerge.checkpoints.tensors import TORCH_DTYPES, Weights, open_weights
+from evomerge.checkpoints.weight_files import WeightFiles, read_json_object
 from evomerge.errors import CheckpointError
 
 _FACTOR = re.compile(

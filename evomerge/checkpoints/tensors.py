@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from evomerge.checkpoints.files import Stored, WeightFiles, read_stored, signature
 from evomerge.checkpoints.fingerprint import Fingerprints, content_fingerprint
 from evomerge.checkpoints.header import TensorInfo
+from evomerge.checkpoints.weight_files import Stored, WeightFiles, read_stored, signature
 from evomerge.errors import CheckpointError
 
 _NAMES = {

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.dtypes import FLOATS, config_word
 from evomerge.checkpoints.layout import Layout, Stack
-from evomerge.engine.dtypes import FLOATS, config_word
 from evomerge.engine.modules import side_of
 from evomerge.engine.operation import Operation
 from evomerge.errors import RecipeError

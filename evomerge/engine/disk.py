@@ -19,12 +19,12 @@ from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.compatible import mixed_architectures
+from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter, refuse_taken
 from evomerge.engine.card import merge_card
 from evomerge.engine.device import find_device
-from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import execute_all, parts
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import Operation, inputs_of

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.checkpoints.header import name_some, shape_text
 from evomerge.engine.disk import Progress, write_checkpoint
-from evomerge.engine.dtypes import FLOATS
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.engine.plan import Plan

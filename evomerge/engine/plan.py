@@ -10,10 +10,10 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compatible import check_compatible
+from evomerge.checkpoints.dtypes import FLOATS, safetensors_name
 from evomerge.checkpoints.layout import Layout, Stack, residual_writers
-from evomerge.checkpoints.vocabulary import vocabulary_tensors
+from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
 from evomerge.engine.config import has_layer_list, merged_config
-from evomerge.engine.dtypes import FLOATS, safetensors_name
 from evomerge.engine.execute import Family
 from evomerge.engine.modules import Share, find_shares, owner, stack_list
 from evomerge.engine.operation import COPY, Input, Operation, operation_digest

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.engine.dtypes import TORCH_DTYPES
+from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import Family, execute_all, materialise, pieces
 from evomerge.engine.facts import FactStore
 from evomerge.engine.operation import COPY, Operation

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.checkpoint import Checkpoint, tokenizer_files
-from evomerge.checkpoints.files import read_json_object
 from evomerge.checkpoints.header import name_some, shape_text
 from evomerge.checkpoints.reference import find_model
-from evomerge.checkpoints.vocabulary import vocabulary_tensors
+from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer
+from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
+from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
 from evomerge.recipe import Recipe, TokenizerBlock
 from evomerge.vocabulary.chat import chosen_template
 from evomerge.vocabulary.output import Vocabulary, output_vocabulary, shortened
 from evomerge.vocabulary.rows import RowMaps, Vocabularies, map_rows
-from evomerge.vocabulary.tokenizer import Tokenizer, read_tokenizer
 from evomerge.vocabulary.written import WrittenTokenizer, files_of, fitting_ids, with_chat_template
 
 if TYPE_CHECKING:

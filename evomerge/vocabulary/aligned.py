@@ -18,7 +18,7 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.fingerprint import derived_fingerprint
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.tensors import DTYPE_NAMES, TORCH_DTYPES, Weights
-from evomerge.checkpoints.vocabulary import vocabulary_tensors
+from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
 from evomerge.vocabulary.rows import RowMaps
 
 _AT_ONCE = 1 << 22  # elements that are converted at a time

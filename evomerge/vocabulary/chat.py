@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from evomerge.checkpoints.tokenizer import Tokenizer
 from evomerge.errors import RecipeError, suggest
-from evomerge.vocabulary.tokenizer import Tokenizer
 
 _SYSTEM_FIRST = (
     "{%- if messages and messages[0].role == 'system' -%}"

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evomerge.checkpoints.tokenizer import Tokenizer
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.recipe.tokenizer import TokenizerBlock
 from evomerge.vocabulary.document import added_tokens, notation, plain_entry, with_tokens, without_tokens
-from evomerge.vocabulary.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

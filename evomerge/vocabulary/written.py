@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import tokenizer_files
+from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer
 from evomerge.errors import CheckpointError
 from evomerge.vocabulary.output import Vocabulary
-from evomerge.vocabulary.tokenizer import Tokenizer, read_tokenizer
 
 _TOKEN_ID = re.compile(r"(?P<role>\w+?)_token_(id|ids|index)")
 

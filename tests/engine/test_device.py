@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.engine import execute as engine
 from evomerge.engine.device import find_device
 from evomerge.engine.disk import merge_to_folder
-from evomerge.engine.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import execute, materialise
 from evomerge.engine.facts import FactStore
 from evomerge.errors import BadInput

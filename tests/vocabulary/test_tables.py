@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import layout_of
-from evomerge.checkpoints.vocabulary import vocabulary_tensors
+from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
 
 LAYER = {f"transformer.h.{i}.{part}.weight": (4, 4) for i in range(2) for part in ("attn.c_attn", "mlp.c_fc")}
 

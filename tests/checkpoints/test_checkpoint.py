@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.errors import CheckpointError
-from tests.checkpoints_raw import entry, raw_file
+from tests.checkpoints.raw import entry, raw_file
 from tests.models import write_tiny_llama
 
 REAL = Path(__file__).resolve().parent.parent / "models"

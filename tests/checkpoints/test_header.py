@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 
 from evomerge.checkpoints.header import DTYPE_BYTES, read_header, shape_text
 from evomerge.errors import CheckpointError
-from tests.checkpoints_raw import entry, raw_file
+from tests.checkpoints.raw import entry, raw_file
 
 VALID = save({"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)})
 
