@@ -45,7 +45,7 @@ def ensure(name: str) -> Path:
         raise CheckpointError(f"the zoo has no model '{name}'{suggest(name, NAMES)}; it has {', '.join(NAMES)}")
     folder = folder_of(name)
     if not folder.is_dir():
-        from evomerge.zoo.build import build
+        from evomerge.zoo.models import build
 
         build(folder.parent, size, name)
     return folder

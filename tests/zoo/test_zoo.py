@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from evomerge import zoo
 from evomerge.errors import CheckpointError, OutputError
-from evomerge.zoo import build as zoo_build
+from evomerge.zoo import models as zoo_build
 from evomerge.zoo.forward import last_states
 from evomerge.zoo.make_benchmarks import benchmark_rows, main, to_jsonl
 from evomerge.zoo.sizes import TINY, VERSION, Training
