@@ -30,7 +30,7 @@ from evomerge.recipe import (
     resolve,
     slice_inputs,
 )
-from evomerge.recipe.parameter_fields import EMBED_SLERP
+from evomerge.recipe.parameters import EMBED_SLERP
 from evomerge.recipe.resolve import Input as SliceInput
 from evomerge.recipe.resolve import SliceInputs
 from evomerge.vocabulary.align import align

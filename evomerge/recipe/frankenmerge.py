@@ -12,7 +12,7 @@ from evomerge.errors import RecipeError
 from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
 from evomerge.recipe.model import Recipe, Slice, Source
-from evomerge.recipe.parameter_fields import LAYOUT_NAMES
+from evomerge.recipe.parameters import LAYOUT_NAMES
 from evomerge.recipe.settings import Parameters, Setting, chain, restrict
 
 

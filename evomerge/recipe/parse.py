@@ -10,12 +10,12 @@ from typing import Any
 from evomerge.errors import RecipeError
 from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
-from evomerge.recipe.check import check_recipe
-from evomerge.recipe.fields import Findings, kind_of
 from evomerge.recipe.model import Recipe
 from evomerge.recipe.reader import Reader
 from evomerge.recipe.references import resolve_models
+from evomerge.recipe.rules import check_recipe
 from evomerge.recipe.steps import link
+from evomerge.recipe.validation import Findings, kind_of
 from evomerge.system.yaml import read_documents
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from evomerge.errors import suggest
 from evomerge.methods.contract import Method
-from evomerge.recipe.fields import Findings, integer_at, join, kind_of, list_at, mapping_at, number_at, text_at
 from evomerge.recipe.model import Recipe, Slice, Source
-from evomerge.recipe.parameter_fields import EMBED_SLERP, parameters_at
+from evomerge.recipe.parameters import EMBED_SLERP, parameters_at
 from evomerge.recipe.references import reference_at
 from evomerge.recipe.settings import Parameters
 from evomerge.recipe.tokenizer_fields import tokenizer_at, tokenizer_source_at
+from evomerge.recipe.validation import Findings, integer_at, join, kind_of, list_at, mapping_at, number_at, text_at
 
 _TOP = (
     *("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", "input_model_parameters"),

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evomerge.recipe.fields import Findings, join, kind_of, mapping_at, text_at
 from evomerge.recipe.model import Recipe, Slice, Source
 from evomerge.recipe.tokenizer import ModelToken, TokenizerBlock, TokenRule
+from evomerge.recipe.validation import Findings, join, kind_of, mapping_at, text_at
 from evomerge.system.paths import resolve_path
 
 ZOO = "zoo:"

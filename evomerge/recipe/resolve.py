@@ -10,7 +10,7 @@ from evomerge.errors import RecipeError
 from evomerge.methods.contract import Method, Parameter, Settings
 from evomerge.methods.registry import METHODS
 from evomerge.recipe.model import Recipe, Slice, Source
-from evomerge.recipe.parameter_fields import LAYOUT_NAMES, RESIDUAL_SCALE
+from evomerge.recipe.parameters import LAYOUT_NAMES, RESIDUAL_SCALE
 from evomerge.recipe.settings import Parameters, Scalar, conditionals, evaluate, layer_t
 
 

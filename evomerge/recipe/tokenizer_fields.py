@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evomerge.recipe.fields import Findings, choice_at, integer_at, join, kind_of, mapping_at
 from evomerge.recipe.references import reference_at
 from evomerge.recipe.tokenizer import ModelToken, TokenizerBlock, TokenRule, ZeroToken
+from evomerge.recipe.validation import Findings, choice_at, integer_at, join, kind_of, mapping_at
 
 
 def tokenizer_source_at(found: Findings, path: str, value: Any) -> str | None:

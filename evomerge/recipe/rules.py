@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from evomerge.errors import RecipeError, suggest
 from evomerge.methods.contract import Method
-from evomerge.recipe.fields import Findings, join
 from evomerge.recipe.frankenmerge import pattern_problems
 from evomerge.recipe.model import Recipe, Slice
-from evomerge.recipe.parameter_fields import EMBED_SLERP
+from evomerge.recipe.parameters import EMBED_SLERP
 from evomerge.recipe.resolve import SliceInputs, base_needed, resolve, slice_inputs
 from evomerge.recipe.settings import Parameters, conditionals
+from evomerge.recipe.validation import Findings, join
 
 MAX_PATTERN_MODELS = 26
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from evomerge.errors import suggest
 from evomerge.methods.contract import Method, Parameter
-from evomerge.recipe.fields import Findings, choice_at, integer_at, join, kind_of, number_at, text_at
 from evomerge.recipe.settings import Conditional, Gradient, Parameters, Scalar, Setting
+from evomerge.recipe.validation import Findings, choice_at, integer_at, join, kind_of, number_at, text_at
 
 # What a recipe may set beside a method's own parameters. `int8_mask` (mergekit's way to save memory) changes nothing
 # here; `embed_slerp` merges embeddings and head by SLERP under a tokenizer source.
