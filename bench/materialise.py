@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from evomerge.engine.plan import Plan, make_plan
 from evomerge.engine.resident import Resident
 from evomerge.methods.registry import get_method
+from evomerge.planning.plan import Plan, make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.system.memory import collect_rarely
 

@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.parity_reasons import ROUNDING, Reasons, reasons
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.engine.disk import merge_to_folder
-from evomerge.engine.plan import prepare
 from evomerge.errors import EvoMergeError
 from evomerge.methods.registry import METHODS
+from evomerge.planning.plan import prepare
 from evomerge.recipe import parse_recipe
 
 RESULTS = Path(__file__).parent / "results" / "parity.md"

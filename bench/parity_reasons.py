@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.engine.operation import Input, Operation
 from evomerge.methods.arcee_fusion import divergence, quartile_ranks, relative
 from evomerge.methods.arithmetic import participants
 from evomerge.methods.contract import Settings
 from evomerge.methods.topk import band_counts, cutoff, kept_count
+from evomerge.planning.operation import Input, Operation
 
 ROUNDING = 1e-6
 """Of a sum of float32 numbers, in units of the sum of their magnitudes."""

@@ -20,10 +20,10 @@ import torch
 
 from evomerge import zoo
 from evomerge.checkpoints.checkpoint import open_checkpoint
-from evomerge.engine.plan import make_plan
 from evomerge.engine.resident import Resident
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks import load_tasks
+from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.workbench import load_config, load_tokenizer
 from evomerge.zoo.skills import SKILLS

@@ -105,7 +105,6 @@ def evaluate(
     from evomerge.checkpoints.checkpoint import open_checkpoint
     from evomerge.checkpoints.dtypes import torch_dtype
     from evomerge.checkpoints.models import load_config, load_tokenizer, single_model
-    from evomerge.engine.plan import make_plan
     from evomerge.engine.resident import Resident
     from evomerge.errors import BadInput, TaskError
     from evomerge.evaluation.backends import BackendName
@@ -113,6 +112,7 @@ def evaluate(
     from evomerge.evaluation.groups import group_scores
     from evomerge.evaluation.scores import score_table, table_to_json
     from evomerge.evaluation.tasks import find_tasks
+    from evomerge.planning.plan import make_plan
     from evomerge.recipe import parse_recipe, resolve_reference
 
     if limit is not None and limit < 1:

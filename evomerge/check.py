@@ -11,10 +11,10 @@ from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.compatible import not_finite
 from evomerge.checkpoints.models import single_model
 from evomerge.engine.disk import refuse_crimes
-from evomerge.engine.plan import Plan
 from evomerge.engine.steps import plan_documents
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.gates import look_before
+from evomerge.planning.plan import Plan
 from evomerge.recipe import load_recipe
 from evomerge.search.baselines import baselines
 from evomerge.spec import SearchSpec, load_spec

@@ -20,7 +20,7 @@ from evomerge.errors import BadInput, OutputError, suggest
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.checkpoint import Checkpoint
-    from evomerge.engine.operation import Operation
+    from evomerge.planning.operation import Operation
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]

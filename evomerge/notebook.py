@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from evomerge.checkpoints.checkpoint import Checkpoint
-    from evomerge.engine.plan import Plan
     from evomerge.methods.contract import Method, Parameter
+    from evomerge.planning.plan import Plan
 
     Model: TypeAlias = str | Path | PreTrainedModel
 
@@ -62,7 +62,7 @@ def merge_models(
     """
     from evomerge.checkpoints.checkpoint import open_checkpoints
     from evomerge.engine.disk import refuse_crimes
-    from evomerge.engine.plan import prepare
+    from evomerge.planning.plan import prepare
     from evomerge.recipe import parse_recipe
 
     if isinstance(models, str | Path) or not models:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.engine.directions import Bounds, Entry, entries, slopes
-from evomerge.engine.operation import Operation
-from evomerge.engine.plan import Plan, make_plan
 from evomerge.errors import CandidateError, RecipeError
 from evomerge.fitness import Fitness, Scores
+from evomerge.planning.operation import Operation
+from evomerge.planning.plan import Plan, make_plan
 from evomerge.search import decode
 from evomerge.search.genes import Real
 from evomerge.search.genome import Genome

@@ -15,9 +15,9 @@ from evomerge.checkpoints.compatible import check_compatible, mixed_architecture
 from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.engine.card import licences
 from evomerge.engine.facts import FactStore
-from evomerge.engine.operation import Input
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.methods.registry import METHODS
+from evomerge.planning.operation import Input
 from evomerge.recipe import resolve_reference
 from evomerge.spec import parse_spec
 from evomerge.system.files import write_atomic

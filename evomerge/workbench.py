@@ -16,8 +16,6 @@ import torch
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.models import load_config, load_tokenizer, open_models, single_model
-from evomerge.engine.plan import Plan, make_plan
-from evomerge.engine.prefix import depth_digests
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
@@ -26,6 +24,8 @@ from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
 from evomerge.evaluation.tasks import LoadedTask, TaskSet, find_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
+from evomerge.planning.layer_digests import depth_digests
+from evomerge.planning.plan import Plan, make_plan
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.search.build import build_space
 from evomerge.search.space import SearchSpace

@@ -13,7 +13,7 @@ import yaml
 
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, RecipeError, RunError
 from evomerge.evaluation.scores import ItemScores
-from evomerge.planning import Planner
+from evomerge.problem.planner import Planner
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer

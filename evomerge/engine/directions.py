@@ -16,8 +16,8 @@ from torch import Tensor
 
 from evomerge.engine.execute import Family, Part, parts
 from evomerge.engine.facts import FactStore
-from evomerge.engine.operation import Operation
 from evomerge.methods.contract import Settings
+from evomerge.planning.operation import Operation
 from evomerge.system.threads import run_all
 
 Entry = tuple[str, int | None]

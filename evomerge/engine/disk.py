@@ -27,10 +27,10 @@ from evomerge.engine.card import merge_card
 from evomerge.engine.device import find_device
 from evomerge.engine.execute import execute_all, parts
 from evomerge.engine.facts import FactStore
-from evomerge.engine.operation import Operation, inputs_of
-from evomerge.engine.plan import Plan, prepare
 from evomerge.engine.steps import step_results
 from evomerge.errors import BadInput, CheckpointError, RecipeError
+from evomerge.planning.operation import Operation, inputs_of
+from evomerge.planning.plan import Plan, prepare
 from evomerge.recipe import Recipe
 
 Progress = Callable[[int, int], None]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from evomerge.engine.facts import CHUNK, FactStore, Members, chunks
-from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.contract import Block, Granularity
 from evomerge.methods.registry import get_method
+from evomerge.planning.operation import COPY, Input, Operation
 from evomerge.system.threads import run_all
 
 if TYPE_CHECKING:

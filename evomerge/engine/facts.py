@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.engine.operation import Input
 from evomerge.engine.ranks import SEGMENT, Latest, Levels, levels_of
 from evomerge.engine.selection import (
     COARSE,
@@ -41,6 +40,7 @@ from evomerge.engine.variation import levels_of as levels_of_spread
 from evomerge.methods import arcee_fusion
 from evomerge.methods.contract import Cut as Kept
 from evomerge.methods.topk import band_counts, kept_count
+from evomerge.planning.operation import Input
 
 CHUNK = 1 << 17  # elements: float32 temporaries of this size stay in the caches, and Python has few of them to hand out
 _LOOK = 1 << 20  # elements that are only looked at

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from evomerge.engine.facts import FactStore, Member, Members
-from evomerge.engine.operation import Input
 from evomerge.engine.selection import Histogram, Parts
 from evomerge.engine.variation import Selection
 from evomerge.methods.contract import Cut, Scope
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
+from evomerge.planning.operation import Input
 
 T = TypeVar("T")
 

@@ -16,11 +16,11 @@ from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.checkpoints.header import name_some, shape_text
 from evomerge.engine.disk import Progress, write_checkpoint
 from evomerge.engine.facts import FactStore
-from evomerge.engine.operation import COPY, Input, Operation
-from evomerge.engine.plan import Plan
 from evomerge.errors import CheckpointError, OutputError
 from evomerge.methods.contract import Settings
 from evomerge.methods.registry import get_method
+from evomerge.planning.operation import COPY, Input, Operation
+from evomerge.planning.plan import Plan
 from evomerge.system.locks import output_lock
 
 

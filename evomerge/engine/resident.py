@@ -22,9 +22,9 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import Family, execute_all, materialise, pieces
 from evomerge.engine.facts import FactStore
-from evomerge.engine.operation import COPY, Operation
-from evomerge.engine.plan import Plan
 from evomerge.errors import CandidateError
+from evomerge.planning.operation import COPY, Operation
+from evomerge.planning.plan import Plan
 
 _SKELETONS = 4
 _ROOM = 1 << 30  # bytes for what methods keep between candidates: singular vectors, ranks

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.checkpoints.header import TensorInfo, TensorSpec
-from evomerge.engine.plan import Plan, prepare
 from evomerge.errors import BadInput, EvoMergeError, OutputError
+from evomerge.planning.plan import Plan, prepare
 from evomerge.recipe import Recipe
 from evomerge.system.locks import output_lock
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.facts import FactStore
-from evomerge.engine.operation import Input, Operation
 from evomerge.methods.contract import Settings
+from evomerge.planning.operation import Input, Operation
 
 PRINTS = ("f0", "f1", "f2", "f3", "f4")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from evomerge.engine.plan import Plan, make_plan
 from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
+from evomerge.planning.plan import Plan, make_plan
 from evomerge.recipe import parse_recipe
 from tests.methods.helpers import fit
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from evomerge.engine import compiled, facts, selection
 from evomerge.engine import execute as engine
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
-from evomerge.engine.operation import COPY, Input, Operation
 from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.contract import Method, Settings
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
+from evomerge.planning.operation import COPY, Input, Operation
 from evomerge.system import threads
 from tests.engine.helpers import PRINTS, inputs, operation_for, store_for, store_of
 from tests.methods.helpers import declared, every_mode, family, fit, numbers

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.engine.facts import CHUNK
-from evomerge.engine.operation import Input
 from evomerge.engine.operation_facts import OperationFacts
 from evomerge.methods.plain_statistics import TensorFacts
 from evomerge.methods.random_field import field_key
 from evomerge.methods.topk import kept
+from evomerge.planning.operation import Input
 from tests.engine.helpers import PRINTS, inputs, store_for, store_of
 from tests.methods.helpers import family, numbers
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from evomerge.engine.prefix import depth_digests
 from evomerge.engine.resident import Resident
 from evomerge.evaluation.prefixes import Prefixes, arrange, can_be_entered, common_depth, opened
+from evomerge.planning.layer_digests import depth_digests
 from tests.engine.recipes import layers, plan_of
 from tests.engine.recipes import opened as checkpoints_of
 from tests.evaluation.conftest import Bench

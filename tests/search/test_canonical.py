@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
-from evomerge.engine.plan import make_plan
 from evomerge.engine.resident import Resident
 from evomerge.errors import SpecError
+from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.search.build import build_space
 from evomerge.search.canonical import shares

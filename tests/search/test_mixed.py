@@ -16,9 +16,9 @@ from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.layout import residual_writers
-from evomerge.engine.plan import make_plan
 from evomerge.engine.resident import Resident
 from evomerge.methods.registry import METHODS
+from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.search.genome import Genome, LayerGene
 from evomerge.search.space import SearchSpace

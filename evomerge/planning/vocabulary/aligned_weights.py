@@ -19,7 +19,7 @@ from evomerge.checkpoints.fingerprint import derived_fingerprint
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.tensors import DTYPE_NAMES, TORCH_DTYPES, Weights
 from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
-from evomerge.vocabulary.rows import RowMaps
+from evomerge.planning.vocabulary.row_maps import RowMaps
 
 _AT_ONCE = 1 << 22  # elements that are converted at a time
 

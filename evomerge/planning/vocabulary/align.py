@@ -18,11 +18,11 @@ from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer
 from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
 from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
+from evomerge.planning.vocabulary.chat_template import chosen_template
+from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer, files_of, fitting_ids, with_chat_template
+from evomerge.planning.vocabulary.merged_vocabulary import Vocabulary, output_vocabulary, shortened
+from evomerge.planning.vocabulary.row_maps import RowMaps, Vocabularies, map_rows
 from evomerge.recipe import Recipe, TokenizerBlock
-from evomerge.vocabulary.chat import chosen_template
-from evomerge.vocabulary.output import Vocabulary, output_vocabulary, shortened
-from evomerge.vocabulary.rows import RowMaps, Vocabularies, map_rows
-from evomerge.vocabulary.written import WrittenTokenizer, files_of, fitting_ids, with_chat_template
 
 if TYPE_CHECKING:
     import numpy as np
@@ -241,7 +241,7 @@ def _row_counts(models: Mapping[str, Checkpoint]) -> dict[str, int]:
 
 
 def _aligned(models: Mapping[str, Checkpoint], maps: RowMaps, *, exact: bool) -> dict[str, Checkpoint]:
-    from evomerge.vocabulary.aligned import aligned_checkpoint
+    from evomerge.planning.vocabulary.aligned_weights import aligned_checkpoint
 
     return {model: aligned_checkpoint(model, models, maps, exact=exact) for model in models}
 

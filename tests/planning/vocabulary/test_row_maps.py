@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.errors import RecipeError
+from evomerge.planning.vocabulary.aligned_weights import AlignedWeights
+from evomerge.planning.vocabulary.row_maps import Vocabularies, map_rows
 from evomerge.recipe import ModelToken, TokenRule, ZeroToken
-from evomerge.vocabulary.aligned import AlignedWeights
-from evomerge.vocabulary.rows import Vocabularies, map_rows
 
 TOKENS = {"a": 0, "b": 1, "c": 2, "d": 4}  # 3 is a gap
 HELD = Vocabularies(

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from evomerge.engine.disk import merge_to_folder
 from evomerge.errors import RecipeError
+from evomerge.planning.vocabulary.chat_template import FORMATS, chosen_template
 from evomerge.recipe import parse_recipe
-from evomerge.vocabulary.chat import FORMATS, chosen_template
 from tests.models import byte_tokenizer
 
 TURNS = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye")]

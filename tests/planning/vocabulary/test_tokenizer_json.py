@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from bench.parity_tokenizers import bpe_tokenizer
 from evomerge.errors import RecipeError
-from evomerge.vocabulary.document import notation, plain_entry, with_tokens, without_tokens
+from evomerge.planning.vocabulary.tokenizer_json import notation, plain_entry, with_tokens, without_tokens
 
 
 def document(tokenizer: Any) -> dict[str, Any]:

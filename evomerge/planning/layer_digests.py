@@ -11,8 +11,8 @@ from typing import Any
 
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import layout_of
-from evomerge.engine.config import DEPTHS
-from evomerge.engine.plan import Plan
+from evomerge.planning.merged_config import DEPTHS
+from evomerge.planning.plan import Plan
 
 _LAST = re.compile(r"(^|\.)(norm|ln_f|final_(layer_?)?norm|lm_head|embed_out)\.(weight|bias)$")
 """Tensors used behind the last layer. Whatever has another name counts as if the first layer needed it."""

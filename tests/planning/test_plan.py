@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from evomerge.engine.operation import COPY
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.contract import Method
+from evomerge.planning.operation import COPY
 from tests.engine.recipes import EVERY, layers, plan_of, recipe_for, single
 from tests.models import write_tiny_llama
 

@@ -10,9 +10,9 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import FLOATS, config_word
 from evomerge.checkpoints.layout import Layout, Stack
-from evomerge.engine.modules import side_of
-from evomerge.engine.operation import Operation
 from evomerge.errors import RecipeError
+from evomerge.planning.modules import side_of
+from evomerge.planning.operation import Operation
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 _SIDES = {

@@ -14,7 +14,7 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import tokenizer_files
 from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer
 from evomerge.errors import CheckpointError
-from evomerge.vocabulary.output import Vocabulary
+from evomerge.planning.vocabulary.merged_vocabulary import Vocabulary
 
 _TOKEN_ID = re.compile(r"(?P<role>\w+?)_token_(id|ids|index)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evomerge.engine.prefix import depth_digests
+from evomerge.planning.layer_digests import depth_digests
 from tests.engine.recipes import layers, plan_of
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from evomerge.errors import RecipeError
 from evomerge.evaluation.prefixes import Prefixes
-from evomerge.planning import Planner
+from evomerge.problem.planner import Planner
 from evomerge.run import start
 from evomerge.runfolder import RunFolder
 from evomerge.search.candidate import Proposal

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from evomerge.engine.plan import Plan
 from evomerge.evaluation.prefixes import Depths, arrange
+from evomerge.planning.plan import Plan
 from evomerge.search.candidate import Proposal
 from evomerge.workbench import Workbench
 

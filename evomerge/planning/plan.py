@@ -13,13 +13,15 @@ from evomerge.checkpoints.compatible import check_compatible
 from evomerge.checkpoints.dtypes import FLOATS, safetensors_name
 from evomerge.checkpoints.layout import Layout, Stack, residual_writers
 from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
-from evomerge.engine.config import has_layer_list, merged_config
 from evomerge.engine.execute import Family
-from evomerge.engine.modules import Share, find_shares, owner, stack_list
-from evomerge.engine.operation import COPY, Input, Operation, operation_digest
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.contract import Settings
 from evomerge.methods.registry import get_method
+from evomerge.planning.merged_config import has_layer_list, merged_config
+from evomerge.planning.modules import Share, find_shares, owner, stack_list
+from evomerge.planning.operation import COPY, Input, Operation, operation_digest
+from evomerge.planning.vocabulary.align import align
+from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.recipe import (
     LayerPlace,
     Recipe,
@@ -33,8 +35,6 @@ from evomerge.recipe import (
 from evomerge.recipe.parameters import EMBED_SLERP
 from evomerge.recipe.resolve import Input as SliceInput
 from evomerge.recipe.resolve import SliceInputs
-from evomerge.vocabulary.align import align
-from evomerge.vocabulary.written import WrittenTokenizer
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def make_plan(
 
     Args:
         recipe: The recipe, its references as the keys of `checkpoints`.
-        checkpoints: Open checkpoints by reference, with one vocabulary; see `evomerge.vocabulary.align`.
+        checkpoints: Open checkpoints by reference, with one vocabulary; see `evomerge.planning.vocabulary.align`.
         tokenizer: What `align` gives the merged model as its tokenizer.
         identify: Give every operation and the plan their content hashes, for which each model is read whole the first
             time ever. Without, only what a stochastic method draws from is read.
