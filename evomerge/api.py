@@ -20,7 +20,7 @@ def merge(
     Args:
         recipe: A recipe, its mapping (or a list of them, for a merge in several steps), or the path of its YAML file.
         out: The checkpoint's folder.
-        options: As for `evomerge.engine.disk.merge_to_folder`.
+        options: As for `evomerge.engine.to_disk.merge_to_folder`.
 
     Returns:
         The checkpoint's folder.
@@ -29,7 +29,7 @@ def merge(
         BadInput: When the recipe or a model cannot be used.
         OutputError: When writing fails.
     """
-    from evomerge.engine.disk import merge_to_folder
+    from evomerge.engine.to_disk import merge_to_folder
     from evomerge.recipe import load_recipe, parse_recipe
 
     if isinstance(recipe, str | Path):

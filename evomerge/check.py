@@ -10,12 +10,12 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.compatible import not_finite
 from evomerge.checkpoints.models import single_model
-from evomerge.engine.disk import refuse_crimes
-from evomerge.engine.steps import plan_documents
+from evomerge.engine.to_disk import refuse_crimes
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.gates import look_before
 from evomerge.planning.plan import Plan
 from evomerge.recipe import load_recipe
+from evomerge.run.steps import plan_documents
 from evomerge.search.baselines import baselines
 from evomerge.spec import SearchSpec, load_spec
 from evomerge.system.yaml import read_documents
@@ -27,7 +27,7 @@ _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a re
 
 
 def check_file(path: Path, *, allow_crimes: bool = False) -> str:
-    """Checks a search.yaml or a recipe; `allow_crimes` as for `evomerge.engine.disk.merge_to_folder`.
+    """Checks a search.yaml or a recipe; `allow_crimes` as for `evomerge.engine.to_disk.merge_to_folder`.
 
     Returns:
         What was found and what it will need, as text.

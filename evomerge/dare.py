@@ -184,7 +184,7 @@ class DareMerger:
             OutputError: Writing failed.
         """
         out = Path(output_file)
-        from evomerge.engine.plain_files import write_file
+        from evomerge.run.plain_files import write_file
 
         _refuse_output(out, [self.base_file, *self.merge_files])
         checkpoints, operations = self._plan()
@@ -203,7 +203,7 @@ class DareMerger:
 
     def _plan(self) -> tuple[dict[str, Checkpoint], list[Operation]]:
         from evomerge.checkpoints.checkpoint import open_checkpoints
-        from evomerge.engine.plain_files import plan_files
+        from evomerge.run.plain_files import plan_files
 
         checkpoints = open_checkpoints([self.base_file, *self.merge_files])
         method, settings = "dare", {"weight": 1.0, "drop_rate": self.config.drop_rate}
@@ -222,8 +222,8 @@ class DareMerger:
     def _largest(
         self, checkpoints: Mapping[str, Checkpoint], operations: Sequence[Operation]
     ) -> dict[str, dict[str, float]]:
-        from evomerge.engine.facts import FactStore
-        from evomerge.engine.plain_files import largest_deltas
+        from evomerge.engine.statistics.tensor_statistics import FactStore
+        from evomerge.run.plain_files import largest_deltas
 
         store = FactStore(checkpoints)
         return {

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.models import single_model
-from evomerge.engine.card import licence_verdict, licences, merge_card
-from evomerge.engine.disk import write_checkpoint
+from evomerge.engine.to_disk import write_checkpoint
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.scores import ItemScores, score_table
 from evomerge.lineage import ancestry
 from evomerge.recipe import expand_frankenmerge
+from evomerge.report.model_card import licence_verdict, licences, merge_card
 from evomerge.runfolder import RunFolder
 from evomerge.samples import continuation, prompt_of
 from evomerge.search.candidate import Candidate

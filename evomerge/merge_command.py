@@ -139,7 +139,7 @@ def _carry_out(
     import torch
 
     from evomerge.checkpoints.checkpoint import open_checkpoint
-    from evomerge.engine.disk import merge_to_folder
+    from evomerge.engine.to_disk import merge_to_folder
     from evomerge.progress import tensor_progress
     from evomerge.recipe import load_recipe
 

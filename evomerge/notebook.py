@@ -61,7 +61,7 @@ def merge_models(
         CandidateError: transformers knows no model of this config.
     """
     from evomerge.checkpoints.checkpoint import open_checkpoints
-    from evomerge.engine.disk import refuse_crimes
+    from evomerge.engine.to_disk import refuse_crimes
     from evomerge.planning.plan import prepare
     from evomerge.recipe import parse_recipe
 
@@ -228,8 +228,8 @@ def _loaded(plan: Plan, checkpoints: Mapping[str, Checkpoint], device: str) -> P
     """The plan's result as transformers would have loaded it from a folder."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from evomerge.engine.disk import write_companions
     from evomerge.engine.resident import Resident
+    from evomerge.engine.to_disk import write_companions
 
     model: Any
     model, _ = Resident(checkpoints, device=device, private=True).write(plan)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.engine.directions import Bounds, Entry, entries, slopes
+from evomerge.engine.parameter_gradients import Bounds, Entry, entries, slopes
 from evomerge.errors import CandidateError, RecipeError
 from evomerge.fitness import Fitness, Scores
 from evomerge.planning.operation import Operation

@@ -13,12 +13,12 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.compatible import check_compatible, mixed_architectures, not_finite
 from evomerge.checkpoints.dtypes import FLOATS
-from evomerge.engine.card import licences
-from evomerge.engine.facts import FactStore
+from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import Input
 from evomerge.recipe import resolve_reference
+from evomerge.report.model_card import licences
 from evomerge.spec import parse_spec
 from evomerge.system.files import write_atomic
 from evomerge.system.yaml import read_yaml, write_yaml

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from evomerge.engine.disk import merge_to_folder
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.export import Rescored
 from evomerge.recipe import load_recipe, parse_recipe
 from evomerge.runfolder import RunFolder

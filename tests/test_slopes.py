@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge.engine.directions import STEP
+from evomerge.engine.parameter_gradients import STEP
 from evomerge.fitness import Fitness
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer

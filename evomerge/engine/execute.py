@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evomerge.engine.facts import CHUNK, FactStore, Members, chunks
-from evomerge.engine.operation_facts import OperationFacts
+from evomerge.engine.statistics.operation_statistics import OperationFacts
+from evomerge.engine.statistics.tensor_statistics import CHUNK, FactStore, Members, chunks
 from evomerge.methods.contract import Block, Granularity
 from evomerge.methods.registry import get_method
 from evomerge.planning.operation import COPY, Input, Operation
 from evomerge.system.threads import run_all
 
 if TYPE_CHECKING:
-    from evomerge.engine.compiled import Work
+    from evomerge.engine.kernel_dispatch import Work
 
 _PIECE = 1 << 21  # elements: large enough that handing a piece to a thread costs nothing
 _SENT = 1 << 24  # elements of a block that is sent to a device: 64 MB in float32
@@ -178,7 +178,7 @@ class _Task:
         """The compiled work, if there is one."""
         if self.device is not None:
             return None
-        from evomerge.engine.compiled import compiled
+        from evomerge.engine.kernel_dispatch import compiled
 
         return compiled(self.operation.method, self.operation.settings, self.facts)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import Family, execute_all, materialise, pieces
-from evomerge.engine.facts import FactStore
+from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.errors import CandidateError
 from evomerge.planning.operation import COPY, Operation
 from evomerge.planning.plan import Plan

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.engine.facts import FactStore
+from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.methods.contract import Settings
 from evomerge.planning.operation import Input, Operation
 

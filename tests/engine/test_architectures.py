@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
-from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.resident import Resident
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import RecipeError
 from evomerge.recipe import parse_recipe
 from tests.architectures import ARCHITECTURES, LAYERS, Architecture, outputs

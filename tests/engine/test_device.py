@@ -10,9 +10,9 @@ import torch
 from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.engine import execute as engine
 from evomerge.engine.device import find_device
-from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.execute import execute, materialise
-from evomerge.engine.facts import FactStore
+from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import BadInput
 from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS

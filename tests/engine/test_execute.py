@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.engine import compiled, facts, selection
 from evomerge.engine import execute as engine
+from evomerge.engine import kernel_dispatch as compiled
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
-from evomerge.engine.operation_facts import OperationFacts
+from evomerge.engine.statistics import exact_topk as selection
+from evomerge.engine.statistics import tensor_statistics as facts
+from evomerge.engine.statistics.operation_statistics import OperationFacts
 from evomerge.methods.contract import Method, Settings
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS

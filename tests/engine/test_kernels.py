@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.engine.kernels import field, jit, looking
+from evomerge.engine.kernels import jit
+from evomerge.engine.kernels import random_field as field
+from evomerge.engine.kernels import reductions as looking
 from evomerge.methods.random_field import LANES, uniform16
 
 FEW = settings(max_examples=40, deadline=None)

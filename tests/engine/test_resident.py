@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
-from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.resident import Resident
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.methods.contract import Method
 from evomerge.recipe import parse_recipe
 from tests.engine.recipes import EVERY, layers, opened, plan_of, recipe_for, single

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.resident import Resident
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.recipe import parse_recipe
 from tests.engine.recipes import layers, opened, plan_of, single
 

@@ -12,8 +12,8 @@ import torch
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import Layout, layout_of
-from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.resident import Resident
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import RecipeError
 from evomerge.planning.modules import find_shares, owner
 from evomerge.planning.plan import make_plan

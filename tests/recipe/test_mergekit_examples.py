@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from evomerge.engine.disk import merge_to_folder
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.recipe import parse_recipe
 from tests.architectures import ARCHITECTURES, Architecture, outputs, shaken
 from tests.engine.test_architectures import load

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from bench.parity_tokenizers import recipes, truncated, write_models
 from evomerge.check import check_file
 from evomerge.checkpoints.checkpoint import open_checkpoints
-from evomerge.engine.disk import merge_to_folder
 from evomerge.engine.resident import Resident
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.planning.plan import make_plan, prepare
 from evomerge.recipe import parse_recipe

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from evomerge.engine.disk import merge_to_folder
+from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import RecipeError
 from evomerge.planning.vocabulary.chat_template import FORMATS, chosen_template
 from evomerge.recipe import parse_recipe

@@ -16,9 +16,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.engine.kernels import dropping
+from evomerge.engine.kernels import dropout as dropping
 from evomerge.engine.kernels.jit import TILE
-from evomerge.engine.selection import INFINITY, Floats, Histogram, Parts, bin_of, top
+from evomerge.engine.statistics.exact_topk import INFINITY, Floats, Histogram, Parts, bin_of, top
 from evomerge.methods.contract import Cut
 from evomerge.methods.random_field import LANES
 from evomerge.methods.topk import kept_count

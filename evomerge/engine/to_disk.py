@@ -23,15 +23,15 @@ from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter, refuse_taken
-from evomerge.engine.card import merge_card
 from evomerge.engine.device import find_device
 from evomerge.engine.execute import execute_all, parts
-from evomerge.engine.facts import FactStore
-from evomerge.engine.steps import step_results
+from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.planning.operation import Operation, inputs_of
 from evomerge.planning.plan import Plan, prepare
 from evomerge.recipe import Recipe
+from evomerge.report.model_card import merge_card
+from evomerge.run.steps import step_results
 
 Progress = Callable[[int, int], None]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.engine.selection import rank_from_top
+from evomerge.engine.statistics.exact_topk import rank_from_top
 from evomerge.methods.contract import Cut
 from evomerge.methods.random_field import LANES
 from evomerge.methods.topk import kept_count
@@ -76,7 +76,7 @@ class Selection:
 
 def count(rows: Rows, sources: int) -> Spread:
     """Looks at every element once."""
-    from evomerge.engine.kernels import spread
+    from evomerge.engine.kernels import sce_della as spread
 
     counts = np.zeros(1 << (31 - SHIFT), dtype=np.int64)
     squares = np.zeros((counts.size, sources))
@@ -91,7 +91,7 @@ def count(rows: Rows, sources: int) -> Spread:
 
 def levels_of(rows: Rows, spread: Spread) -> Levels:
     """The level of every element: uint8, flat."""
-    from evomerge.engine.kernels import spread as kernels
+    from evomerge.engine.kernels import sce_della as kernels
 
     table, found = np.zeros(1 << (31 - SHIFT), dtype=np.uint8), np.empty(spread.size, dtype=np.uint8)
     table[spread.bins] = spread.levels
@@ -141,7 +141,7 @@ class _Near:
     """
 
     def __init__(self, levels: Levels, level: int, gather: Gather, marks: Marks) -> None:
-        from evomerge.engine.kernels import spread
+        from evomerge.engine.kernels import sce_della as spread
 
         self._gather = gather
         self._marks = marks
@@ -154,7 +154,7 @@ class _Near:
 
     def count(self, upper: int, sources: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """How many variances there are in a bin, by their lower bits, and the sums of squares of their deltas."""
-        from evomerge.engine.kernels import spread
+        from evomerge.engine.kernels import sce_della as spread
 
         counts = np.zeros(1 << SHIFT, dtype=np.int64)
         squares = np.zeros((counts.size, sources))
@@ -169,7 +169,7 @@ class _Near:
         Returns:
             Flat index of the last of the latter, whose squares join `energies`.
         """
-        from evomerge.engine.kernels import spread
+        from evomerge.engine.kernels import sce_della as spread
 
         last = -1
         for start, places, variances in self._parts:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evomerge.engine.kernels.dropping import drop, drop_unmarked
-from evomerge.engine.kernels.field import philox
+from evomerge.engine.kernels.dropout import drop, drop_unmarked
 from evomerge.engine.kernels.jit import TILE, Array, kernel, part
+from evomerge.engine.kernels.random_field import philox
 from evomerge.methods.random_field import LANES, STEPS
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evomerge.engine import survivors
-from evomerge.engine.selection import COARSE, FINE, Bits, Floats, Histogram, count, top
-from evomerge.engine.survivors import Drop, bracket, cut_survivors
+from evomerge.engine.statistics import dropped_topk as survivors
+from evomerge.engine.statistics.dropped_topk import Drop, bracket, cut_survivors
+from evomerge.engine.statistics.exact_topk import COARSE, FINE, Bits, Floats, Histogram, count, top
 from evomerge.methods.random_field import keep_threshold, kept_elements
 
 SIZE = 70_007  # no whole number of anything

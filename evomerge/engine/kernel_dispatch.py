@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.engine.facts import CHUNK
-from evomerge.engine.kernels import merging, spread
-from evomerge.engine.operation_facts import OperationFacts
-from evomerge.engine.ranks import Levels
-from evomerge.engine.selection import top
-from evomerge.engine.survivors import Drop, cut_survivors
+from evomerge.engine.kernels import merge as merging
+from evomerge.engine.kernels import sce_della as spread
+from evomerge.engine.statistics.dropped_topk import Drop, cut_survivors
+from evomerge.engine.statistics.exact_topk import top
+from evomerge.engine.statistics.operation_statistics import OperationFacts
+from evomerge.engine.statistics.row_ranks import Levels
+from evomerge.engine.statistics.tensor_statistics import CHUNK
 from evomerge.methods import breadcrumbs, della, sce
 from evomerge.methods.arithmetic import participants, shares
 from evomerge.methods.contract import Block, Cut, Settings

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.engine.ranks import SEGMENT, Latest, Levels, levels_of
-from evomerge.engine.selection import (
+from evomerge.engine.statistics.exact_topk import (
     COARSE,
     FINE,
     Bits,
@@ -34,9 +33,10 @@ from evomerge.engine.selection import (
     together,
     values_at,
 )
-from evomerge.engine.variation import Selection, Spread, select
-from evomerge.engine.variation import count as count_spread
-from evomerge.engine.variation import levels_of as levels_of_spread
+from evomerge.engine.statistics.row_ranks import SEGMENT, Latest, Levels, levels_of
+from evomerge.engine.statistics.sce_selection import Selection, Spread, select
+from evomerge.engine.statistics.sce_selection import count as count_spread
+from evomerge.engine.statistics.sce_selection import levels_of as levels_of_spread
 from evomerge.methods import arcee_fusion
 from evomerge.methods.contract import Cut as Kept
 from evomerge.methods.topk import band_counts, kept_count
@@ -268,7 +268,7 @@ class FactStore:
         return self._once(key, lambda: math.fsum(map(one, family)), self._limit)  # type: ignore[no-any-return]
 
     def _gram(self, base: Input | None, operands: tuple[Input, ...]) -> dict[frozenset[Input], float]:
-        from evomerge.engine.kernels import looking
+        from evomerge.engine.kernels import reductions as looking
 
         pairs = list(itertools.combinations(range(len(operands)), 2)) or [(0, 0)]
         sums = np.zeros((len(pairs), 3, looking.PARTIAL))
@@ -312,7 +312,7 @@ class FactStore:
         """Population variance of a delta: [1], or [rows] with `columns` given; float64."""
 
         def compute() -> Tensor:
-            from evomerge.engine.kernels import looking
+            from evomerge.engine.kernels import reductions as looking
 
             size = self.flat(source).numel()
             width = columns or size

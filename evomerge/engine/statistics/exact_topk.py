@@ -69,7 +69,7 @@ class Histogram:
 
 def count(parts: Parts, shift: int) -> Histogram:
     """The histogram of the magnitudes; what is no number is left out."""
-    from evomerge.engine.kernels import looking
+    from evomerge.engine.kernels import reductions as looking
 
     infinity = INFINITY >> shift
     counts, low = np.zeros(1 << (31 - shift), dtype=np.int64), np.zeros(1 << (31 - shift), dtype=np.uint16)
@@ -133,7 +133,7 @@ def cut(parts: Sequence[Parts], histograms: Sequence[Histogram], whole: Histogra
 
 def last_index(parts: Parts, bits: int, stay: int) -> int:
     """Flat index of the `stay`-th element of exactly this magnitude, -1 for none."""
-    from evomerge.engine.kernels import looking
+    from evomerge.engine.kernels import reductions as looking
 
     if stay == 0:
         return -1
@@ -195,7 +195,7 @@ def _split(
     parts: Sequence[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, wanted: int
 ) -> tuple[int, int, list[int]]:
     """Within a bin: (lower bits of the `wanted`-th largest, its rank among its equals, its equals per tensor)."""
-    from evomerge.engine.kernels import looking
+    from evomerge.engine.kernels import reductions as looking
 
     total, found = np.zeros(1 << shift, dtype=np.int64), []
     for part, (size, mixed) in zip(parts, inside, strict=True):

@@ -19,7 +19,7 @@ _PART = 1 << 16  # elements that are ordered at once
 
 def levels_of(magnitudes: NDArray[np.float32]) -> Levels:
     """`evomerge.methods.della.levels`: uint8 [rows, columns]."""
-    from evomerge.engine.kernels import spread
+    from evomerge.engine.kernels import sce_della as spread
 
     out = np.full(magnitudes.shape, TOP // 2, dtype=np.uint8)
     rows, columns = magnitudes.shape

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from evomerge.engine.kernels.field import philox
 from evomerge.engine.kernels.jit import TILE, Array, kernel, part
-from evomerge.engine.kernels.looking import delta_bits
+from evomerge.engine.kernels.random_field import philox
+from evomerge.engine.kernels.reductions import delta_bits
 from evomerge.methods.random_field import LANES, STEPS
 
 # Eight bytes of 0 or 1 and the eight bits of one byte, either way by one product.

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from evomerge.engine.card import licence_verdict, licences, merge_card
 from evomerge.recipe import parse_recipe
+from evomerge.report.model_card import licence_verdict, licences, merge_card
 from tests.engine.recipes import opened
 
 

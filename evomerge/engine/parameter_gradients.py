@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evomerge.engine.execute import Family, Part, parts
-from evomerge.engine.facts import FactStore
+from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.methods.contract import Settings
 from evomerge.planning.operation import Operation
 from evomerge.system.threads import run_all

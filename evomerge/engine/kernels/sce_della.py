@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from evomerge.engine.kernels.dropping import TO_BITS, unpack
+from evomerge.engine.kernels.dropout import TO_BITS, unpack
 from evomerge.engine.kernels.jit import TILE, Array, kernel, part
-from evomerge.engine.kernels.merging import agree, elect, land
+from evomerge.engine.kernels.merge import agree, elect, land
 from evomerge.methods.random_field import LANES
 
 

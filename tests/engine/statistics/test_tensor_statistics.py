@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.engine.facts import CHUNK
-from evomerge.engine.operation_facts import OperationFacts
+from evomerge.engine.statistics.operation_statistics import OperationFacts
+from evomerge.engine.statistics.tensor_statistics import CHUNK
 from evomerge.methods.plain_statistics import TensorFacts
 from evomerge.methods.random_field import field_key
 from evomerge.methods.topk import kept

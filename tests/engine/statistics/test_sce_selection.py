@@ -9,8 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from evomerge.engine import variation
-from evomerge.engine.variation import SHIFT, Floats, Selection, count, levels_of, select
+from evomerge.engine.statistics import sce_selection as variation
+from evomerge.engine.statistics.sce_selection import SHIFT, Floats, Selection, count, levels_of, select
 from evomerge.methods.sce import spread as variance
 from evomerge.methods.topk import cutoff, kept, kept_count
 from tests.engine.helpers import inputs, store_for
@@ -83,7 +83,7 @@ def test_levels_are_found_once_where_there_is_room(dtype: torch.dtype, monkeypat
     store = store_for(base, sources, room=SIZE)
     origin, others = inputs(SOURCES)
     first = store.select(origin, others, 0.4)
-    monkeypatch.setattr("evomerge.engine.facts.levels_of_spread", None)
+    monkeypatch.setattr("evomerge.engine.statistics.tensor_statistics.levels_of_spread", None)
     again, other = store.select(origin, others, 0.4), store.select(origin, others, 0.2)
     assert (again.cut, again.energies) == (first.cut, first.energies)
     assert other.cut[0] >= first.cut[0]

@@ -14,8 +14,8 @@ import numpy as np
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.checkpoints.header import name_some, shape_text
-from evomerge.engine.disk import Progress, write_checkpoint
-from evomerge.engine.facts import FactStore
+from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.to_disk import Progress, write_checkpoint
 from evomerge.errors import CheckpointError, OutputError
 from evomerge.methods.contract import Settings
 from evomerge.methods.registry import get_method

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.writer import CheckpointWriter
-from evomerge.engine.disk import merge_to_folder, parse_size
+from evomerge.engine.to_disk import merge_to_folder, parse_size
 from evomerge.errors import BadInput, OutputError
 from evomerge.recipe import parse_recipe
 from tests.engine.recipes import recipe_for, single
@@ -168,7 +168,7 @@ def test_full_disk(tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: py
     def failing(*args: object, **kwargs: object) -> None:
         raise full
 
-    name = "evomerge.checkpoints.writer._write_at" if where == "weights" else "evomerge.engine.disk.write_companions"
+    name = "evomerge.checkpoints.writer._write_at" if where == "weights" else "evomerge.engine.to_disk.write_companions"
     monkeypatch.setattr(name, failing)
     out = Path(shutil.copytree(tiny_family["c"], tmp_path / "out"))
     before = dict(files(out))

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.engine.facts import FactStore, Member, Members
-from evomerge.engine.selection import Histogram, Parts
-from evomerge.engine.variation import Selection
+from evomerge.engine.statistics.exact_topk import Histogram, Parts
+from evomerge.engine.statistics.sce_selection import Selection
+from evomerge.engine.statistics.tensor_statistics import FactStore, Member, Members
 from evomerge.methods.contract import Cut, Scope
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
 from evomerge.planning.operation import Input
