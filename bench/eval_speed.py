@@ -30,9 +30,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import zoo
-from evomerge.evaluation import native
+from evomerge.evaluation.backends.native import backend as native
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.tasks import load_tasks
+from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.system.quiet import quiet
 from evomerge.tables import table
 

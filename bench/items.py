@@ -19,7 +19,7 @@ import numpy as np
 from fitness import Array, Pool
 from pool import Scores, load_pool
 
-from evomerge.evaluation.informative import draw, unevenness
+from evomerge.objective.item_sampling import draw, unevenness
 from evomerge.tables import table
 
 HERE = Path(__file__).parent

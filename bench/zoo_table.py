@@ -22,7 +22,7 @@ from evomerge import zoo
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.engine.resident import Resident
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.tasks import load_tasks
+from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.workbench import load_config, load_tokenizer

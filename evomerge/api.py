@@ -107,11 +107,11 @@ def evaluate(
     from evomerge.checkpoints.models import load_config, load_tokenizer, single_model
     from evomerge.engine.resident import Resident
     from evomerge.errors import BadInput, TaskError
-    from evomerge.evaluation.backends import BackendName
+    from evomerge.evaluation.backends.registry import BackendName
     from evomerge.evaluation.evaluator import Evaluator
-    from evomerge.evaluation.groups import group_scores
     from evomerge.evaluation.scores import score_table, table_to_json
-    from evomerge.evaluation.tasks import find_tasks
+    from evomerge.evaluation.tasks.groups import group_scores
+    from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks
     from evomerge.planning.plan import make_plan
     from evomerge.recipe import parse_recipe, resolve_reference
 

@@ -14,7 +14,7 @@ import typer
 
 from evomerge.dare_command import dare
 from evomerge.errors import BadInput, EvoMergeError
-from evomerge.evaluation.backends import BackendName
+from evomerge.evaluation.backends.registry import BackendName
 from evomerge.merge_command import Crimes, merge
 from evomerge.system.memory import collect_rarely
 

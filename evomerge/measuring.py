@@ -10,10 +10,10 @@ from typing import Any
 from evomerge.checkpoints.fingerprint import cache_folder
 from evomerge.checkpoints.models import tokenizer_digest
 from evomerge.errors import CandidateError
+from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores, concatenate
 from evomerge.fitness import Scores
 from evomerge.planning.plan import Plan
-from evomerge.score_cache import ScoreCache, key_of
 from evomerge.workbench import Selection, Workbench
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from evomerge.spec import SearchSpec
 from evomerge.system.files import exclusive, write_atomic
 
 if TYPE_CHECKING:
-    from evomerge.evaluation.informative import Sample
     from evomerge.evaluation.scores import ItemScores
+    from evomerge.objective.item_sampling import Sample
     from evomerge.search.baselines import Start
     from evomerge.search.record import Record
     from evomerge.search.space import SearchSpace
@@ -224,7 +224,7 @@ class RunFolder:
 
     def samples(self) -> dict[str, Sample] | None:
         """The items that steer, where they are a part of the search items and were drawn already."""
-        from evomerge.evaluation.informative import Sample
+        from evomerge.objective.item_sampling import Sample
 
         path = self.root / "informative.json"
         if not path.is_file():

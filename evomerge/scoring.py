@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
-from evomerge.evaluation.informative import Sample, draw_samples
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.fitness import Fitness, Scores
 from evomerge.measuring import Measurer, joined, size, taken
+from evomerge.objective.item_sampling import Sample, draw_samples
 from evomerge.planning.plan import Plan
 from evomerge.problem.planner import Planner
 from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evomerge.errors import SpecError, suggest
-from evomerge.evaluation.backends import BackendName
+from evomerge.evaluation.backends.registry import BackendName
 from evomerge.recipe import resolve_reference
 from evomerge.system.paths import resolve_path
 from evomerge.system.yaml import read_yaml

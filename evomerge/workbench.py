@@ -19,11 +19,11 @@ from evomerge.checkpoints.models import load_config, load_tokenizer, open_models
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.informative import Sample
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
-from evomerge.evaluation.tasks import LoadedTask, TaskSet, find_tasks
+from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask, TaskSet, find_tasks
 from evomerge.fitness import Fitness, Goal, refuse_mixed_units
+from evomerge.objective.item_sampling import Sample
 from evomerge.planning.layer_digests import depth_digests
 from evomerge.planning.plan import Plan, make_plan
 from evomerge.recipe import Recipe, parse_recipe

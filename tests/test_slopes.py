@@ -166,7 +166,7 @@ def test_the_model_and_the_next_scores_are_as_before(family: dict[str, Path]) ->
 
 def test_threads_and_the_size_of_pieces(family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No bit depends on the number of threads; smaller pieces round differently, and no more."""
-    from evomerge.evaluation import backward
+    from evomerge.evaluation.backends.native import weight_gradients as backward
 
     bench = bench_of(family, "task_arithmetic")
     genome = point(bench)
@@ -219,11 +219,13 @@ def test_without_memory_for_a_gradient_there_are_none(
     bench = bench_of(family, "task_arithmetic")
     genome = point(bench)
     scores, _ = bench.measure(bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH])
-    monkeypatch.setattr("evomerge.evaluation.backward.available", lambda: 1000)
+    monkeypatch.setattr("evomerge.evaluation.backends.native.weight_gradients.available", lambda: 1000)
     assert fitness_slopes(bench, bench.steering, bench.selections[SEARCH], genome, scores) is None
     assert "a gradient takes 0.0 GB, and 0.0 GB are free" in caplog.text
     ours = 12 * sum(p.numel() for p in bench.resident.write(bench.plan(bench.space.recipe(genome)))[0].parameters())
-    monkeypatch.setattr("evomerge.evaluation.backward.available", lambda: ours)  # for one piece at a time
+    monkeypatch.setattr(
+        "evomerge.evaluation.backends.native.weight_gradients.available", lambda: ours
+    )  # for one piece at a time
     assert fitness_slopes(bench, bench.steering, bench.selections[SEARCH], genome, scores)
 
 

@@ -9,15 +9,15 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import TaskError
-from evomerge.evaluation.backends import BackendName
-from evomerge.evaluation.backward import weight_gradient
-from evomerge.evaluation.metrics import item_scores
-from evomerge.evaluation.native import NativeBackend
-from evomerge.evaluation.prefixes import Depths, Prefixes
-from evomerge.evaluation.requests import Encoder, Prompting, Requests, build_requests
+from evomerge.evaluation.backends.native.backend import NativeBackend
+from evomerge.evaluation.backends.native.hidden_state_cache import Depths, Prefixes
+from evomerge.evaluation.backends.native.weight_gradients import weight_gradient
+from evomerge.evaluation.backends.registry import BackendName
+from evomerge.evaluation.scorers.derivatives import Answers, sensitivities
+from evomerge.evaluation.scorers.lm_eval import item_scores
 from evomerge.evaluation.scores import Array, ItemScores
-from evomerge.evaluation.sensitivity import Answers, sensitivities
-from evomerge.evaluation.tasks import LoadedTask
+from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask
+from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.system.quiet import quiet
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ class Evaluator:
             text = getattr(config, "text_config", None) or config
             self._backend = NativeBackend(self.encoder, int(text.vocab_size), batch_tokens, self.prefixes, threads)
         elif backend == "hf":
-            from evomerge.evaluation.hf import HFBackend
+            from evomerge.evaluation.backends.hf import HFBackend
 
             self._backend = HFBackend(tokenizer, self.max_length, batch_tokens)
         else:
-            from evomerge.evaluation.vllm import VLLMBackend
+            from evomerge.evaluation.backends.vllm import VLLMBackend
 
             self._backend = VLLMBackend(tokenizer, self.max_length)
 

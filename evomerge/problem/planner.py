@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from evomerge.evaluation.prefixes import Depths, arrange
+from evomerge.evaluation.backends.native.hidden_state_cache import Depths, arrange
 from evomerge.planning.plan import Plan
 from evomerge.search.candidate import Proposal
 from evomerge.workbench import Workbench

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.tasks import load_tasks
+from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from tests.models import write_tiny_llama
 
 WORDS = ("red", "green", "blue", "seven", "eight", "river", "stone", "cloud", "is", "was", "the", "a", "under", "over")

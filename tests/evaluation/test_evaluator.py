@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from evomerge.errors import CandidateError, TaskError
+from evomerge.evaluation.backends.native.forward import forwarding
+from evomerge.evaluation.backends.native.logprobs import honours_trees
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.forward import forwarding
-from evomerge.evaluation.scorer import honours_trees
-from evomerge.evaluation.tasks import load_tasks
+from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from tests.evaluation.conftest import CONFIGS, Bench, documents, write_documents, write_task
 from tests.models import VOCABULARY
 

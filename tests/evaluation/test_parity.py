@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.tasks import load_tasks
+from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.system.quiet import quiet
 from tests.evaluation.conftest import CONFIGS, Bench
 
@@ -124,7 +124,7 @@ def test_generations_by_transformers_equal_hflm(bench: Bench) -> None:
 @pytest.fixture(scope="module")
 def by_lm_eval(bench: Bench) -> dict[str, dict[str, float]]:
     """What `lm_eval` reports for every task, on the first 20 items."""
-    from evomerge.evaluation.task_data import with_data
+    from evomerge.evaluation.tasks.task_data import with_data
 
     with quiet():
         manager = TaskManager(include_path=str(bench.folder), include_defaults=False)
@@ -153,7 +153,7 @@ def test_every_metric_equals_lm_eval(bench: Bench, backend: Any, by_lm_eval: dic
 
 def test_standard_errors_equal_lm_eval(bench: Bench) -> None:
     """lm-eval gives means their analytic error: the sample standard deviation over the root of n."""
-    from evomerge.evaluation.task_data import with_data
+    from evomerge.evaluation.tasks.task_data import with_data
 
     with quiet():
         manager = TaskManager(include_path=str(bench.folder), include_defaults=False)
@@ -170,7 +170,7 @@ def test_few_shot_prompts_equal_lm_eval(bench: Bench, tmp_path: Any) -> None:
     path = write_task(tmp_path / "tasks", "mc", num_fewshot=2, fewshot_split="test")
     tasks = load_tasks(["mc"], include_path=tmp_path / "tasks")
     scores = Evaluator(tasks, bench.tokenizer, bench.model.config).score(bench.model)["mc"]
-    from evomerge.evaluation.task_data import with_data
+    from evomerge.evaluation.tasks.task_data import with_data
 
     with quiet():
         manager = TaskManager(include_path=str(path.parent), include_defaults=False)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evomerge.errors import RecipeError
-from evomerge.evaluation.prefixes import Prefixes
+from evomerge.evaluation.backends.native.hidden_state_cache import Prefixes
 from evomerge.problem.planner import Planner
 from evomerge.run import start
 from evomerge.runfolder import RunFolder

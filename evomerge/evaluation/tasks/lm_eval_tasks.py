@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
-from evomerge.evaluation.task_data import plain_names, with_data
+from evomerge.evaluation.tasks.task_data import plain_names, with_data
 from evomerge.system.quiet import quiet, seeded
 
 FEWSHOT_SEED = 1234

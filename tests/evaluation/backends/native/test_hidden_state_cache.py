@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from evomerge.engine.resident import Resident
-from evomerge.evaluation.prefixes import Prefixes, arrange, can_be_entered, common_depth, opened
+from evomerge.evaluation.backends.native.hidden_state_cache import (
+    Prefixes,
+    arrange,
+    can_be_entered,
+    common_depth,
+    opened,
+)
 from evomerge.planning.layer_digests import depth_digests
 from tests.engine.recipes import layers, plan_of
 from tests.engine.recipes import opened as checkpoints_of

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation.forward import Forward, forwarding
-from evomerge.evaluation.layout import Batch, Layout
-from evomerge.evaluation.scorer import batch_inputs
+from evomerge.evaluation.backends.native.forward import Forward, forwarding
+from evomerge.evaluation.backends.native.logprobs import batch_inputs
+from evomerge.evaluation.backends.native.prefix_trees import Batch, Layout
 from evomerge.evaluation.scores import Array
 from evomerge.system.memory import available
 from evomerge.system.threads import run_all

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from evomerge.evaluation.forward import Forward
+from evomerge.evaluation.backends.native.forward import Forward
 
 T = TypeVar("T")
 

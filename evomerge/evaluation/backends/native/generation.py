@@ -23,8 +23,8 @@ from lm_eval.models.utils import (
 )
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.forward import Forward, forwarding
-from evomerge.evaluation.requests import Encoder
+from evomerge.evaluation.backends.native.forward import Forward, forwarding
+from evomerge.evaluation.tasks.requests import Encoder
 
 BATCH_TOKENS = 4096
 """Tokens of prompts in a batch where nobody says how many."""

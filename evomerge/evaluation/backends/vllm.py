@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import BadInput
-from evomerge.evaluation.hf import PROBE, ask
-from evomerge.evaluation.requests import Requests
+from evomerge.evaluation.backends.hf import PROBE, ask
+from evomerge.evaluation.tasks.requests import Requests
 from evomerge.system.quiet import quiet
 
 GPU_SHARE = 0.5

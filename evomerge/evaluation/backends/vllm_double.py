@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evomerge.evaluation.vllm import Client, Engine, Weights
+from evomerge.evaluation.backends.vllm import Client, Engine, Weights
 
 
 class DoubleLLM:

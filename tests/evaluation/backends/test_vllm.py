@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from evomerge.errors import BadInput, CandidateError
-from evomerge.evaluation.vllm import Engine, VLLMBackend, Weights, connect_vllm
-from evomerge.evaluation.vllm_double import DoubleLLM, connect_double
+from evomerge.evaluation.backends.vllm import Engine, VLLMBackend, Weights, connect_vllm
+from evomerge.evaluation.backends.vllm_double import DoubleLLM, connect_double
 from tests.evaluation.conftest import CONFIGS, Bench
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from evomerge.errors import TaskError
-from evomerge.evaluation.tasks import load_tasks
+from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from tests.evaluation.conftest import Bench, documents, write_documents, write_task
 
 

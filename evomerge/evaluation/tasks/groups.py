@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.evaluation.scores import Score, ScoreTable
-from evomerge.evaluation.tasks import LoadedTask, TaskSet
+from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask, TaskSet
 from evomerge.system.quiet import quiet
 
 

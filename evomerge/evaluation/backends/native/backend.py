@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from evomerge.errors import TaskError
-from evomerge.evaluation.backward import Piece, piece_tokens
-from evomerge.evaluation.generation import Generator
-from evomerge.evaluation.layout import Layout
-from evomerge.evaluation.prefixes import Depths, Prefixes
-from evomerge.evaluation.requests import Encoder, Pair, Requests
-from evomerge.evaluation.scorer import TreeScorer
-from evomerge.evaluation.sensitivity import Answers
+from evomerge.evaluation.backends.native.generation import Generator
+from evomerge.evaluation.backends.native.hidden_state_cache import Depths, Prefixes
+from evomerge.evaluation.backends.native.logprobs import TreeScorer
+from evomerge.evaluation.backends.native.prefix_trees import Layout
+from evomerge.evaluation.backends.native.weight_gradients import Piece, piece_tokens
+from evomerge.evaluation.scorers.derivatives import Answers
+from evomerge.evaluation.tasks.requests import Encoder, Pair, Requests
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation import forward as passes
-from evomerge.evaluation import scorer
-from evomerge.evaluation.forward import forwarding, head_is_last
-from evomerge.evaluation.layout import pack, tree_of
+from evomerge.evaluation.backends.native import forward as passes
+from evomerge.evaluation.backends.native import logprobs as scorer
+from evomerge.evaluation.backends.native.forward import forwarding, head_is_last
+from evomerge.evaluation.backends.native.prefix_trees import pack, tree_of
 from tests.evaluation.conftest import Bench
 from tests.evaluation.test_evaluator import Deaf
 

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.forward import Forward, forwarding, head_is_last
-from evomerge.evaluation.layout import Batch, Layout, pack, tree_of
-from evomerge.evaluation.prefixes import Depths, Prefixes, can_be_entered, score_from
-from evomerge.evaluation.requests import Pair
+from evomerge.evaluation.backends.native.forward import Forward, forwarding, head_is_last
+from evomerge.evaluation.backends.native.hidden_state_cache import Depths, Prefixes, can_be_entered, score_from
+from evomerge.evaluation.backends.native.prefix_trees import Batch, Layout, pack, tree_of
+from evomerge.evaluation.tasks.requests import Pair
 
 log = logging.getLogger(__name__)
 

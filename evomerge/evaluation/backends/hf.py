@@ -10,7 +10,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation.requests import Requests
+from evomerge.evaluation.tasks.requests import Requests
 from evomerge.system.quiet import quiet
 
 PROBE = Requests("probe", ((Instance("loglikelihood", {}, ("1 2 3", " 4"), 0, ("probe", 0, 1)),),))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.evaluation.informative import Sample, allocate, draw, draw_samples, unevenness
 from evomerge.evaluation.scores import ItemScores
+from evomerge.objective.item_sampling import Sample, allocate, draw, draw_samples, unevenness
 
 
 def right(values: Any, task: str = "t") -> ItemScores:

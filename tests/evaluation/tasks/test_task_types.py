@@ -13,9 +13,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.groups import group_scores
 from evomerge.evaluation.scores import score_table
-from evomerge.evaluation.tasks import find_tasks, load_tasks
+from evomerge.evaluation.tasks.groups import group_scores
+from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, load_tasks
 from evomerge.system.quiet import quiet
 from tests.evaluation.conftest import Bench, documents, write_documents, write_task
 

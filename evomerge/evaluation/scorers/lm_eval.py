@@ -12,7 +12,7 @@ import numpy as np
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.scores import BITS, EXP, MEAN, Array, ItemScores
-from evomerge.evaluation.tasks import LoadedTask
+from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores
-from evomerge.score_cache import ScoreCache, key_of
 
 ITEMS = {"t": ("t:1", "t:4")}
 

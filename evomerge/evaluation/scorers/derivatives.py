@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.evaluation.metrics import item_scores
-from evomerge.evaluation.requests import Requests
+from evomerge.evaluation.scorers.lm_eval import item_scores
 from evomerge.evaluation.scores import Array
-from evomerge.evaluation.tasks import LoadedTask
+from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask
+from evomerge.evaluation.tasks.requests import Requests
 
 _STEP = 1e-4
 """Nats. In float64 the truncation (its square) and the rounding of central differences are both below 1e-8."""

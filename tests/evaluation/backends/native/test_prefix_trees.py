@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.evaluation.layout import Batch, pack, tree_of
+from evomerge.evaluation.backends.native.prefix_trees import Batch, pack, tree_of
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=6)
 
