@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
-from evomerge.fitness import Fitness
+from evomerge.objective.fitness import Fitness
 from evomerge.search.baselines import baselines, first_generation
 from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.propose import AlgorithmSettings

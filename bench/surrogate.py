@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
-from evomerge.fitness import Fitness
+from evomerge.objective.fitness import Fitness
 from evomerge.runfolder import RunFolder
 from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.decode import active

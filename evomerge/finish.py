@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from evomerge.comparison import close_rivals, compare, number, verdict
 from evomerge.errors import EvoMergeError, RunError
-from evomerge.fitness import Fitness
+from evomerge.objective.comparison import close_rivals, compare, number, verdict
+from evomerge.objective.fitness import Fitness
 from evomerge.rows import Row, fitness_json, read_row, row_json
 from evomerge.search.candidate import PARENT, Candidate, count_items, count_states, ranked
 from evomerge.search.front import finalists as choose_finalists

@@ -12,7 +12,7 @@ from evomerge.checkpoints.models import tokenizer_digest
 from evomerge.errors import CandidateError
 from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores, concatenate
-from evomerge.fitness import Scores
+from evomerge.objective.fitness import Scores
 from evomerge.planning.plan import Plan
 from evomerge.workbench import Selection, Workbench
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evomerge.comparison import number
 from evomerge.errors import CandidateError
 from evomerge.evaluation.scores import score_table, table_to_json
-from evomerge.fitness import Fitness, Scores
+from evomerge.objective.comparison import number
+from evomerge.objective.fitness import Fitness, Scores
 from evomerge.workbench import GUARD
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
-from evomerge.fitness import Fitness, Scores
 from evomerge.measuring import Measurer, joined, size, taken
+from evomerge.objective.fitness import Fitness, Scores
 from evomerge.objective.item_sampling import Sample, draw_samples
+from evomerge.objective.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
 from evomerge.planning.plan import Plan
 from evomerge.problem.planner import Planner
-from evomerge.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
 from evomerge.search.baselines import baselines
 from evomerge.search.candidate import Candidate, Outcome, Proposal, ranked
 from evomerge.search.genome import Genome

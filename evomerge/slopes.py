@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from evomerge.engine.parameter_gradients import Bounds, Entry, entries, slopes
 from evomerge.errors import CandidateError, RecipeError
-from evomerge.fitness import Fitness, Scores
+from evomerge.objective.fitness import Fitness, Scores
 from evomerge.planning.operation import Operation
 from evomerge.planning.plan import Plan, make_plan
 from evomerge.search import decode

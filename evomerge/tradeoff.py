@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.fitness import Fitness
+from evomerge.objective.fitness import Fitness
 from evomerge.rows import Row, fitness_json, read_row, scores_json
 from evomerge.search import pareto
 from evomerge.search.candidate import Candidate

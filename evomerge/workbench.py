@@ -22,7 +22,7 @@ from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask, TaskSet, find_tasks
-from evomerge.fitness import Fitness, Goal, refuse_mixed_units
+from evomerge.objective.fitness import Fitness, Goal, refuse_mixed_units
 from evomerge.objective.item_sampling import Sample
 from evomerge.planning.layer_digests import depth_digests
 from evomerge.planning.plan import Plan, make_plan

@@ -137,7 +137,7 @@ LIGHT = [
     "evomerge.methods.registry",
     "evomerge.evaluation.scores",
     "evomerge.evaluation.splits",
-    "evomerge.fitness",
+    "evomerge.objective.fitness",
     "evomerge.lineage",
     "evomerge.runfolder",
     "evomerge.status",

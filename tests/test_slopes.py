@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from evomerge.engine.parameter_gradients import STEP
-from evomerge.fitness import Fitness
+from evomerge.objective.fitness import Fitness
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
 from evomerge.search.decode import active

@@ -103,5 +103,5 @@ def test_intervals_without_noise_and_with_samples_that_say_nothing() -> None:
 
 
 def test_statistics_need_no_torch() -> None:
-    code = "import sys, evomerge.evaluation.statistics, evomerge.comparison; sys.exit('torch' in sys.modules)"
+    code = "import sys, evomerge.evaluation.statistics, evomerge.objective.comparison; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

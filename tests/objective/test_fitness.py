@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.scores import BITS, ItemScores
-from evomerge.fitness import Fitness, Goal, refuse_mixed_units
+from evomerge.objective.fitness import Fitness, Goal, refuse_mixed_units
 
 
 def mean(values: Any, task: str = "mc", metric: str = "acc", start: int = 0) -> ItemScores:

@@ -28,7 +28,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.fitness import Fitness, Scores
+from evomerge.objective.fitness import Fitness, Scores
 
 Array = NDArray[np.float64]
 

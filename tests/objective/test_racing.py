@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.evaluation.scores import BITS, ItemScores
-from evomerge.fitness import Fitness, Goal, Scores
-from evomerge.racing import FEWEST, Look, Race, block_order, bounds, draw_blocks, look_after
+from evomerge.objective.fitness import Fitness, Goal, Scores
+from evomerge.objective.racing import FEWEST, Look, Race, block_order, bounds, draw_blocks, look_after
 
 ACC = Fitness((Goal("t", "acc", 1.0, True),))
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.comparison import close_rivals, compare, verdict
-from evomerge.fitness import Fitness, Goal
-from tests.test_fitness import ACC, BPB, bits, corpus, mean
+from evomerge.objective.comparison import close_rivals, compare, verdict
+from evomerge.objective.fitness import Fitness, Goal
+from tests.objective.test_fitness import ACC, BPB, bits, corpus, mean
 
 
 def models(count: int = 3, n: int = 400) -> list[dict[str, Any]]:

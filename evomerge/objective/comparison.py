@@ -8,7 +8,7 @@ from typing import Any
 
 from evomerge.evaluation.scores import ItemScores, paired_difference
 from evomerge.evaluation.statistics import Interval, intervals, mcnemar
-from evomerge.fitness import Fitness
+from evomerge.objective.fitness import Fitness
 
 Scores = Mapping[str, ItemScores]
 
