@@ -23,7 +23,7 @@ from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.registry import get_algorithm
 from evomerge.search.space import SearchSpace
-from evomerge.spec import SearchSpec, Splits, load_spec
+from evomerge.spec.schema import SearchSpec, Splits, load_spec
 
 Scores = dict[str, ItemScores]
 

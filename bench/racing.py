@@ -24,7 +24,7 @@ from typing import Any
 
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Quiet, Scorer
-from evomerge.spec import SearchSpec, load_spec
+from evomerge.spec.schema import SearchSpec, load_spec
 from evomerge.tables import table
 from evomerge.workbench import SEARCH, TEST, Workbench
 

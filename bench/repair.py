@@ -36,7 +36,7 @@ from evomerge.search.loop import Stop, search
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.record import Record
 from evomerge.search.registry import get_algorithm
-from evomerge.spec import SearchSpec, parse_spec
+from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.tables import table
 from evomerge.workbench import SEARCH, TEST, Workbench
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.search.candidate import Candidate
-from evomerge.spec import SearchSpec, load_spec
+from evomerge.spec.schema import SearchSpec, load_spec
 from evomerge.system.files import write_atomic
 from evomerge.tables import table
 

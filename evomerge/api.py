@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 if TYPE_CHECKING:
     from evomerge.recipe import Recipe
-    from evomerge.spec import SearchSpec
+    from evomerge.spec.schema import SearchSpec
 
 
 def merge(
@@ -52,7 +52,7 @@ def search(spec: SearchSpec | Mapping[str, Any] | str | Path, **options: Any) ->
         The result, as in result.json.
     """
     from evomerge.run import start
-    from evomerge.spec import load_spec, parse_spec
+    from evomerge.spec.schema import load_spec, parse_spec
 
     if isinstance(spec, str | Path):
         return start(load_spec(Path(spec)), source=Path(spec), **options)

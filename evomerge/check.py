@@ -17,7 +17,7 @@ from evomerge.planning.plan import Plan
 from evomerge.recipe import load_recipe
 from evomerge.run.steps import plan_documents
 from evomerge.search.baselines import baselines
-from evomerge.spec import SearchSpec, load_spec
+from evomerge.spec.schema import SearchSpec, load_spec
 from evomerge.system.yaml import read_documents
 from evomerge.tables import table
 from evomerge.warmstart import warm_starts

@@ -45,8 +45,8 @@ def run(
 ) -> None:
     """Search for the best merge; on a run that exists already, go on with it."""
     from evomerge.run import start
-    from evomerge.shipped import find_search
-    from evomerge.spec import load_spec
+    from evomerge.spec.schema import load_spec
+    from evomerge.spec.shipped import find_search
 
     _interruptible()
     path = find_search(search)

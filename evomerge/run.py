@@ -25,7 +25,7 @@ from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.record import Record
 from evomerge.search.registry import get_algorithm
-from evomerge.spec import Search, SearchSpec
+from evomerge.spec.schema import Search, SearchSpec
 from evomerge.system.yaml import write_yaml
 from evomerge.tables import result_table
 from evomerge.warmstart import read_seeds, warm_starts

@@ -17,7 +17,7 @@ import yaml
 
 from evomerge.errors import RunError
 from evomerge.search.candidate import Candidate, best
-from evomerge.spec import SearchSpec
+from evomerge.spec.schema import SearchSpec
 from evomerge.system.files import exclusive, write_atomic
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import Input
 from evomerge.recipe import resolve_reference
 from evomerge.report.model_card import licences
-from evomerge.spec import parse_spec
+from evomerge.spec.schema import parse_spec
 from evomerge.system.files import write_atomic
 from evomerge.system.yaml import read_yaml, write_yaml
 from evomerge.tables import table

@@ -16,7 +16,7 @@ from evomerge.search.candidate import Candidate, ranked
 from evomerge.search.genes import REST, layer_groups
 from evomerge.search.space import SearchSpace, digest
 from evomerge.search.warm import Place, Shape, of_genome, of_recipe
-from evomerge.spec import SearchSpec
+from evomerge.spec.schema import SearchSpec
 
 if TYPE_CHECKING:
     from evomerge.workbench import Workbench

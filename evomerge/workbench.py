@@ -29,7 +29,7 @@ from evomerge.planning.plan import Plan, make_plan
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.search.build import build_space
 from evomerge.search.space import SearchSpace
-from evomerge.spec import SearchSpec, Splits
+from evomerge.spec.schema import SearchSpec, Splits
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
 STEER = "steer"

@@ -20,7 +20,7 @@ from evomerge.errors import CheckpointError
 from evomerge.gates import end_of_turn, smoke, stop_tokens, text_loss
 from evomerge.run import start
 from evomerge.runfolder import RunFolder
-from evomerge.spec import parse_spec
+from evomerge.spec.schema import parse_spec
 from evomerge.workbench import Workbench
 from tests.frame import search_spec
 

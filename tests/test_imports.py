@@ -58,8 +58,15 @@ def within(package: str) -> list[str]:
 
 
 FORBIDDEN = {
-    "evomerge.engine": ["evomerge.search", "evomerge.evaluation", "evomerge.spec", "evomerge.run", "lm_eval", "optuna"],
-    "evomerge.evaluation": ["evomerge.recipe", "evomerge.search", "evomerge.engine", "evomerge.spec", "optuna"],
+    "evomerge.engine": [
+        "evomerge.search",
+        "evomerge.evaluation",
+        "evomerge.spec.schema",
+        "evomerge.run",
+        "lm_eval",
+        "optuna",
+    ],
+    "evomerge.evaluation": ["evomerge.recipe", "evomerge.search", "evomerge.engine", "evomerge.spec.schema", "optuna"],
     "evomerge.search": ["torch", "transformers", "evomerge.engine", "evomerge.evaluation", "evomerge.checkpoints"],
     "evomerge.recipe": ["torch", "transformers", "evomerge.engine", "evomerge.search", "evomerge.evaluation"],
     "evomerge.vocabulary": ["evomerge.engine", "evomerge.methods", "evomerge.search", "evomerge.evaluation"],
@@ -131,7 +138,7 @@ LIGHT = [
     "evomerge",
     "evomerge.cli",
     "evomerge.errors",
-    "evomerge.spec",
+    "evomerge.spec.schema",
     "evomerge.recipe",
     "evomerge.search",
     "evomerge.methods.registry",
@@ -142,7 +149,7 @@ LIGHT = [
     "evomerge.runfolder",
     "evomerge.status",
     "evomerge.tables",
-    "evomerge.shipped",
+    "evomerge.spec.shipped",
     "evomerge.worker",
     "evomerge.workers",
 ]

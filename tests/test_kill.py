@@ -20,7 +20,7 @@ import yaml
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.spec import parse_spec
+from evomerge.spec.schema import parse_spec
 from evomerge.workbench import SEARCH, Workbench
 from tests.frame import command, environment, files, invoke, process, search_spec
 from tests.test_run import lasting

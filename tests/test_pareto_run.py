@@ -16,7 +16,7 @@ from evomerge.runfolder import RunFolder
 from evomerge.search import pareto
 from evomerge.search.candidate import Candidate, best, pareto_front
 from evomerge.search.front import finalists
-from evomerge.spec import SearchSpec, parse_spec
+from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.status import read_status, render_status
 from evomerge.tables import result_table
 from evomerge.workbench import SEARCH, Workbench

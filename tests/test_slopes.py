@@ -20,7 +20,7 @@ from evomerge.scoring import Scorer
 from evomerge.search.decode import active
 from evomerge.search.genome import Genome
 from evomerge.slopes import COST, fitness_slopes, genes_of_settings
-from evomerge.spec import parse_spec
+from evomerge.spec.schema import parse_spec
 from evomerge.system.memory import available
 from evomerge.workbench import SEARCH, Workbench
 from tests.frame import changed, search_spec

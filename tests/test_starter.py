@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
-from evomerge.spec import load_spec
+from evomerge.spec.schema import load_spec
 from evomerge.starter import Geometry, ancestor, init_search, measure, search_yaml
 from tests.frame import invoke
 from tests.models import write_tiny_llama

@@ -16,7 +16,7 @@ from evomerge.runfolder import RunFolder
 from evomerge.search.baselines import baselines
 from evomerge.search.candidate import ranked
 from evomerge.search.space import digest
-from evomerge.spec import SearchSpec, load_spec, parse_spec
+from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
 from evomerge.warmstart import AS_MANY, read_seeds, warm_starts
 from evomerge.workbench import Workbench
 from tests.frame import invoke, search_spec

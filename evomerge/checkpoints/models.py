@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.compatible import check_compatible, not_finite
 from evomerge.errors import CheckpointError
-from evomerge.spec import SearchSpec
+from evomerge.spec.schema import SearchSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

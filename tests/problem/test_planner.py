@@ -15,7 +15,7 @@ from evomerge.run import start
 from evomerge.runfolder import RunFolder
 from evomerge.search.candidate import Proposal
 from evomerge.search.genome import Genome
-from evomerge.spec import parse_spec
+from evomerge.spec.schema import parse_spec
 from evomerge.workbench import Workbench
 from tests.frame import files, search_spec
 from tests.test_run import lasting

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from evomerge.errors import SpecError
 from evomerge.search.registry import ALGORITHMS
-from evomerge.spec import SearchSpec, load_spec, parse_spec
+from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
 from tests.frame import changed, search_spec
 
 EXAMPLE = """
