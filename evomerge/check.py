@@ -16,7 +16,7 @@ from evomerge.gates import look_before
 from evomerge.planning.plan import Plan
 from evomerge.recipe import load_recipe
 from evomerge.run.steps import plan_documents
-from evomerge.search.baselines import baselines
+from evomerge.space.baselines import baselines
 from evomerge.spec.schema import SearchSpec, load_spec
 from evomerge.system.yaml import read_documents
 from evomerge.tables import table

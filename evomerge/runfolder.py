@@ -23,9 +23,9 @@ from evomerge.system.files import exclusive, write_atomic
 if TYPE_CHECKING:
     from evomerge.evaluation.scores import ItemScores
     from evomerge.objective.item_sampling import Sample
-    from evomerge.search.baselines import Start
     from evomerge.search.record import Record
-    from evomerge.search.space import SearchSpace
+    from evomerge.space.baselines import Start
+    from evomerge.space.space import SearchSpace
 
 STARTS = "starts.json"
 
@@ -238,8 +238,8 @@ class RunFolder:
 
     def starts(self) -> tuple[Start, ...] | None:
         """Generation 0 of a warm start, as it was when the run began; None where it is not kept."""
-        from evomerge.search.baselines import Start
-        from evomerge.search.genome import Genome
+        from evomerge.space.baselines import Start
+        from evomerge.space.genome import Genome
 
         path = self.root / STARTS
         if not path.is_file():

@@ -20,9 +20,9 @@ from evomerge.errors import CandidateError, RecipeError
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.planning.operation import Operation
 from evomerge.planning.plan import Plan, make_plan
-from evomerge.search import decode
-from evomerge.search.genes import Real
-from evomerge.search.genome import Genome
+from evomerge.space import decode
+from evomerge.space.genes import Real
+from evomerge.space.genome import Genome
 from evomerge.workbench import Selection, Workbench
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from evomerge.errors import BadInput, SpecError
 from evomerge.methods.registry import get_method
 from evomerge.recipe import Recipe, load_recipe, parse_recipe
 from evomerge.runfolder import RunFolder
-from evomerge.search.baselines import Start, baselines
 from evomerge.search.candidate import Candidate, ranked
-from evomerge.search.genes import REST, layer_groups
-from evomerge.search.space import SearchSpace, digest
-from evomerge.search.warm import Place, Shape, of_genome, of_recipe
+from evomerge.space.baselines import Start, baselines
+from evomerge.space.genes import REST, layer_groups
+from evomerge.space.space import SearchSpace, digest
+from evomerge.space.transfer import Place, Shape, of_genome, of_recipe
 from evomerge.spec.schema import SearchSpec
 
 if TYPE_CHECKING:

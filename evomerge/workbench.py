@@ -27,8 +27,8 @@ from evomerge.objective.item_sampling import Sample
 from evomerge.planning.layer_digests import depth_digests
 from evomerge.planning.plan import Plan, make_plan
 from evomerge.recipe import Recipe, parse_recipe
-from evomerge.search.build import build_space
-from evomerge.search.space import SearchSpace
+from evomerge.space.build import build_space
+from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import SearchSpec, Splits
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"

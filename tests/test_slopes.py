@@ -17,9 +17,9 @@ from evomerge.engine.parameter_gradients import STEP
 from evomerge.objective.fitness import Fitness
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search.decode import active
-from evomerge.search.genome import Genome
 from evomerge.slopes import COST, fitness_slopes, genes_of_settings
+from evomerge.space.decode import active
+from evomerge.space.genome import Genome
 from evomerge.spec.schema import parse_spec
 from evomerge.system.memory import available
 from evomerge.workbench import SEARCH, Workbench

@@ -10,16 +10,16 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from evomerge.search.baselines import Start, baselines
-from evomerge.search.build import build_space
 from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked, spent_items
 from evomerge.search.executor import Executor, InProcess
-from evomerge.search.genome import Genome, LayerGene
 from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS, get_algorithm
-from evomerge.search.space import SearchSpace, digest
+from evomerge.space.baselines import Start, baselines
+from evomerge.space.build import build_space
+from evomerge.space.genome import Genome, LayerGene
+from evomerge.space.space import SearchSpace, digest
 
 __all__ = [
     "ALGORITHMS",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.search.candidate import SLOPES, Candidate, find
-from evomerge.search.space import SearchSpace
+from evomerge.space.space import SearchSpace
 
 RECENT = 256
 """Candidates that count: what worked long ago need not work now."""

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evomerge.search.genes import Pattern
-from evomerge.search.genome import LayerGene
 from evomerge.search.operators import FloatArray
 from evomerge.search.patterns import Layers, fit
+from evomerge.space.genes import Pattern
+from evomerge.space.genome import LayerGene
 
 LENGTH = 6.0
 """Neighbouring depths of a model are worth much the same: correlation falls by 1/e over a sixth of the stack ..."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from evomerge.search import pareto
-from evomerge.search.genome import Genome
+from evomerge.space.genome import Genome
 
 PARENT = "parent:"
 """How the operators of generation 0 begin that are a model itself."""

@@ -17,13 +17,13 @@ import numpy as np
 
 from evomerge.search import replay
 from evomerge.search.candidate import Candidate, Proposal, promising
-from evomerge.search.genes import Choice
-from evomerge.search.genome import Genome
 from evomerge.search.operators import FloatArray
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.random_search import random_search
 from evomerge.search.samplers import all_params
-from evomerge.search.space import SearchSpace
+from evomerge.space.genes import Choice
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace
 
 if TYPE_CHECKING:
     from cmaes import CatCMAwM

@@ -17,8 +17,8 @@ from evomerge.search.operators import FloatArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.propose import AlgorithmSettings, Draw
 from evomerge.search.reading import Reading
-from evomerge.search.space import SearchSpace
 from evomerge.search.surface import Surface, Told
+from evomerge.space.space import SearchSpace
 
 CLIMBERS = 3
 """Steps start from so many of the best, at most."""

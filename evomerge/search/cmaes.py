@@ -19,11 +19,11 @@ import numpy as np
 
 from evomerge.search import replay
 from evomerge.search.candidate import Candidate, Proposal, promising
-from evomerge.search.genome import Genome
 from evomerge.search.operators import FloatArray, Mask, reflect
 from evomerge.search.propose import AlgorithmSettings, generator
 from evomerge.search.random_search import random_search
-from evomerge.search.space import SearchSpace
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace
 
 if TYPE_CHECKING:
     from cmaes import CMA

@@ -21,8 +21,8 @@ from evomerge.search.operators import FloatArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.propose import OWN, Draw, generator
 from evomerge.search.reading import Reading
-from evomerge.search.space import SearchSpace
 from evomerge.search.surface import likeliest
+from evomerge.space.space import SearchSpace
 
 LENGTHS = (0.1, 0.17, 0.25, 0.45, 0.7, 1.1)
 """Over which the fitness changes its course, as a root mean square of genes; the likeliest is taken."""

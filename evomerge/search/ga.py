@@ -23,15 +23,15 @@ from evomerge.search.adaptive import Experience, pick
 from evomerge.search.assembly import assemble
 from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, promising
 from evomerge.search.climb import Climbs
-from evomerge.search.decode import copies
 from evomerge.search.draws import Draws
-from evomerge.search.genes import OUTER
 from evomerge.search.operators import FloatArray, IntArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.patterns import Layers
 from evomerge.search.propose import AlgorithmSettings, Draw, distinct
 from evomerge.search.reading import Reading
-from evomerge.search.space import SearchSpace
+from evomerge.space.decode import copies
+from evomerge.space.genes import OUTER
+from evomerge.space.space import SearchSpace
 
 OPTIONS = {"slopes": True, "draws": True, "adaptive": True, "sharing": False}
 """The options and their defaults; bench/results/search.md says why these."""

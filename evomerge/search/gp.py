@@ -13,7 +13,7 @@ from typing import Any
 from evomerge.search import samplers
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.space import SearchSpace
+from evomerge.space.space import SearchSpace
 
 #: `most`: candidates to fit the surrogate to; `startup`: candidates before there is one.
 OPTIONS: dict[str, Any] = {"most": 150, "startup": 10}

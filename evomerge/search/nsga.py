@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from evomerge.search import samplers
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import Algorithm, AlgorithmSettings
-from evomerge.search.space import SearchSpace
+from evomerge.space.space import SearchSpace
 
 if TYPE_CHECKING:
     from optuna.samplers import NSGAIIISampler, NSGAIISampler

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from evomerge.search.candidate import Candidate
 from evomerge.search.operators import FloatArray
 from evomerge.search.patterns import Layers
-from evomerge.search.space import SearchSpace
+from evomerge.space.space import SearchSpace
 
 
 @dataclass(frozen=True)

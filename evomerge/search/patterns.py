@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from evomerge.search.genes import Pattern
-from evomerge.search.genome import LayerGene
+from evomerge.space.genes import Pattern
+from evomerge.space.genome import LayerGene
 
 Layers = tuple[LayerGene, ...]
 Move = Callable[[Layers, Pattern, np.random.Generator], Layers]

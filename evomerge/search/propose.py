@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from evomerge.search.candidate import Candidate, Proposal
-from evomerge.search.genome import Genome
 from evomerge.search.operators import FloatArray
 from evomerge.search.reading import Reading
-from evomerge.search.space import SearchSpace, digest
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace, digest
 
 REDRAWS = 16
 IMMIGRANTS = 48

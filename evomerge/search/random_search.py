@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import AlgorithmSettings, distinct
-from evomerge.search.space import SearchSpace
+from evomerge.space.space import SearchSpace
 
 
 def random_search(

@@ -16,9 +16,9 @@ from typing import TypeVar
 import numpy as np
 
 from evomerge.search.candidate import DRAW, Candidate, by_objectives, fitness_order, sloped, teaches
-from evomerge.search.genome import Genome
 from evomerge.search.operators import FloatArray, Mask
-from evomerge.search.space import SearchSpace
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from evomerge.errors import RunError
 from evomerge.search.candidate import Candidate, find, number_of
-from evomerge.search.space import SearchSpace
 from evomerge.search.stores import StorageLost, Store, open_store, without_password
+from evomerge.space.space import SearchSpace
 
 if TYPE_CHECKING:
     from optuna.study import Study

@@ -13,7 +13,7 @@ from evomerge.search.ga import GENERATION, OPTIONS, ga
 from evomerge.search.nsga import nsga2, nsga3
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.random_search import random_search
-from evomerge.search.space import SearchSpace
+from evomerge.space.space import SearchSpace
 
 
 @dataclass(frozen=True)

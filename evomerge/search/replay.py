@@ -15,9 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from evomerge.search.candidate import Candidate, Proposal
-from evomerge.search.genome import Genome
 from evomerge.search.propose import REDRAWS, Draw, distinct, generator
-from evomerge.search.space import SearchSpace
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace
 
 #: What an ask gives: the point in the strategy's own coordinates.
 P = TypeVar("P")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.search import decode
 from evomerge.search.candidate import Candidate, Proposal
-from evomerge.search.genome import Genome
 from evomerge.search.propose import Draw, distinct
-from evomerge.search.space import SearchSpace
+from evomerge.space import decode
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace
 from evomerge.system.quiet_optuna import quiet_optuna
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 from evomerge.search import samplers
 from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.space import SearchSpace
+from evomerge.space.space import SearchSpace
 
 #: `startup`: candidates, those of generation 0 among them, before the model is trusted.
 OPTIONS: dict[str, Any] = {"multivariate": True, "startup": 10}

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import RunError
 from evomerge.search.candidate import Candidate, State
-from evomerge.search.genome import Genome
-from evomerge.search.space import SearchSpace
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

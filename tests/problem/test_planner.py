@@ -14,7 +14,7 @@ from evomerge.problem.planner import Planner
 from evomerge.run import start
 from evomerge.runfolder import RunFolder
 from evomerge.search.candidate import Proposal
-from evomerge.search.genome import Genome
+from evomerge.space.genome import Genome
 from evomerge.spec.schema import parse_spec
 from evomerge.workbench import Workbench
 from tests.frame import files, search_spec

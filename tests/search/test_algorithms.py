@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from evomerge.errors import SpecError
-from evomerge.search.baselines import baselines, first_generation
 from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.registry import (
@@ -21,7 +20,8 @@ from evomerge.search.registry import (
     Registered,
     get_algorithm,
 )
-from evomerge.search.space import SearchSpace
+from evomerge.space.baselines import baselines, first_generation
+from evomerge.space.space import SearchSpace
 from tests.search.landscapes import COSTLY, Bowl, Repair, best_truth, every_algorithm, make_space, pattern_space
 
 SPACES = {

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from evomerge.search import assembly
 from evomerge.search.assembly import assemble
-from evomerge.search.genes import Pattern
-from evomerge.search.genome import LayerGene
 from evomerge.search.patterns import Layers
-from evomerge.search.space import sample_layers
+from evomerge.space.genes import Pattern
+from evomerge.space.genome import LayerGene
+from evomerge.space.space import sample_layers
 
 DEPTH = 8
 PATTERN = Pattern(("a", "b", "c"), DEPTH, DEPTH - 1, DEPTH + 2, None)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from evomerge.errors import CandidateError, OutputError
-from evomerge.search.baselines import baselines
 from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.executor import Executor, InProcess, attempt
 from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.registry import ALGORITHMS
+from evomerge.space.baselines import baselines
 from tests.search.landscapes import COSTLY, Memory, plain
 from tests.search.scripted_run import SPACE, evaluate
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.search import operators, patterns
-from evomerge.search.genes import Pattern
-from evomerge.search.genome import LayerGene
+from evomerge.space.genes import Pattern
+from evomerge.space.genome import LayerGene
 
 seeds = st.integers(0, 2**32)
 

@@ -17,12 +17,12 @@ import pytest
 from optuna.trial import TrialState
 
 from evomerge.errors import RunError
-from evomerge.search.baselines import baselines, first_generation
 from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.genome import Genome
 from evomerge.search.journal import repair
 from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
+from evomerge.space.baselines import baselines, first_generation
+from evomerge.space.genome import Genome
 from evomerge.system.quiet_optuna import quiet_optuna
 from tests.frame import ROOT, environment
 from tests.search.landscapes import make_space

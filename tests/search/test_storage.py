@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from evomerge.errors import OutputError, RunError
-from evomerge.search.baselines import baselines, first_generation
 from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.journal import Journal
 from evomerge.search.loop import Stop, search
@@ -25,6 +24,7 @@ from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
 from evomerge.search.stores import StorageLost
+from evomerge.space.baselines import baselines, first_generation
 from tests.search.landscapes import Memory, plain
 from tests.search.scripted_run import SPACE, evaluate
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from evomerge.search.baselines import baselines
-from evomerge.search.genome import LayerGene
-from evomerge.search.space import digest
+from evomerge.space.baselines import baselines
+from evomerge.space.genome import LayerGene
+from evomerge.space.space import digest
 from tests.search.landscapes import make_space, pattern_space
 
 

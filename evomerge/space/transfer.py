@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from evomerge.recipe import Recipe, expand_frankenmerge, layer_places, resolve, slice_inputs
-from evomerge.search.genes import OUTER, REST, Real
-from evomerge.search.genome import Genome, LayerGene, Scalar
-from evomerge.search.space import SearchSpace
+from evomerge.space.genes import OUTER, REST, Real
+from evomerge.space.genome import Genome, LayerGene, Scalar
+from evomerge.space.space import SearchSpace
 
 #: A tensor's name and its layer; None outside the stack of layers.
 Place = tuple[str, int | None]

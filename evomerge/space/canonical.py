@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.methods.contract import Method, Parameter
-from evomerge.search.genes import paper_value
-from evomerge.search.genome import DECIMALS, Genome
+from evomerge.space.genes import paper_value
+from evomerge.space.genome import DECIMALS, Genome
 
 if TYPE_CHECKING:
-    from evomerge.search.space import SearchSpace
+    from evomerge.space.space import SearchSpace
 
 #: (parameter, its source or None for all sources).
 Key = tuple[str, str | None]
@@ -31,7 +31,7 @@ def keys(space: SearchSpace, method: Method) -> Iterator[tuple[Parameter, str | 
 
 
 def gene_name(parameter: str, source: str | None, point: str, tensors: str | None) -> str:
-    """The name of a gene, as `evomerge.search.genes` says."""
+    """The name of a gene, as `evomerge.space.genes` says."""
     return ".".join(part for part in (parameter, source, point, tensors) if part is not None)
 
 

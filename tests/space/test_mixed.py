@@ -20,9 +20,9 @@ from evomerge.engine.resident import Resident
 from evomerge.methods.registry import METHODS
 from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
-from evomerge.search.genome import Genome, LayerGene
-from evomerge.search.space import SearchSpace
-from tests.search.test_canonical import LAYERS, OUTER, tiny_space
+from evomerge.space.genome import Genome, LayerGene
+from evomerge.space.space import SearchSpace
+from tests.space.test_canonical import LAYERS, OUTER, tiny_space
 
 COPYING = "frankenmerge"
 SEVERAL = tuple(name for name, m in METHODS.items() if m.max_sources is None)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evomerge.methods.contract import Method, Parameter
-from evomerge.search.canonical import Column, Values, absent, column, gene_name, idle, keys, only_ratios, spelled
-from evomerge.search.genes import OUTER, searched
-from evomerge.search.genome import Genome, LayerGene
+from evomerge.space.canonical import Column, Values, absent, column, gene_name, idle, keys, only_ratios, spelled
+from evomerge.space.genes import OUTER, searched
+from evomerge.space.genome import Genome, LayerGene
 
 if TYPE_CHECKING:
-    from evomerge.search.space import SearchSpace
+    from evomerge.space.space import SearchSpace
 
 #: Less than this under a normaliser makes weights explode: such genomes are not tried.
 SMALLEST_WEIGHT_SUM = 1e-2

@@ -19,12 +19,12 @@ from evomerge.engine.resident import Resident
 from evomerge.errors import SpecError
 from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
-from evomerge.search.build import build_space
-from evomerge.search.canonical import shares
-from evomerge.search.decode import active
-from evomerge.search.genes import layer_groups
-from evomerge.search.genome import Genome
-from evomerge.search.space import SearchSpace
+from evomerge.space.build import build_space
+from evomerge.space.canonical import shares
+from evomerge.space.decode import active
+from evomerge.space.genes import layer_groups
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace
 from tests.search.landscapes import make_space
 
 LAYERS = 4

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from evomerge.methods.contract import Method, Parameter
-from evomerge.search import decode, genes
-from evomerge.search.genes import Choice, Pattern, Real
-from evomerge.search.genome import Genome, LayerGene, Scalar
 from evomerge.search.operators import FloatArray, Mask
+from evomerge.space import decode, genes
+from evomerge.space.genes import Choice, Pattern, Real
+from evomerge.space.genome import Genome, LayerGene, Scalar
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.search.genome import Genome, LayerGene
+from evomerge.space.genome import Genome, LayerGene
 
 scalars = st.dictionaries(
     st.text(min_size=1, max_size=8),

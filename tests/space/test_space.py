@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from evomerge.errors import SpecError
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
-from evomerge.search.baselines import baselines
-from evomerge.search.genes import Pattern, layer_groups
-from evomerge.search.genome import Genome, LayerGene
-from evomerge.search.space import SearchSpace, sample_layers
+from evomerge.space.baselines import baselines
+from evomerge.space.genes import Pattern, layer_groups
+from evomerge.space.genome import Genome, LayerGene
+from evomerge.space.space import SearchSpace, sample_layers
 from tests.search.landscapes import make_space, pattern_space
 
 OUTER = ("model.embed_tokens.weight", "model.norm.weight")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.recipe import parse_recipe
-from evomerge.search.genome import Genome, LayerGene
-from evomerge.search.space import SearchSpace
-from evomerge.search.warm import Shape, depth_shares, layer_shares, of_genome, of_recipe
+from evomerge.space.genome import Genome, LayerGene
+from evomerge.space.space import SearchSpace
+from evomerge.space.transfer import Shape, depth_shares, layer_shares, of_genome, of_recipe
 from tests.search.landscapes import make_space, pattern_space
 
 SOURCES = {"math": "models/math", "code": "models/code", "law": "models/law"}

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.contract import Method
-from evomerge.search import genes
-from evomerge.search.genes import CONTROL_POINTS, REST, Choice, LayerGroups, Pattern, Real
-from evomerge.search.space import MethodScope, SearchSpace
+from evomerge.space import genes
+from evomerge.space.genes import CONTROL_POINTS, REST, Choice, LayerGroups, Pattern, Real
+from evomerge.space.space import MethodScope, SearchSpace
 
 T = TypeVar("T")
 
