@@ -25,13 +25,13 @@ import optuna  # noqa: F401  # imported before the fork, not in every child
 import yaml
 
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import best
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
+from evomerge.study.candidate import best
+from evomerge.study.record import Record
 from tests.frame import environment, search_spec
-from tests.search.kills import Killed, Launch, forked, kill_and_resume, life
 from tests.search.landscapes import plain
-from tests.search.scripted_run import run
+from tests.study.kills import Killed, Launch, forked, kill_and_resume, life
+from tests.study.scripted_run import run
 
 MOST = 3  # kills of one run
 

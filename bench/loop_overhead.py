@@ -18,13 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.loop import Stop, search
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.loop import Stop, search
+from evomerge.study.record import Record
 from evomerge.system.memory import collect_rarely
 
 WINDOWS = (0.1, 0.3, 0.5, 1.0)  # each a tenth of the run, by the share of it at which it ends

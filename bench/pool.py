@@ -18,12 +18,12 @@ from pathlib import Path
 
 from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
 from evomerge.objective.fitness import Fitness
-from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.registry import get_algorithm
 from evomerge.space.baselines import baselines, first_generation
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import SearchSpec, Splits, load_spec
+from evomerge.study.candidate import Candidate, Outcome, Proposal
 
 Scores = dict[str, ItemScores]
 

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import Candidate
+from evomerge.study.candidate import Candidate
 from evomerge.tables import result_table, table
 
 HERE = Path(__file__).parent

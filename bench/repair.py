@@ -29,14 +29,14 @@ from typing import Any, cast
 import numpy as np
 
 from evomerge import zoo
-from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.loop import Stop, search
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import get_algorithm
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.spec.schema import SearchSpec, parse_spec
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.loop import Stop, search
+from evomerge.study.record import Record
 from evomerge.tables import table
 from evomerge.workbench import SEARCH, TEST, Workbench
 

@@ -29,8 +29,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from evomerge.search.candidate import Candidate
 from evomerge.spec.schema import SearchSpec, load_spec
+from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
 from evomerge.tables import table
 
@@ -126,9 +126,9 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.run import settings_of
     from evomerge.runfolder import RunFolder
     from evomerge.scoring import Quiet, Scorer
-    from evomerge.search.candidate import spent_items
-    from evomerge.search.loop import Stop, search
     from evomerge.search.registry import get_algorithm
+    from evomerge.study.candidate import spent_items
+    from evomerge.study.loop import Stop, search
     from evomerge.workbench import TEST, Workbench, make_space
 
     contender = CONTENDERS[name]
@@ -177,10 +177,10 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
 
 def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: Path, surrogate: Any) -> Iterator[str]:
     """A contender's searches on a surrogate, without racing: half of its items steer, and the other half are unseen."""
-    from evomerge.search.candidate import spent_items
-    from evomerge.search.loop import Stop, search
     from evomerge.search.propose import AlgorithmSettings
     from evomerge.search.registry import get_algorithm
+    from evomerge.study.candidate import spent_items
+    from evomerge.study.loop import Stop, search
     from evomerge.workbench import Workbench, make_space
 
     contender = CONTENDERS[name]

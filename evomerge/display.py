@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from evomerge.search.candidate import Candidate, ranked
+from evomerge.study.candidate import Candidate, ranked
 
 if TYPE_CHECKING:
     from evomerge.runfolder import RunFolder

@@ -18,7 +18,7 @@ from evomerge.recipe import expand_frankenmerge
 from evomerge.report.model_card import licence_verdict, licences, merge_card
 from evomerge.runfolder import RunFolder
 from evomerge.samples import continuation, prompt_of
-from evomerge.search.candidate import Candidate
+from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
 from evomerge.tables import result_table, table
 from evomerge.workbench import SEARCH, TEST, Workbench

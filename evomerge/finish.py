@@ -10,8 +10,8 @@ from evomerge.errors import EvoMergeError, RunError
 from evomerge.objective.comparison import close_rivals, compare, number, verdict
 from evomerge.objective.fitness import Fitness
 from evomerge.rows import Row, fitness_json, read_row, row_json
-from evomerge.search.candidate import PARENT, Candidate, count_items, count_states, ranked
-from evomerge.search.front import finalists as choose_finalists
+from evomerge.study.candidate import PARENT, Candidate, count_items, count_states, ranked
+from evomerge.study.ranking import finalists as choose_finalists
 from evomerge.tradeoff import best_first, front_json, hypervolume_json
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 

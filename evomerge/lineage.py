@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import RunError
-from evomerge.search.candidate import Candidate
+from evomerge.study.candidate import Candidate
 
 
 def lineage(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:

@@ -19,13 +19,13 @@ from evomerge.finish import finish
 from evomerge.gates import look_before
 from evomerge.runfolder import STARTS, RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search.candidate import Candidate, Outcome, Proposal, spent_items
-from evomerge.search.executor import Executor, InProcess
-from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import get_algorithm
 from evomerge.spec.schema import Search, SearchSpec
+from evomerge.study.candidate import Candidate, Outcome, Proposal, spent_items
+from evomerge.study.interfaces import Executor, InProcess
+from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
 from evomerge.tables import result_table
 from evomerge.warmstart import read_seeds, warm_starts

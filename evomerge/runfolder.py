@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from evomerge.errors import RunError
-from evomerge.search.candidate import Candidate, best
 from evomerge.spec.schema import SearchSpec
+from evomerge.study.candidate import Candidate, best
 from evomerge.system.files import exclusive, write_atomic
 
 if TYPE_CHECKING:
     from evomerge.evaluation.scores import ItemScores
     from evomerge.objective.item_sampling import Sample
-    from evomerge.search.record import Record
     from evomerge.space.baselines import Start
     from evomerge.space.space import SearchSpace
+    from evomerge.study.record import Record
 
 STARTS = "starts.json"
 
@@ -162,7 +162,7 @@ class RunFolder:
         Raises:
             RunError: The storage cannot be opened, or its study is that of another run folder.
         """
-        from evomerge.search.record import Record
+        from evomerge.study.record import Record
 
         name = f"{self.spec.name}-random" if baseline else self.spec.name
         where = self.spec.run.storage or self.root / "study.log"
@@ -180,7 +180,7 @@ class RunFolder:
 
     def candidates(self) -> tuple[Candidate, ...]:
         """All recorded candidates, by number."""
-        from evomerge.search.record import Record
+        from evomerge.study.record import Record
 
         where = self.spec.run.storage or self.root / "study.log"
         found = Record.find(where, self.spec.name)  # reading must not make a study that the run is about to make

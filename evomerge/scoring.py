@@ -17,11 +17,11 @@ from evomerge.objective.item_sampling import Sample, draw_samples
 from evomerge.objective.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
 from evomerge.planning.plan import Plan
 from evomerge.problem.planner import Planner
-from evomerge.search.candidate import Candidate, Outcome, Proposal, ranked
 from evomerge.search.operators import FloatArray
 from evomerge.slopes import COST, fitness_slopes, sample
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
+from evomerge.study.candidate import Candidate, Outcome, Proposal, ranked
 from evomerge.workbench import SEARCH, STEER, Selection, Workbench
 
 if TYPE_CHECKING:

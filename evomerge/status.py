@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
-from evomerge.search.front import growth
+from evomerge.study.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
+from evomerge.study.ranking import growth
 from evomerge.system.files import held
 from evomerge.tables import score_text, slopes_text, table
 

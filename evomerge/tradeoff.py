@@ -10,9 +10,9 @@ import numpy as np
 
 from evomerge.objective.fitness import Fitness
 from evomerge.rows import Row, fitness_json, read_row, scores_json
-from evomerge.search import pareto
-from evomerge.search.candidate import Candidate
-from evomerge.search.front import growth, reference_point
+from evomerge.study import pareto
+from evomerge.study.candidate import Candidate
+from evomerge.study.ranking import growth, reference_point
 from evomerge.workbench import SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:

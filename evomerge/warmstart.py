@@ -11,12 +11,12 @@ from evomerge.errors import BadInput, SpecError
 from evomerge.methods.registry import get_method
 from evomerge.recipe import Recipe, load_recipe, parse_recipe
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import Candidate, ranked
 from evomerge.space.baselines import Start, baselines
 from evomerge.space.genes import REST, layer_groups
 from evomerge.space.space import SearchSpace, digest
 from evomerge.space.transfer import Place, Shape, of_genome, of_recipe
 from evomerge.spec.schema import SearchSpec
+from evomerge.study.candidate import Candidate, ranked
 
 if TYPE_CHECKING:
     from evomerge.workbench import Workbench

@@ -18,8 +18,8 @@ from queue import SimpleQueue
 from typing import Any, NoReturn
 
 from evomerge.errors import EvoMergeError
-from evomerge.search.candidate import Outcome, Proposal
-from evomerge.search.executor import attempt
+from evomerge.study.candidate import Outcome, Proposal
+from evomerge.study.interfaces import attempt
 from evomerge.system.memory import collect_rarely
 
 Opened = tuple[Callable[[Any], None], Callable[[Proposal], Outcome]]

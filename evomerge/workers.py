@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvoMergeError
-from evomerge.search.candidate import Candidate, Outcome, Proposal
+from evomerge.study.candidate import Candidate, Outcome, Proposal
 
 ATTEMPTS = 2
 """How many workers a candidate may cost, and how many in a row may die before they are ready."""

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import CandidateError, OutputError, RunError
-from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.record import Record
 from evomerge.worker import Opened
 from evomerge.workers import LocalWorkers
-from tests.search.scripted_run import SPACE, evaluate
+from tests.study.scripted_run import SPACE, evaluate
 
 
 def open_scripted(folder: Path, deeds: dict[int, str], pause: float) -> Opened:

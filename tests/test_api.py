@@ -51,14 +51,14 @@ def test_merge_warns_of_a_parameter_without_effect(tiny_family: dict[str, Path],
 
 def test_search_on_a_run_that_is_there(finished_run: Path, tmp_path: Path) -> None:
     """Twice in one process, and after its package was imported: the name stays the function that it is."""
-    import evomerge.search.loop
+    import evomerge.study.loop
 
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     path = finished_run.parent / "tiny.yaml"
     for form in (path, str(path), yaml.safe_load(path.read_text())):
         found = evomerge.search(form, folder=run)
         assert found == json.loads((run / "result.json").read_text())
-    assert evomerge.search.loop.search is not evomerge.search
+    assert evomerge.study.loop.search is not evomerge.search
 
 
 def test_search_refuses_as_the_command_line_does(tiny_family: dict[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from evomerge.engine.to_disk import merge_to_folder
 from evomerge.export import Rescored
 from evomerge.recipe import load_recipe, parse_recipe
 from evomerge.runfolder import RunFolder
-from evomerge.search.record import Record
+from evomerge.study.record import Record
 from evomerge.system.quiet import quiet
 from evomerge.workbench import TEST, Workbench
 from tests.frame import TASKS, files, invoke

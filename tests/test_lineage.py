@@ -8,8 +8,8 @@ import pytest
 
 from evomerge.errors import RunError
 from evomerge.lineage import ancestors, ancestry, lineage, to_dot
-from evomerge.search.candidate import Candidate
 from evomerge.space.genome import Genome
+from evomerge.study.candidate import Candidate
 
 
 def made(number: int, generation: int, parents: tuple[int, ...], operator: str, fitness: float | None) -> Candidate:

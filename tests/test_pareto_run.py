@@ -13,11 +13,11 @@ from evomerge import export
 from evomerge.display import Display
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
-from evomerge.search import pareto
-from evomerge.search.candidate import Candidate, best, pareto_front
-from evomerge.search.front import finalists
 from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.status import read_status, render_status
+from evomerge.study import pareto
+from evomerge.study.candidate import Candidate, best, pareto_front
+from evomerge.study.ranking import finalists
 from evomerge.tables import result_table
 from evomerge.workbench import SEARCH, Workbench
 from tests.frame import invoke, search_spec

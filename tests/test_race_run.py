@@ -13,10 +13,10 @@ import pytest
 from evomerge.errors import SpecError
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import Candidate, sloped, spent_items
 from evomerge.slopes import COST
 from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.status import read_status, render_status
+from evomerge.study.candidate import Candidate, sloped, spent_items
 from evomerge.workbench import SEARCH, Workbench
 from tests.frame import files, search_spec
 from tests.test_run import lasting

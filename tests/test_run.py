@@ -17,9 +17,9 @@ from evomerge.problem.planner import Planner
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search.candidate import Candidate, Proposal
 from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
 from evomerge.status import read_status, render_status
+from evomerge.study.candidate import Candidate, Proposal
 from evomerge.system.files import exclusive
 from evomerge.tables import result_table
 from evomerge.workbench import SEARCH, SELECT, TEST, Workbench

@@ -15,9 +15,9 @@ from evomerge.errors import OutputError, RunError
 from evomerge.evaluation.scores import ItemScores
 from evomerge.run import _survived
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import Outcome, Proposal
 from evomerge.space.genome import Genome
 from evomerge.spec.schema import SearchSpec, parse_spec
+from evomerge.study.candidate import Outcome, Proposal
 from evomerge.system.files import exclusive, held, write_atomic
 from tests.search.landscapes import make_space
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import Candidate
 from evomerge.status import read_status, render_status
+from evomerge.study.candidate import Candidate
 from tests.frame import invoke
 
 

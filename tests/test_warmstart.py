@@ -13,10 +13,10 @@ from evomerge.check import check_search
 from evomerge.errors import RunError, SpecError
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
-from evomerge.search.candidate import ranked
 from evomerge.space.baselines import baselines
 from evomerge.space.space import digest
 from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
+from evomerge.study.candidate import ranked
 from evomerge.warmstart import AS_MANY, read_seeds, warm_starts
 from evomerge.workbench import Workbench
 from tests.frame import invoke, search_spec

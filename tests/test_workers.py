@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import EvoMergeError, OutputError, RunError
-from evomerge.search.candidate import Candidate
-from evomerge.search.record import Record
+from evomerge.study.candidate import Candidate
+from evomerge.study.record import Record
 from evomerge.workers import LocalWorkers
 from tests.frame import environment
 from tests.scripted_worker import run, workers
 from tests.search.landscapes import plain
-from tests.search.scripted_run import SPACE
-from tests.search.scripted_run import run as run_alone
+from tests.study.scripted_run import SPACE
+from tests.study.scripted_run import run as run_alone
 
 BUDGET = 34
 PATIENCE = 60  # seconds, for a machine that is busy with other things

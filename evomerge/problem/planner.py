@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from evomerge.evaluation.backends.native.hidden_state_cache import Depths, arrange
 from evomerge.planning.plan import Plan
-from evomerge.search.candidate import Proposal
+from evomerge.study.candidate import Proposal
 from evomerge.workbench import Workbench
 
 log = logging.getLogger(__name__)

@@ -10,16 +10,16 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from evomerge.search.candidate import Candidate, Outcome, Proposal, best, ranked, spent_items
-from evomerge.search.executor import Executor, InProcess
-from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import Algorithm, AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS, get_algorithm
 from evomerge.space.baselines import Start, baselines
 from evomerge.space.build import build_space
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace, digest
+from evomerge.study.candidate import Candidate, Outcome, Proposal, best, ranked, spent_items
+from evomerge.study.interfaces import Executor, InProcess
+from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.record import Record
 
 __all__ = [
     "ALGORITHMS",

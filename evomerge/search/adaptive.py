@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.search.candidate import SLOPES, Candidate, find
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import SLOPES, Candidate, find
 
 RECENT = 256
 """Candidates that count: what worked long ago need not work now."""

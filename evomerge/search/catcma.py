@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.search import replay
-from evomerge.search.candidate import Candidate, Proposal, promising
 from evomerge.search.operators import FloatArray
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.random_search import random_search
@@ -24,6 +23,7 @@ from evomerge.search.samplers import all_params
 from evomerge.space.genes import Choice
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal, promising
 
 if TYPE_CHECKING:
     from cmaes import CatCMAwM

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evomerge.search.candidate import SLOPES, Candidate, find, sloped
 from evomerge.search.operators import FloatArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.propose import AlgorithmSettings, Draw
 from evomerge.search.reading import Reading
 from evomerge.search.surface import Surface, Told
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import SLOPES, Candidate, find, sloped
 
 CLIMBERS = 3
 """Steps start from so many of the best, at most."""

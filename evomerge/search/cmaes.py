@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.search import replay
-from evomerge.search.candidate import Candidate, Proposal, promising
 from evomerge.search.operators import FloatArray, Mask, reflect
 from evomerge.search.propose import AlgorithmSettings, generator
 from evomerge.search.random_search import random_search
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal, promising
 
 if TYPE_CHECKING:
     from cmaes import CMA

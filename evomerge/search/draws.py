@@ -16,13 +16,13 @@ from functools import cached_property
 
 import numpy as np
 
-from evomerge.search.candidate import DRAW, Candidate
 from evomerge.search.operators import FloatArray, Mask
 from evomerge.search.parent import Parent
 from evomerge.search.propose import OWN, Draw, generator
 from evomerge.search.reading import Reading
 from evomerge.search.surface import likeliest
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import DRAW, Candidate
 
 LENGTHS = (0.1, 0.17, 0.25, 0.45, 0.7, 1.1)
 """Over which the fitness changes its course, as a root mean square of genes; the likeliest is taken."""

@@ -21,7 +21,6 @@ import numpy as np
 from evomerge.search import operators, patterns, sharing
 from evomerge.search.adaptive import Experience, pick
 from evomerge.search.assembly import assemble
-from evomerge.search.candidate import PARENT, SLOPES, Candidate, Proposal, promising
 from evomerge.search.climb import Climbs
 from evomerge.search.draws import Draws
 from evomerge.search.operators import FloatArray, IntArray, Mask
@@ -32,6 +31,7 @@ from evomerge.search.reading import Reading
 from evomerge.space.decode import copies
 from evomerge.space.genes import OUTER
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import PARENT, SLOPES, Candidate, Proposal, promising
 
 OPTIONS = {"slopes": True, "draws": True, "adaptive": True, "sharing": False}
 """The options and their defaults; bench/results/search.md says why these."""

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from evomerge.search import samplers
-from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal
 
 #: `most`: candidates to fit the surrogate to; `startup`: candidates before there is one.
 OPTIONS: dict[str, Any] = {"most": 150, "startup": 10}

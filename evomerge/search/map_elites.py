@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.search import operators, patterns
-from evomerge.search.candidate import Candidate, Proposal, promising
 from evomerge.search.operators import FloatArray
 from evomerge.search.parent import Parent
 from evomerge.search.propose import AlgorithmSettings, Draw, distinct
 from evomerge.space import decode
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal, promising
 
 if TYPE_CHECKING:
     from ribs.archives import CVTArchive, GridArchive

@@ -15,9 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.search import samplers
-from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal
 
 if TYPE_CHECKING:
     from optuna.samplers import NSGAIIISampler, NSGAIISampler

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from evomerge.search.candidate import Candidate
 from evomerge.search.operators import FloatArray
 from evomerge.search.patterns import Layers
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.operators import FloatArray
 from evomerge.search.reading import Reading
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace, digest
+from evomerge.study.candidate import Candidate, Proposal
 
 REDRAWS = 16
 IMMIGRANTS = 48

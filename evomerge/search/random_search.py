@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import AlgorithmSettings, distinct
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal
 
 
 def random_search(

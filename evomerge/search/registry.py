@@ -8,12 +8,12 @@ from typing import Any
 
 from evomerge.errors import SpecError, suggest
 from evomerge.search import catcma, cmaes, gp, map_elites, tpe
-from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.ga import GENERATION, OPTIONS, ga
 from evomerge.search.nsga import nsga2, nsga3
 from evomerge.search.propose import Algorithm, AlgorithmSettings
 from evomerge.search.random_search import random_search
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import REDRAWS, Draw, distinct, generator
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal
 
 #: What an ask gives: the point in the strategy's own coordinates.
 P = TypeVar("P")

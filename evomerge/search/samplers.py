@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.search.candidate import Candidate, Proposal
 from evomerge.search.propose import Draw, distinct
 from evomerge.space import decode
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal
 from evomerge.system.quiet_optuna import quiet_optuna
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.methods.contract import Method
-from evomerge.search.candidate import PARENT, Proposal
 from evomerge.space.decode import fixed_parameters
 from evomerge.space.genes import paper_value, searched
 from evomerge.space.genome import Genome, LayerGene, Scalar
 from evomerge.space.space import SearchSpace, digest
+from evomerge.study.candidate import PARENT, Proposal
 
 #: λ of the sum of the deltas: around the 0.3 to 0.4 of Ilharco et al., 2022 (https://arxiv.org/abs/2212.04089), and up.
 LAMBDAS = (0.3, 0.6, 1.0)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.loop import Stop, search
 from evomerge.search.propose import generator
 from evomerge.search.registry import ALGORITHMS
 from evomerge.space.build import build_space
 from evomerge.space.decode import active, copies
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.loop import Stop, search
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare", "dare_ties", "dfs")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from evomerge.search.adaptive import BOUNDS, CAUTION, Experience, operators_of, pick
-from evomerge.search.candidate import Candidate
 from evomerge.search.operators import LARGEST, SMALLEST, step_size
+from evomerge.study.candidate import Candidate
 
 from .landscapes import make_space
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from evomerge.errors import SpecError
-from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.registry import (
     ALGORITHMS,
@@ -22,6 +21,7 @@ from evomerge.search.registry import (
 )
 from evomerge.space.baselines import baselines, first_generation
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Outcome, Proposal
 from tests.search.landscapes import COSTLY, Bowl, Repair, best_truth, every_algorithm, make_space, pattern_space
 
 SPACES = {

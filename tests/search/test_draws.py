@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.search.candidate import DRAW, Candidate, Outcome
 from evomerge.search.draws import FIRST, LARGER, SMALLER, SMALLEST, Draws, Process
-from evomerge.search.loop import Stop, search
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.reading import Reading
 from evomerge.search.registry import ALGORITHMS
 from evomerge.space.decode import active
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import DRAW, Candidate, Outcome
+from evomerge.study.loop import Stop, search
 from tests.search.landscapes import Memory, make_space
 
 SPACE = make_space(methods=("task_arithmetic", "ties"))

@@ -10,9 +10,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.search.candidate import Candidate, promising, sloped
 from evomerge.search.reading import Reading
 from evomerge.space.baselines import baselines
+from evomerge.study.candidate import Candidate, promising, sloped
 from tests.search.landscapes import make_space
 
 SPACE = make_space()

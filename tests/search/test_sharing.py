@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from evomerge.search.candidate import Candidate
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.registry import ALGORITHMS
 from evomerge.search.sharing import attraction, shared_fitness
+from evomerge.study.candidate import Candidate
 
 from .landscapes import make_space
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from evomerge.search.candidate import SLOPES, Candidate, Outcome, spent_items
-from evomerge.search.loop import Stop, search
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.registry import ALGORITHMS
 from evomerge.search.surface import Surface, Told
+from evomerge.study.candidate import SLOPES, Candidate, Outcome, spent_items
+from evomerge.study.loop import Stop, search
 
 from .landscapes import Memory, make_space
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from evomerge.search import replay
-from evomerge.search.candidate import Candidate, Outcome, Proposal
 from evomerge.search.cmaes import mergekit_mean
-from evomerge.search.loop import Stop, search
 from evomerge.search.map_elites import elites_of
 from evomerge.search.operators import reflect
 from evomerge.search.propose import AlgorithmSettings, generator
 from evomerge.search.registry import ALGORITHMS
 from evomerge.search.samplers import all_params, values_of
 from evomerge.space.genome import Genome
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.loop import Stop, search
 from tests.search.landscapes import COSTLY, Bowl, Memory, best_truth, make_space, pattern_space, plain
 
 SMALL = make_space(methods=("task_arithmetic",), layer_groups=2)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from evomerge.errors import CandidateError, OutputError
-from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.executor import Executor, InProcess, attempt
-from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import AlgorithmSettings
 from evomerge.search.registry import ALGORITHMS
 from evomerge.space.baselines import baselines
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.interfaces import Executor, InProcess, attempt
+from evomerge.study.loop import Finished, Stop, search
 from tests.search.landscapes import COSTLY, Memory, plain
-from tests.search.scripted_run import SPACE, evaluate
+from tests.study.scripted_run import SPACE, evaluate
 
 able = [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].asynchronous]
 every_asynchronous = pytest.mark.parametrize("algorithm", able)

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from evomerge.search.candidate import Candidate, Outcome, Proposal, Spending, best, number_of, ranked
-from evomerge.search.executor import Executor, InProcess
-from evomerge.search.front import latest_improvement
 from evomerge.search.propose import Algorithm, AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.space.baselines import Start, baselines, first_generation
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Outcome, Proposal, Spending, best, number_of, ranked
+from evomerge.study.interfaces import Executor, InProcess
+from evomerge.study.ranking import latest_improvement
+from evomerge.study.record import Record
 
 FAILURES_IN_A_ROW = 10
 

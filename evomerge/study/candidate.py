@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from evomerge.search import pareto
 from evomerge.space.genome import Genome
+from evomerge.study import pareto
 
 PARENT = "parent:"
 """How the operators of generation 0 begin that are a model itself."""

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from evomerge.errors import CandidateError
-from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
 from evomerge.space.baselines import baselines
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.record import Record
 from tests.search.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
-from tests.search.scripted_run import SPACE, evaluate
+from tests.study.scripted_run import SPACE, evaluate
 
 SETTINGS = AlgorithmSettings(population=7)
 STARTS = len(baselines(SPACE))

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import RunError
-from evomerge.search.candidate import Candidate, State
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, State
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

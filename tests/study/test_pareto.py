@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from evomerge.search import pareto
-from evomerge.search.pareto import Array
+from evomerge.study import pareto
+from evomerge.study.pareto import Array
 
 
 def points(most: int = 12, objectives: tuple[int, int] = (1, 4)) -> st.SearchStrategy[Array]:

@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 
 from evomerge.errors import OutputError, RunError
-from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.journal import Journal
-from evomerge.search.loop import Stop, search
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
-from evomerge.search.stores import StorageLost
 from evomerge.space.baselines import baselines, first_generation
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.journal import Journal
+from evomerge.study.loop import Stop, search
+from evomerge.study.record import Record
+from evomerge.study.storage import StorageLost
 from tests.search.landscapes import Memory, plain
-from tests.search.scripted_run import SPACE, evaluate
+from tests.study.scripted_run import SPACE, evaluate
 
 PROPOSALS = first_generation(baselines(SPACE), 99)
 OURS = {"id": "1", "folder": "/runs/x", "host": "one"}

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from evomerge.errors import RunError
-from evomerge.search.candidate import Candidate, find, number_of
-from evomerge.search.stores import StorageLost, Store, open_store, without_password
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, find, number_of
+from evomerge.study.storage import StorageLost, Store, open_store, without_password
 
 if TYPE_CHECKING:
     from optuna.study import Study

@@ -1,4 +1,4 @@
-"""A search to be killed: ``python -m tests.search.scripted_run FOLDER ALGORITHM BUDGET``; run again, it goes on."""
+"""A search to be killed: ``python -m tests.study.scripted_run FOLDER ALGORITHM BUDGET``; run again, it goes on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from evomerge.errors import CandidateError
-from evomerge.search.candidate import Outcome, Proposal
-from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
+from evomerge.study.candidate import Outcome, Proposal
+from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.record import Record
 from tests.search.landscapes import Bowl, make_space
 
 SPACE = make_space(layer_groups=2)

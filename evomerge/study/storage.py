@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import RunError
-from evomerge.search.candidate import Candidate
-from evomerge.search.journal import Journal, optuna_storage, repair
-from evomerge.search.trials import Parameters, frozen_trial, journal_line, unpacked
 from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate
+from evomerge.study.journal import Journal, optuna_storage, repair
+from evomerge.study.optuna_trials import Parameters, frozen_trial, journal_line, unpacked
 from evomerge.system.quiet_optuna import quiet_optuna
 
 if TYPE_CHECKING:

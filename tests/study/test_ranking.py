@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.search import pareto
-from evomerge.search.candidate import Candidate, Outcome, Proposal, best, pareto_front, promising, ranked
-from evomerge.search.front import finalists, growth, latest_improvement, reference_point
-from evomerge.search.loop import Finished, Stop, search
 from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
+from evomerge.study import pareto
+from evomerge.study.candidate import Candidate, Outcome, Proposal, best, pareto_front, promising, ranked
+from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.ranking import finalists, growth, latest_improvement, reference_point
+from evomerge.study.record import Record
 from tests.search.landscapes import Bowl, Memory, TwoBowls, plain
-from tests.search.scripted_run import SPACE
+from tests.study.scripted_run import SPACE
 
 SETTINGS = AlgorithmSettings(population=7)
 STARTS = len(baselines(SPACE))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.search import pareto
-from evomerge.search.candidate import PARENT, Candidate, best, objectives_of, pareto_front, ranked
+from evomerge.study import pareto
+from evomerge.study.candidate import PARENT, Candidate, best, objectives_of, pareto_front, ranked
 
 
 @dataclass(frozen=True)

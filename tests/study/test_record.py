@@ -17,16 +17,16 @@ import pytest
 from optuna.trial import TrialState
 
 from evomerge.errors import RunError
-from evomerge.search.candidate import Candidate, Outcome, Proposal
-from evomerge.search.journal import repair
-from evomerge.search.record import Record
 from evomerge.search.registry import ALGORITHMS
 from evomerge.space.baselines import baselines, first_generation
 from evomerge.space.genome import Genome
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.journal import repair
+from evomerge.study.record import Record
 from evomerge.system.quiet_optuna import quiet_optuna
 from tests.frame import ROOT, environment
 from tests.search.landscapes import make_space
-from tests.search.scripted_run import SPACE, run
+from tests.study.scripted_run import SPACE, run
 
 PROPOSALS = first_generation(baselines(SPACE), 99)
 
@@ -167,7 +167,7 @@ def test_reading_waits_for_a_writer_instead_of_cutting_its_line(tmp_path: Path) 
     fill(Record.open(journal, "run", space=SPACE), 2)
     code = (
         "import pathlib, sys, time\n"
-        "from evomerge.search.journal import locked\n"
+        "from evomerge.study.journal import locked\n"
         "path = pathlib.Path(sys.argv[1])\n"
         "with locked(path), path.open('ab', buffering=0) as file:\n"
         '    file.write(b\'{"op_code": 2, "worker_id": "x", \')\n'
@@ -189,7 +189,7 @@ def test_a_killed_holder_of_the_lock_leaves_no_lock(tmp_path: Path) -> None:
     journal = tmp_path / "study.log"
     code = (
         "import pathlib, sys, time\n"
-        "from evomerge.search.journal import locked\n"
+        "from evomerge.study.journal import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from evomerge.errors import BadInput, OutputError
-from evomerge.search.candidate import Candidate, Outcome, Proposal
+from evomerge.study.candidate import Candidate, Outcome, Proposal
 
 log = logging.getLogger(__name__)
 
