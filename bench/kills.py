@@ -24,12 +24,12 @@ from typing import Any
 import optuna  # noqa: F401  # imported before the fork, not in every child
 import yaml
 
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.runfolder import RunFolder
-from evomerge.search.registry import ALGORITHMS
 from evomerge.study.candidate import best
 from evomerge.study.record import Record
+from tests.algorithms.landscapes import plain
 from tests.frame import environment, search_spec
-from tests.search.landscapes import plain
 from tests.study.kills import Killed, Launch, forked, kill_and_resume, life
 from tests.study.scripted_run import run
 

@@ -18,8 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import ALGORITHMS
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal

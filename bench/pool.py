@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import get_algorithm
 from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
 from evomerge.objective.fitness import Fitness
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import get_algorithm
 from evomerge.space.baselines import baselines, first_generation
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import SearchSpec, Splits, load_spec

@@ -29,8 +29,8 @@ from typing import Any, cast
 import numpy as np
 
 from evomerge import zoo
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import get_algorithm
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import get_algorithm
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.spec.schema import SearchSpec, parse_spec

@@ -122,11 +122,11 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     summary = folder / "efficiency.json"
     if summary.is_file():
         return dict(json.loads(summary.read_text()))
+    from evomerge.algorithms.registry import get_algorithm
     from evomerge.finish import finish
     from evomerge.run import settings_of
     from evomerge.runfolder import RunFolder
     from evomerge.scoring import Quiet, Scorer
-    from evomerge.search.registry import get_algorithm
     from evomerge.study.candidate import spent_items
     from evomerge.study.loop import Stop, search
     from evomerge.workbench import TEST, Workbench, make_space
@@ -177,8 +177,8 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
 
 def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: Path, surrogate: Any) -> Iterator[str]:
     """A contender's searches on a surrogate, without racing: half of its items steer, and the other half are unseen."""
-    from evomerge.search.propose import AlgorithmSettings
-    from evomerge.search.registry import get_algorithm
+    from evomerge.algorithms.proposals import AlgorithmSettings
+    from evomerge.algorithms.registry import get_algorithm
     from evomerge.study.candidate import spent_items
     from evomerge.study.loop import Stop, search
     from evomerge.workbench import Workbench, make_space

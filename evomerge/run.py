@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import get_algorithm
 from evomerge.display import Display
 from evomerge.errors import EvoMergeError, RunError, SpecError
 from evomerge.export import keep_best
@@ -19,8 +21,6 @@ from evomerge.finish import finish
 from evomerge.gates import look_before
 from evomerge.runfolder import STARTS, RunFolder
 from evomerge.scoring import Scorer
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import get_algorithm
 from evomerge.spec.schema import Search, SearchSpec
 from evomerge.study.candidate import Candidate, Outcome, Proposal, spent_items
 from evomerge.study.interfaces import Executor, InProcess

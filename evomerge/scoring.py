@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from evomerge.algorithms.operators import FloatArray
 from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
@@ -17,7 +18,6 @@ from evomerge.objective.item_sampling import Sample, draw_samples
 from evomerge.objective.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
 from evomerge.planning.plan import Plan
 from evomerge.problem.planner import Planner
-from evomerge.search.operators import FloatArray
 from evomerge.slopes import COST, fitness_slopes, sample
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError, RunError
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import ALGORITHMS
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record

@@ -19,7 +19,7 @@ from evomerge.space.genome import Genome
 from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.study.candidate import Outcome, Proposal
 from evomerge.system.files import exclusive, held, write_atomic
-from tests.search.landscapes import make_space
+from tests.algorithms.landscapes import make_space
 
 SPEC = {
     "name": "x",

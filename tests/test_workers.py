@@ -17,9 +17,9 @@ from evomerge.errors import EvoMergeError, OutputError, RunError
 from evomerge.study.candidate import Candidate
 from evomerge.study.record import Record
 from evomerge.workers import LocalWorkers
+from tests.algorithms.landscapes import plain
 from tests.frame import environment
 from tests.scripted_worker import run, workers
-from tests.search.landscapes import plain
 from tests.study.scripted_run import SPACE
 from tests.study.scripted_run import run as run_alone
 

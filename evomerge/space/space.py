@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from evomerge.algorithms.operators import FloatArray, Mask
 from evomerge.methods.contract import Method, Parameter
-from evomerge.search.operators import FloatArray, Mask
 from evomerge.space import decode, genes
 from evomerge.space.genes import Choice, Pattern, Real
 from evomerge.space.genome import Genome, LayerGene, Scalar

@@ -288,8 +288,8 @@ def _settled(spec: SearchSpec) -> SearchSpec:
 
 
 def _unknown_names(spec: SearchSpec) -> list[str]:
+    from evomerge.algorithms.registry import ALGORITHMS
     from evomerge.methods.registry import METHODS
-    from evomerge.search.registry import ALGORITHMS
 
     problems = []
     known = {*METHODS, *(alias for m in METHODS.values() for alias in m.aliases)}
@@ -325,8 +325,8 @@ def _unknown_names(spec: SearchSpec) -> list[str]:
 
 
 def _objective_problems(spec: SearchSpec) -> list[str]:
+    from evomerge.algorithms.registry import ALGORITHMS
     from evomerge.methods.registry import METHODS
-    from evomerge.search.registry import ALGORITHMS
 
     wanted, search = spec.search.objectives, spec.search
     fit = {name: a.several if wanted == "pareto" else a.one for name, a in ALGORITHMS.items()}

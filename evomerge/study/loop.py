@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from evomerge.search.propose import Algorithm, AlgorithmSettings
+from evomerge.algorithms.proposals import Algorithm, AlgorithmSettings
 from evomerge.space.baselines import Start, baselines, first_generation
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal, Spending, best, number_of, ranked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import LayerGene
 from evomerge.space.space import digest
-from tests.search.landscapes import make_space, pattern_space
+from tests.algorithms.landscapes import make_space, pattern_space
 
 
 def test_names_and_order() -> None:

@@ -25,7 +25,7 @@ from evomerge.space.decode import active
 from evomerge.space.genes import layer_groups
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
-from tests.search.landscapes import make_space
+from tests.algorithms.landscapes import make_space
 
 LAYERS = 4
 FILTERS = {"attention": (".self_attn.",), "mlp": (".mlp.",)}

@@ -197,7 +197,7 @@ def test_a_pattern_alone_is_the_copies_in_its_order(
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_declared_range_is_a_gene_for_each_layer_group_and_tensor_group(name: str) -> None:
-    from tests.search.landscapes import make_space
+    from tests.algorithms.landscapes import make_space
 
     method = METHODS[name]
     sources = {"math": "m"} if method.max_sources == 1 else {"math": "m", "code": "c"}

@@ -16,7 +16,7 @@ from evomerge.space.baselines import baselines
 from evomerge.space.genes import Pattern, layer_groups
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace, sample_layers
-from tests.search.landscapes import make_space, pattern_space
+from tests.algorithms.landscapes import make_space, pattern_space
 
 OUTER = ("model.embed_tokens.weight", "model.norm.weight")
 

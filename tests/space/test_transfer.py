@@ -13,7 +13,7 @@ from evomerge.recipe import parse_recipe
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace
 from evomerge.space.transfer import Shape, depth_shares, layer_shares, of_genome, of_recipe
-from tests.search.landscapes import make_space, pattern_space
+from tests.algorithms.landscapes import make_space, pattern_space
 
 SOURCES = {"math": "models/math", "code": "models/code", "law": "models/law"}
 SAME = {name: name for name in SOURCES}

@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import SpecError
-from evomerge.search.registry import ALGORITHMS
 from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
 from tests.frame import changed, search_spec
 
@@ -331,7 +331,7 @@ def test_an_algorithm_must_be_able_to_search_for_the_objectives(monkeypatch: pyt
 
 
 def test_an_algorithm_of_whole_generations_is_not_asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
-    from evomerge.search.registry import ALGORITHMS
+    from evomerge.algorithms.registry import ALGORITHMS
 
     generational = replace(ALGORITHMS["random"], asynchronous=False)
     monkeypatch.setitem(ALGORITHMS, "whole", generational)

@@ -6,13 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import ALGORITHMS
 from evomerge.study.candidate import Outcome, Proposal
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
-from tests.search.landscapes import Bowl, make_space
+from tests.algorithms.landscapes import Bowl, make_space
 
 SPACE = make_space(layer_groups=2)
 

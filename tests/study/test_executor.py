@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import ALGORITHMS
 from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import Executor, InProcess, attempt
 from evomerge.study.loop import Finished, Stop, search
-from tests.search.landscapes import COSTLY, Memory, plain
+from tests.algorithms.landscapes import COSTLY, Memory, plain
 from tests.study.scripted_run import SPACE, evaluate
 
 able = [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].asynchronous]

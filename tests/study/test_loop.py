@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import ALGORITHMS
 from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
-from tests.search.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
+from tests.algorithms.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
 from tests.study.scripted_run import SPACE, evaluate
 
 SETTINGS = AlgorithmSettings(population=7)

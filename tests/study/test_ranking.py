@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import ALGORITHMS
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study import pareto
@@ -20,7 +20,7 @@ from evomerge.study.candidate import Candidate, Outcome, Proposal, best, pareto_
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.ranking import finalists, growth, latest_improvement, reference_point
 from evomerge.study.record import Record
-from tests.search.landscapes import Bowl, Memory, TwoBowls, plain
+from tests.algorithms.landscapes import Bowl, Memory, TwoBowls, plain
 from tests.study.scripted_run import SPACE
 
 SETTINGS = AlgorithmSettings(population=7)

@@ -16,16 +16,16 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import RunError
-from evomerge.search.registry import ALGORITHMS
 from evomerge.space.baselines import baselines, first_generation
 from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.journal import repair
 from evomerge.study.record import Record
 from evomerge.system.quiet_optuna import quiet_optuna
+from tests.algorithms.landscapes import make_space
 from tests.frame import ROOT, environment
-from tests.search.landscapes import make_space
 from tests.study.scripted_run import SPACE, run
 
 PROPOSALS = first_generation(baselines(SPACE), 99)

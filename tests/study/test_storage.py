@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 
+from evomerge.algorithms.proposals import AlgorithmSettings
+from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import OutputError, RunError
-from evomerge.search.propose import AlgorithmSettings
-from evomerge.search.registry import ALGORITHMS
 from evomerge.space.baselines import baselines, first_generation
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.journal import Journal
 from evomerge.study.loop import Stop, search
 from evomerge.study.record import Record
 from evomerge.study.storage import StorageLost
-from tests.search.landscapes import Memory, plain
+from tests.algorithms.landscapes import Memory, plain
 from tests.study.scripted_run import SPACE, evaluate
 
 PROPOSALS = first_generation(baselines(SPACE), 99)

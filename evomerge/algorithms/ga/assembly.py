@@ -1,0 +1,107 @@
+"""Which model each depth of a pattern is best taken from, as all candidates together tell it.
+
+A pattern's fitness is taken for a sum: what the model of each depth is worth, and what a change of model or a jump of
+depth costs. One candidate says little about one depth, but every candidate says something about all of its depths, so a
+Bayesian regression over the history knows more than any two parents do; and of a sum the best pattern is found exactly,
+by dynamic programming over the depths. The worths are drawn from their posterior (Thompson sampling, as Baptista and
+Poloczek, 2018, https://arxiv.org/abs/1806.08838, do it for combinatorial structures): where little is known, draws
+differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from evomerge.algorithms.ga.layer_operators import Layers, fit
+from evomerge.algorithms.operators import FloatArray
+from evomerge.space.genes import Pattern
+from evomerge.space.genome import LayerGene
+
+LENGTH = 6.0
+"""Neighbouring depths of a model are worth much the same: correlation falls by 1/e over a sixth of the stack ..."""
+ALONE = 0.5
+"""... but for this share of the variance, which is each depth's own: single layers may be ruined."""
+NOISE = 0.2
+"""Variance that depths do not explain, of that of the fitness."""
+SEAM, JUMP = -0.2, -0.5
+"""What a change of model, and a jump of depth, are taken to cost before anything is known (deviation: their size)."""
+LEVEL = 2.0
+"""Deviation of the constant."""
+
+
+def assemble(
+    known: Sequence[tuple[Layers, float]], pattern: Pattern, scales: Mapping[int, float], rng: np.random.Generator
+) -> Layers:
+    """A whole stack of the best-worth models, by worths drawn from what is known.
+
+    Args:
+        known: Patterns and their fitness, at least one.
+        pattern: The bounds.
+        scales: The scale of a depth, where it is not 1.
+        rng: Draws the worths.
+    """
+    table = np.stack([_features(layers, pattern) for layers, _ in known])
+    fitness = np.array([value for _, value in known])
+    fitness = (fitness - fitness.mean()) / (float(fitness.std()) or 1.0)
+    worths = _draw(table, fitness, *_prior(pattern), rng)
+    size = pattern.layer_count * len(pattern.models)
+    models = _best_path(worths[:size].reshape(pattern.layer_count, -1), min(float(worths[size]), 0.0))
+    stack = [LayerGene(pattern.models[model], k, scales.get(k, 1.0)) for k, model in enumerate(models)]
+    return fit(stack, pattern, rng)
+
+
+def _features(layers: Layers, pattern: Pattern) -> FloatArray:
+    """What a pattern's fitness is summed from: each depth's share of each model, seams, jumps, and a constant."""
+    counts = np.zeros((pattern.layer_count, len(pattern.models)))
+    for gene in layers:
+        counts[gene.layer, pattern.models.index(gene.source)] += 1.0
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+    pairs = list(itertools.pairwise(layers))
+    seams = sum(a.source != b.source for a, b in pairs)
+    jumps = sum(a.layer + 1 != b.layer for a, b in pairs)
+    return np.concatenate([shares.ravel(), [seams, jumps, 1.0]])
+
+
+def _prior(pattern: Pattern) -> tuple[FloatArray, FloatArray]:
+    """Mean and covariance of the worths, for a fitness of deviation 1."""
+    depths = np.arange(pattern.layer_count)
+    near = np.exp(-np.abs(depths[:, None] - depths[None, :]) * LENGTH / pattern.layer_count)
+    one = (1.0 - ALONE) * near / near.sum() + ALONE * np.eye(pattern.layer_count) / pattern.layer_count
+    size = pattern.layer_count * len(pattern.models)
+    cover = np.diag([*np.zeros(size), SEAM**2, JUMP**2, LEVEL**2])
+    cover[:size, :size] = np.kron(one, np.eye(len(pattern.models)))
+    return np.array([*np.zeros(size), SEAM, JUMP, 0.0]), cover
+
+
+def _draw(
+    table: FloatArray, fitness: FloatArray, mean: FloatArray, cover: FloatArray, rng: np.random.Generator
+) -> FloatArray:
+    """Worths between their posterior mean and a draw from the posterior, somewhere at random.
+
+    The draw is one from the prior, corrected by what it gets wrong (Matheron's rule). Of a tall stack a whole draw has
+    something odd at so many depths that nothing is left of what is known; on the way to the mean there is less of it.
+    """
+    far = rng.random()
+    apart = far * (np.linalg.cholesky(cover) @ rng.standard_normal(len(mean)))
+    noise = far * np.sqrt(NOISE) * rng.standard_normal(len(table))
+    seen = table @ cover @ table.T + NOISE * np.eye(len(table))
+    wrong = fitness - table @ (mean + apart) - noise
+    return mean + apart + cover @ table.T @ np.linalg.solve(seen, wrong)
+
+
+def _best_path(worths: FloatArray, seam: float) -> list[int]:
+    """The model of each depth for the largest sum; `worths` has the shape [depths, models], `seam` is 0 or less."""
+    total = worths[0]
+    origins = []
+    for row in worths[1:]:
+        moved = int(np.argmax(total))
+        stays = total >= total[moved] + seam
+        origins.append(np.where(stays, np.arange(len(row)), moved))
+        total = row + np.where(stays, total, total[moved] + seam)
+    path = [int(np.argmax(total))]
+    for origin in reversed(origins):
+        path.append(int(origin[path[-1]]))
+    return path[::-1]

@@ -1,0 +1,124 @@
+"""What every algorithm shares: the randomness of a candidate number, and proposals that are all different."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from evomerge.algorithms.history_index import Reading
+from evomerge.algorithms.operators import FloatArray
+from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace, digest
+from evomerge.study.candidate import Candidate, Proposal
+
+REDRAWS = 16
+IMMIGRANTS = 48
+OWN = REDRAWS + IMMIGRANTS
+"""The attempt whose random numbers are left to what is planned."""
+
+#: A draw: (genome, numbers of its parents, operator).
+Draw = tuple[Genome, tuple[int, ...], str]
+
+
+@dataclass(frozen=True)
+class AlgorithmSettings:
+    """Settings of an algorithm, and what it may ask about a candidate beyond its record.
+
+    Both questions must have the same answer in every session of a run, or a resumed run would differ.
+
+    Attributes:
+        population: Candidates per generation.
+        options: Settings that only one algorithm knows; those that are left out have the registry's defaults.
+        items: A candidate's value on every item that steers, higher is better, in one order for all candidates, shape
+            [items]; None for a candidate that has not seen them all. The function is None where nobody knows.
+        slopes: The derivative of the fitness with respect to every real gene that it depends on smoothly, by name of
+            gene, in units of the gene; None where there is none. Costs several evaluations when asked first.
+    """
+
+    population: int = 16
+    options: Mapping[str, Any] = field(default_factory=dict)
+    items: Callable[[Candidate], FloatArray | None] | None = None
+    slopes: Callable[[Candidate], Mapping[str, float] | None] | None = None
+
+
+class Algorithm(Protocol):
+    """Proposes the candidates of a generation: a pure function.
+
+    The proposals depend on the space, the history, the seed and the numbers, and nothing else, so that a resumed run is
+    the same as one never stopped. Those of the first numbers do not depend on how many more are asked for. Fewer than
+    asked for means that the space is exhausted.
+    """
+
+    def __call__(
+        self,
+        space: SearchSpace,
+        history: tuple[Candidate, ...],
+        numbers: range,
+        generation: int,
+        seed: int,
+        settings: AlgorithmSettings,
+    ) -> list[Proposal]:
+        """Proposals for `numbers`.
+
+        `history` holds the candidates of earlier generations, by number. In an asynchronous search it holds all that
+        have finished, of whatever numbers, and those that are being scored as "pending"; one number is asked for.
+        """
+        ...
+
+
+def generator(seed: int, number: int, attempt: int = 0) -> np.random.Generator:
+    """The random numbers of one attempt at one candidate."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number, attempt])))
+
+
+def distinct(
+    space: SearchSpace,
+    history: Sequence[Candidate],
+    numbers: range,
+    generation: int,
+    seed: int,
+    draw: Callable[[np.random.Generator], Draw],
+    planned: Callable[[int], Draw | None] | None = None,
+) -> list[Proposal]:
+    """Draws a proposal for each number until its recipe is a new one.
+
+    A number gets what is planned for it, if that is new; else a bounded number of redraws, then of random genomes. The
+    first number that stays without a new recipe ends the list.
+    """
+    seen = set(Reading.of(space, history).tried)
+    proposals: list[Proposal] = []
+    for number in numbers:
+        first = planned(number) if planned is not None else None
+        proposal = _new(space, seen, number, generation, seed, draw, first)
+        if proposal is None:
+            break
+        seen.add(proposal.phenotype)
+        proposals.append(proposal)
+    return proposals
+
+
+def _new(
+    space: SearchSpace,
+    seen: set[str],
+    number: int,
+    generation: int,
+    seed: int,
+    draw: Callable[[np.random.Generator], Draw],
+    planned: Draw | None,
+) -> Proposal | None:
+    for attempt in range(-1 if planned is not None else 0, REDRAWS + IMMIGRANTS):
+        if attempt < 0 and planned is not None:
+            genome, parents, operator = planned
+        else:
+            rng = generator(seed, number, attempt)
+            genome, parents, operator = draw(rng) if attempt < REDRAWS else (space.sample(rng), (), "immigrant")
+        if space.problem(genome) is not None:
+            continue
+        recipe = space.recipe(genome)
+        phenotype = digest(recipe)
+        if phenotype not in seen:
+            return Proposal(number, generation, genome, recipe, phenotype, parents, operator)
+    return None

@@ -1,0 +1,99 @@
+"""The search algorithms by the name they have in a search.yaml. A new one is a function and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from evomerge.algorithms import catcma, cmaes, gp, map_elites, tpe
+from evomerge.algorithms.ga.ga import GENERATION, OPTIONS, ga
+from evomerge.algorithms.nsga import nsga2, nsga3
+from evomerge.algorithms.proposals import Algorithm, AlgorithmSettings
+from evomerge.algorithms.random_search import random_search
+from evomerge.errors import SpecError, suggest
+from evomerge.space.space import SearchSpace
+from evomerge.study.candidate import Candidate, Proposal
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An algorithm and what it understands. Called like the algorithm itself.
+
+    Attributes:
+        propose: The algorithm.
+        options: Its own settings (`search.options` in a search.yaml) with their defaults.
+        check: What is wrong with options of the right names and kinds; None where nothing can be.
+        one: Whether it can maximise one fitness.
+        several: Whether it can look for the Pareto front of several objectives.
+        asynchronous: Whether it can propose one candidate at a time, while others are being scored: those are in the
+            history as "pending", without a fitness. One that learns from whole generations cannot.
+        population: Candidates per generation, where a search.yaml does not say.
+    """
+
+    propose: Algorithm
+    options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], list[str]] | None = None
+    one: bool = True
+    several: bool = False
+    asynchronous: bool = True
+    population: int = 16
+
+    def __call__(
+        self,
+        space: SearchSpace,
+        history: tuple[Candidate, ...],
+        numbers: range,
+        generation: int,
+        seed: int,
+        settings: AlgorithmSettings,
+    ) -> list[Proposal]:
+        """The algorithm's proposals."""
+        return self.propose(space, history, numbers, generation, seed, settings)
+
+    def problems(self, options: Mapping[str, Any]) -> list[str]:
+        """What is wrong with these options."""
+        found = []
+        for name, value in options.items():
+            if name not in self.options:
+                known = ", ".join(sorted(self.options)) or "none"
+                found.append(f"search.options.{name}: no such option{suggest(name, self.options)}; it has: {known}")
+            elif not _of_kind(value, self.options[name]):
+                kind = type(self.options[name]).__name__
+                found.append(f"search.options.{name}: a {kind} such as {self.options[name]!r}; got {value!r}")
+        return found or (self.check(options) if self.check is not None else [])
+
+
+def _of_kind(value: Any, default: Any) -> bool:
+    """Whether a value is of the default's type; a whole number will do for a float. Without a default, anything is."""
+    if default is None or isinstance(value, bool) or isinstance(default, bool):
+        return default is None or (isinstance(value, bool) and isinstance(default, bool))
+    return isinstance(value, int | float if isinstance(default, float) else type(default))
+
+
+ALGORITHMS: dict[str, Registered] = {
+    "ga": Registered(ga, OPTIONS, several=True, population=GENERATION),
+    "random": Registered(random_search, several=True),
+    "tpe": Registered(tpe.tpe, tpe.OPTIONS, several=True),
+    "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
+    "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems, asynchronous=False),
+    "gp": Registered(gp.gp, gp.OPTIONS),
+    "nsga2": Registered(nsga2, several=True, asynchronous=False),
+    "nsga3": Registered(nsga3, several=True, asynchronous=False),
+    "map_elites": Registered(
+        map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True, asynchronous=False
+    ),
+}
+
+
+def get_algorithm(name: str) -> Registered:
+    """The algorithm of that name.
+
+    Raises:
+        SpecError: There is none.
+    """
+    if name not in ALGORITHMS:
+        raise SpecError(
+            f"search.algorithm: there is no '{name}'{suggest(name, ALGORITHMS)}; one of {', '.join(ALGORITHMS)}"
+        )
+    return ALGORITHMS[name]

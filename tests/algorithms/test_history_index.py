@@ -1,0 +1,100 @@
+"""What is kept of a history that grows is what reading all of it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomerge.algorithms.history_index import Reading
+from evomerge.space.baselines import baselines
+from evomerge.study.candidate import Candidate, promising, sloped
+from tests.algorithms.landscapes import make_space
+
+SPACE = make_space()
+STARTS = baselines(SPACE)
+
+fitness = st.none() | st.sampled_from([0.0, 0.25, 0.5, 0.75])
+steps = st.none() | st.integers(0, 5)
+drawn = st.lists(st.tuples(fitness, steps, st.booleans()), max_size=len(STARTS) + 8)
+
+
+def history_of(rows: Any) -> tuple[Candidate, ...]:
+    """The baselines of a space, then random genomes."""
+    rng = np.random.default_rng(0)
+    history = []
+    for number, (value, step, several) in enumerate(rows):
+        start = STARTS[number] if number < len(STARTS) else None
+        genome = start.genome if start else SPACE.sample(rng)
+        recipe = start.recipe if start else SPACE.recipe(genome)
+        operator, parents = ("x", ()) if step is None else ("gradient", (step,))
+        objectives = (value, 1.0 - value) if several and value is not None else None
+        made = Candidate(number, 0 if start else 1, genome, recipe, f"{number}", parents, operator, "done", value)
+        history.append(replace(made, objectives=objectives, state="failed" if value is None else "done"))
+    return tuple(history)
+
+
+def afresh(history: tuple[Candidate, ...]) -> dict[str, Any]:
+    """What a reading says, by its definition."""
+    first = [c for c in history if c.generation == 0]
+    asked = [sloped(c) for c in history]
+    return {
+        "tried": {c.phenotype for c in history} | {SPACE.phenotype(c.genome) for c in first},
+        "unlike": {c.number for c in first if SPACE.phenotype(c.genome) != c.phenotype},
+        "steps": {number: asked.count(number) for number in asked if number is not None},
+        "promising": promising(history),
+        "three": promising(history, 3),
+    }
+
+
+def said(reading: Reading) -> dict[str, Any]:
+    return {
+        "tried": reading.tried,
+        "unlike": reading.unlike,
+        "steps": dict(reading.steps),
+        "promising": reading.promising(),
+        "three": reading.promising(3),
+    }
+
+
+@given(drawn, st.lists(st.integers(0, 30), max_size=4), st.sampled_from([0, 3, 64]))
+def test_it_goes_on_from_where_it_was(rows: Any, stops: Any, few: int) -> None:
+    history = history_of(rows)
+    with patch("evomerge.algorithms.history_index.FEW", few):
+        for stop in [*sorted(stops), len(history)]:
+            assert said(Reading.of(SPACE, history[:stop])) == afresh(history[:stop])
+
+
+@given(drawn, st.data())
+def test_another_history_is_another_reading(rows: Any, data: Any) -> None:
+    """Shorter, or with a candidate that is no longer pending or never was the same: nothing of the old one is left."""
+    history = history_of(rows)
+    Reading.of(SPACE, history)
+    other = list(history)
+    for place in data.draw(st.lists(st.integers(0, len(history) - 1), max_size=2)) if history else []:
+        other[place] = replace(other[place], state="done", fitness=1.0, phenotype="other", operator="y")
+    other = other[: data.draw(st.integers(0, len(other)))]
+    assert said(Reading.of(SPACE, tuple(other))) == afresh(tuple(other))
+
+
+def test_genes_are_those_of_the_candidate_at_hand() -> None:
+    history = history_of([(0.5, None, False)] * (len(STARTS) + 3))
+    other = (*history[:-1], replace(history[-1], genome=history[-2].genome))
+    for candidates in (history, other, history):
+        reading = Reading.of(SPACE, candidates)
+        for candidate in candidates:
+            assert np.array_equal(reading.unit(candidate), SPACE.unit(candidate.genome))
+
+
+def test_what_is_known_is_not_read_again(monkeypatch: Any) -> None:
+    history = history_of([(0.5, None, False)] * (len(STARTS) + 5))
+    asked: list[Any] = []
+    monkeypatch.setattr("evomerge.algorithms.history_index.sloped", lambda c: asked.append(c.number))
+    for stop in range(len(history) + 1):
+        Reading.of(SPACE, history[:stop])
+    Reading.of(SPACE, history)
+    assert asked == list(range(len(history)))
