@@ -24,7 +24,7 @@ from evomerge.tables import result_table, table
 from evomerge.workbench import SEARCH, TEST, Workbench
 
 if TYPE_CHECKING:
-    from evomerge.display import Display
+    from evomerge.trackers.console import Display
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 48

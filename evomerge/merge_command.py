@@ -140,8 +140,8 @@ def _carry_out(
 
     from evomerge.checkpoints.checkpoint import open_checkpoint
     from evomerge.engine.to_disk import merge_to_folder
-    from evomerge.progress import tensor_progress
     from evomerge.recipe import load_recipe
+    from evomerge.trackers.progress import tensor_progress
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -14,8 +14,8 @@ from typing import Any
 
 from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import get_algorithm
-from evomerge.display import Display
 from evomerge.errors import EvoMergeError, RunError, SpecError
+from evomerge.executors.local import LocalWorkers
 from evomerge.export import keep_best
 from evomerge.finish import finish
 from evomerge.gates import look_before
@@ -28,9 +28,9 @@ from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
 from evomerge.tables import result_table
+from evomerge.trackers.console import Display
 from evomerge.warmstart import read_seeds, warm_starts
 from evomerge.workbench import Workbench
-from evomerge.workers import LocalWorkers
 
 log = logging.getLogger("evomerge")
 
@@ -186,7 +186,7 @@ def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, display: Disp
     bench.release()
     workers = LocalWorkers(
         count,
-        "evomerge.worker:open_scorer",
+        "evomerge.executors.worker:open_scorer",
         (folder.root, bench.threads, share),
         scorer.rivals,
         folder.root / "log.txt",

@@ -150,8 +150,8 @@ LIGHT = [
     "evomerge.status",
     "evomerge.tables",
     "evomerge.spec.shipped",
-    "evomerge.worker",
-    "evomerge.workers",
+    "evomerge.executors.worker",
+    "evomerge.executors.local",
 ]
 HEAVY = ["torch", "transformers", "lm_eval", "datasets"]
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from evomerge import export
-from evomerge.display import Display
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.spec.schema import SearchSpec, parse_spec
@@ -19,6 +18,7 @@ from evomerge.study import pareto
 from evomerge.study.candidate import Candidate, best, pareto_front
 from evomerge.study.ranking import finalists
 from evomerge.tables import result_table
+from evomerge.trackers.console import Display
 from evomerge.workbench import SEARCH, Workbench
 from tests.frame import invoke, search_spec
 from tests.test_run import lasting

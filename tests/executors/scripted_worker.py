@@ -1,4 +1,4 @@
-"""What workers open in the tests of `evomerge.workers`, in place of models, and a search by such workers."""
+"""What workers open in the tests of `evomerge.executors.local`, in place of models, and a search by such workers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError, RunError
+from evomerge.executors.local import LocalWorkers
+from evomerge.executors.worker import Opened
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
-from evomerge.worker import Opened
-from evomerge.workers import LocalWorkers
 from tests.study.scripted_run import SPACE, evaluate
 
 
@@ -71,7 +71,7 @@ def numbers(history: tuple[Candidate, ...]) -> tuple[int, ...] | None:
 def workers(folder: Path, count: int, deeds: dict[int, str] | None = None, pause: float = 0.0) -> LocalWorkers:
     """The executor; its log is `folder`/log.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    opener = "tests.scripted_worker:open_scripted"
+    opener = "tests.executors.scripted_worker:open_scripted"
     return LocalWorkers(count, opener, (folder, deeds or {}, pause), numbers, folder / "log.txt")
 
 

@@ -62,7 +62,7 @@ class LocalWorkers:
 
     Args:
         count: How many.
-        opener: What a worker opens first, as ``module:function``; see `evomerge.worker`.
+        opener: What a worker opens first, as ``module:function``; see `evomerge.executors.worker`.
         arguments: What the opener is called with.
         digest: What a worker has to know of a history to compare candidates with; None where that is nothing.
         log_file: Where the workers' logs go, with whatever else they print.
@@ -172,7 +172,7 @@ class LocalWorkers:
     def _start(self, place: int) -> _Worker:
         ours, theirs = Pipe()
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-        arguments = ["-c", "from evomerge.worker import main; main()", str(theirs.fileno()), self._opener]
+        arguments = ["-c", "from evomerge.executors.worker import main; main()", str(theirs.fileno()), self._opener]
         with theirs, self._log_file.open("ab") as out:
             process = subprocess.Popen(
                 [sys.executable, *arguments],

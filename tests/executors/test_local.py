@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import EvoMergeError, OutputError, RunError
+from evomerge.executors.local import LocalWorkers
 from evomerge.study.candidate import Candidate
 from evomerge.study.record import Record
-from evomerge.workers import LocalWorkers
 from tests.algorithms.landscapes import plain
+from tests.executors.scripted_worker import run, workers
 from tests.frame import environment
-from tests.scripted_worker import run, workers
 from tests.study.scripted_run import SPACE
 from tests.study.scripted_run import run as run_alone
 
@@ -133,7 +133,7 @@ DRIVER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
-from tests.scripted_worker import run, workers
+from tests.executors.scripted_worker import run, workers
 folder, budget, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 executor = workers(folder, count, {15: "sleeps", 16: "sleeps"})
 try:
