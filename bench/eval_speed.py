@@ -33,8 +33,8 @@ from evomerge import zoo
 from evomerge.evaluation.backends.native import backend as native
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
+from evomerge.report.tables import table
 from evomerge.system.quiet import quiet
-from evomerge.tables import table
 
 GENERATION = "short_generation"
 EVAL = Path(__file__).parent.parent / "eval"

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pool import Scores, load_pool
 
-from evomerge.tables import table
+from evomerge.report.tables import table
 
 Array = npt.NDArray[np.float64]
 HERE = Path(__file__).parent

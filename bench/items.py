@@ -20,7 +20,7 @@ from fitness import Array, Pool
 from pool import Scores, load_pool
 
 from evomerge.objective.item_sampling import draw, unevenness
-from evomerge.tables import table
+from evomerge.report.tables import table
 
 HERE = Path(__file__).parent
 SCOUTS = {"pool": 11, "zoo-pool": 12}

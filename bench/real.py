@@ -12,9 +12,9 @@ import argparse
 import statistics
 from pathlib import Path
 
+from evomerge.report.tables import result_table, table
 from evomerge.runfolder import RunFolder
 from evomerge.study.candidate import Candidate
-from evomerge.tables import result_table, table
 
 HERE = Path(__file__).parent
 STAGES = ("plan", "materialise", "score")

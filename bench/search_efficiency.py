@@ -29,10 +29,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from evomerge.report.tables import table
 from evomerge.spec.schema import SearchSpec, load_spec
 from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
-from evomerge.tables import table
 
 QUICKSTART = Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
 

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.objective.fitness import Fitness
+from evomerge.report.tables import table
 from evomerge.runfolder import RunFolder
 from evomerge.space.decode import active
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal
-from evomerge.tables import table
 
 Array = NDArray[np.float64]
 Scores = Mapping[str, ItemScores]

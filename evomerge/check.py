@@ -15,11 +15,11 @@ from evomerge.errors import BadInput, CheckpointError
 from evomerge.gates import look_before
 from evomerge.planning.plan import Plan
 from evomerge.recipe import load_recipe
+from evomerge.report.tables import table
 from evomerge.run.steps import plan_documents
 from evomerge.space.baselines import baselines
 from evomerge.spec.schema import SearchSpec, load_spec
 from evomerge.system.yaml import read_documents
-from evomerge.tables import table
 from evomerge.warmstart import warm_starts
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 

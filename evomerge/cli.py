@@ -83,8 +83,8 @@ def lineage(
     dot: Annotated[bool, typer.Option("--dot", help="Print a Graphviz graph.")] = False,
 ) -> None:
     """The ancestry of a candidate, back to generation 0."""
-    from evomerge.lineage import ancestry, to_dot
-    from evomerge.lineage import lineage as lineage_records
+    from evomerge.report.lineage import ancestry, to_dot
+    from evomerge.report.lineage import lineage as lineage_records
     from evomerge.runfolder import RunFolder as Folder
 
     folder = Folder.existing(run)
@@ -142,7 +142,7 @@ def evaluate(
 ) -> None:
     """Score any checkpoint with the same evaluator that a search uses."""
     from evomerge.api import evaluate as evaluate_model
-    from evomerge.tables import score_table
+    from evomerge.report.tables import score_table
 
     result = evaluate_model(
         model,
@@ -193,7 +193,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in detail.", show_default=False)] = None,
 ) -> None:
     """The merge methods and their parameters."""
-    from evomerge.tables import method_table
+    from evomerge.report.tables import method_table
 
     typer.echo(method_table(name))
 

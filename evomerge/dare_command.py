@@ -64,7 +64,7 @@ def dare(
 
 def _largest(sizes: dict[str, dict[str, float]]) -> str:
     """A table, the largest delta first."""
-    from evomerge.tables import table
+    from evomerge.report.tables import table
 
     rows = [(size, tensor, model) for tensor, of in sizes.items() for model, size in of.items()]
     rows.sort(key=lambda row: (-row[0], row[1], row[2]))

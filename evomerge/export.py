@@ -13,14 +13,14 @@ from evomerge.checkpoints.models import single_model
 from evomerge.engine.to_disk import write_checkpoint
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.scores import ItemScores, score_table
-from evomerge.lineage import ancestry
 from evomerge.recipe import expand_frankenmerge
+from evomerge.report.lineage import ancestry
 from evomerge.report.model_card import licence_verdict, licences, merge_card
+from evomerge.report.tables import result_table, table
 from evomerge.runfolder import RunFolder
 from evomerge.samples import continuation, prompt_of
 from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
-from evomerge.tables import result_table, table
 from evomerge.workbench import SEARCH, TEST, Workbench
 
 if TYPE_CHECKING:

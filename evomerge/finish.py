@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.objective.comparison import close_rivals, compare, number, verdict
 from evomerge.objective.fitness import Fitness
-from evomerge.rows import Row, fitness_json, read_row, row_json
+from evomerge.report.rows import Row, fitness_json, read_row, row_json
+from evomerge.run.tradeoff import best_first, front_json, hypervolume_json
 from evomerge.study.candidate import PARENT, Candidate, count_items, count_states, ranked
 from evomerge.study.ranking import finalists as choose_finalists
-from evomerge.tradeoff import best_first, front_json, hypervolume_json
 from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from evomerge.executors.local import LocalWorkers
 from evomerge.export import keep_best
 from evomerge.finish import finish
 from evomerge.gates import look_before
+from evomerge.report.tables import result_table
 from evomerge.runfolder import STARTS, RunFolder
 from evomerge.scoring import Scorer
 from evomerge.spec.schema import Search, SearchSpec
@@ -27,7 +28,6 @@ from evomerge.study.interfaces import Executor, InProcess
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
-from evomerge.tables import result_table
 from evomerge.trackers.console import Display
 from evomerge.warmstart import read_seeds, warm_starts
 from evomerge.workbench import Workbench

@@ -19,10 +19,10 @@ from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import Input
 from evomerge.recipe import resolve_reference
 from evomerge.report.model_card import licences
+from evomerge.report.tables import table
 from evomerge.spec.schema import parse_spec
 from evomerge.system.files import write_atomic
 from evomerge.system.yaml import read_yaml, write_yaml
-from evomerge.tables import table
 
 _LOOK_AT = 50_000_000  # elements of each model: enough for three digits, and seconds for any model
 _CLEARLY = 0.9  # an ancestor is this much nearer to the others, all in all, than any of them is

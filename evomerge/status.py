@@ -7,11 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from evomerge.report.tables import score_text, slopes_text, table
 from evomerge.runfolder import RunFolder
 from evomerge.study.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
 from evomerge.study.ranking import growth
 from evomerge.system.files import held
-from evomerge.tables import score_text, slopes_text, table
 
 _SHOWN = 12  # members of a front
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from evomerge import export
+from evomerge.report.tables import result_table
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
 from evomerge.spec.schema import SearchSpec, parse_spec
@@ -17,7 +18,6 @@ from evomerge.status import read_status, render_status
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate, best, pareto_front
 from evomerge.study.ranking import finalists
-from evomerge.tables import result_table
 from evomerge.trackers.console import Display
 from evomerge.workbench import SEARCH, Workbench
 from tests.frame import invoke, search_spec

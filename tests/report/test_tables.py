@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evomerge.tables import result_table, score_table, score_text, table
+from evomerge.report.tables import result_table, score_table, score_text, table
 
 SCORE = {"value": 0.64, "stderr": 0.048, "n": 100}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.objective.fitness import Fitness
-from evomerge.rows import Row, fitness_json, read_row, scores_json
+from evomerge.report.rows import Row, fitness_json, read_row, scores_json
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import growth, reference_point

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from evomerge.errors import RunError
-from evomerge.lineage import ancestors, ancestry, lineage, to_dot
+from evomerge.report.lineage import ancestors, ancestry, lineage, to_dot
 from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate
 
