@@ -75,7 +75,7 @@ def load_pool(folder: Path) -> list[Scores]:
 
 def main() -> None:
     """Scores what is missing."""
-    from evomerge.workbench import SEARCH, Workbench
+    from evomerge.problem.problem import SEARCH, Workbench
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)

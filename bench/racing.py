@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evomerge.problem.candidate_evaluator import Quiet, Scorer
+from evomerge.problem.problem import SEARCH, TEST, Workbench
 from evomerge.report.tables import table
 from evomerge.runfolder import RunFolder
-from evomerge.scoring import Quiet, Scorer
 from evomerge.spec.schema import SearchSpec, load_spec
-from evomerge.workbench import SEARCH, TEST, Workbench
 
 QUICKSTART = Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
 HEADER = [

@@ -31,6 +31,7 @@ import numpy as np
 from evomerge import zoo
 from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import get_algorithm
+from evomerge.problem.problem import SEARCH, TEST, Workbench
 from evomerge.report.tables import table
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome, LayerGene
@@ -38,7 +39,6 @@ from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.loop import Stop, search
 from evomerge.study.record import Record
-from evomerge.workbench import SEARCH, TEST, Workbench
 
 HERE = Path(__file__).parent
 DAMAGES = ("noise", "shuffled", "removed")

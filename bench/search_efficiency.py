@@ -73,7 +73,7 @@ def _mergekit(method: str, genes: int) -> Contender:
     )
 
 
-SLOPES_COST = 5  # scores of the same items, as evomerge.slopes has it
+SLOPES_COST = 5  # scores of the same items, as evomerge.problem.fitness_gradients has it
 _BRED: dict[str, Any] = {"algorithm": "ga", "options": {"slopes": False, "draws": False}, "population": 16}
 OTHERS = ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
 CONTENDERS: dict[str, Contender] = {
@@ -124,12 +124,12 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         return dict(json.loads(summary.read_text()))
     from evomerge.algorithms.registry import get_algorithm
     from evomerge.finish import finish
+    from evomerge.problem.candidate_evaluator import Quiet, Scorer
+    from evomerge.problem.problem import TEST, Workbench, make_space
     from evomerge.run import settings_of
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Quiet, Scorer
     from evomerge.study.candidate import spent_items
     from evomerge.study.loop import Stop, search
-    from evomerge.workbench import TEST, Workbench, make_space
 
     contender = CONTENDERS[name]
     spec = spec_of(path, contender, seed, candidates)
@@ -179,9 +179,9 @@ def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: P
     """A contender's searches on a surrogate, without racing: half of its items steer, and the other half are unseen."""
     from evomerge.algorithms.proposals import AlgorithmSettings
     from evomerge.algorithms.registry import get_algorithm
+    from evomerge.problem.problem import Workbench, make_space
     from evomerge.study.candidate import spent_items
     from evomerge.study.loop import Stop, search
-    from evomerge.workbench import Workbench, make_space
 
     contender = CONTENDERS[name]
     spec = spec_of(path, contender, 0, candidates)
@@ -301,9 +301,9 @@ def summary(folder: Path, default: str) -> str:
 
 def winners(folder: Path, default: str, seed: int) -> str:
     """The winners of one seed on its `test` items, paired: as reported, and by the fitness that steered."""
+    from evomerge.problem.candidate_evaluator import Quiet, Scorer
+    from evomerge.problem.problem import TEST, Workbench
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Quiet, Scorer
-    from evomerge.workbench import TEST, Workbench
 
     read: dict[str, tuple[Any, Any]] = {}
     for name in CONTENDERS:
@@ -384,7 +384,7 @@ def main() -> None:
 
 def search_items(path: Path) -> int:
     """Items that steer the search of a specification."""
-    from evomerge.workbench import SEARCH, Workbench
+    from evomerge.problem.problem import SEARCH, Workbench
 
     return sum(map(len, Workbench(load_spec(path)).selections[SEARCH].values()))
 

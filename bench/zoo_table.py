@@ -24,8 +24,8 @@ from evomerge.engine.resident import Resident
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.planning.plan import make_plan
+from evomerge.problem.problem import load_config, load_tokenizer
 from evomerge.recipe import parse_recipe
-from evomerge.workbench import load_config, load_tokenizer
 from evomerge.zoo.skills import SKILLS
 
 EVAL = Path(__file__).parent.parent / "eval"

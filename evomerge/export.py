@@ -13,6 +13,7 @@ from evomerge.checkpoints.models import single_model
 from evomerge.engine.to_disk import write_checkpoint
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.scores import ItemScores, score_table
+from evomerge.problem.problem import SEARCH, TEST, Workbench
 from evomerge.recipe import expand_frankenmerge
 from evomerge.report.lineage import ancestry
 from evomerge.report.model_card import licence_verdict, licences, merge_card
@@ -21,7 +22,6 @@ from evomerge.runfolder import RunFolder
 from evomerge.samples import continuation, prompt_of
 from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
-from evomerge.workbench import SEARCH, TEST, Workbench
 
 if TYPE_CHECKING:
     from evomerge.trackers.console import Display

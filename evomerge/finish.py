@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.objective.comparison import close_rivals, compare, number, verdict
 from evomerge.objective.fitness import Fitness
+from evomerge.problem.problem import GUARD, SEARCH, SELECT, TEST, Workbench
 from evomerge.report.rows import Row, fitness_json, read_row, row_json
 from evomerge.run.tradeoff import best_first, front_json, hypervolume_json
 from evomerge.study.candidate import PARENT, Candidate, count_items, count_states, ranked
 from evomerge.study.ranking import finalists as choose_finalists
-from evomerge.workbench import GUARD, SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:
+    from evomerge.problem.candidate_evaluator import Says, Scorer
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Says, Scorer
 
 
 def finish(

@@ -15,7 +15,7 @@ from evomerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.checkpoint import Checkpoint
-    from evomerge.workbench import Workbench
+    from evomerge.problem.problem import Workbench
 
 _TEXTS = 2  # of each task
 _TOKENS = 64  # of each text

@@ -19,9 +19,10 @@ from evomerge.executors.local import LocalWorkers
 from evomerge.export import keep_best
 from evomerge.finish import finish
 from evomerge.gates import look_before
+from evomerge.problem.candidate_evaluator import Scorer
+from evomerge.problem.problem import Workbench
 from evomerge.report.tables import result_table
 from evomerge.runfolder import STARTS, RunFolder
-from evomerge.scoring import Scorer
 from evomerge.spec.schema import Search, SearchSpec
 from evomerge.study.candidate import Candidate, Outcome, Proposal, spent_items
 from evomerge.study.interfaces import Executor, InProcess
@@ -30,7 +31,6 @@ from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
 from evomerge.trackers.console import Display
 from evomerge.warmstart import read_seeds, warm_starts
-from evomerge.workbench import Workbench
 
 log = logging.getLogger("evomerge")
 

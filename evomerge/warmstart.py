@@ -19,7 +19,7 @@ from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, ranked
 
 if TYPE_CHECKING:
-    from evomerge.workbench import Workbench
+    from evomerge.problem.problem import Workbench
 
 WHERE = "search.warm_start"
 

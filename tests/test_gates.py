@@ -18,10 +18,10 @@ from evomerge.check import check_search
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.errors import CheckpointError
 from evomerge.gates import end_of_turn, smoke, stop_tokens, text_loss
+from evomerge.problem.problem import Workbench
 from evomerge.run import start
 from evomerge.runfolder import RunFolder
 from evomerge.spec.schema import parse_spec
-from evomerge.workbench import Workbench
 from tests.frame import search_spec
 
 TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}END{% endfor %}"

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
+from evomerge.problem.candidate_evaluator import Scorer
+from evomerge.problem.problem import SEARCH, Workbench
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
-from evomerge.scoring import Scorer
 from evomerge.spec.schema import parse_spec
-from evomerge.workbench import SEARCH, Workbench
 from tests.frame import command, environment, files, invoke, process, search_spec
 from tests.test_run import lasting
 

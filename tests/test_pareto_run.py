@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from evomerge import export
+from evomerge.problem.problem import SEARCH, Workbench
 from evomerge.report.tables import result_table
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
@@ -19,7 +20,6 @@ from evomerge.study import pareto
 from evomerge.study.candidate import Candidate, best, pareto_front
 from evomerge.study.ranking import finalists
 from evomerge.trackers.console import Display
-from evomerge.workbench import SEARCH, Workbench
 from tests.frame import invoke, search_spec
 from tests.test_run import lasting
 

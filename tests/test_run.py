@@ -13,16 +13,16 @@ import yaml
 
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, RecipeError, RunError
 from evomerge.evaluation.scores import ItemScores
+from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.planner import Planner
+from evomerge.problem.problem import SEARCH, SELECT, TEST, Workbench
 from evomerge.report.tables import result_table
 from evomerge.run import resume, start
 from evomerge.runfolder import RunFolder
-from evomerge.scoring import Scorer
 from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
 from evomerge.status import read_status, render_status
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.system.files import exclusive
-from evomerge.workbench import SEARCH, SELECT, TEST, Workbench
 from tests.frame import changed, files, search_spec
 from tests.models import write_tiny_llama
 

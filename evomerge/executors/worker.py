@@ -36,9 +36,9 @@ def open_scorer(root: Path, threads: int, share: int) -> Opened:
     """
     import torch
 
+    from evomerge.problem.candidate_evaluator import Quiet, Scorer
+    from evomerge.problem.problem import Workbench
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Quiet, Scorer
-    from evomerge.workbench import Workbench
 
     torch.set_num_threads(share)
     folder = RunFolder.existing(root)

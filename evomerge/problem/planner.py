@@ -10,8 +10,8 @@ from itertools import pairwise
 
 from evomerge.evaluation.backends.native.hidden_state_cache import Depths, arrange
 from evomerge.planning.plan import Plan
+from evomerge.problem.problem import Workbench
 from evomerge.study.candidate import Proposal
-from evomerge.workbench import Workbench
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from evomerge.errors import CandidateError
 from evomerge.evaluation.scores import score_table, table_to_json
 from evomerge.objective.comparison import number
 from evomerge.objective.fitness import Fitness, Scores
-from evomerge.workbench import GUARD
+from evomerge.problem.problem import GUARD
 
 if TYPE_CHECKING:
-    from evomerge.scoring import Says, Scorer
+    from evomerge.problem.candidate_evaluator import Says, Scorer
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.objective.fitness import Fitness
+from evomerge.problem.problem import SEARCH, SELECT, TEST, Workbench
 from evomerge.report.rows import Row, fitness_json, read_row, scores_json
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import growth, reference_point
-from evomerge.workbench import SEARCH, SELECT, TEST, Workbench
 
 if TYPE_CHECKING:
+    from evomerge.problem.candidate_evaluator import Says, Scorer
     from evomerge.runfolder import RunFolder
-    from evomerge.scoring import Says, Scorer
 
 
 def best_first(

@@ -11,12 +11,12 @@ import pytest
 from evomerge.errors import RecipeError
 from evomerge.evaluation.backends.native.hidden_state_cache import Prefixes
 from evomerge.problem.planner import Planner
+from evomerge.problem.problem import Workbench
 from evomerge.run import start
 from evomerge.runfolder import RunFolder
 from evomerge.space.genome import Genome
 from evomerge.spec.schema import parse_spec
 from evomerge.study.candidate import Proposal
-from evomerge.workbench import Workbench
 from tests.frame import files, search_spec
 from tests.test_run import lasting
 

@@ -12,17 +12,17 @@ from evomerge.algorithms.operators import FloatArray
 from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
-from evomerge.measuring import Measurer, joined, size, taken
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.objective.item_sampling import Sample, draw_samples
 from evomerge.objective.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
 from evomerge.planning.plan import Plan
+from evomerge.problem.fitness_gradients import COST, fitness_slopes, sample
+from evomerge.problem.model_runner import Measurer, joined, size, taken
 from evomerge.problem.planner import Planner
-from evomerge.slopes import COST, fitness_slopes, sample
+from evomerge.problem.problem import SEARCH, STEER, Selection, Workbench
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal, ranked
-from evomerge.workbench import SEARCH, STEER, Selection, Workbench
 
 if TYPE_CHECKING:
     from evomerge.runfolder import RunFolder

@@ -20,10 +20,10 @@ from evomerge.errors import CandidateError, RecipeError
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.planning.operation import Operation
 from evomerge.planning.plan import Plan, make_plan
+from evomerge.problem.problem import Selection, Workbench
 from evomerge.space import decode
 from evomerge.space.genes import Real
 from evomerge.space.genome import Genome
-from evomerge.workbench import Selection, Workbench
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores, concatenate
 from evomerge.objective.fitness import Scores
 from evomerge.planning.plan import Plan
-from evomerge.workbench import Selection, Workbench
+from evomerge.problem.problem import Selection, Workbench
 
 log = logging.getLogger(__name__)
 

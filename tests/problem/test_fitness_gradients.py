@@ -15,14 +15,14 @@ import torch
 
 from evomerge.engine.parameter_gradients import STEP
 from evomerge.objective.fitness import Fitness
+from evomerge.problem.candidate_evaluator import Scorer
+from evomerge.problem.fitness_gradients import COST, fitness_slopes, genes_of_settings
+from evomerge.problem.problem import SEARCH, Workbench
 from evomerge.runfolder import RunFolder
-from evomerge.scoring import Scorer
-from evomerge.slopes import COST, fitness_slopes, genes_of_settings
 from evomerge.space.decode import active
 from evomerge.space.genome import Genome
 from evomerge.spec.schema import parse_spec
 from evomerge.system.memory import available
-from evomerge.workbench import SEARCH, Workbench
 from tests.frame import changed, search_spec
 from tests.models import write_tiny_llama
 
@@ -252,7 +252,7 @@ def test_a_run_finds_them_once(copied: RunFolder, monkeypatch: pytest.MonkeyPatc
     assert ours
     assert set(ours) <= active(bench.space, merged.genome)
     assert scorer.slope_items == round(COST * sum(map(len, bench.selections[SEARCH].values())))
-    monkeypatch.setattr("evomerge.scoring.fitness_slopes", lambda *_: pytest.fail("asked twice"))
+    monkeypatch.setattr("evomerge.problem.candidate_evaluator.fitness_slopes", lambda *_: pytest.fail("asked twice"))
     assert Scorer(bench, copied).slopes(merged) == ours
     digest = bench.plan(merged.recipe).digest
     assert json.loads((copied.root / "scores" / f"{digest}-slopes.json").read_text()) == {"slopes": dict(ours)}
