@@ -25,7 +25,7 @@ import optuna  # noqa: F401  # imported before the fork, not in every child
 import yaml
 
 from evomerge.algorithms.registry import ALGORITHMS
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import best
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import plain

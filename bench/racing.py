@@ -25,7 +25,7 @@ from typing import Any
 from evomerge.problem.candidate_evaluator import Quiet, Scorer
 from evomerge.problem.problem import SEARCH, TEST, Workbench
 from evomerge.report.tables import table
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
 from evomerge.spec.schema import SearchSpec, load_spec
 
 QUICKSTART = Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
@@ -46,7 +46,7 @@ def zoo_spec(seed: int, candidates: int, racing: bool, fitness: str) -> SearchSp
 
 def zoo_runs(options: argparse.Namespace, root: Path) -> Iterator[tuple[str, Path, Path]]:
     """Name and the folders of both runs, for each seed."""
-    from evomerge.run import start
+    from evomerge.run.search import start
 
     for seed in range(options.seeds):
         folders = []

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from evomerge.report.tables import result_table, table
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import Candidate
 
 HERE = Path(__file__).parent

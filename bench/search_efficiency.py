@@ -123,11 +123,11 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     if summary.is_file():
         return dict(json.loads(summary.read_text()))
     from evomerge.algorithms.registry import get_algorithm
-    from evomerge.finish import finish
     from evomerge.problem.candidate_evaluator import Quiet, Scorer
     from evomerge.problem.problem import TEST, Workbench, make_space
-    from evomerge.run import settings_of
-    from evomerge.runfolder import RunFolder
+    from evomerge.run.finalists import finish
+    from evomerge.run.folder import RunFolder
+    from evomerge.run.search import settings_of
     from evomerge.study.candidate import spent_items
     from evomerge.study.loop import Stop, search
 
@@ -303,7 +303,7 @@ def winners(folder: Path, default: str, seed: int) -> str:
     """The winners of one seed on its `test` items, paired: as reported, and by the fitness that steered."""
     from evomerge.problem.candidate_evaluator import Quiet, Scorer
     from evomerge.problem.problem import TEST, Workbench
-    from evomerge.runfolder import RunFolder
+    from evomerge.run.folder import RunFolder
 
     read: dict[str, tuple[Any, Any]] = {}
     for name in CONTENDERS:

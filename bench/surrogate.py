@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.objective.fitness import Fitness
 from evomerge.report.tables import table
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
 from evomerge.space.decode import active
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace

@@ -7,8 +7,8 @@ evomerge.merge_models("ties", base=..., models=[...], densities=[...])   a merge
 """
 
 from evomerge.api import evaluate, merge, search
-from evomerge.dare import DareConfig, DareMerger
 from evomerge.notebook import dare_merge_llama, merge_models, ties_merge_llama
+from evomerge.run.dare import DareConfig, DareMerger
 
 __all__ = [
     "DareConfig",

@@ -46,12 +46,12 @@ def search(spec: SearchSpec | Mapping[str, Any] | str | Path, **options: Any) ->
 
     Args:
         spec: A specification, its mapping, or the path of its YAML file.
-        options: As for `evomerge.run.start`.
+        options: As for `evomerge.run.search.start`.
 
     Returns:
         The result, as in result.json.
     """
-    from evomerge.run import start
+    from evomerge.run.search import start
     from evomerge.spec.schema import load_spec, parse_spec
 
     if isinstance(spec, str | Path):

@@ -15,7 +15,7 @@ import typer
 from evomerge.dare_command import dare
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.evaluation.backends.registry import BackendName
-from evomerge.merge_command import Crimes, merge
+from evomerge.run.merge import Crimes, merge
 from evomerge.system.memory import collect_rarely
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ def run(
     workers: Workers = None,
 ) -> None:
     """Search for the best merge; on a run that exists already, go on with it."""
-    from evomerge.run import start
+    from evomerge.run.search import start
     from evomerge.spec.schema import load_spec
     from evomerge.spec.shipped import find_search
 
@@ -60,7 +60,7 @@ def resume(
     workers: Workers = None,
 ) -> None:
     """Go on with a search from where it stopped."""
-    from evomerge.run import resume as resume_run
+    from evomerge.run.search import resume as resume_run
 
     _interruptible()
     resume_run(run, candidates=candidates, workers=workers)
@@ -69,7 +69,7 @@ def resume(
 @app.command()
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     """Progress of a run, its best candidate so far, its rate and the time left."""
-    from evomerge.status import read_status, render_status
+    from evomerge.run.status import read_status, render_status
 
     found = read_status(run)
     typer.echo(json.dumps(found, indent=2) if as_json else render_status(found))
@@ -85,7 +85,7 @@ def lineage(
     """The ancestry of a candidate, back to generation 0."""
     from evomerge.report.lineage import ancestry, to_dot
     from evomerge.report.lineage import lineage as lineage_records
-    from evomerge.runfolder import RunFolder as Folder
+    from evomerge.run.folder import RunFolder as Folder
 
     folder = Folder.existing(run)
     known = folder.candidates()
@@ -109,7 +109,7 @@ def export(
     max_shard_size: ShardSize = "5GB",
 ) -> None:
     """Write a run's winner, or any candidate, as a Hugging Face checkpoint, and score it once more."""
-    from evomerge.export import export_candidate, export_recipe
+    from evomerge.run.export import export_candidate, export_recipe
 
     if recipe:
         export_recipe(run, out, candidate=candidate, overwrite=overwrite)
@@ -168,7 +168,7 @@ def check(
     allow_crimes: Crimes = False,
 ) -> None:
     """Find everything that can be wrong with a search or a recipe, in seconds; estimate what it needs."""
-    from evomerge.check import check_file
+    from evomerge.run.check import check_file
 
     typer.echo(check_file(file, allow_crimes=allow_crimes))
 
@@ -182,7 +182,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Look at models: how they differ, whether they can be merged; write a search.yaml to start from."""
-    from evomerge.starter import init_search
+    from evomerge.run.init import init_search
 
     wanted = [task.strip() for task in tasks.split(",") if task.strip()]
     typer.echo(init_search(models, output, base=base, tasks=wanted, overwrite=overwrite))

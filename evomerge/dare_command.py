@@ -35,7 +35,7 @@ def dare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the largest deltas; write nothing.")] = False,
 ) -> None:
     """Merge plain safetensors files into a base with DARE, each file's drops its own, averaged."""
-    from evomerge.dare import DareConfig, DareFile, DareMerger, load_dare_file
+    from evomerge.run.dare import DareConfig, DareFile, DareMerger, load_dare_file
     from evomerge.trackers.progress import tensor_progress
 
     written = load_dare_file(config) if config else DareFile()

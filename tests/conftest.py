@@ -64,7 +64,7 @@ def heard_interrupts() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def finished_run(tiny_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search, for reading only; copy it to change it."""
-    from evomerge.run import start
+    from evomerge.run.search import start
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     path = folder.parent / "tiny.yaml"

@@ -300,7 +300,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def broken(path: Path, **options: bool) -> str:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("evomerge.check.check_file", broken)
+    monkeypatch.setattr("evomerge.run.check.check_file", broken)
     monkeypatch.setattr(sys, "argv", ["evomerge", "check", str(tmp_path)])
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main()

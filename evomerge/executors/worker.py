@@ -38,7 +38,7 @@ def open_scorer(root: Path, threads: int, share: int) -> Opened:
 
     from evomerge.problem.candidate_evaluator import Quiet, Scorer
     from evomerge.problem.problem import Workbench
-    from evomerge.runfolder import RunFolder
+    from evomerge.run.folder import RunFolder
 
     torch.set_num_threads(share)
     folder = RunFolder.existing(root)

@@ -25,7 +25,7 @@ from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal, ranked
 
 if TYPE_CHECKING:
-    from evomerge.runfolder import RunFolder
+    from evomerge.run.folder import RunFolder
 
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from evomerge.study.ranking import growth, reference_point
 
 if TYPE_CHECKING:
     from evomerge.problem.candidate_evaluator import Says, Scorer
-    from evomerge.runfolder import RunFolder
+    from evomerge.run.folder import RunFolder
 
 
 def best_first(

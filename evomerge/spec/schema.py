@@ -266,7 +266,7 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
         else:
             include.append(str(found))
     evaluation = spec.evaluation.model_copy(update={"include_path": include or None})
-    # One that is missing is no problem to a run that has begun; `evomerge.warmstart` tells of it to any other.
+    # One that is missing is no problem to a run that has begun; `evomerge.run.warm_start` tells of it to any other.
     warm = [str(resolve_path(text, beside) or text) for text in spec.search.warm_starts]
     search = spec.search.model_copy(update={"warm_start": warm or None})
     return spec.model_copy(update={"models": models, "evaluation": evaluation, "search": search}), problems

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from evomerge.study.candidate import Candidate, ranked
 
 if TYPE_CHECKING:
-    from evomerge.runfolder import RunFolder
+    from evomerge.run.folder import RunFolder
 
-log = logging.getLogger("evomerge.run")
+log = logging.getLogger("evomerge.run.search")
 
 
 class Display:

@@ -18,7 +18,7 @@ from evomerge.objective.fitness import Fitness
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.fitness_gradients import COST, fitness_slopes, genes_of_settings
 from evomerge.problem.problem import SEARCH, Workbench
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
 from evomerge.space.decode import active
 from evomerge.space.genome import Genome
 from evomerge.spec.schema import parse_spec

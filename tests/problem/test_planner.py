@@ -12,13 +12,13 @@ from evomerge.errors import RecipeError
 from evomerge.evaluation.backends.native.hidden_state_cache import Prefixes
 from evomerge.problem.planner import Planner
 from evomerge.problem.problem import Workbench
-from evomerge.run import start
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
+from evomerge.run.search import start
 from evomerge.space.genome import Genome
 from evomerge.spec.schema import parse_spec
 from evomerge.study.candidate import Proposal
 from tests.frame import files, search_spec
-from tests.test_run import lasting
+from tests.run.test_search import lasting
 
 
 @pytest.fixture(scope="module")

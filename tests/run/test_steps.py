@@ -12,13 +12,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import evomerge
-from evomerge.check import check_file
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.engine import kernel_dispatch as compiled
 from evomerge.engine import to_disk as disk
 from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import BadInput, CheckpointError, OutputError, RecipeError
 from evomerge.recipe import parse_recipe
+from evomerge.run.check import check_file
 from evomerge.run.steps import plan_documents
 from tests.frame import files, invoke
 from tests.models import write_tiny_llama

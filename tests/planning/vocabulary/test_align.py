@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.parity_tokenizers import recipes, truncated, write_models
-from evomerge.check import check_file
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.engine.resident import Resident
 from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.planning.plan import make_plan, prepare
 from evomerge.recipe import parse_recipe
+from evomerge.run.check import check_file
 from tests.frame import invoke
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 import evomerge
 from evomerge import DareConfig, DareMerger
 from evomerge.checkpoints.checkpoint import open_checkpoint
-from evomerge.dare import load_dare_file
 from evomerge.errors import BadInput, CheckpointError, OutputError
 from evomerge.methods.dare import METHOD
 from evomerge.methods.random_field import field_key, kept_elements
+from evomerge.run.dare import load_dare_file
 from tests.frame import files, invoke
 
 QUIET = DareConfig(drop_rate=0.5, delta_threshold=10.0, verbose=False)

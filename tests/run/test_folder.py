@@ -13,8 +13,8 @@ import pytest
 
 from evomerge.errors import OutputError, RunError
 from evomerge.evaluation.scores import ItemScores
-from evomerge.run import _survived
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
+from evomerge.run.search import _survived
 from evomerge.space.genome import Genome
 from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.study.candidate import Outcome, Proposal

@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from evomerge.engine.to_disk import merge_to_folder
-from evomerge.export import Rescored
 from evomerge.problem.problem import TEST, Workbench
 from evomerge.recipe import load_recipe, parse_recipe
-from evomerge.runfolder import RunFolder
+from evomerge.run.export import Rescored
+from evomerge.run.folder import RunFolder
 from evomerge.study.record import Record
 from evomerge.system.quiet import quiet
 from tests.frame import TASKS, files, invoke

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge.check import check_search
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.errors import CheckpointError
-from evomerge.gates import end_of_turn, smoke, stop_tokens, text_loss
 from evomerge.problem.problem import Workbench
-from evomerge.run import start
-from evomerge.runfolder import RunFolder
+from evomerge.run.check import check_search
+from evomerge.run.folder import RunFolder
+from evomerge.run.preflight import end_of_turn, smoke, stop_tokens, text_loss
+from evomerge.run.search import start
 from evomerge.spec.schema import parse_spec
 from tests.frame import search_spec
 

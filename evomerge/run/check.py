@@ -12,16 +12,16 @@ from evomerge.checkpoints.compatible import not_finite
 from evomerge.checkpoints.models import single_model
 from evomerge.engine.to_disk import refuse_crimes
 from evomerge.errors import BadInput, CheckpointError
-from evomerge.gates import look_before
 from evomerge.planning.plan import Plan
 from evomerge.problem.problem import GUARD, SEARCH, SELECT, TEST, Workbench
 from evomerge.recipe import load_recipe
 from evomerge.report.tables import table
+from evomerge.run.preflight import look_before
 from evomerge.run.steps import plan_documents
+from evomerge.run.warm_start import warm_starts
 from evomerge.space.baselines import baselines
 from evomerge.spec.schema import SearchSpec, load_spec
 from evomerge.system.yaml import read_documents
-from evomerge.warmstart import warm_starts
 
 _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
 

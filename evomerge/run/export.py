@@ -18,8 +18,8 @@ from evomerge.recipe import expand_frankenmerge
 from evomerge.report.lineage import ancestry
 from evomerge.report.model_card import licence_verdict, licences, merge_card
 from evomerge.report.tables import result_table, table
-from evomerge.runfolder import RunFolder
-from evomerge.samples import continuation, prompt_of
+from evomerge.run.folder import RunFolder
+from evomerge.run.samples import continuation, prompt_of
 from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
 

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from evomerge.check import check_search
 from evomerge.errors import RunError, SpecError
 from evomerge.problem.problem import Workbench
-from evomerge.run import resume, start
-from evomerge.runfolder import RunFolder
+from evomerge.run.check import check_search
+from evomerge.run.folder import RunFolder
+from evomerge.run.search import resume, start
+from evomerge.run.warm_start import AS_MANY, read_seeds, warm_starts
 from evomerge.space.baselines import baselines
 from evomerge.space.space import digest
 from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
 from evomerge.study.candidate import ranked
-from evomerge.warmstart import AS_MANY, read_seeds, warm_starts
 from tests.frame import invoke, search_spec
 
 SMALL: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__guard": []}

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from evomerge.errors import BadInput
-from evomerge.merge_command import WITHOUT_EFFECT, _seeded, mergekit_size, wanted_device
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import WITHOUT_EFFECT, _seeded, mergekit_size, wanted_device
 from tests.frame import files, invoke
 
 VALUES = {"write_threads": ["2"], "lora_merge_cache": ["somewhere"], "lora_merge_dtype": ["float32"]}

@@ -17,7 +17,7 @@ from evomerge.study.ranking import finalists as choose_finalists
 
 if TYPE_CHECKING:
     from evomerge.problem.candidate_evaluator import Says, Scorer
-    from evomerge.runfolder import RunFolder
+    from evomerge.run.folder import RunFolder
 
 
 def finish(

@@ -17,10 +17,10 @@ from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.planner import Planner
 from evomerge.problem.problem import SEARCH, SELECT, TEST, Workbench
 from evomerge.report.tables import result_table
-from evomerge.run import resume, start
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
+from evomerge.run.search import resume, start
+from evomerge.run.status import read_status, render_status
 from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
-from evomerge.status import read_status, render_status
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.system.files import exclusive
 from tests.frame import changed, files, search_spec

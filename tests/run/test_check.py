@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evomerge.check import check_file, output_bytes
 from evomerge.errors import BadInput, RecipeError, SpecError
+from evomerge.run.check import check_file, output_bytes
 from tests.engine.recipes import layers, plan_of, single
 from tests.frame import changed, files, search_spec
 

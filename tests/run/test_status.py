@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.runfolder import RunFolder
-from evomerge.status import read_status, render_status
+from evomerge.run.folder import RunFolder
+from evomerge.run.status import read_status, render_status
 from evomerge.study.candidate import Candidate
 from tests.frame import invoke
 

@@ -19,11 +19,11 @@ import yaml
 
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import SEARCH, Workbench
-from evomerge.run import resume, start
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
+from evomerge.run.search import resume, start
 from evomerge.spec.schema import parse_spec
 from tests.frame import command, environment, files, invoke, process, search_spec
-from tests.test_run import lasting
+from tests.run.test_search import lasting
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which loads torch
 

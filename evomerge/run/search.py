@@ -16,13 +16,14 @@ from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.errors import EvoMergeError, RunError, SpecError
 from evomerge.executors.local import LocalWorkers
-from evomerge.export import keep_best
-from evomerge.finish import finish
-from evomerge.gates import look_before
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import Workbench
 from evomerge.report.tables import result_table
-from evomerge.runfolder import STARTS, RunFolder
+from evomerge.run.export import keep_best
+from evomerge.run.finalists import finish
+from evomerge.run.folder import STARTS, RunFolder
+from evomerge.run.preflight import look_before
+from evomerge.run.warm_start import read_seeds, warm_starts
 from evomerge.spec.schema import Search, SearchSpec
 from evomerge.study.candidate import Candidate, Outcome, Proposal, spent_items
 from evomerge.study.interfaces import Executor, InProcess
@@ -30,7 +31,6 @@ from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
 from evomerge.trackers.console import Display
-from evomerge.warmstart import read_seeds, warm_starts
 
 log = logging.getLogger("evomerge")
 

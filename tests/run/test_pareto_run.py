@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge import export
 from evomerge.problem.problem import SEARCH, Workbench
 from evomerge.report.tables import result_table
-from evomerge.run import resume, start
-from evomerge.runfolder import RunFolder
+from evomerge.run import export
+from evomerge.run.folder import RunFolder
+from evomerge.run.search import resume, start
+from evomerge.run.status import read_status, render_status
 from evomerge.spec.schema import SearchSpec, parse_spec
-from evomerge.status import read_status, render_status
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate, best, pareto_front
 from evomerge.study.ranking import finalists
 from evomerge.trackers.console import Display
 from tests.frame import invoke, search_spec
-from tests.test_run import lasting
+from tests.run.test_search import lasting
 
 NAMES = ["tiny_choice", "tiny_text", "layers"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import BadInput, SpecError
 from evomerge.methods.registry import get_method
 from evomerge.recipe import Recipe, load_recipe, parse_recipe
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
 from evomerge.space.baselines import Start, baselines
 from evomerge.space.genes import REST, layer_groups
 from evomerge.space.space import SearchSpace, digest

@@ -13,13 +13,13 @@ import pytest
 from evomerge.errors import SpecError
 from evomerge.problem.fitness_gradients import COST
 from evomerge.problem.problem import SEARCH, Workbench
-from evomerge.run import resume, start
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
+from evomerge.run.search import resume, start
+from evomerge.run.status import read_status, render_status
 from evomerge.spec.schema import SearchSpec, parse_spec
-from evomerge.status import read_status, render_status
 from evomerge.study.candidate import Candidate, sloped, spent_items
 from tests.frame import files, search_spec
-from tests.test_run import lasting
+from tests.run.test_search import lasting
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.report.tables import score_text, slopes_text, table
-from evomerge.runfolder import RunFolder
+from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
 from evomerge.study.ranking import growth
 from evomerge.system.files import held

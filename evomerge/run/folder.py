@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 STARTS = "starts.json"
 
 
-log = logging.getLogger("evomerge.run")
+log = logging.getLogger("evomerge.run.search")
 
 
 class RunFolder:
