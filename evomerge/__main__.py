@@ -1,6 +1,6 @@
 """`python -m evomerge` is the command line."""
 
-from evomerge.cli import main
+from evomerge.cli.main import main
 
 if __name__ == "__main__":
     main()

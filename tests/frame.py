@@ -75,7 +75,7 @@ class Ended:
 
 def invoke(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ended:
     """Runs `evomerge ARGUMENTS` in this process."""
-    from evomerge.cli import main
+    from evomerge.cli.main import main
 
     capsys.readouterr()
     code = 0
@@ -93,7 +93,7 @@ def invoke(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ended:
 _MAIN = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from evomerge.cli import main
+from evomerge.cli.main import main
 main()
 """
 

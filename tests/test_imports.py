@@ -136,7 +136,7 @@ def test_no_circles() -> None:
 
 LIGHT = [
     "evomerge",
-    "evomerge.cli",
+    "evomerge.cli.main",
     "evomerge.errors",
     "evomerge.spec.schema",
     "evomerge.recipe",
@@ -168,6 +168,6 @@ print(json.dumps(found))
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert found["evomerge.cli"] == []
+    assert found["evomerge.cli.main"] == []
     for name, loaded in found.items():
         assert not set(loaded) & set(HEAVY), f"{name} loads {loaded}"

@@ -181,7 +181,7 @@ def slowly(*args, **kwargs):
     time.sleep(0.05)
     return whole(*args, **kwargs)
 disk.parts = slowly
-from evomerge.cli import main
+from evomerge.cli.main import main
 main()
 """
 

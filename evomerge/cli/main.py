@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn, get_args
 
 import typer
 
-from evomerge.dare_command import dare
+from evomerge.cli.dare import dare
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.evaluation.backends.registry import BackendName
 from evomerge.run.merge import Crimes, merge

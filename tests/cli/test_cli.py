@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from evomerge.cli import main
+from evomerge.cli.main import main
 from tests.frame import TASKS, files, invoke, process, search_spec
 from tests.models import write_tiny_llama
 
