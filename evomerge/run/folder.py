@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 STARTS = "starts.json"
 
 
-log = logging.getLogger("evomerge.run.search")
+log = logging.getLogger("evomerge.run")
 
 
 class RunFolder:

@@ -9,8 +9,8 @@ from evomerge.errors import SpecError, suggest
 
 def shipped_folder() -> Path:
     """The folder that holds `search_spaces` and `eval`."""
-    packaged = Path(__file__).parent / "_data"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent
+    packaged = Path(__file__).parent.parent / "_data"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent.parent
 
 
 def find_search(text: str) -> Path:

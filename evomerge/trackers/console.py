@@ -16,7 +16,7 @@ from evomerge.study.candidate import Candidate, ranked
 if TYPE_CHECKING:
     from evomerge.run.folder import RunFolder
 
-log = logging.getLogger("evomerge.run.search")
+log = logging.getLogger("evomerge.run")
 
 
 class Display:

@@ -159,7 +159,7 @@ def test_an_unknown_algorithm_is_refused_with_a_suggestion() -> None:
 
 def test_the_search_does_not_import_torch() -> None:
     code = (
-        "import sys, evomerge.search, evomerge.report.lineage\n"
+        "import sys, evomerge.study.loop, evomerge.algorithms.registry, evomerge.report.lineage\n"
         "heavy = {'torch', 'transformers', 'lm_eval', 'optuna', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

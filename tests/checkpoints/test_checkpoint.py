@@ -19,7 +19,7 @@ from evomerge.errors import CheckpointError
 from tests.checkpoints.raw import entry, raw_file
 from tests.models import write_tiny_llama
 
-REAL = Path(__file__).resolve().parent.parent / "models"
+REAL = Path(__file__).resolve().parent.parent.parent / "models"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.errors import CheckpointError
 from tests.models import write_tiny_llama
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = ROOT / "models"
 REAL_ADAPTERS = ROOT.parent / "shared" / "real" / "adapters"
 

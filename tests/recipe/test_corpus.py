@@ -9,7 +9,7 @@ import pytest
 from evomerge.errors import RecipeError
 from evomerge.recipe import Recipe, expand_frankenmerge, layer_places, load_recipe, parse_recipe, resolve
 
-CORPUS = Path(__file__).parent / "recipes"
+CORPUS = Path(__file__).parent.parent / "recipes"
 BAD = sorted((CORPUS / "bad").glob("*.yaml"))
 GOOD = sorted((CORPUS / "good").glob("*.yaml"))
 

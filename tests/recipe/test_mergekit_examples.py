@@ -21,7 +21,7 @@ from tests.architectures import ARCHITECTURES, Architecture, outputs, shaken
 from tests.engine.test_architectures import load
 from tests.models import byte_tokenizer, write_tiny_llama
 
-FILES = sorted((Path(__file__).parent / "recipes" / "mergekit").glob("*.yaml"))
+FILES = sorted((Path(__file__).parent.parent / "recipes" / "mergekit").glob("*.yaml"))
 _HEAD = re.compile(r"# on: (\w+)(?: of (\d+) layers)?(?:, becomes (\d+))?")
 _DEPTHS = ("num_hidden_layers", "n_layer")
 _TOKENS = {"a": ["<|im_start|>", "<|im_end|>"]}

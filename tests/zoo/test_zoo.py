@@ -27,7 +27,7 @@ from evomerge.zoo.sizes import TINY, VERSION, Training
 from evomerge.zoo.skills import CHOICES, OPENERS, SKILLS, lexicon, text_examples
 from evomerge.zoo.training import IGNORED, draw_batches, zoo_tokenizer
 
-EVAL = Path(__file__).parent.parent / "eval"
+EVAL = Path(__file__).parent.parent.parent / "eval"
 BASE, *EXPERTS = zoo.SMALL
 
 
