@@ -8,8 +8,7 @@ import pytest
 from evomerge.algorithms.ga.adaptive import BOUNDS, CAUTION, Experience, operators_of, pick
 from evomerge.algorithms.operators import LARGEST, SMALLEST, step_size
 from evomerge.study.candidate import Candidate
-
-from .landscapes import make_space
+from tests.algorithms.landscapes import make_space
 
 SPACE = make_space(methods=("task_arithmetic",))
 

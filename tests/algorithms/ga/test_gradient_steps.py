@@ -8,8 +8,7 @@ from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.study.candidate import SLOPES, Candidate, Outcome, spent_items
 from evomerge.study.loop import Stop, search
-
-from .landscapes import Memory, make_space
+from tests.algorithms.landscapes import Memory, make_space
 
 CURVATURE = np.diag([1.0, 4.0, 9.0])
 TOP = np.array([0.5, 0.4, 0.6])

@@ -6,8 +6,7 @@ from evomerge.algorithms.ga.sharing import attraction, shared_fitness
 from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.study.candidate import Candidate
-
-from .landscapes import make_space
+from tests.algorithms.landscapes import make_space
 
 # Two candidates that solve the first two items, one that alone solves the third, and one that solves none.
 VALUES = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
