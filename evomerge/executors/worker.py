@@ -1,4 +1,4 @@
-"""A process that scores candidates for another one (`evomerge.executors.local`), which starts it and tells it what to do.
+"""A process that scores candidates for another (`evomerge.executors.local`), which starts it and tells it what to do.
 
 It ends by itself when the other end of its connection closes, whatever it is doing: with the process that started it.
 """
