@@ -75,7 +75,8 @@ def load_pool(folder: Path) -> list[Scores]:
 
 def main() -> None:
     """Scores what is missing."""
-    from evomerge.problem.problem import SEARCH, Workbench
+    from evomerge.evaluation.splits import SEARCH
+    from evomerge.problem.problem import Workbench
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)

@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evomerge.evaluation.splits import SEARCH, TEST
 from evomerge.problem.candidate_evaluator import Quiet, Scorer
-from evomerge.problem.problem import SEARCH, TEST, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.report.tables import table
 from evomerge.run.folder import RunFolder
 from evomerge.spec.schema import SearchSpec, load_spec
@@ -67,7 +68,7 @@ def compare(name: str, without: Path, raced: Path) -> tuple[list[str], list[floa
     items = [_items(folder, result) for folder, result in zip(folders, results, strict=True)]
     bench = Workbench(folders[0].spec)
     scores = [
-        folder.scores(bench.plan(result["winner"]["recipe"]).digest, TEST)
+        folder.scores.load(bench.plan(result["winner"]["recipe"]).digest, TEST)
         for folder, result in zip(folders, results, strict=True)
     ]
     if scores[0] is None or scores[1] is None:

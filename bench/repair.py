@@ -31,7 +31,8 @@ import numpy as np
 from evomerge import zoo
 from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import get_algorithm
-from evomerge.problem.problem import SEARCH, TEST, Workbench
+from evomerge.evaluation.splits import SEARCH, TEST
+from evomerge.problem.problem import Workbench
 from evomerge.report.tables import table
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome, LayerGene

@@ -123,8 +123,9 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     if summary.is_file():
         return dict(json.loads(summary.read_text()))
     from evomerge.algorithms.registry import get_algorithm
+    from evomerge.evaluation.splits import TEST
     from evomerge.problem.candidate_evaluator import Quiet, Scorer
-    from evomerge.problem.problem import TEST, Workbench, make_space
+    from evomerge.problem.problem import Workbench, make_space
     from evomerge.run.finalists import finish
     from evomerge.run.folder import RunFolder
     from evomerge.run.search import settings_of
@@ -301,8 +302,9 @@ def summary(folder: Path, default: str) -> str:
 
 def winners(folder: Path, default: str, seed: int) -> str:
     """The winners of one seed on its `test` items, paired: as reported, and by the fitness that steered."""
+    from evomerge.evaluation.splits import TEST
     from evomerge.problem.candidate_evaluator import Quiet, Scorer
-    from evomerge.problem.problem import TEST, Workbench
+    from evomerge.problem.problem import Workbench
     from evomerge.run.folder import RunFolder
 
     read: dict[str, tuple[Any, Any]] = {}
@@ -384,7 +386,8 @@ def main() -> None:
 
 def search_items(path: Path) -> int:
     """Items that steer the search of a specification."""
-    from evomerge.problem.problem import SEARCH, Workbench
+    from evomerge.evaluation.splits import SEARCH
+    from evomerge.problem.problem import Workbench
 
     return sum(map(len, Workbench(load_spec(path)).selections[SEARCH].values()))
 

@@ -207,8 +207,9 @@ class Recorded:
 
 def read(folders: Sequence[Path]) -> Recorded:
     """Every candidate of some runs on the same items that has a full score; equal recipes once."""
+    from evomerge.evaluation.splits import SEARCH
     from evomerge.problem.candidate_evaluator import Quiet, Scorer
-    from evomerge.problem.problem import SEARCH, Workbench
+    from evomerge.problem.problem import Workbench
 
     recipes: dict[str, tuple[Mapping[str, Any], Scores]] = {}
     fitness, places = None, None

@@ -1,7 +1,7 @@
-"""Per-item scores that were measured once on this machine, kept in the user's cache between runs. Imports no torch.
+"""Per-item scores on the disk: those of one run, and those that any run on this machine has measured.
 
-One small file for each plan and set of items, written whole and never changed, so that several processes can share the
-folder without locks. A file that cannot be read, or that is not what it should be, counts as missing.
+The cache has one small file for each plan and set of items, written whole and never changed, so that several processes
+can share the folder without locks. A file that cannot be read, or that is not what it should be, counts as missing.
 """
 
 from __future__ import annotations
@@ -109,3 +109,53 @@ class ScoreCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.npz"
+
+
+class RunScores:
+    """What one run has measured of its candidates, by the digest of their plans.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, plan: str, split: str) -> dict[str, ItemScores] | None:
+        """The scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
+        path = self._scores_path(plan, split)
+        return load_scores(path) if path.is_file() else None
+
+    def save(self, plan: str, split: str, scores: Mapping[str, ItemScores]) -> None:
+        """Keeps the scores of a plan on a split."""
+        buffer = io.BytesIO()
+        dump_scores(buffer, scores)
+        write_atomic(self._scores_path(plan, split), buffer.getvalue())
+
+    def load_gradients(self, plan: str) -> tuple[Mapping[str, float] | None] | None:
+        """The derivatives of a plan's fitness, as (derivatives or None,); None where they were never asked for."""
+        path = self._gradients_path(plan)
+        return (json.loads(path.read_text())["slopes"],) if path.is_file() else None
+
+    def save_gradients(self, plan: str, gradients: Mapping[str, float] | None) -> None:
+        """Keeps the derivatives of a plan's fitness by gene, or that it has none."""
+        write_atomic(self._gradients_path(plan), json.dumps({"slopes": gradients}, sort_keys=True))
+
+    def load_samples(self) -> dict[str, Any] | None:
+        """The items that were drawn of each task, as JSON; None where none were."""
+        path = self._samples_path
+        return dict(json.loads(path.read_text())) if path.is_file() else None
+
+    def save_samples(self, samples: Mapping[str, Any]) -> None:
+        """Keeps the items that were drawn of each task."""
+        write_atomic(self._samples_path, json.dumps(samples, indent=2))
+
+    def _scores_path(self, plan: str, split: str) -> Path:
+        return self._folder / "scores" / f"{plan}-{split}.npz"
+
+    def _gradients_path(self, plan: str) -> Path:
+        return self._folder / "scores" / f"{plan}-slopes.json"
+
+    @property
+    def _samples_path(self) -> Path:
+        return self._folder / "informative.json"

@@ -1,5 +1,7 @@
 """Disjoint splits of every task's items: `search` steers, `select` chooses among finalists, `test` is read once.
 
+The guard tasks have one more split, `guard`, which is read with `test`.
+
 An item's place depends on the seed, the task and the item's id alone, never on the order of tasks or of earlier
 draws, so a split is never re-drawn: asking again gives the same items, and items added to a task move only those at
 the borders.
@@ -13,6 +15,9 @@ from collections.abc import Mapping, Sequence
 
 from evomerge.errors import TaskError
 
+SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
+Selection = Mapping[str, tuple[int, ...]]
+"""Task to positions of its items."""
 Sizes = Mapping[str, float]
 """Split name to a fraction of the items (up to 1) or a whole number of items (above 1)."""
 

@@ -12,6 +12,7 @@ from evomerge.algorithms.operators import FloatArray
 from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
+from evomerge.evaluation.splits import SEARCH, Selection
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.objective.item_sampling import Sample, draw_samples
 from evomerge.objective.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
@@ -19,7 +20,7 @@ from evomerge.planning.plan import Plan
 from evomerge.problem.fitness_gradients import COST, fitness_slopes, sample
 from evomerge.problem.model_runner import Measurer, joined, size, taken
 from evomerge.problem.planner import Planner
-from evomerge.problem.problem import SEARCH, STEER, Selection, Workbench
+from evomerge.problem.problem import STEER, Workbench
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal, ranked
@@ -154,8 +155,10 @@ class Scorer:
             raise EvoMergeError(f"{self._folder.root}: no candidate of generation 0 could be scored")
         smooth = {goal.task: self._bench.tasks[goal.task].smooth(goal.metric) for goal in self.fitness.goals}
         seed = self._bench.spec.search.seed
-        self.samples = self._folder.samples() or draw_samples(scouts, smooth, fraction, seed)
-        self._folder.write_samples(self.samples)
+        kept = self._folder.scores.load_samples()
+        drawn = draw_samples(scouts, smooth, fraction, seed) if kept is None else None
+        self.samples = drawn or {task: Sample.from_json(sample) for task, sample in (kept or {}).items()}
+        self._folder.scores.save_samples({task: sample.to_json() for task, sample in self.samples.items()})
         self._bench.steer_by(self.samples)
         self._parts[STEER] = (self._bench.selections[STEER],)
         weights = {t: dict(zip(s.items, s.weights, strict=True)) for t, s in self.samples.items()}
@@ -192,7 +195,7 @@ class Scorer:
             return
         self._parts[self._steering] = blocks
         if kept is None:
-            self._folder.write_scores(plan.digest, self._steering, seen)
+            self._folder.scores.save(plan.digest, self._steering, seen)
         sizes = dict.fromkeys(str(size(block)) for block in blocks)
         display.say(f"racing: the items that steer come in {len(blocks)} blocks of {' or '.join(sizes)}")
 
@@ -268,13 +271,13 @@ class Scorer:
                 if look is not None and look.lost:
                     break
         if kept is not before:
-            self._folder.write_scores(plan.digest, split, kept)
+            self._folder.scores.save(plan.digest, split, kept)
         return measured
 
     def _kept(self, plan: Plan, split: str) -> Scores:
         """What the run's folder has of a plan's scores on a split: all, some, or none."""
-        kept: Scores | None = self._folder.scores(plan.digest, split)
-        if kept is None and split == STEER and (whole := self._folder.scores(plan.digest, SEARCH)) is not None:
+        kept: Scores | None = self._folder.scores.load(plan.digest, split)
+        if kept is None and split == STEER and (whole := self._folder.scores.load(plan.digest, SEARCH)) is not None:
             kept = taken(whole, self._measurer.items(self._bench.selections[STEER]))
         return kept or {}
 
@@ -288,7 +291,7 @@ class Scorer:
         if candidate.state != "done":
             return None
         plan = self._bench.plan(candidate.recipe)
-        known = self._folder.slopes(plan.digest)
+        known = self._folder.scores.load_gradients(plan.digest)
         if known is None:
             try:
                 known = (self._find_slopes(candidate.genome),)
@@ -297,7 +300,7 @@ class Scorer:
             except Exception:
                 log.warning("no slopes of candidate %d", candidate.number, exc_info=True)
                 known = (None,)
-            self._folder.write_slopes(plan.digest, known[0])
+            self._folder.scores.save_gradients(plan.digest, known[0])
         return known[0]
 
     def _find_slopes(self, genome: Genome) -> Mapping[str, float] | None:

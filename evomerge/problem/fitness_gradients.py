@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from evomerge.engine.parameter_gradients import Bounds, Entry, entries, slopes
 from evomerge.errors import CandidateError, RecipeError
+from evomerge.evaluation.splits import Selection
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.planning.operation import Operation
 from evomerge.planning.plan import Plan, make_plan
-from evomerge.problem.problem import Selection, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.space import decode
 from evomerge.space.genes import Real
 from evomerge.space.genome import Genome

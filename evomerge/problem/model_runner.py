@@ -12,9 +12,10 @@ from evomerge.checkpoints.models import tokenizer_digest
 from evomerge.errors import CandidateError
 from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores, concatenate
+from evomerge.evaluation.splits import Selection
 from evomerge.objective.fitness import Scores
 from evomerge.planning.plan import Plan
-from evomerge.problem.problem import Selection, Workbench
+from evomerge.problem.problem import Workbench
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.scores import ItemScores
-from evomerge.evaluation.splits import split_items
+from evomerge.evaluation.splits import GUARD, SEARCH, TEST, Selection, split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask, TaskSet, find_tasks
 from evomerge.objective.fitness import Fitness, Goal, refuse_mixed_units
 from evomerge.objective.item_sampling import Sample
@@ -31,10 +31,8 @@ from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import SearchSpec, Splits
 
-SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
 STEER = "steer"
 """The search items that steer, where they are a part of the `search` split; that split itself otherwise."""
-Selection = Mapping[str, tuple[int, ...]]
 
 _DEPTHS = 256  # plans of which `Workbench.depths` is remembered
 

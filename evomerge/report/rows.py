@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import CandidateError
 from evomerge.evaluation.scores import score_table, table_to_json
+from evomerge.evaluation.splits import GUARD
 from evomerge.objective.comparison import number
 from evomerge.objective.fitness import Fitness, Scores
-from evomerge.problem.problem import GUARD
 
 if TYPE_CHECKING:
     from evomerge.problem.candidate_evaluator import Says, Scorer

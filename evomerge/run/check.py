@@ -12,8 +12,9 @@ from evomerge.checkpoints.compatible import not_finite
 from evomerge.checkpoints.models import single_model
 from evomerge.engine.to_disk import refuse_crimes
 from evomerge.errors import BadInput, CheckpointError
+from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
 from evomerge.planning.plan import Plan
-from evomerge.problem.problem import GUARD, SEARCH, SELECT, TEST, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.recipe import load_recipe
 from evomerge.report.tables import table
 from evomerge.run.preflight import look_before

@@ -13,7 +13,8 @@ from evomerge.checkpoints.models import single_model
 from evomerge.engine.to_disk import write_checkpoint
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.scores import ItemScores, score_table
-from evomerge.problem.problem import SEARCH, TEST, Workbench
+from evomerge.evaluation.splits import SEARCH, TEST
+from evomerge.problem.problem import Workbench
 from evomerge.recipe import expand_frankenmerge
 from evomerge.report.lineage import ancestry
 from evomerge.report.model_card import licence_verdict, licences, merge_card
@@ -175,12 +176,12 @@ def _load(folder: Path, dtype: str) -> Any:
 
 def _rescored_split(folder: RunFolder, plan: str) -> str:
     """The test items where the run measured them, the search items otherwise."""
-    return TEST if folder.scores(plan, TEST) is not None else SEARCH
+    return TEST if folder.scores.load(plan, TEST) is not None else SEARCH
 
 
 def _rescore(bench: Workbench, folder: RunFolder, model: Any, plan: str, split: str) -> Rescored:
     now = bench.evaluator.score(model, bench.selections[split])
-    measured = folder.scores(plan, split)
+    measured = folder.scores.load(plan, split)
     if measured is None:
         raise RunError(f"{folder.root}: the candidate was never scored, so there is nothing to compare with")
     return Rescored(split, _values(measured), _values(now))

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import EvoMergeError, RunError
+from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
 from evomerge.objective.comparison import close_rivals, compare, number, verdict
 from evomerge.objective.fitness import Fitness
-from evomerge.problem.problem import GUARD, SEARCH, SELECT, TEST, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.report.rows import Row, fitness_json, read_row, row_json
 from evomerge.run.tradeoff import best_first, front_json, hypervolume_json
 from evomerge.study.candidate import PARENT, Candidate, count_items, count_states, ranked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
 import json
 import logging
 import socket
@@ -16,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from evomerge.errors import RunError
+from evomerge.evaluation.score_store import RunScores
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, best
 from evomerge.system.files import exclusive, write_atomic
 
 if TYPE_CHECKING:
-    from evomerge.evaluation.scores import ItemScores
-    from evomerge.objective.item_sampling import Sample
     from evomerge.space.baselines import Start
     from evomerge.space.space import SearchSpace
     from evomerge.study.record import Record
@@ -39,11 +37,13 @@ class RunFolder:
     Attributes:
         root: The folder.
         spec: The resolved specification.
+        scores: What was measured of the candidates, item by item.
     """
 
     def __init__(self, root: Path, spec: SearchSpec) -> None:
         self.root = root
         self.spec = spec
+        self.scores = RunScores(root)
 
     @classmethod
     def existing(cls, root: Path) -> RunFolder:
@@ -222,20 +222,6 @@ class RunFolder:
         """Stores what the finished run found."""
         write_atomic(self.root / "result.json", json.dumps(result, indent=2))
 
-    def samples(self) -> dict[str, Sample] | None:
-        """The items that steer, where they are a part of the search items and were drawn already."""
-        from evomerge.objective.item_sampling import Sample
-
-        path = self.root / "informative.json"
-        if not path.is_file():
-            return None
-        return {task: Sample.from_json(sample) for task, sample in json.loads(path.read_text()).items()}
-
-    def write_samples(self, samples: Mapping[str, Sample]) -> None:
-        """Stores the items that steer."""
-        content = {task: sample.to_json() for task, sample in samples.items()}
-        write_atomic(self.root / "informative.json", json.dumps(content, indent=2))
-
     def starts(self) -> tuple[Start, ...] | None:
         """Generation 0 of a warm start, as it was when the run began; None where it is not kept."""
         from evomerge.space.baselines import Start
@@ -251,34 +237,6 @@ class RunFolder:
         """Keeps generation 0 of a warm start."""
         content = [{"name": s.name, "recipe": dict(s.recipe), "genome": s.genome.to_json()} for s in starts]
         write_atomic(self.root / STARTS, json.dumps(content, indent=2))
-
-    def scores(self, plan: str, split: str) -> dict[str, ItemScores] | None:
-        """Per-item scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
-        from evomerge.evaluation.scores import load_scores
-
-        path = self._scores_path(plan, split)
-        return load_scores(path) if path.is_file() else None
-
-    def write_scores(self, plan: str, split: str, scores: Mapping[str, ItemScores]) -> None:
-        """Keeps the per-item scores of a plan on a split."""
-        from evomerge.evaluation.scores import dump_scores
-
-        buffer = io.BytesIO()
-        dump_scores(buffer, scores)
-        write_atomic(self._scores_path(plan, split), buffer.getvalue())
-
-    def slopes(self, plan: str) -> tuple[Mapping[str, float] | None] | None:
-        """What was found of how the fitness of a plan changes with its genes, as (slopes or None,); None if nobody
-        looked."""
-        path = self.root / "scores" / f"{plan}-slopes.json"
-        return (json.loads(path.read_text())["slopes"],) if path.is_file() else None
-
-    def write_slopes(self, plan: str, slopes: Mapping[str, float] | None) -> None:
-        """Keeps how the fitness of a plan changes with its genes, or that this is not known."""
-        write_atomic(self.root / "scores" / f"{plan}-slopes.json", json.dumps({"slopes": slopes}, sort_keys=True))
-
-    def _scores_path(self, plan: str, split: str) -> Path:
-        return self.root / "scores" / f"{plan}-{split}.npz"
 
 
 def _only_begun(root: Path) -> bool:

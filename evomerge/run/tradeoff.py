@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evomerge.evaluation.splits import SEARCH, SELECT, TEST
 from evomerge.objective.fitness import Fitness
-from evomerge.problem.problem import SEARCH, SELECT, TEST, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.report.rows import Row, fitness_json, read_row, scores_json
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomerge.evaluation.score_store import ScoreCache, key_of
+from evomerge.evaluation.score_store import RunScores, ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores
 
 ITEMS = {"t": ("t:1", "t:4")}
@@ -96,3 +96,28 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) 
     cache = ScoreCache(tmp_path / "file")
     cache.put(key_of({}), scores())
     assert cache.get(key_of({}), ITEMS) is None
+
+
+def test_scores_of_a_run_come_back(tmp_path: Path) -> None:
+    (tmp_path / "scores").mkdir()
+    store = RunScores(tmp_path)
+    values = np.array([0.1, 1 / 3])
+    scores = {"t": ItemScores("t", ("t:0", "t:4"), {"acc": (values, np.ones(2))}, {"acc": True}, {}, {"f1": 0.25})}
+    assert store.load("plan", "test") is None
+    store.save("plan", "test", scores)
+    kept = store.load("plan", "test")
+    assert kept is not None
+    assert kept["t"].items == ("t:0", "t:4")
+    assert np.array_equal(kept["t"].metrics["acc"][0], values)
+    assert kept["t"].score("f1").value == 0.25
+    assert store.load("plan", "search") is None
+
+
+def test_that_there_are_no_gradients_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "scores").mkdir()
+    store = RunScores(tmp_path)
+    assert store.load_gradients("plan") is None
+    store.save_gradients("plan", None)
+    store.save_gradients("other", {"weight.a": 0.5})
+    assert store.load_gradients("plan") == (None,)
+    assert store.load_gradients("other") == ({"weight.a": 0.5},)

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from evomerge.engine.parameter_gradients import STEP
+from evomerge.evaluation.splits import SEARCH
 from evomerge.objective.fitness import Fitness
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.fitness_gradients import COST, fitness_slopes, genes_of_settings
-from evomerge.problem.problem import SEARCH, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
 from evomerge.space.decode import active
 from evomerge.space.genome import Genome

@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from evomerge.engine.to_disk import merge_to_folder
-from evomerge.problem.problem import TEST, Workbench
+from evomerge.evaluation.splits import TEST
+from evomerge.problem.problem import Workbench
 from evomerge.recipe import load_recipe, parse_recipe
 from evomerge.run.export import Rescored
 from evomerge.run.folder import RunFolder

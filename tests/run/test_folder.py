@@ -8,11 +8,9 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from evomerge.errors import OutputError, RunError
-from evomerge.evaluation.scores import ItemScores
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import _survived
 from evomerge.space.genome import Genome
@@ -114,23 +112,10 @@ def test_reading_makes_nothing(spec: SearchSpec, tmp_path: Path) -> None:
     before = sorted(folder.root.rglob("*"))
     assert folder.candidates() == ()
     assert folder.result() is None
-    assert folder.scores("plan", "search") is None
+    assert folder.scores.load("plan", "search") is None
     assert sorted(folder.root.rglob("*")) == before
     with pytest.raises(RunError, match="no candidate has been scored yet"):
         folder.winner(())
-
-
-def test_scores_come_back(spec: SearchSpec, tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", spec, "")
-    values = np.array([0.1, 1 / 3])
-    scores = {"t": ItemScores("t", ("t:0", "t:4"), {"acc": (values, np.ones(2))}, {"acc": True}, {}, {"f1": 0.25})}
-    folder.write_scores("plan", "test", scores)
-    kept = folder.scores("plan", "test")
-    assert kept is not None
-    assert kept["t"].items == ("t:0", "t:4")
-    assert np.array_equal(kept["t"].metrics["acc"][0], values)
-    assert kept["t"].score("f1").value == 0.25
-    assert folder.scores("plan", "search") is None
 
 
 def test_environment(spec: SearchSpec, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
+from evomerge.evaluation.splits import SEARCH
 from evomerge.problem.candidate_evaluator import Scorer
-from evomerge.problem.problem import SEARCH, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.spec.schema import parse_spec

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.problem.problem import SEARCH, Workbench
+from evomerge.evaluation.splits import SEARCH
+from evomerge.problem.problem import Workbench
 from evomerge.report.tables import result_table
 from evomerge.run import export
 from evomerge.run.folder import RunFolder

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from evomerge.errors import SpecError
+from evomerge.evaluation.splits import SEARCH
 from evomerge.problem.fitness_gradients import COST
-from evomerge.problem.problem import SEARCH, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.run.status import read_status, render_status
@@ -96,7 +97,7 @@ def test_the_whole_score_does_not_depend_on_the_blocks(raced: Path, finished_run
     bench = Workbench(whole.spec)
     for candidate in (c for c in found(raced) if c.generation == 0):
         digest = bench.plan(candidate.recipe).digest
-        ours, theirs = RunFolder.existing(raced).scores(digest, SEARCH), whole.scores(digest, SEARCH)
+        ours, theirs = RunFolder.existing(raced).scores.load(digest, SEARCH), whole.scores.load(digest, SEARCH)
         assert ours is not None
         assert theirs is not None
         for task, part in ours.items():

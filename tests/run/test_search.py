@@ -13,9 +13,11 @@ import yaml
 
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, RecipeError, RunError
 from evomerge.evaluation.scores import ItemScores
+from evomerge.evaluation.splits import SEARCH, SELECT, TEST
+from evomerge.objective.item_sampling import Sample
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.planner import Planner
-from evomerge.problem.problem import SEARCH, SELECT, TEST, Workbench
+from evomerge.problem.problem import Workbench
 from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
@@ -190,8 +192,9 @@ def test_items_that_tell_candidates_apart_steer(
         "tiny_choice": (6, 12),
         "tiny_text": (4, 8),
     }
-    samples = RunFolder.existing(tmp_path / "whole").samples()
-    assert samples is not None
+    drawn_items = RunFolder.existing(tmp_path / "whole").scores.load_samples()
+    assert drawn_items is not None
+    samples = {task: Sample.from_json(sample) for task, sample in drawn_items.items()}
     bench = Workbench(whole)
     for task, sample in samples.items():
         assert set(sample.items) < {bench.evaluator.items(task)[k] for k in bench.selections[SEARCH][task]}
@@ -202,7 +205,7 @@ def test_items_that_tell_candidates_apart_steer(
         candidate = found[finalist["candidate"]]
         assert finalist["estimate"] == candidate.fitness
         assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
-        kept = folder.scores(bench.plan(candidate.recipe).digest, SEARCH)
+        kept = folder.scores.load(bench.plan(candidate.recipe).digest, SEARCH)
         assert kept is not None
         acc = kept["tiny_choice"]
         drawn = dict(zip(samples["tiny_choice"].items, samples["tiny_choice"].weights, strict=True))
@@ -211,7 +214,7 @@ def test_items_that_tell_candidates_apart_steer(
         assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["value"] == pytest.approx(expected)
     for candidate in found.values():
         if candidate.generation == 0:  # was scored on all of them, and is judged by the same part as the others
-            kept = folder.scores(bench.plan(candidate.recipe).digest, SEARCH)
+            kept = folder.scores.load(bench.plan(candidate.recipe).digest, SEARCH)
             assert kept is not None
             assert len(kept["tiny_choice"].items) == 12
         assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
@@ -520,7 +523,7 @@ def test_kept_scores_are_the_candidates_own(finished_run: Path) -> None:
     folder = RunFolder.existing(finished_run)
     bench = Workbench(folder.spec)
     for candidate in folder.candidates():
-        kept = folder.scores(bench.plan(candidate.recipe).digest, SEARCH)
+        kept = folder.scores.load(bench.plan(candidate.recipe).digest, SEARCH)
         assert kept is not None
         for task, item_scores in kept.items():
             assert isinstance(item_scores, ItemScores)
