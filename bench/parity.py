@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.parity_reasons import ROUNDING, Reasons, reasons
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import EvoMergeError
 from evomerge.methods.registry import METHODS
 from evomerge.planning.plan import prepare
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 
 RESULTS = Path(__file__).parent / "results" / "parity.md"
 SEEDS = 12

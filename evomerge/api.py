@@ -20,7 +20,7 @@ def merge(
     Args:
         recipe: A recipe, its mapping (or a list of them, for a merge in several steps), or the path of its YAML file.
         out: The checkpoint's folder.
-        options: As for `evomerge.engine.to_disk.merge_to_folder`.
+        options: As for `evomerge.run.merge.merge_to_folder`.
 
     Returns:
         The checkpoint's folder.
@@ -29,8 +29,8 @@ def merge(
         BadInput: When the recipe or a model cannot be used.
         OutputError: When writing fails.
     """
-    from evomerge.engine.to_disk import merge_to_folder
     from evomerge.recipe import load_recipe, parse_recipe
+    from evomerge.run.merge import merge_to_folder
 
     if isinstance(recipe, str | Path):
         recipe = load_recipe(Path(recipe))

@@ -61,9 +61,9 @@ def merge_models(
         CandidateError: transformers knows no model of this config.
     """
     from evomerge.checkpoints.checkpoint import open_checkpoints
-    from evomerge.engine.to_disk import refuse_crimes
     from evomerge.planning.plan import prepare
     from evomerge.recipe import parse_recipe
+    from evomerge.run.merge import refuse_crimes
 
     if isinstance(models, str | Path) or not models:
         raise BadInput("merge_models: models: give a list of at least one model")

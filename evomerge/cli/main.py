@@ -13,9 +13,9 @@ from typing import Annotated, NoReturn, get_args
 import typer
 
 from evomerge.cli.dare import dare
+from evomerge.cli.merge import Crimes, merge
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.evaluation.backends.registry import BackendName
-from evomerge.run.merge import Crimes, merge
 from evomerge.system.memory import collect_rarely
 
 app = typer.Typer(

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from evomerge.engine.statistics.operation_statistics import OperationFacts
-from evomerge.engine.statistics.tensor_statistics import CHUNK, FactStore, Members, chunks
+from evomerge.engine.statistics.tensor_statistics import CHUNK, FactStore, chunks
+from evomerge.errors import BadInput
 from evomerge.methods.contract import Block, Granularity
 from evomerge.methods.registry import get_method
-from evomerge.planning.operation import COPY, Input, Operation
+from evomerge.planning.operation import COPY, Family, Input, Operation
 from evomerge.system.threads import run_all
 
 if TYPE_CHECKING:
@@ -29,7 +30,30 @@ if TYPE_CHECKING:
 _PIECE = 1 << 21  # elements: large enough that handing a piece to a thread costs nothing
 _SENT = 1 << 24  # elements of a block that is sent to a device: 64 MB in float32
 
-Family = Members
+
+def find_device(name: str) -> torch.device | None:
+    """The device to compute on; None for the processor, where compiled kernels do the work.
+
+    Raises:
+        BadInput: torch knows no such device, or there is none in this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"--device: '{name}' is no device of torch's, such as cpu, cuda or cuda:1") from None
+    if device.type == "meta":
+        raise BadInput("--device: 'meta' holds no values to compute with")
+    if device.type == "cpu":
+        return None
+    try:
+        torch.empty(1, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # what torch raises differs from build to build
+        raise BadInput(f"--device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def execute(

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.engine.execute import Family, Part, parts
+from evomerge.engine.execute import Part, parts
 from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.methods.contract import Settings
-from evomerge.planning.operation import Operation
+from evomerge.planning.operation import Family, Operation
 from evomerge.system.threads import run_all
 
 Entry = tuple[str, int | None]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import TORCH_DTYPES
-from evomerge.engine.execute import Family, execute_all, materialise, pieces
+from evomerge.engine.execute import execute_all, materialise, pieces
 from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.errors import CandidateError
-from evomerge.planning.operation import COPY, Operation
+from evomerge.planning.operation import COPY, Family, Operation
 from evomerge.planning.plan import Plan
 
 _SKELETONS = 4

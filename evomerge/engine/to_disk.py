@@ -1,4 +1,4 @@
-"""A recipe to a checkpoint on disk: streamed tensor by tensor, complete or not there at all."""
+"""A plan to a checkpoint on disk: streamed tensor by tensor, complete or not there at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,84 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
-from evomerge.checkpoints.compatible import mixed_architectures
+from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
-from evomerge.checkpoints.writer import CheckpointWriter, refuse_taken
-from evomerge.engine.device import find_device
-from evomerge.engine.execute import execute_all, parts
+from evomerge.checkpoints.writer import CheckpointWriter
+from evomerge.engine.execute import execute_all, find_device, parts
 from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.planning.operation import Operation, inputs_of
-from evomerge.planning.plan import Plan, prepare
-from evomerge.recipe import Recipe
-from evomerge.report.model_card import merge_card
-from evomerge.run.steps import step_results
+from evomerge.planning.plan import Plan
 
 Progress = Callable[[int, int], None]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def merge_to_folder(
-    recipe: Recipe,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    max_shard_size: str | int = "5GB",
-    allow_pickle: bool = False,
-    device: str = "cpu",
-    allow_crimes: bool = False,
-    progress: Progress | None = None,
-    warn: Callable[[str], None] = warnings.warn,
-    finish: Callable[[Path], None] | None = None,
-) -> Path:
-    """Carries out a recipe, its earlier steps first.
-
-    Args:
-        recipe: What to merge.
-        out: The checkpoint's folder, made by this call.
-        overwrite: Replace a folder that is there.
-        max_shard_size: Largest file: bytes, or text such as "5GB".
-        allow_pickle: Also read pickle checkpoints.
-        device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
-        allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
-        progress: Called with (tensors written, tensors in all), by the thread that wrote the last one; for each step
-            anew.
-        warn: Called with what is odd but possible.
-        finish: Called with the folder before it gets its final name, to add to it or take from it.
-
-    Returns:
-        `out`: config, generation config, tokenizer, weights and a model card.
-
-    Raises:
-        BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
-        OutputError: When writing fails; what was there before is intact.
-    """
-    find_device(device)
-    checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle)
-    if not allow_crimes:
-        refuse_crimes(checkpoints)
-    refuse_taken(out.resolve(), overwrite)
-
-    def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
-        plan, aligned, odd = prepare(document, opened, identify=False)
-        for text in odd:
-            warn(text)
-        write_checkpoint(plan, aligned, folder, device=device, progress=progress, **options)
-
-    with step_results(recipe, checkpoints, out, functools.partial(carry_out, card="")) as opened:
-        card = merge_card(recipe, opened, identify=False)
-        carry_out(recipe, opened, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, finish=finish)
-    return out
-
-
-def refuse_crimes(checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Raises CheckpointError where the models' configs name different architectures."""
-    if mixed := mixed_architectures(checkpoints):
-        raise CheckpointError(f"{mixed}: if that is meant, allow it with --allow-crimes; tensors still have to fit")
 
 
 def write_checkpoint(
@@ -117,8 +52,8 @@ def write_checkpoint(
         out: The folder.
         card: Text of README.md.
         overwrite: Replace a folder that is there.
-        max_shard_size: Largest file.
-        device: As for `merge_to_folder`.
+        max_shard_size: Largest file: bytes, or text such as "5GB".
+        device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
         progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
         finish: Called with the folder before it gets its final name, to add to it.
 

@@ -23,6 +23,13 @@ class Input(NamedTuple):
     fingerprint: str
 
 
+FamilyMember = tuple[Input | None, tuple[Input, ...]]
+"""The base and the sources of one tensor."""
+
+Family = tuple[FamilyMember, ...]
+"""Those of every tensor that is merged: the whole model, for ``scope: model``."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """How one output tensor is made.

@@ -13,13 +13,12 @@ from evomerge.checkpoints.compatible import check_compatible
 from evomerge.checkpoints.dtypes import FLOATS, safetensors_name
 from evomerge.checkpoints.layout import Layout, Stack, residual_writers
 from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
-from evomerge.engine.execute import Family
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.contract import Settings
 from evomerge.methods.registry import get_method
 from evomerge.planning.merged_config import has_layer_list, merged_config
 from evomerge.planning.modules import Share, find_shares, owner, stack_list
-from evomerge.planning.operation import COPY, Input, Operation, operation_digest
+from evomerge.planning.operation import COPY, Family, Input, Operation, operation_digest
 from evomerge.planning.vocabulary.align import align
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.recipe import (

@@ -10,15 +10,14 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.compatible import not_finite
 from evomerge.checkpoints.models import single_model
-from evomerge.engine.to_disk import refuse_crimes
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
 from evomerge.planning.plan import Plan
 from evomerge.problem.problem import Workbench
 from evomerge.recipe import load_recipe
 from evomerge.report.tables import table
+from evomerge.run.merge import plan_documents, refuse_crimes
 from evomerge.run.preflight import look_before
-from evomerge.run.steps import plan_documents
 from evomerge.run.warm_start import warm_starts
 from evomerge.space.baselines import baselines
 from evomerge.spec.schema import SearchSpec, load_spec
@@ -28,7 +27,7 @@ _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a re
 
 
 def check_file(path: Path, *, allow_crimes: bool = False) -> str:
-    """Checks a search.yaml or a recipe; `allow_crimes` as for `evomerge.engine.to_disk.merge_to_folder`.
+    """Checks a search.yaml or a recipe; `allow_crimes` as for `evomerge.run.merge.merge_to_folder`.
 
     Returns:
         What was found and what it will need, as text.

@@ -1,198 +1,215 @@
-"""`evomerge merge`: its own options, and those that people type by habit after mergekit-yaml."""
+"""A recipe to a checkpoint: its earlier steps first, each a temporary checkpoint beside the output."""
 
 from __future__ import annotations
 
-import os
-import re
-import time
-from collections.abc import Mapping
-from dataclasses import replace
+import functools
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import typer
-
-from evomerge.errors import BadInput
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_checkpoints
+from evomerge.checkpoints.compatible import mixed_architectures
+from evomerge.checkpoints.header import TensorInfo, TensorSpec
+from evomerge.checkpoints.writer import refuse_taken
+from evomerge.engine.execute import find_device
+from evomerge.engine.to_disk import Progress, write_checkpoint
+from evomerge.errors import BadInput, CheckpointError, EvoMergeError, OutputError
+from evomerge.planning.plan import Plan, prepare
+from evomerge.recipe import Recipe
+from evomerge.report.model_card import merge_card
+from evomerge.system.locks import output_lock
 
 if TYPE_CHECKING:
-    from evomerge.recipe import Recipe
-
-# mergekit-yaml's options that change nothing here, with the reason: for the help, and for a note when one is given.
-WITHOUT_EFFECT: Mapping[str, str] = {
-    "lazy_unpickle": "files are memory-mapped in any case",
-    "low_cpu_memory": "tensors are streamed and memory is bounded in any case",
-    "read_to_gpu": "tensors go to the device as they are needed",
-    "multi_gpu": "one device computes",
-    "clone_tensors": "a layer that occurs twice is written twice in any case",
-    "async_write": "tensors are written while others are merged in any case",
-    "write_threads": "see --num-threads",
-    "lora_merge_cache": "adapters are applied tensor by tensor and nothing is stored",
-    "lora_merge_dtype": "adapters are applied in float32 and rounded once",
-    "unsafe_truncate_embeddings": "what happens to vocabularies is the recipe's to say: tokenizer_source",
-}
-_NOT_TOKENIZER = re.compile(r"config\.json|generation_config\.json|README\.md|.*\.safetensors(\.index\.json)?")
-_MERGEKIT_SIZE = re.compile(r"(\d+)([kmb]?)", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def no_effect(name: str) -> str:
-    """The line of help of an option that changes nothing."""
-    return f"No effect here: {WITHOUT_EFFECT[name]}."
-
-
-Crimes = Annotated[
-    bool,
-    typer.Option(
-        help="Also merge models whose configs name different architectures. Their tensors still have to fit by name "
-        "and shape."
-    ),
-]
-
-
-def merge(
-    context: typer.Context,
-    recipe: Annotated[
-        Path,
-        typer.Argument(help="A recipe, such as a mergekit configuration, of one or more steps.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Argument(help="The checkpoint's folder.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of the checkpoint, such as 5GB.")] = "5GB",
-    out_shard_size: Annotated[str | None, typer.Option(help="The same in mergekit's spelling: 5B is 5GB.")] = None,
-    copy_tokenizer: Annotated[bool, typer.Option(help="Write a tokenizer with its chat template.")] = True,
-    write_model_card: Annotated[bool, typer.Option(help="Write README.md: sources, licences, recipe.")] = True,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also read pickle checkpoints.")] = False,
-    allow_crimes: Crimes = False,
-    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, auto.")] = None,
-    cuda: Annotated[bool, typer.Option(help="The same as --device cuda.")] = False,
-    gpu_rich: Annotated[bool, typer.Option("--gpu-rich", help="The same as --device cuda.")] = False,
-    num_threads: Annotated[int | None, typer.Option("--num-threads", "-j", help="Threads to use.", min=1)] = None,
-    random_seed: Annotated[int | None, typer.Option(help="Seed in place of the recipe's.", min=0)] = None,
-    transformers_cache: Annotated[Path | None, typer.Option(help="Folder for models from the Hub.")] = None,
-    verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="Say what is read and written.", show_default=False)
-    ] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor warnings nor notes.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Refused: a merge runs no model's code.")] = False,
-    safe_serialization: Annotated[bool, typer.Option(help="--no-... is refused: no pickles are written.")] = True,
-    lazy_unpickle: Annotated[bool | None, typer.Option(help=no_effect("lazy_unpickle"))] = None,
-    low_cpu_memory: Annotated[bool | None, typer.Option(help=no_effect("low_cpu_memory"))] = None,
-    read_to_gpu: Annotated[bool | None, typer.Option(help=no_effect("read_to_gpu"))] = None,
-    multi_gpu: Annotated[bool | None, typer.Option(help=no_effect("multi_gpu"))] = None,
-    clone_tensors: Annotated[bool | None, typer.Option(help=no_effect("clone_tensors"))] = None,
-    async_write: Annotated[bool | None, typer.Option(help=no_effect("async_write"))] = None,
-    write_threads: Annotated[int | None, typer.Option(help=no_effect("write_threads"))] = None,
-    lora_merge_cache: Annotated[str | None, typer.Option(help=no_effect("lora_merge_cache"))] = None,
-    lora_merge_dtype: Annotated[str | None, typer.Option(help=no_effect("lora_merge_dtype"))] = None,
-    unsafe_truncate_embeddings: Annotated[
-        bool | None, typer.Option(help=no_effect("unsafe_truncate_embeddings"))
-    ] = None,
-) -> None:
-    """Carry out one recipe, no search. Takes mergekit-yaml's options too."""
-    if trust_remote_code:
-        raise BadInput("--trust-remote-code: refused: a merge needs no model's code, tensors are found by their names")
-    if not safe_serialization:
-        raise BadInput("--no-safe-serialization: refused: only safetensors are written")
-    if transformers_cache is not None:
-        os.environ["HF_HUB_CACHE"] = str(transformers_cache.expanduser().resolve())
-    ignored = [name for name in WITHOUT_EFFECT if context.params.get(name) is not None]
-    options: dict[str, Any] = {
-        "overwrite": overwrite,
-        "max_shard_size": max_shard_size if out_shard_size is None else mergekit_size(out_shard_size),
-        "allow_pickle": allow_pickle,
-        "allow_crimes": allow_crimes,
-        "device": wanted_device(device, cuda or gpu_rich),
-    }
-    if not (copy_tokenizer and write_model_card):
-        options["finish"] = lambda folder: _take_out(folder, not copy_tokenizer, not write_model_card)
-    say = _Voice(0 if quiet else 1 + verbose)
-    for name in ignored:
-        say.note(f"--{name.replace('_', '-')} has no effect here: {WITHOUT_EFFECT[name]}")
-    _carry_out(recipe, out, options, say, seed=random_seed, threads=num_threads)
-
-
-class _Voice:
-    """Says on stderr as much as was asked for: nothing (0), warnings and progress (1), also what is done (2)."""
-
-    def __init__(self, level: int) -> None:
-        self.level = level
-
-    def note(self, text: str) -> None:
-        """Something odd that the user may want to know."""
-        if self.level >= 1:
-            typer.echo(f"note: {text}", err=True)
-
-    def warn(self, text: str) -> None:
-        """Something that is probably not meant."""
-        if self.level >= 1:
-            typer.echo(f"warning: {text}", err=True)
-
-    def tell(self, text: str) -> None:
-        """What is done."""
-        if self.level >= 2:
-            typer.echo(text, err=True)
-
-
-def _carry_out(
-    path: Path, out: Path, options: dict[str, Any], say: _Voice, *, seed: int | None, threads: int | None
-) -> None:
     import torch
 
-    from evomerge.checkpoints.checkpoint import open_checkpoint
-    from evomerge.engine.to_disk import merge_to_folder
-    from evomerge.recipe import load_recipe
-    from evomerge.trackers.progress import tensor_progress
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    wanted = load_recipe(path)
-    if seed is not None:
-        wanted = _seeded(wanted, seed)
-    for text in wanted.warnings:
-        say.warn(text)
-    if say.level >= 2:
-        for reference in wanted.external_models():
-            model = open_checkpoint(reference, allow_pickle=options["allow_pickle"])
-            say.tell(f"reads {reference}: {len(model.tensors)} tensors, {model.nbytes / 1e9:.3f} GB")
-    started = time.monotonic()
-    with tensor_progress(say.level >= 1) as progress:
-        folder = merge_to_folder(wanted, out, progress=progress, warn=say.warn, **options)
-    for file in sorted(folder.glob("*.safetensors")):
-        say.tell(f"wrote {file}: {file.stat().st_size / 1e9:.3f} GB")
-    say.tell(f"{len(wanted.documents)} merge{'s' * (len(wanted.documents) > 1)} in {time.monotonic() - started:.1f} s")
-    typer.echo(str(folder))
+def merge_to_folder(
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    allow_crimes: bool = False,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+    finish: Callable[[Path], None] | None = None,
+) -> Path:
+    """Carries out a recipe, its earlier steps first.
 
+    Args:
+        recipe: What to merge.
+        out: The checkpoint's folder, made by this call.
+        overwrite: Replace a folder that is there.
+        max_shard_size: Largest file: bytes, or text such as "5GB".
+        allow_pickle: Also read pickle checkpoints.
+        device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
+        allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
+        progress: Called with (tensors written, tensors in all), by the thread that wrote the last one; for each step
+            anew.
+        warn: Called with what is odd but possible.
+        finish: Called with the folder before it gets its final name, to add to it or take from it.
 
-def _seeded(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe with another seed in each of its modules and steps."""
-    modules, steps = (tuple(_seeded(one, seed) for one in several) for several in (recipe.modules, recipe.steps))
-    return replace(recipe, seed=seed, modules=modules, steps=steps)
-
-
-def mergekit_size(text: str) -> int:
-    """mergekit's sizes: "5B" -> 5,000,000,000 bytes, although its help speaks of parameters.
+    Returns:
+        `out`: config, generation config, tokenizer, weights and a model card.
 
     Raises:
-        BadInput: For anything but a number with K, M or B.
+        BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
+        OutputError: When writing fails; what was there before is intact.
     """
-    found = _MERGEKIT_SIZE.fullmatch(text.strip())
-    if found is None or int(found[1]) == 0:
-        raise BadInput(f"--out-shard-size: '{text}' is no size such as 500M or 5B")
-    factor: int = _UNITS[found[2].lower()]
-    return int(found[1]) * factor
+    find_device(device)
+    checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle)
+    if not allow_crimes:
+        refuse_crimes(checkpoints)
+    refuse_taken(out.resolve(), overwrite)
+
+    def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
+        plan, aligned, odd = prepare(document, opened, identify=False)
+        for text in odd:
+            warn(text)
+        write_checkpoint(plan, aligned, folder, device=device, progress=progress, **options)
+
+    with step_results(recipe, checkpoints, out, functools.partial(carry_out, card="")) as opened:
+        card = merge_card(recipe, opened, identify=False)
+        carry_out(recipe, opened, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, finish=finish)
+    return out
 
 
-def wanted_device(device: str | None, cuda: bool) -> str:
-    """The name of the device that the options ask for."""
-    if device == "auto":
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device or ("cuda" if cuda else "cpu")
+def refuse_crimes(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raises CheckpointError where the models' configs name different architectures."""
+    if mixed := mixed_architectures(checkpoints):
+        raise CheckpointError(f"{mixed}: if that is meant, allow it with --allow-crimes; tensors still have to fit")
 
 
-def _take_out(folder: Path, tokenizer: bool, card: bool) -> None:
-    """Removes what was not wanted from a folder that is not an output yet."""
-    for path in folder.iterdir():
-        if (card and path.name == "README.md") or (tokenizer and not _NOT_TOKENIZER.fullmatch(path.name)):
-            path.unlink()
+class CarryOut(Protocol):
+    """Carries out one merge, its models open, into a folder."""
+
+    def __call__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], out: Path, /) -> None: ...
+
+
+@contextmanager
+def step_results(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], out: Path, carry_out: CarryOut
+) -> Iterator[Mapping[str, Checkpoint]]:
+    """Carries out the steps of a recipe; their results last as long as the block.
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Its external models, open, by reference.
+        out: Where the final result will be; temporary folders are made beside it and removed, whatever happens.
+        carry_out: Carries out one step.
+
+    Yields:
+        The checkpoints that the final merge reads, by reference.
+
+    Raises:
+        BadInput: Something is wrong with a step; as far as headers tell, that is found before the first is written.
+        OutputError: When writing fails.
+    """
+    if not recipe.steps:
+        yield checkpoints
+        return
+    plan_documents(recipe, checkpoints)
+    opened = dict(checkpoints)
+    with _folder_beside(out) as folder:
+        for number, step in enumerate(recipe.steps, start=1):
+            result = folder / f"step-{number}"
+            carry_out(step, opened, result)
+            opened |= {reference: _open(result, reference) for reference in _references_to(step, recipe)}
+        yield opened
+
+
+def _references_to(step: Recipe, recipe: Recipe) -> list[str]:
+    """How other documents mention the result of a step: its name, or its name with an adapter."""
+    every = dict.fromkeys(reference for document in recipe.documents for reference in document.models())
+    return [reference for reference in every if reference.partition("+")[0] == step.name]
+
+
+def _open(result: Path, reference: str) -> Checkpoint:
+    _, plus, adapter = reference.partition("+")
+    checkpoint = open_checkpoint(f"{result}{plus}{adapter}")
+    checkpoint.reference = reference  # messages speak of it as the recipe does
+    return checkpoint
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """A folder for intermediate results, cleared of what a killed process left there."""
+    whole = out.resolve()
+    folder = whole.parent / f".{whole.name}.steps"
+    with ExitStack() as stack:
+        try:
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(output_lock(whole.parent / f"{folder.name}.lock", out))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+def plan_documents(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], warn: Callable[[str], None] = lambda text: None
+) -> list[Plan]:
+    """Plans every merge of a recipe from headers alone, nothing carried out.
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Its external models, open, by reference.
+        warn: Called with what is odd but possible.
+
+    Returns:
+        The plans in the order of the work. They end before a document that cannot be planned without the tensors or
+        the tokenizer that an earlier one would make.
+
+    Raises:
+        BadInput: What is wrong with a document.
+    """
+    known, plans = dict(checkpoints), []
+    for document in recipe.documents:
+        if any(reference not in known for reference in document.models()):  # a step with an adapter
+            break
+        if (document.tokenizer_source or document.tokenizer) and set(document.models()) - set(checkpoints):
+            break
+        try:
+            plan, _, odd = prepare(document, known, identify=False)
+        except _NotThereYet:
+            break
+        except BadInput as error:
+            if document is recipe:
+                raise
+            raise type(error)([f"the merge '{document.name}': {problem}" for problem in error.problems]) from error
+        plans.append(plan)
+        for text in odd:
+            warn(text)
+        if document.name is not None:
+            known[document.name] = Checkpoint(document.name, None, plan.config, _Promised(plan))
+    return plans
+
+
+class _NotThereYet(EvoMergeError):
+    """A tensor that no step has made yet was asked for."""
+
+
+class _Promised:
+    """The weights that a plan will make: names, shapes and dtypes, no numbers."""
+
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, plan: Plan) -> None:
+        specs = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
+        self.tensors = {spec.name: TensorInfo(spec.name, spec.shape, spec.dtype, 0, spec.nbytes) for spec in specs}
+
+    def read(self, name: str) -> torch.Tensor:
+        raise _NotThereYet(name)
+
+    def release(self, name: str) -> None:
+        """There is nothing to let go of."""
+
+    def fingerprint(self) -> str:
+        return ""  # a plan that is not carried out draws nothing from it

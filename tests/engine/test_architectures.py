@@ -13,9 +13,9 @@ import transformers
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.engine.resident import Resident
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import RecipeError
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 from tests.architectures import ARCHITECTURES, LAYERS, Architecture, outputs
 from tests.engine.recipes import layers, opened, plan_of
 from tests.methods.references import elect, largest

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.engine.resident import Resident
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.methods.contract import Method
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 from tests.engine.recipes import EVERY, layers, opened, plan_of, recipe_for, single
 from tests.models import write_tiny_llama
 

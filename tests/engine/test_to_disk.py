@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.writer import CheckpointWriter
-from evomerge.engine.to_disk import merge_to_folder, parse_size
+from evomerge.engine.to_disk import parse_size
 from evomerge.errors import BadInput, OutputError
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 from tests.engine.recipes import recipe_for, single
 from tests.frame import files
 from tests.models import write_tiny_llama

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from evomerge.engine.resident import Resident
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 from tests.engine.recipes import layers, opened, plan_of, single
 
 

@@ -13,12 +13,12 @@ from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import Layout, layout_of
 from evomerge.engine.resident import Resident
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import RecipeError
 from evomerge.planning.modules import find_shares, owner
 from evomerge.planning.plan import make_plan
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 from tests.architectures import ARCHITECTURES, outputs
 from tests.engine.recipes import opened, plan_of
 from tests.engine.test_architectures import load, tensors

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 from tests.architectures import ARCHITECTURES, Architecture, outputs, shaken
 from tests.engine.test_architectures import load
 from tests.models import byte_tokenizer, write_tiny_llama

@@ -12,12 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.evaluation.splits import TEST
 from evomerge.problem.problem import Workbench
 from evomerge.recipe import load_recipe, parse_recipe
 from evomerge.run.export import Rescored
 from evomerge.run.folder import RunFolder
+from evomerge.run.merge import merge_to_folder
 from evomerge.study.record import Record
 from evomerge.system.quiet import quiet
 from tests.frame import TASKS, files, invoke

@@ -1,185 +1,245 @@
-"""`evomerge merge` with the options that people know from mergekit-yaml."""
+"""Recipes of several merges, carried out: the numbers, what lies beside the output meanwhile, and what is left."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from evomerge.errors import BadInput
+import evomerge
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.engine import kernel_dispatch as compiled
+from evomerge.engine import to_disk as disk
+from evomerge.errors import BadInput, CheckpointError, OutputError, RecipeError
 from evomerge.recipe import parse_recipe
-from evomerge.run.merge import WITHOUT_EFFECT, _seeded, mergekit_size, wanted_device
+from evomerge.run.check import check_file
+from evomerge.run.merge import merge_to_folder, plan_documents
 from tests.frame import files, invoke
-
-VALUES = {"write_threads": ["2"], "lora_merge_cache": ["somewhere"], "lora_merge_dtype": ["float32"]}
-
-
-@pytest.fixture
-def recipe(tiny_family: dict[str, Path], tmp_path: Path) -> Path:
-    models = [{"model": str(tiny_family[name]), "parameters": {"weight": 1, "density": 0.5}} for name in "ab"]
-    content = {"merge_method": "dare_linear", "base_model": str(tiny_family["base"]), "models": models}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+from tests.models import write_tiny_llama
 
 
-def test_the_whole_line_that_people_type(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every option without effect says so once, on stderr, and changes nothing."""
-    plain = invoke(capsys, "merge", recipe, recipe.parent / "plain")
-    assert (plain.code, plain.err) == (0, "")
-    given = [a for name in WITHOUT_EFFECT for a in (f"--{name.replace('_', '-')}", *VALUES.get(name, []))]
-    ended = invoke(capsys, "merge", recipe, recipe.parent / "out", *given, "--allow-crimes", "--copy-tokenizer")
-    assert (ended.code, ended.out) == (0, f"{recipe.parent / 'out'}\n")
-    notes = ended.err.splitlines()
-    assert len(notes) == len(WITHOUT_EFFECT)
-    for note, name in zip(notes, WITHOUT_EFFECT, strict=True):
-        assert note == f"note: --{name.replace('_', '-')} has no effect here: {WITHOUT_EFFECT[name]}"
-    assert dict(files(recipe.parent / "out")) == dict(files(recipe.parent / "plain"))
-    quiet = invoke(capsys, "merge", recipe, recipe.parent / "quiet", "--lazy-unpickle", "-q")
-    assert (quiet.code, quiet.err) == (0, "")
+def linear(*models: Any, weights: tuple[float, ...] = (), **more: Any) -> dict[str, Any]:
+    pairs = zip(models, weights or (1.0,) * len(models), strict=True)
+    return {
+        "merge_method": "linear",
+        "models": [{"model": str(m), "parameters": {"weight": w}} for m, w in pairs],
+    } | more
 
 
-def test_help_says_which_options_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = " ".join(invoke(capsys, "merge", "--help").out.split())
-    for name, reason in WITHOUT_EFFECT.items():
-        assert f"--{name.replace('_', '-')}" in shown
-        assert f"No effect here: {reason}." in shown
+def chain(family: dict[str, Path]) -> list[dict[str, Any]]:
+    """((a + b) / 2 + 3 c) / 4, and then a quarter of the way from the base to that."""
+    arithmetic = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(family["base"]),
+        "models": [{"model": "second", "parameters": {"weight": 0.25}}],
+    }
+    first = linear(family["a"], family["b"], name="first")
+    return [first, linear("first", family["c"], weights=(1, 3), name="second"), arithmetic]
 
 
-def test_sizes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert [mergekit_size(text) for text in ("7", "3k", "500M", "5B")] == [7, 3000, 500 * 10**6, 5 * 10**9]
-    for text in ("5GB", "0", "-1", "1.5B", ""):
-        with pytest.raises(BadInput, match="--out-shard-size"):
-            mergekit_size(text)
-    out = recipe.parent / "out"
-    assert invoke(capsys, "merge", recipe, out, "--out-shard-size", "60K").code == 0
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    shards = sorted(out.glob("*.safetensors"))
-    assert len(shards) > 2
-    assert {path.name for path in shards} == set(index["weight_map"].values())
-    for path in shards:
-        assert sum(value.numel() * 4 for value in load_file(path).values()) <= 60_000
+def test_the_numbers_and_what_is_left(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append({path.name for path in tmp_path.iterdir()})
+
+    out = merge_to_folder(parse_recipe(chain(tiny_family)), tmp_path / "out", progress=progress)
+    assert all(".out.steps" in names for names in seen), "intermediate results lie beside the output"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    base, a, b, c = (load_file(tiny_family[name] / "model.safetensors") for name in ("base", "a", "b", "c"))
+    merged = load_file(out / "model.safetensors")
+    assert merged.keys() == base.keys()
+    for name in merged:
+        second = ((a[name] + b[name]) / 2 + 3 * c[name]) / 4
+        torch.testing.assert_close(merged[name], base[name] + 0.25 * (second - base[name]), atol=1e-6, rtol=1e-5)
 
 
-def test_without_tokenizer_and_card(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole, bare = recipe.parent / "whole", recipe.parent / "bare"
-    assert invoke(capsys, "merge", recipe, whole).code == 0
-    assert invoke(capsys, "merge", recipe, bare, "--no-copy-tokenizer", "--no-write-model-card").code == 0
-    assert {path.name for path in bare.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
-    left = {path.name for path in whole.iterdir()} - {path.name for path in bare.iterdir()}
-    assert left == {"README.md", "tokenizer.json", "tokenizer_config.json"}
-    card = recipe.parent / "card"
-    assert invoke(capsys, "merge", recipe, card, "--no-copy-tokenizer").code == 0
-    assert (card / "README.md").is_file()
-    assert not (card / "tokenizer.json").exists()
+def test_the_card_holds_every_step(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    recipe = parse_recipe(chain(tiny_family))
+    card = (merge_to_folder(recipe, tmp_path / "out") / "README.md").read_text()
+    assert parse_recipe(card.split("```yaml\n")[1].split("```")[0]) == recipe
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["a", "b", "c", "base"]
+    assert "second" not in card.split("## Recipe")[0]
 
 
-def test_random_seed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same as the seed in the recipe, and said in the card."""
-    for out, more in (("zero", []), ("three", ["--random-seed", "3"])):
-        assert invoke(capsys, "merge", recipe, recipe.parent / out, *more).code == 0
-    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "seed": 3}))
-    assert invoke(capsys, "merge", recipe, recipe.parent / "written").code == 0
-    found = {name: dict(files(recipe.parent / name)) for name in ("zero", "three", "written")}
-    assert found["three"] == found["written"]
-    assert found["three"]["model.safetensors"] != found["zero"]["model.safetensors"]
+def test_steps_keep_their_own_dtype(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """A step rounded to bfloat16 is read as bfloat16; the final merge writes what it was asked for."""
+    first = linear(tiny_family["a"], name="first", out_dtype="bfloat16")
+    out = merge_to_folder(parse_recipe([first, linear("first", out_dtype="float32")]), tmp_path / "out")
+    a, merged = (load_file(folder / "model.safetensors") for folder in (tiny_family["a"], out))
+    for name, value in merged.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, a[name].bfloat16().float())
 
 
-def test_random_seed_of_modules_and_steps() -> None:
-    models = [{"model": "a"}, {"model": "b"}]
-    modules = {"encoder": {"models": models}, "decoder": {"models": [{"model": "first"}, *models]}}
-    shared = {"merge_method": "linear", "parameters": {"weight": 1}, "seed": 2}
-    recipe = parse_recipe([shared | {"name": "first", "models": models}, shared | {"modules": modules}])
-    for seed, found in ((2, recipe), (7, _seeded(recipe, 7))):
-        assert [one.seed for one in (*found.documents, *found.modules)] == [seed] * 4
-
-
-@pytest.mark.parametrize(
-    ("option", "expected"),
-    [
-        ("--trust-remote-code", "needs no model's code"),
-        ("--no-safe-serialization", "only safetensors"),
-        ("--device=abacus", "'abacus' is no device"),
-        ("--out-shard-size=5GB", "'5GB'"),
-    ],
-)
-def test_refusals(recipe: Path, capsys: pytest.CaptureFixture[str], option: str, expected: str) -> None:
-    ended = invoke(capsys, "merge", recipe, recipe.parent / "out", option)
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err.startswith(f"error: {option.split('=')[0]}: ")
-    assert expected in ended.err
-    assert not (recipe.parent / "out").exists()
-
-
-def test_devices(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (wanted_device(None, False), wanted_device("cpu", True), wanted_device("auto", False)) == ("cpu",) * 3
-    for option in ("--cuda", "--gpu-rich", "--device=cuda:1"):
-        ended = invoke(capsys, "merge", recipe, recipe.parent / "out", option)
-        assert ended.code == 2
-        assert "error: --device: 'cuda" in ended.err
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (wanted_device(None, True), wanted_device("auto", False), wanted_device("cuda:1", False)) == (
-        "cuda",
-        "cuda",
-        "cuda:1",
-    )
-
-
-def test_verbose_says_what_is_read_and_written(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ended = invoke(capsys, "merge", recipe, recipe.parent / "out", "-v")
-    assert ended.out == f"{recipe.parent / 'out'}\n"
-    lines = ended.err.splitlines()
-    assert [line.split("/")[-1] for line in lines[:3]] == [f"{n}: 38 tensors, 0.000 GB" for n in ("base", "a", "b")]
-    assert lines[3].startswith(f"wrote {recipe.parent / 'out' / 'model.safetensors'}: ")
-    assert lines[4].startswith("1 merge in ")
-
-
-def test_a_bar_on_a_terminal_only(
-    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_what_is_wrong_with_a_later_step_is_found_before_the_first_is_carried_out(
+    tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    shown = invoke(capsys, "merge", recipe, recipe.parent / "out")
-    assert "tensors" in shown.err
-    assert shown.out == f"{recipe.parent / 'out'}\n"
+    narrow = write_tiny_llama(tmp_path / "narrow", 3, hidden=16)
+    documents = [
+        linear(tiny_family["a"], name="first"),
+        linear("first", narrow, name="second"),
+        linear("second"),
+    ]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump_all(documents))
+    for arguments in (["merge", path, tmp_path / "out"], ["check", path]):
+        ended = invoke(capsys, *arguments)
+        assert (ended.code, ended.out) == (2, "")
+        assert "the merge 'second': " in ended.err
+        assert "other shapes than first" in ended.err
+    assert {found.name for found in tmp_path.iterdir()} == {"narrow", "recipe.yaml"}
 
 
-def test_crimes(recipe: Path, tiny_family: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """A config of another architecture with tensors of the same names: by `merge` and `check` alike."""
-    other = recipe.parent / "other"
-    assert invoke(capsys, "merge", recipe, other).code == 0
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"architectures": ["MistralForCausalLM"]}))
-    content = yaml.safe_load(recipe.read_text())
-    content["models"][1]["model"] = str(other)
-    recipe.write_text(yaml.safe_dump(content))
-    for arguments in (["merge", recipe, recipe.parent / "out"], ["check", recipe]):
-        refused = invoke(capsys, *arguments)
-        assert (refused.code, refused.out) == (2, "")
-        assert f"{other} is MistralForCausalLM" in refused.err
-        assert f"{tiny_family['base']} is LlamaForCausalLM" in refused.err
-        assert "--allow-crimes" in refused.err
-        assert invoke(capsys, *arguments, "--allow-crimes").code == 0
+def test_a_failure_in_a_step_leaves_nothing(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    write_tiny_llama(broken, 1, base=tiny_family["base"])
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    documents = [
+        linear(tiny_family["a"], name="first"),
+        linear("first", broken, name="second"),
+        linear("second"),
+    ]
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in model\.norm\.weight"):
+        evomerge.merge(documents, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
 
 
-def test_transformers_cache(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", "before")
-    assert invoke(capsys, "merge", recipe, recipe.parent / "out", "--transformers-cache", recipe.parent).code == 0
-    import os
+def test_stopped_by_the_user(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    calls = []
 
-    assert os.environ["HF_HUB_CACHE"] == str(recipe.parent)
+    def progress(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == total + 2:  # within the second step
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evomerge.merge(chain(tiny_family), tmp_path / "out", progress=progress)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_threads(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = torch.get_num_threads()
-    try:
-        assert invoke(capsys, "merge", recipe, recipe.parent / "out", "-j", "2").code == 0
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+def test_what_a_killed_merge_left_is_cleared(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    left = tmp_path / ".out.steps" / "step-1"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    evomerge.merge(chain(tiny_family), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_folder_that_is_taken_is_intact(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    evomerge.merge(linear(tiny_family["a"]), tmp_path / "out")
+    before = dict(files(tmp_path))
+    steps: list[int] = []
+    with pytest.raises(OutputError, match="is not empty"):
+        evomerge.merge(chain(tiny_family), tmp_path / "out", progress=lambda done, total: steps.append(done))
+    assert steps == [], "refused before any work"
+    assert dict(files(tmp_path)) == before
+
+
+def test_a_drop_of_a_step_is_the_same_in_every_folder(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """The random field hangs on the content of a step's result, not on where it lay."""
+    dare = {
+        "merge_method": "dare_linear",
+        "base_model": str(tiny_family["base"]),
+        "models": [{"model": "first", "parameters": {"weight": 1, "density": 0.5}}],
+    }
+    documents = [linear(tiny_family["a"], tiny_family["b"], name="first"), dare]
+    outs = [evomerge.merge(documents, tmp_path / name / "out") for name in ("one", "two")]
+    assert (outs[0] / "model.safetensors").read_bytes() == (outs[1] / "model.safetensors").read_bytes()
+
+
+def test_planned_from_headers(tiny_family: dict[str, Path]) -> None:
+    recipe = parse_recipe(chain(tiny_family))
+    plans = plan_documents(recipe, open_checkpoints(recipe.external_models()))
+    assert [len(plan.operations) for plan in plans] == [38, 38, 38]
+    assert {op.base.model for op in plans[2].operations if op.base} == {str(tiny_family["base"])}
+    assert {source.model for op in plans[2].operations for source in op.sources} == {"second"}
+
+
+def test_check_tells_every_step(
+    tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump_all(chain(tiny_family)))
+    ended = invoke(capsys, "check", path)
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    assert lines[0].startswith("step first: linear of 2 models, 38 tensors, 0.00 GB")
+    assert lines[1].startswith("step second: linear of 2 models")
+    assert lines[2] == f"{path}: task_arithmetic of 2 models, 38 tensors"
+    assert lines[4].startswith("its steps take ")
+
+
+def test_a_name_that_is_nowhere(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such model: 'third'"):
+        evomerge.merge([linear(tiny_family["a"], name="first"), linear("first", "third")], tmp_path / "out")
+    with pytest.raises(RecipeError, match="did you mean 'first'"):
+        evomerge.merge([linear(tiny_family["a"], name="first"), linear("fisrt")], tmp_path / "out")
+
+
+def test_a_search_takes_no_list_of_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "search.yaml"
+    path.write_text("name: x\n---\nname: y\n")
+    for command in ("run", "check"):
+        ended = invoke(capsys, command, path)
+        assert ended.code == 2
+        assert "has 2 documents" in ended.err
+
+
+def test_an_adapter_on_the_result_of_a_step(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """`first+adapter` is (a + b) / 2 with B A added to one weight (rank 2, alpha 2: a scale of 1)."""
+    name = "model.layers.0.mlp.up_proj"
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 32, generator=generator), torch.randn(64, 2, generator=generator)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    weights = {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    first = linear(tiny_family["a"], tiny_family["b"], name="first")
+    out = evomerge.merge([first, linear(f"first+{adapter}", "first", weights=(1, 3))], tmp_path / "out")
+    a, b, merged = (load_file(folder / "model.safetensors") for folder in (tiny_family["a"], tiny_family["b"], out))
+    for key, value in merged.items():
+        added = up @ down / 4 if key == f"{name}.weight" else 0
+        torch.testing.assert_close(value, (a[key] + b[key]) / 2 + added, atol=1e-6, rtol=1e-5)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump_all([first, linear(f"first+{adapter}")]))
+    assert "what comes after step first shows when that is there" in check_file(path)
+
+
+def test_a_device_computes_every_step(
+    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(chain(tiny_family))
+    here = load_file(merge_to_folder(recipe, tmp_path / "here") / "model.safetensors")
+    monkeypatch.setattr(disk, "find_device", torch.device)  # the processor as a device: no compiled kernels
+    monkeypatch.setattr(compiled, "compiled", None)
+    there = load_file(merge_to_folder(recipe, tmp_path / "there", device="cpu") / "model.safetensors")
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=2e-6, atol=1e-7, msg=name)
+
+
+def test_models_are_not_read_for_their_hashes(
+    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single merge tells no candidates apart; its steps, a call's and a check's neither."""
+
+    def refuse(checkpoint: Checkpoint) -> str:
+        raise AssertionError(f"{checkpoint} was hashed")
+
+    monkeypatch.setattr(Checkpoint, "fingerprint", property(refuse))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(chain(tiny_family)))
+    merge_to_folder(parse_recipe(chain(tiny_family)), tmp_path / "out")
+    assert "task_arithmetic" in check_file(path)
+    evomerge.merge_models("ties", base=tiny_family["base"], models=[tiny_family["a"], tiny_family["b"]])
+    with pytest.raises(AssertionError, match="was hashed"):  # what a draw depends on
+        evomerge.merge_models("dare", base=tiny_family["base"], models=[tiny_family["a"]])

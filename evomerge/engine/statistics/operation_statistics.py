@@ -13,10 +13,10 @@ from torch import Tensor
 
 from evomerge.engine.statistics.exact_topk import Histogram, Parts
 from evomerge.engine.statistics.sce_selection import Selection
-from evomerge.engine.statistics.tensor_statistics import FactStore, Member, Members
+from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.methods.contract import Cut, Scope
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
-from evomerge.planning.operation import Input
+from evomerge.planning.operation import Family, FamilyMember, Input
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class OperationFacts:
     columns: int
     output: str
     seed: int
-    family: Members = ()
+    family: Family = ()
     shape: tuple[int, ...] = ()
     start: int = 0
     whole: tuple[int, ...] = ()
@@ -107,7 +107,7 @@ class OperationFacts:
         return self.store.parts((self.base, self.sources[source]))
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
-        def one(member: Member) -> float:
+        def one(member: FamilyMember) -> float:
             base, sources = member
             pair = _pick(base, sources, left), _pick(base, sources, right)
             if of == "deltas":

@@ -40,7 +40,7 @@ from evomerge.engine.statistics.sce_selection import levels_of as levels_of_spre
 from evomerge.methods import arcee_fusion
 from evomerge.methods.contract import Cut as Kept
 from evomerge.methods.topk import band_counts, kept_count
-from evomerge.planning.operation import Input
+from evomerge.planning.operation import Family, FamilyMember, Input
 
 CHUNK = 1 << 17  # elements: float32 temporaries of this size stay in the caches, and Python has few of them to hand out
 _LOOK = 1 << 20  # elements that are only looked at
@@ -49,8 +49,6 @@ _FAMILIES = 16  # models whose tensors are looked at together
 _READ_AT_ONCE = 64  # tensors; those of an adapter cost a matrix product each
 
 Pair = tuple[Input | None, Input]
-Member = tuple[Input | None, tuple[Input, ...]]
-Members = tuple[Member, ...]
 
 
 def chunks(count: int, step: int = CHUNK) -> Iterator[tuple[int, int]]:
@@ -70,7 +68,7 @@ class Together:
     """
 
     pairs: tuple[Pair, ...]
-    places: Mapping[Member, int]
+    places: Mapping[FamilyMember, int]
     whole: Histogram
 
 
@@ -96,8 +94,8 @@ class FactStore:
         self._checkpoints = checkpoints
         self._kept: dict[Hashable, _Once] = {}
         self._read: OrderedDict[Input, Tensor] = OrderedDict()
-        self._families: OrderedDict[Members, int] = OrderedDict()
-        self._family: tuple[Members, int] = ((), -1)
+        self._families: OrderedDict[Family, int] = OrderedDict()
+        self._family: tuple[Family, int] = ((), -1)
         self._numbers = itertools.count(1)
         self._thresholds: OrderedDict[Hashable, _Once] = OrderedDict()
         self._limit = thresholds
@@ -202,7 +200,7 @@ class FactStore:
         whole = self.histogram(*pair)
         return self._largest(pair, (pair,), 0, kept_count(whole.total, density), whole)
 
-    def trim_model(self, family: Members, member: Member, source: int, density: float) -> Kept:
+    def trim_model(self, family: Family, member: FamilyMember, source: int, density: float) -> Kept:
         """The same over all deltas of a source, for one tensor of the family."""
         if density <= 0:
             return math.inf, -1
@@ -211,14 +209,14 @@ class FactStore:
         keep = kept_count(whole.whole.total, density)
         return self._largest(whole, whole.pairs, whole.places[member], keep, whole.whole)
 
-    def _together(self, family: Members, source: int) -> Together:
+    def _together(self, family: Family, source: int) -> Together:
         pairs = tuple((base, sources[source]) for base, sources in family)
-        places: dict[Member, int] = {}
+        places: dict[FamilyMember, int] = {}
         for place, member in enumerate(family):
             places.setdefault(member, place)
         return Together(pairs, places, together([self.histogram(*pair) for pair in pairs]))
 
-    def _number(self, family: Members) -> int:
+    def _number(self, family: Family) -> int:
         """Stands for a family in the names of facts, which are looked up for each of its tensors."""
         with self._lock:
             last, number = self._family
@@ -262,7 +260,7 @@ class FactStore:
         known: dict[frozenset[Input], float] = self._once(("gram", base, operands), lambda: self._gram(base, operands))
         return known[frozenset((left, right))]
 
-    def dot_model(self, family: Members, name: Hashable, one: Callable[[Member], float]) -> float:
+    def dot_model(self, family: Family, name: Hashable, one: Callable[[FamilyMember], float]) -> float:
         """A sum of inner products over a family; `name` says of which."""
         key = ("dot", self._number(family), name)
         return self._once(key, lambda: math.fsum(map(one, family)), self._limit)  # type: ignore[no-any-return]

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from bench.parity_tokenizers import recipes, truncated, write_models
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.engine.resident import Resident
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.planning.plan import make_plan, prepare
 from evomerge.recipe import parse_recipe
 from evomerge.run.check import check_file
+from evomerge.run.merge import merge_to_folder
 from tests.frame import invoke
 
 EMBEDDING = "model.embed_tokens.weight"

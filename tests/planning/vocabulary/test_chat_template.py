@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import RecipeError
 from evomerge.planning.vocabulary.chat_template import FORMATS, chosen_template
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 from tests.models import byte_tokenizer
 
 TURNS = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye")]

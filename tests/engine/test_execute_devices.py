@@ -9,14 +9,13 @@ import torch
 
 from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.engine import execute as engine
-from evomerge.engine.device import find_device
-from evomerge.engine.execute import execute, materialise
+from evomerge.engine.execute import execute, find_device, materialise
 from evomerge.engine.statistics.tensor_statistics import FactStore
-from evomerge.engine.to_disk import merge_to_folder
 from evomerge.errors import BadInput
 from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
+from evomerge.run.merge import merge_to_folder
 from tests.engine.recipes import EVERY, opened, plan_of, recipe_for, single
 
 COMPUTING = [method for method in EVERY if method.merge is not None]
