@@ -20,10 +20,10 @@ from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
 from evomerge.objective.fitness import Fitness
-from evomerge.space.baselines import baselines, first_generation
+from evomerge.space.baselines import baselines
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import SearchSpec, Splits, load_spec
-from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 
 Scores = dict[str, ItemScores]
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.algorithms import replay
-from evomerge.algorithms.operators import FloatArray
 from evomerge.algorithms.optuna_samplers import all_params
 from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.random_search import random_search
@@ -24,6 +23,7 @@ from evomerge.space.genes import Choice
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal, promising
+from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
     from cmaes import CatCMAwM

@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from evomerge.algorithms.operators import FloatArray, Mask
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import DRAW, Candidate, by_objectives, fitness_order, sloped, teaches
+from evomerge.system.arrays import FloatArray, Mask
 
 T = TypeVar("T")
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+from evomerge.system.arrays import FloatArray, IntArray, Mask
 
 
 def reflect(unit: FloatArray) -> FloatArray:

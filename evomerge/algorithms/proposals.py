@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from evomerge.algorithms.history_index import Reading
-from evomerge.algorithms.operators import FloatArray
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace, digest
 from evomerge.study.candidate import Candidate, Proposal
+from evomerge.system.arrays import FloatArray
 
 REDRAWS = 16
 IMMIGRANTS = 48

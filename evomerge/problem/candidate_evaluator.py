@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from evomerge.algorithms.operators import FloatArray
 from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
@@ -24,6 +23,7 @@ from evomerge.problem.problem import STEER, Workbench
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal, ranked
+from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
     from evomerge.run.folder import RunFolder

@@ -13,7 +13,8 @@ from evomerge.objective.fitness import Fitness
 from evomerge.problem.problem import Workbench
 from evomerge.report.rows import Row, fitness_json, read_row, row_json
 from evomerge.run.tradeoff import best_first, front_json, hypervolume_json
-from evomerge.study.candidate import PARENT, Candidate, count_items, count_states, ranked
+from evomerge.space.baselines import PARENT
+from evomerge.study.candidate import Candidate, count_items, count_states, ranked
 from evomerge.study.ranking import finalists as choose_finalists
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from evomerge.space.decode import fixed_parameters
 from evomerge.space.genes import paper_value, searched
 from evomerge.space.genome import Genome, LayerGene, Scalar
 from evomerge.space.space import SearchSpace, digest
-from evomerge.study.candidate import PARENT, Proposal
 
+PARENT = "parent:"
+"""How the names of the baselines begin that are a model itself."""
 #: λ of the sum of the deltas: around the 0.3 to 0.4 of Ilharco et al., 2022 (https://arxiv.org/abs/2212.04089), and up.
 LAMBDAS = (0.3, 0.6, 1.0)
 
@@ -52,14 +53,6 @@ def baselines(space: SearchSpace) -> tuple[Start, ...]:
     for start in starts:
         unique.setdefault(digest(start.recipe), start)
     return tuple(unique.values())
-
-
-def first_generation(starts: tuple[Start, ...], budget: int) -> list[Proposal]:
-    """The proposals of generation 0, as many as the budget allows."""
-    return [
-        Proposal(number, 0, start.genome, start.recipe, digest(start.recipe), (), start.name)
-        for number, start in enumerate(starts[:budget])
-    ]
 
 
 def _parents(space: SearchSpace) -> list[str]:

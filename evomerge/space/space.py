@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from evomerge.algorithms.operators import FloatArray, Mask
 from evomerge.methods.contract import Method, Parameter
 from evomerge.space import decode, genes
 from evomerge.space.genes import Choice, Pattern, Real
 from evomerge.space.genome import Genome, LayerGene, Scalar
+from evomerge.system.arrays import FloatArray, Mask
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

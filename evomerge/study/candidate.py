@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from evomerge.space.baselines import Start
 from evomerge.space.genome import Genome
+from evomerge.space.space import digest
 from evomerge.study import pareto
 
-PARENT = "parent:"
-"""How the operators of generation 0 begin that are a model itself."""
 SLOPES = "gradient"
 """How the operators are called that take the slopes of the first parent."""
 DRAW = "draw"
@@ -45,6 +45,14 @@ class Proposal:
     phenotype: str
     parents: tuple[int, ...]
     operator: str
+
+
+def first_generation(starts: Sequence[Start], budget: int) -> list[Proposal]:
+    """Proposes generation 0, as much of it as the budget allows."""
+    return [
+        Proposal(number, 0, start.genome, start.recipe, digest(start.recipe), (), start.name)
+        for number, start in enumerate(starts[:budget])
+    ]
 
 
 @dataclass(frozen=True)

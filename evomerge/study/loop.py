@@ -18,9 +18,9 @@ from itertools import count
 from typing import Literal
 
 from evomerge.algorithms.proposals import Algorithm, AlgorithmSettings
-from evomerge.space.baselines import Start, baselines, first_generation
+from evomerge.space.baselines import Start, baselines
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, Outcome, Proposal, Spending, best, number_of, ranked
+from evomerge.study.candidate import Candidate, Outcome, Proposal, Spending, best, first_generation, number_of, ranked
 from evomerge.study.interfaces import Executor, InProcess
 from evomerge.study.ranking import latest_improvement
 from evomerge.study.record import Record

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evomerge.space.baselines import PARENT
 from evomerge.study import pareto
-from evomerge.study.candidate import PARENT, Candidate, best, objectives_of, pareto_front, ranked
+from evomerge.study.candidate import Candidate, best, objectives_of, pareto_front, ranked
 
 
 @dataclass(frozen=True)

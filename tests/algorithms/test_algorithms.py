@@ -19,9 +19,9 @@ from evomerge.algorithms.registry import (
     get_algorithm,
 )
 from evomerge.errors import SpecError
-from evomerge.space.baselines import baselines, first_generation
+from evomerge.space.baselines import baselines
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from tests.algorithms.landscapes import COSTLY, Bowl, Repair, best_truth, every_algorithm, make_space, pattern_space
 
 SPACES = {

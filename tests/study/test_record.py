@@ -18,9 +18,9 @@ from optuna.trial import TrialState
 
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import RunError
-from evomerge.space.baselines import baselines, first_generation
+from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
-from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.journal import repair
 from evomerge.study.record import Record
 from evomerge.system.quiet_optuna import quiet_optuna

@@ -19,8 +19,8 @@ import pytest
 from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import OutputError, RunError
-from evomerge.space.baselines import baselines, first_generation
-from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.space.baselines import baselines
+from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.journal import Journal
 from evomerge.study.loop import Stop, search
 from evomerge.study.record import Record

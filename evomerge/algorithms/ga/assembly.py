@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from evomerge.algorithms.ga.layer_operators import Layers, fit
-from evomerge.algorithms.operators import FloatArray
 from evomerge.space.genes import Pattern
 from evomerge.space.genome import LayerGene
+from evomerge.system.arrays import FloatArray
 
 LENGTH = 6.0
 """Neighbouring depths of a model are worth much the same: correlation falls by 1/e over a sixth of the stack ..."""

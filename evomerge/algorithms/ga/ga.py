@@ -28,12 +28,13 @@ from evomerge.algorithms.ga.layer_operators import Layers
 from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.ga.trust_region import Draws
 from evomerge.algorithms.history_index import Reading
-from evomerge.algorithms.operators import FloatArray, IntArray, Mask
 from evomerge.algorithms.proposals import AlgorithmSettings, Draw, distinct
+from evomerge.space.baselines import PARENT
 from evomerge.space.decode import copies
 from evomerge.space.genes import OUTER
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import PARENT, SLOPES, Candidate, Proposal, promising
+from evomerge.study.candidate import SLOPES, Candidate, Proposal, promising
+from evomerge.system.arrays import FloatArray, IntArray, Mask
 
 OPTIONS = {"slopes": True, "draws": True, "adaptive": True, "sharing": False}
 """The options and their defaults; bench/results/search.md says why these."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.algorithms.operators import FloatArray
+from evomerge.system.arrays import FloatArray
 
 LENGTHS = (0.06, 0.1, 0.17, 0.25, 0.45, 0.7)
 """Over which the fitness changes its course, as a root mean square of genes; the likeliest is taken."""

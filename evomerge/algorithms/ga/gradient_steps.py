@@ -15,10 +15,10 @@ import numpy as np
 from evomerge.algorithms.ga.gaussian_process import Surface, Told
 from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.history_index import Reading
-from evomerge.algorithms.operators import FloatArray, Mask
 from evomerge.algorithms.proposals import AlgorithmSettings, Draw
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import SLOPES, Candidate, find, sloped
+from evomerge.system.arrays import FloatArray, Mask
 
 CLIMBERS = 3
 """Steps start from so many of the best, at most."""

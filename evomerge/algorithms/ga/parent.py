@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evomerge.algorithms.ga.layer_operators import Layers
-from evomerge.algorithms.operators import FloatArray
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate
+from evomerge.system.arrays import FloatArray
 
 
 @dataclass(frozen=True)

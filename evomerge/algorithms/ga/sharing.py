@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evomerge.algorithms.operators import FloatArray
+from evomerge.system.arrays import FloatArray
 
 TINY = 1e-12
 

@@ -19,10 +19,10 @@ import numpy as np
 from evomerge.algorithms.ga.gaussian_process import likeliest
 from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.history_index import Reading
-from evomerge.algorithms.operators import FloatArray, Mask
 from evomerge.algorithms.proposals import OWN, Draw, generator
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import DRAW, Candidate
+from evomerge.system.arrays import FloatArray, Mask
 
 LENGTHS = (0.1, 0.17, 0.25, 0.45, 0.7, 1.1)
 """Over which the fitness changes its course, as a root mean square of genes; the likeliest is taken."""
