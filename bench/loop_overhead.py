@@ -18,11 +18,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
+from evomerge.executors.in_process import InProcess
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Stop, search
 from evomerge.study.record import Record
 from evomerge.system.memory import collect_rarely
@@ -68,7 +69,9 @@ def measure(algorithm: str, candidates: int, genes: int, population: int | None)
         record = Record.open(journal, "bench", space=space)
         settings = AlgorithmSettings(population or ALGORITHMS[algorithm].population)
         marks.append(user_seconds())
-        search(space, ALGORITHMS[algorithm], score, record, Stop(candidates), settings=settings, progress=tick)
+        search(
+            space, ALGORITHMS[algorithm], InProcess(score), record, Stop(candidates), settings=settings, progress=tick
+        )
         size = journal.stat().st_size
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         begin = user_seconds()

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
 from evomerge.objective.fitness import Fitness
@@ -24,6 +23,7 @@ from evomerge.space.baselines import baselines
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import SearchSpec, Splits, load_spec
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
+from evomerge.study.interfaces import AlgorithmSettings
 
 Scores = dict[str, ItemScores]
 

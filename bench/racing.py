@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.evaluation.splits import SEARCH, TEST
-from evomerge.problem.candidate_evaluator import Quiet, Scorer
+from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import Workbench
 from evomerge.report.tables import table
 from evomerge.run.folder import RunFolder
 from evomerge.spec.schema import SearchSpec, load_spec
+from evomerge.study.interfaces import NullTracker
 
 QUICKSTART = Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
 HEADER = [
@@ -96,7 +97,7 @@ def _fitness(bench: Workbench, folder: RunFolder) -> Any:
     """The run's own fitness; its sources' scores are read back from its folder."""
 
     scorer = Scorer(bench, folder)
-    scorer.settle(Quiet())
+    scorer.settle(NullTracker())
     return scorer.fitness
 
 

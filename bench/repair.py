@@ -29,15 +29,16 @@ from typing import Any, cast
 import numpy as np
 
 from evomerge import zoo
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.evaluation.splits import SEARCH, TEST
+from evomerge.executors.in_process import InProcess
 from evomerge.problem.problem import Workbench
 from evomerge.report.tables import table
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Stop, search
 from evomerge.study.record import Record
 
@@ -199,7 +200,7 @@ def run(scores: Scores, algorithm: str, budget: int, population: int, seed: int)
     found = search(
         space,
         get_algorithm(algorithm),
-        scores.outcome,
+        InProcess(scores.outcome),
         cast("Record", InMemory(f"{algorithm} of seed {seed}:")),
         Stop(budget),
         seed=seed,

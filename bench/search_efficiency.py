@@ -124,12 +124,14 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         return dict(json.loads(summary.read_text()))
     from evomerge.algorithms.registry import get_algorithm
     from evomerge.evaluation.splits import TEST
-    from evomerge.problem.candidate_evaluator import Quiet, Scorer
+    from evomerge.executors.in_process import InProcess
+    from evomerge.problem.candidate_evaluator import Scorer
     from evomerge.problem.problem import Workbench, make_space
     from evomerge.run.finalists import finish
     from evomerge.run.folder import RunFolder
     from evomerge.run.search import settings_of
     from evomerge.study.candidate import spent_items
+    from evomerge.study.interfaces import NullTracker
     from evomerge.study.loop import Stop, search
 
     contender = CONTENDERS[name]
@@ -139,20 +141,19 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     if not contender.outer:
         bench.space = make_space(spec, bench.checkpoints, outer=False)
     scorer = Scorer(bench, opened)
-    scorer.settle(Quiet())
+    scorer.settle(NullTracker())
     ended = search(
         bench.space,
         get_algorithm(spec.search.algorithm),
-        scorer,
+        InProcess(scorer, scorer.before_generation),
         opened.record(bench.space),
         Stop(candidates, items=items, slope_items=scorer.slope_items),
         seed=seed,
         settings=settings_of(spec.search, scorer),
         starts=None if contender.baselines else (),
-        before_generation=scorer.before_generation,
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        result = finish(bench, opened, scorer, ended.candidates, Quiet())
+        result = finish(bench, opened, scorer, ended.candidates, NullTracker())
     order = sorted(ended.candidates, key=lambda c: c.number)
     spent = list(spent_items(order, scorer.slope_items))
     track = _track(order, spent, lambda c: scorer.fitness.unweighted(scorer.scores(c.recipe, TEST)[0]))
@@ -178,10 +179,11 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
 
 def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: Path, surrogate: Any) -> Iterator[str]:
     """A contender's searches on a surrogate, without racing: half of its items steer, and the other half are unseen."""
-    from evomerge.algorithms.proposals import AlgorithmSettings
     from evomerge.algorithms.registry import get_algorithm
+    from evomerge.executors.in_process import InProcess
     from evomerge.problem.problem import Workbench, make_space
     from evomerge.study.candidate import spent_items
+    from evomerge.study.interfaces import AlgorithmSettings
     from evomerge.study.loop import Stop, search
 
     contender = CONTENDERS[name]
@@ -197,11 +199,13 @@ def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: P
         ended = search(
             space,
             algorithm,
-            imagined,
+            InProcess(imagined),
             Memory(),  # type: ignore[arg-type]
             Stop(10 * candidates, items=candidates * imagined.size, slope_items=SLOPES_COST * imagined.size),
             seed=seed,
-            settings=AlgorithmSettings(population, spec.search.options, items=imagined.items, slopes=imagined.slopes),
+            settings=AlgorithmSettings(
+                population, spec.search.options, item_scores=imagined.items, gradients=imagined.slopes
+            ),
             starts=None if contender.baselines else (),
         )
         spent = list(spent_items(ended.candidates, SLOPES_COST * imagined.size))
@@ -303,16 +307,17 @@ def summary(folder: Path, default: str) -> str:
 def winners(folder: Path, default: str, seed: int) -> str:
     """The winners of one seed on its `test` items, paired: as reported, and by the fitness that steered."""
     from evomerge.evaluation.splits import TEST
-    from evomerge.problem.candidate_evaluator import Quiet, Scorer
+    from evomerge.problem.candidate_evaluator import Scorer
     from evomerge.problem.problem import Workbench
     from evomerge.run.folder import RunFolder
+    from evomerge.study.interfaces import NullTracker
 
     read: dict[str, tuple[Any, Any]] = {}
     for name in CONTENDERS:
         if (folder / f"{_slug(name)}-{seed}" / "result.json").is_file():
             opened = RunFolder.existing(folder / f"{_slug(name)}-{seed}")
             scorer = Scorer(Workbench(opened.spec), opened)
-            scorer.settle(Quiet())
+            scorer.settle(NullTracker())
             result = opened.result()
             if result is not None:
                 read[name] = scorer, scorer.scores(result["winner"]["recipe"], TEST)[0]

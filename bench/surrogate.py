@@ -208,8 +208,9 @@ class Recorded:
 def read(folders: Sequence[Path]) -> Recorded:
     """Every candidate of some runs on the same items that has a full score; equal recipes once."""
     from evomerge.evaluation.splits import SEARCH
-    from evomerge.problem.candidate_evaluator import Quiet, Scorer
+    from evomerge.problem.candidate_evaluator import Scorer
     from evomerge.problem.problem import Workbench
+    from evomerge.study.interfaces import NullTracker
 
     recipes: dict[str, tuple[Mapping[str, Any], Scores]] = {}
     fitness, places = None, None
@@ -218,7 +219,7 @@ def read(folders: Sequence[Path]) -> Recorded:
         bench = Workbench(opened.spec)
         if fitness is None:
             scorer = Scorer(bench, opened)
-            scorer.settle(Quiet())
+            scorer.settle(NullTracker())
             fitness = scorer.fitness
             starts = tuple(start for start, _ in bench.space.groups)
             places = Places(tuple(opened.spec.models.sources.values()), starts, bench.space.outer[0])

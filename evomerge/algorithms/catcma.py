@@ -17,12 +17,12 @@ import numpy as np
 
 from evomerge.algorithms import replay
 from evomerge.algorithms.optuna_samplers import all_params
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.random_search import random_search
 from evomerge.space.genes import Choice
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal, promising
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:

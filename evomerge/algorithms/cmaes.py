@@ -19,11 +19,12 @@ import numpy as np
 
 from evomerge.algorithms import replay
 from evomerge.algorithms.operators import reflect
-from evomerge.algorithms.proposals import AlgorithmSettings, generator
+from evomerge.algorithms.proposals import generator
 from evomerge.algorithms.random_search import random_search
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal, promising
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.system.arrays import FloatArray, Mask
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from evomerge.algorithms import optuna_samplers as samplers
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.interfaces import AlgorithmSettings
 
 #: `most`: candidates to fit the surrogate to; `startup`: candidates before there is one.
 OPTIONS: dict[str, Any] = {"most": 150, "startup": 10}

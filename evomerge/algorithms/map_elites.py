@@ -17,10 +17,11 @@ import numpy as np
 from evomerge.algorithms import operators
 from evomerge.algorithms.ga import layer_operators as patterns
 from evomerge.algorithms.ga.parent import Parent
-from evomerge.algorithms.proposals import AlgorithmSettings, Draw, distinct
+from evomerge.algorithms.proposals import Draw, distinct
 from evomerge.space import decode
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal, promising
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:

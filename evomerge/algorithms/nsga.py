@@ -15,9 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.algorithms import optuna_samplers as samplers
-from evomerge.algorithms.proposals import Algorithm, AlgorithmSettings
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.interfaces import Algorithm, AlgorithmSettings
 
 if TYPE_CHECKING:
     from optuna.samplers import NSGAIIISampler, NSGAIISampler

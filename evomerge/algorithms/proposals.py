@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,7 +10,6 @@ from evomerge.algorithms.history_index import Reading
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace, digest
 from evomerge.study.candidate import Candidate, Proposal
-from evomerge.system.arrays import FloatArray
 
 REDRAWS = 16
 IMMIGRANTS = 48
@@ -21,52 +18,6 @@ OWN = REDRAWS + IMMIGRANTS
 
 #: A draw: (genome, numbers of its parents, operator).
 Draw = tuple[Genome, tuple[int, ...], str]
-
-
-@dataclass(frozen=True)
-class AlgorithmSettings:
-    """Settings of an algorithm, and what it may ask about a candidate beyond its record.
-
-    Both questions must have the same answer in every session of a run, or a resumed run would differ.
-
-    Attributes:
-        population: Candidates per generation.
-        options: Settings that only one algorithm knows; those that are left out have the registry's defaults.
-        items: A candidate's value on every item that steers, higher is better, in one order for all candidates, shape
-            [items]; None for a candidate that has not seen them all. The function is None where nobody knows.
-        slopes: The derivative of the fitness with respect to every real gene that it depends on smoothly, by name of
-            gene, in units of the gene; None where there is none. Costs several evaluations when asked first.
-    """
-
-    population: int = 16
-    options: Mapping[str, Any] = field(default_factory=dict)
-    items: Callable[[Candidate], FloatArray | None] | None = None
-    slopes: Callable[[Candidate], Mapping[str, float] | None] | None = None
-
-
-class Algorithm(Protocol):
-    """Proposes the candidates of a generation: a pure function.
-
-    The proposals depend on the space, the history, the seed and the numbers, and nothing else, so that a resumed run is
-    the same as one never stopped. Those of the first numbers do not depend on how many more are asked for. Fewer than
-    asked for means that the space is exhausted.
-    """
-
-    def __call__(
-        self,
-        space: SearchSpace,
-        history: tuple[Candidate, ...],
-        numbers: range,
-        generation: int,
-        seed: int,
-        settings: AlgorithmSettings,
-    ) -> list[Proposal]:
-        """Proposals for `numbers`.
-
-        `history` holds the candidates of earlier generations, by number. In an asynchronous search it holds all that
-        have finished, of whatever numbers, and those that are being scored as "pending"; one number is asked for.
-        """
-        ...
 
 
 def generator(seed: int, number: int, attempt: int = 0) -> np.random.Generator:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from evomerge.algorithms.proposals import AlgorithmSettings, distinct
+from evomerge.algorithms.proposals import distinct
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.interfaces import AlgorithmSettings
 
 
 def random_search(

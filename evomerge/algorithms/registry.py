@@ -9,11 +9,11 @@ from typing import Any
 from evomerge.algorithms import catcma, cmaes, gp, map_elites, tpe
 from evomerge.algorithms.ga.ga import GENERATION, OPTIONS, ga
 from evomerge.algorithms.nsga import nsga2, nsga3
-from evomerge.algorithms.proposals import Algorithm, AlgorithmSettings
 from evomerge.algorithms.random_search import random_search
 from evomerge.errors import SpecError, suggest
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.interfaces import Algorithm, AlgorithmSettings
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from evomerge.algorithms import optuna_samplers as samplers
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.interfaces import AlgorithmSettings
 
 #: `startup`: candidates, those of generation 0 among them, before the model is trusted.
 OPTIONS: dict[str, Any] = {"multivariate": True, "startup": 10}

@@ -36,7 +36,7 @@ def dare(
 ) -> None:
     """Merge plain safetensors files into a base with DARE, each file's drops its own, averaged."""
     from evomerge.run.dare import DareConfig, DareFile, DareMerger, load_dare_file
-    from evomerge.trackers.progress import tensor_progress
+    from evomerge.trackers.console import tensor_progress
 
     written = load_dare_file(config) if config else DareFile()
     origin, merged = base or written.base_file, (*(files or []), *(more or [])) or written.merge_files

@@ -141,7 +141,7 @@ def _carry_out(
     from evomerge.checkpoints.checkpoint import open_checkpoint
     from evomerge.recipe import load_recipe
     from evomerge.run.merge import merge_to_folder
-    from evomerge.trackers.progress import tensor_progress
+    from evomerge.trackers.console import tensor_progress
 
     if threads is not None:
         torch.set_num_threads(threads)

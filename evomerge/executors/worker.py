@@ -18,8 +18,8 @@ from queue import SimpleQueue
 from typing import Any, NoReturn
 
 from evomerge.errors import EvoMergeError
+from evomerge.executors.in_process import attempt
 from evomerge.study.candidate import Outcome, Proposal
-from evomerge.study.interfaces import attempt
 from evomerge.system.memory import collect_rarely
 
 Opened = tuple[Callable[[Any], None], Callable[[Proposal], Outcome]]
@@ -36,14 +36,15 @@ def open_scorer(root: Path, threads: int, share: int) -> Opened:
     """
     import torch
 
-    from evomerge.problem.candidate_evaluator import Quiet, Scorer
+    from evomerge.problem.candidate_evaluator import Scorer
     from evomerge.problem.problem import Workbench
     from evomerge.run.folder import RunFolder
+    from evomerge.study.interfaces import NullTracker
 
     torch.set_num_threads(share)
     folder = RunFolder.existing(root)
     scorer = Scorer(Workbench(folder.spec, threads), folder)
-    scorer.settle(Quiet())
+    scorer.settle(NullTracker())
     return scorer.race_against, scorer
 
 

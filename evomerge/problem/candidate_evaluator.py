@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
@@ -23,6 +23,7 @@ from evomerge.problem.problem import STEER, Workbench
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal, ranked
+from evomerge.study.interfaces import Tracker
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
@@ -30,21 +31,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-
-class Says(Protocol):
-    """What is told what is going on."""
-
-    def say(self, text: str) -> None:
-        """Takes one line."""
-
-
-class Quiet:
-    """Is told, and shows nothing: the log has it for who looks for it."""
-
-    def say(self, text: str) -> None:
-        """Takes one line."""
-        log.debug(text)
 
 
 @dataclass(frozen=True)
@@ -119,38 +105,38 @@ class Scorer:
         """The split that steers."""
         return STEER if self.samples else SEARCH
 
-    def settle(self, display: Says) -> None:
+    def settle(self, tracker: Tracker) -> None:
         """Settles what every candidate is measured by: the sources' scores, the items that steer, a race's blocks."""
         evaluation = self._bench.spec.evaluation
         goals = zip(self.reported.goals, self.fitness.goals, strict=True)
         if changed := {f"{by.metric} in place of {asked.metric}": None for asked, by in goals if by != asked}:
-            display.say(f"what steers is {', '.join(changed)}; the result will be told in what was asked for")
+            tracker.report(f"what steers is {', '.join(changed)}; the result will be told in what was asked for")
         racing = evaluation.racing and not self._bench.spec.objectives
         if evaluation.racing != racing:
-            display.say("no racing: with several objectives, no one number says who cannot catch up any more")
+            tracker.report("no racing: with several objectives, no one number says who cannot catch up any more")
         if racing and evaluation.informative is None:  # first, so that the sources are scored by blocks too
-            self._settle_racing(display)
+            self._settle_racing(tracker)
         if evaluation.scale == "relative":
             sources = [
-                self._reference(f"models.sources.{name}", single_model(reference), display)
+                self._reference(f"models.sources.{name}", single_model(reference), tracker)
                 for name, reference in self._bench.spec.models.sources.items()
             ]
             self.fitness = self._bench.relative(self._bench.steering, sources)
             self.reported = self._bench.relative(self._bench.goals, sources)
         if evaluation.informative is not None:
-            self._settle_informative(evaluation.informative, display)
+            self._settle_informative(evaluation.informative, tracker)
             if racing:
-                self._settle_racing(display)
+                self._settle_racing(tracker)
 
-    def _settle_informative(self, fraction: float, display: Says) -> None:
+    def _settle_informative(self, fraction: float, tracker: Tracker) -> None:
         """Draws the items that steer, from what generation 0 does on all of them."""
         scouts = []
         for start in baselines(self._bench.space):
-            display.say(f"scoring {start.name} on all search items, to see which of them tell candidates apart")
+            tracker.report(f"scoring {start.name} on all search items, to see which of them tell candidates apart")
             try:
                 scouts.append(self.scores(start.recipe, SEARCH)[0])
             except (CandidateError, RecipeError) as error:
-                display.say(f"{start.name} is left out: {error}")
+                tracker.report(f"{start.name} is left out: {error}")
         if not scouts:
             raise EvoMergeError(f"{self._folder.root}: no candidate of generation 0 could be scored")
         smooth = {goal.task: self._bench.tasks[goal.task].smooth(goal.metric) for goal in self.fitness.goals}
@@ -164,40 +150,42 @@ class Scorer:
         weights = {t: dict(zip(s.items, s.weights, strict=True)) for t, s in self.samples.items()}
         self.fitness = replace(self.fitness, items=weights)
         told = (f"{task} {len(s.items)} of {sum(n for n, _ in s.strata)}" for task, s in self.samples.items())
-        display.say(f"the items that tell candidates apart steer: {', '.join(told)}")
+        tracker.report(f"the items that tell candidates apart steer: {', '.join(told)}")
 
-    def _reference(self, name: str, recipe: Mapping[str, Any], display: Says) -> Mapping[str, ItemScores]:
-        display.say(f"scoring {name} on the search items")
+    def _reference(self, name: str, recipe: Mapping[str, Any], tracker: Tracker) -> Mapping[str, ItemScores]:
+        tracker.report(f"scoring {name} on the search items")
         try:
             return self.scores(recipe, SEARCH)[0]
         except CandidateError as error:
             raise EvoMergeError(f"{name}: cannot be scored: {error}") from error
 
-    def _settle_racing(self, display: Says) -> None:
+    def _settle_racing(self, tracker: Tracker) -> None:
         """Cuts the items that steer into blocks, if candidates can be compared on part of them."""
         spec = self._bench.spec
         blocks = draw_blocks(self._bench.selections[self._steering], spec.search.seed)
         if len(blocks) == 1:
-            display.say("no racing: a task has too few items that steer for blocks")
+            tracker.report("no racing: a task has too few items that steer for blocks")
             return
         plan = self._bench.plan(single_model(next(iter(spec.models.sources.values()))))
         kept = taken(self._kept(plan, self._steering), self._measurer.items(blocks[0]))
         try:
             seen = kept or self._measurer(plan, blocks[0])[0]
         except CandidateError as error:
-            display.say(f"no racing: the first source cannot be scored: {error}")
+            tracker.report(f"no racing: the first source cannot be scored: {error}")
             return
         # Where all search items steer, what is reported of them is put together from the blocks too.
         goals = [*self.fitness.goals, *(() if self.samples else self.reported.goals)]
         whole = dict.fromkeys(f"{g.task} {g.metric}" for g in goals if not seen[g.task].raceable(g.metric))
         if whole:
-            display.say(f"no racing: {', '.join(whole)} is no mean or ratio of items, so a part of them says nothing")
+            tracker.report(
+                f"no racing: {', '.join(whole)} is no mean or ratio of items, so a part of them says nothing"
+            )
             return
         self._parts[self._steering] = blocks
         if kept is None:
             self._folder.scores.save(plan.digest, self._steering, seen)
         sizes = dict.fromkeys(str(size(block)) for block in blocks)
-        display.say(f"racing: the items that steer come in {len(blocks)} blocks of {' or '.join(sizes)}")
+        tracker.report(f"racing: the items that steer come in {len(blocks)} blocks of {' or '.join(sizes)}")
 
     def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
         """The order in which a generation costs least; the scores are the same bits in any."""

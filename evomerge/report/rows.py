@@ -13,7 +13,8 @@ from evomerge.objective.comparison import number
 from evomerge.objective.fitness import Fitness, Scores
 
 if TYPE_CHECKING:
-    from evomerge.problem.candidate_evaluator import Says, Scorer
+    from evomerge.problem.candidate_evaluator import Scorer
+    from evomerge.study.interfaces import Tracker
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Row:
     splits: Mapping[str, Scores]
 
 
-def read_row(row: Row, splits: Sequence[str], scorer: Scorer, display: Says) -> Row | None:
+def read_row(row: Row, splits: Sequence[str], scorer: Scorer, tracker: Tracker) -> Row | None:
     """The row with its scores on these splits; None when its scores are not finite, which is said."""
     try:
         read = {split: scorer.scores(row.recipe, split)[0] for split in splits if split not in row.splits}
     except CandidateError as error:
-        display.say(f"{row.name} is left out: {error}")
+        tracker.report(f"{row.name} is left out: {error}")
         return None
     return Row(row.name, row.candidate, row.recipe, {**row.splits, **read})
 

@@ -25,7 +25,7 @@ from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
 
 if TYPE_CHECKING:
-    from evomerge.trackers.console import Display
+    from evomerge.study.interfaces import Tracker
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 48
@@ -109,7 +109,7 @@ def export_candidate(
     return write_export(bench, folder, chosen, out, overwrite=overwrite, max_shard_size=max_shard_size)
 
 
-def keep_best(bench: Workbench, folder: RunFolder, result: Mapping[str, Any], display: Display) -> None:
+def keep_best(bench: Workbench, folder: RunFolder, result: Mapping[str, Any], tracker: Tracker) -> None:
     """Keeps the best finalists as checkpoints in the run's `best/`, as many as the specification says."""
     rest = sorted(result["finalists"], key=lambda f: (-f["pooled"], f["candidate"]))
     best = [result["winner"], *result["front"], *rest]
@@ -117,9 +117,9 @@ def keep_best(bench: Workbench, folder: RunFolder, result: Mapping[str, Any], di
     for number in numbers[: folder.spec.run.keep]:
         out = folder.root / "best" / f"candidate-{number}"
         if not out.exists():
-            display.say(f"writing candidate {number} to {out}")
+            tracker.report(f"writing candidate {number} to {out}")
             out.parent.mkdir(exist_ok=True)
-            display.say(write_export(bench, folder, _find(folder, number), out))
+            tracker.report(write_export(bench, folder, _find(folder, number), out))
 
 
 def write_export(

@@ -18,8 +18,9 @@ from evomerge.study.candidate import Candidate, count_items, count_states, ranke
 from evomerge.study.ranking import finalists as choose_finalists
 
 if TYPE_CHECKING:
-    from evomerge.problem.candidate_evaluator import Says, Scorer
+    from evomerge.problem.candidate_evaluator import Scorer
     from evomerge.run.folder import RunFolder
+    from evomerge.study.interfaces import Tracker
 
 
 def finish(
@@ -27,7 +28,7 @@ def finish(
     folder: RunFolder,
     scorer: Scorer,
     known: tuple[Candidate, ...],
-    display: Says,
+    tracker: Tracker,
     baseline: tuple[Candidate, ...] = (),
     ended: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def finish(
         folder: Where the result goes.
         scorer: Scores recipes.
         known: The search's candidates.
-        display: Where progress is shown.
+        tracker: Where progress is shown.
         baseline: The candidates of an equal-budget random search, whose winner is one more of those to beat.
         ended: Why the search ended, for the result.
 
@@ -58,14 +59,14 @@ def finish(
     if not finalists:
         reasons = sorted({c.failure_kind or "unknown" for c in known})
         raise RunError(f"{folder.root}: none of {len(known)} candidates could be scored ({', '.join(reasons)})")
-    scored, pooled = _finals(finalists, scorer, display, "finalist")
+    scored, pooled = _finals(finalists, scorer, tracker, "finalist")
     steering, reported = scorer.fitness.unweighted, scorer.reported
     in_order = best_first(scored, pooled, bench, steering)
-    winner = next(filter(None, (_complete(row, bench, scorer, display) for row in in_order)), None)
+    winner = next(filter(None, (_complete(row, bench, scorer, tracker) for row in in_order)), None)
     if winner is None:
         raise EvoMergeError(f"{folder.root}: none of the {len(finalists)} finalists could be scored on the new items")
-    wanted = _rivals(bench, known, winner.candidate) + _random_winner(folder, bench, scorer, baseline, display)
-    completed = [_complete(row, bench, scorer, display) for row in wanted]
+    wanted = _rivals(bench, known, winner.candidate) + _random_winner(folder, bench, scorer, baseline, tracker)
+    completed = [_complete(row, bench, scorer, tracker) for row in wanted]
     rivals = {row.name: row for row in completed if row is not None}
     candidate = next(c for c in finalists if c.number == winner.candidate)
     differences = compare(winner.splits[TEST], {name: row.splits[TEST] for name, row in rivals.items()}, reported)
@@ -97,7 +98,7 @@ def finish(
             for row in scored
         ],
         "objectives": list(folder.spec.objectives),
-        "front": front_json(winner, scored, bench, scorer, display),
+        "front": front_json(winner, scored, bench, scorer, tracker),
         "hypervolume": hypervolume_json(folder, known),
         "informative": _informative_json(scorer, {c.number: c.fitness for c in finalists}, scored),
         "within_noise_of": close_rivals(differences),
@@ -108,14 +109,14 @@ def finish(
 
 
 def _finals(
-    finalists: Sequence[Candidate], scorer: Scorer, display: Says, what: str
+    finalists: Sequence[Candidate], scorer: Scorer, tracker: Tracker, what: str
 ) -> tuple[list[Row], dict[int | None, float]]:
     """The finalists that have scores on `select`, best on `search` first, and by number their fitness over both."""
     measured = []
     for place, candidate in enumerate(finalists, start=1):
-        display.say(f"scoring {what} {place} of {len(finalists)} on the select items")
+        tracker.report(f"scoring {what} {place} of {len(finalists)} on the select items")
         row = Row(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
-        measured.append(read_row(row, (SEARCH, SELECT), scorer, display))
+        measured.append(read_row(row, (SEARCH, SELECT), scorer, tracker))
     scored = [row for row in measured if row is not None]
     steering = scorer.fitness.unweighted
     pooled = {row.candidate: steering.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
@@ -123,11 +124,11 @@ def _finals(
 
 
 def _random_winner(
-    folder: RunFolder, bench: Workbench, scorer: Scorer, baseline: Sequence[Candidate], display: Says
+    folder: RunFolder, bench: Workbench, scorer: Scorer, baseline: Sequence[Candidate], tracker: Tracker
 ) -> list[Row]:
     """The winner of the random search, by the same rule; its number is one of its own record, so the row has none."""
     finalists = choose_finalists(baseline, folder.spec.search.finalists)
-    scored, pooled = _finals(finalists, scorer, display, "the random search's finalist")
+    scored, pooled = _finals(finalists, scorer, tracker, "the random search's finalist")
     chosen = best_first(scored, pooled, bench, scorer.fitness.unweighted)[:1]
     return [Row(f"random search: its {row.name}", None, row.recipe, row.splits) for row in chosen]
 
@@ -144,10 +145,10 @@ def _rivals(bench: Workbench, known: Sequence[Candidate], winner: int | None) ->
     return [row for row in rows if row.candidate != winner]
 
 
-def _complete(row: Row, bench: Workbench, scorer: Scorer, display: Says) -> Row | None:
+def _complete(row: Row, bench: Workbench, scorer: Scorer, tracker: Tracker) -> Row | None:
     """The row with its test and guard scores; None when it gives none."""
-    display.say(f"scoring {row.name} on the test items")
-    return read_row(row, [split for split in (SEARCH, TEST, GUARD) if bench.selections[split]], scorer, display)
+    tracker.report(f"scoring {row.name} on the test items")
+    return read_row(row, [split for split in (SEARCH, TEST, GUARD) if bench.selections[split]], scorer, tracker)
 
 
 def _goals_json(reported: Fitness, steering: Fitness) -> list[dict[str, Any]]:

@@ -150,14 +150,14 @@ class RunFolder:
         space: SearchSpace | None = None,
         *,
         baseline: bool = False,
-        say: Callable[[str], None] = log.warning,
+        report: Callable[[str], None] = log.warning,
     ) -> Record:
         """The study, or that of the baseline's random search.
 
         Args:
             space: Needed to append to it.
             baseline: The random search's.
-            say: Is told when the storage cannot be reached.
+            report: Is told when the storage cannot be reached.
 
         Raises:
             RunError: The storage cannot be opened, or its study is that of another run folder.
@@ -169,7 +169,7 @@ class RunFolder:
         owner = self._owner() if self.spec.run.storage and space is not None else None
         names = self.spec.objectives
         objectives = max(1, len(names))
-        return Record.open(where, name, space=space, objectives=objectives, names=names, owner=owner, say=say)
+        return Record.open(where, name, space=space, objectives=objectives, names=names, owner=owner, report=report)
 
     def _owner(self) -> dict[str, str]:
         """Who this folder is to a storage that other runs use as well; the same after the folder was moved."""

@@ -7,14 +7,14 @@ import os
 import resource
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.errors import EvoMergeError, RunError, SpecError
+from evomerge.executors.in_process import InProcess
 from evomerge.executors.local import LocalWorkers
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import Workbench
@@ -26,11 +26,11 @@ from evomerge.run.preflight import look_before
 from evomerge.run.warm_start import read_seeds, warm_starts
 from evomerge.spec.schema import Search, SearchSpec
 from evomerge.study.candidate import Candidate, Outcome, Proposal, spent_items
-from evomerge.study.interfaces import Executor, InProcess
+from evomerge.study.interfaces import AlgorithmSettings, Executor, SearchInfo, Tracker
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
-from evomerge.trackers.console import Display
+from evomerge.trackers.console import ConsoleTracker
 
 log = logging.getLogger("evomerge")
 
@@ -107,47 +107,59 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
     budget = folder.spec.search.candidates
     if spec.search.candidates < budget:
         raise RunError(f"{folder.root}: the budget is {budget}; --candidates can only extend it")
-    with folder.hold(), _logging_to(folder.root / "log.txt"), Display(folder.spec.name) as display:
+    with folder.hold(), _logging_to(folder.root / "log.txt"), closing(ConsoleTracker()) as tracker:
+        tracker.begin(folder.spec.name)
         folder.sweep()
         if spec != folder.spec:
             folder.write_spec(spec)
-        display.say("opening models and tasks")
+        tracker.report("opening models and tasks")
         bench = Workbench(folder.spec)
         for text in folder.settle_environment(bench.environment()):
-            display.say(text)
+            tracker.report(text)
         _settle_starts(folder, bench)
         scorer = Scorer(bench, folder)
-        record = folder.record(bench.space, say=display.say)
+        record = folder.record(bench.space, report=tracker.report)
         if not len(record):  # a run that goes on has passed them
             for text in [*bench.look_at_items(), *look_before(bench)]:
-                display.say(f"warning: {text}")
-        display.begin(folder, record.candidates(), gene_count=bench.space.size)
-        scorer.settle(display)
+                tracker.report(text, "warning")
         wanted = folder.spec.search
+        tracker.started(
+            SearchInfo(
+                folder=str(folder.root),
+                algorithm=wanted.algorithm,
+                budget=wanted.candidates,
+                genes=bench.space.size,
+                objectives=tuple(folder.spec.objectives),
+                recorded=record.candidates(),
+            )
+        )
+        scorer.settle(tracker)
         stop = Stop(
             wanted.candidates,
             **wanted.stop.model_dump(),
             slope_items=scorer.slope_items,
             since=folder.extended_from(),
         )
-        with _executor(folder, bench, scorer, display) as executor:
-            ended = _search(folder, bench, scorer, executor, record, wanted.algorithm, stop, display.candidate)
-            display.say(ended.message)
+        with _executor(folder, bench, scorer, tracker) as executor:
+            ended = _search(folder, bench, scorer, executor, record, wanted.algorithm, stop, tracker.candidate)
+            tracker.report(ended.message)
             if ended.reason == "interrupted":
                 raise KeyboardInterrupt
             if ended.reason == "failures":
                 raise EvoMergeError(f"{folder.root}: {ended.message}{_what_to_do(ended.candidates)}")
             if ended.reason in ("stale", "target"):
-                display.say(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}")
-            baseline = _baseline(folder, bench, scorer, executor, ended.candidates, display)
+                tracker.report(
+                    f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}"
+                )
+            baseline = _baseline(folder, bench, scorer, executor, ended.candidates, tracker)
         why = {"reason": ended.reason, "message": ended.message, "extended_from": stop.since}
-        result = finish(bench, folder, scorer, ended.candidates, display, baseline, why)
+        result = finish(bench, folder, scorer, ended.candidates, tracker, baseline, why)
         if scorer.reused:
-            display.say(f"{scorer.reused} item evaluations of this session came from the cache of earlier runs")
+            tracker.report(f"{scorer.reused} item evaluations of this session came from the cache of earlier runs")
         if result["within_noise_of"]:
-            display.say(f"warning: {result['verdict']}")
-        keep_best(bench, folder, result, display)
-        display.say(f"peak memory {_peak(folder.spec.run.workers)}, the models' memory-mapped files included")
+            tracker.report(result["verdict"], "warning")
+        keep_best(bench, folder, result, tracker)
+        tracker.report(f"peak memory {_peak(folder.spec.run.workers)}, the models' memory-mapped files included")
     print(result_table(result))
     return result
 
@@ -173,16 +185,18 @@ def _peak(workers: int) -> str:
 
 
 @contextmanager
-def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, display: Display) -> Iterator[Executor]:
+def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, tracker: Tracker) -> Iterator[Executor]:
     """What scores candidates, for the length of a block: this process, or as many workers as are wanted."""
     count = folder.spec.run.workers
     if count == 1:
         yield InProcess(partial(_survived, folder, scorer), scorer.before_generation)
         return
     share = max(1, bench.threads // count)
-    display.say(f"{count} workers, of {share} of the {bench.threads} threads each; what they say is in log.txt")
+    tracker.report(f"{count} workers, of {share} of the {bench.threads} threads each; what they say is in log.txt")
     if folder.spec.evaluation.backend != "native":
-        display.say("warning: with this backend, numbers are the same for any number of workers up to rounding only")
+        tracker.report(
+            "with this backend, numbers are the same for any number of workers up to rounding only", "warning"
+        )
     bench.release()
     workers = LocalWorkers(
         count,
@@ -252,7 +266,9 @@ def settings_of(wanted: Search, scorer: Scorer, algorithm: str | None = None) ->
     """What an algorithm is told: its options, where it is the specification's own, and whom to ask."""
     own = algorithm in (None, wanted.algorithm)
     population = wanted.population or get_algorithm(wanted.algorithm).population
-    return AlgorithmSettings(population, wanted.options if own else {}, items=scorer.items, slopes=scorer.slopes)
+    return AlgorithmSettings(
+        population, wanted.options if own else {}, item_scores=scorer.items, gradients=scorer.slopes
+    )
 
 
 def _baseline(
@@ -261,7 +277,7 @@ def _baseline(
     scorer: Scorer,
     executor: Executor,
     found: tuple[Candidate, ...],
-    display: Display,
+    tracker: Tracker,
 ) -> tuple[Candidate, ...]:
     """The candidates of a random search that spends as many item evaluations as the search did, if one is asked for.
 
@@ -271,18 +287,18 @@ def _baseline(
     if folder.spec.search.baseline is None:
         return ()
     items = max(spent_items(found, scorer.slope_items))
-    display.say(f"random search as a baseline: {items} item evaluations, as the search had")
+    tracker.report(f"random search as a baseline: {items} item evaluations, as the search had")
 
     def progress(candidate: Candidate) -> None:
         value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
-        display.say(f"random search, candidate {candidate.number}: {value}")
+        tracker.report(f"random search, candidate {candidate.number}: {value}")
 
-    record = folder.record(bench.space, baseline=True, say=display.say)
+    record = folder.record(bench.space, baseline=True, report=tracker.report)
     stop = Stop(_MOST_RANDOM * len(found), items=items)
     ended = _search(folder, bench, scorer, executor, record, "random", stop, progress)
     if ended.reason == "interrupted":
         raise KeyboardInterrupt
-    display.say(f"random search: {ended.message}")
+    tracker.report(f"random search: {ended.message}")
     return ended.candidates
 
 

@@ -17,8 +17,9 @@ from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import growth, reference_point
 
 if TYPE_CHECKING:
-    from evomerge.problem.candidate_evaluator import Says, Scorer
+    from evomerge.problem.candidate_evaluator import Scorer
     from evomerge.run.folder import RunFolder
+    from evomerge.study.interfaces import Tracker
 
 
 def best_first(
@@ -36,7 +37,7 @@ def best_first(
 
 
 def front_json(
-    winner: Row, scored: Sequence[Row], bench: Workbench, scorer: Scorer, display: Says
+    winner: Row, scored: Sequence[Row], bench: Workbench, scorer: Scorer, tracker: Tracker
 ) -> list[dict[str, Any]]:
     """The finalists that none dominates on the items that chose, the winner first; none where there is one objective.
 
@@ -50,8 +51,8 @@ def front_json(
     entries = []
     for row in [winner, *others]:
         if TEST not in row.splits:
-            display.say(f"scoring {row.name}, of the front, on the test items")
-        tested = read_row(row, (TEST,), scorer, display) or row
+            tracker.report(f"scoring {row.name}, of the front, on the test items")
+        tested = read_row(row, (TEST,), scorer, tracker) or row
         choosing = {"pooled": (SEARCH, SELECT), **{s: (s,) for s in (SEARCH, SELECT, TEST) if s in tested.splits}}
         entries.append(
             {

@@ -1,27 +1,76 @@
-"""Where proposals are scored: in this process, or by others that an executor speaks for.
+"""The three ports of a search: what proposes candidates, what scores them, and what is told of the progress.
 
-The loop asks, tells and records; an executor only scores. It takes as many proposals at once as it has slots.
+The loop calls them without knowing which it got: `evomerge.algorithms`, `evomerge.executors` and `evomerge.trackers`
+implement them and do not know each other.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from evomerge.errors import BadInput, OutputError
+from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 log = logging.getLogger(__name__)
 
+Level = Literal["info", "warning"]
 
-@runtime_checkable
+
+@dataclass(frozen=True)
+class AlgorithmSettings:
+    """Settings of an algorithm, and what it may ask about a candidate beyond its record.
+
+    Both questions must have the same answer in every session of a run, or a resumed run would differ.
+
+    Attributes:
+        population: Candidates per generation.
+        options: Settings that only one algorithm knows; those that are left out have the registry's defaults.
+        item_scores: A candidate's value on every item that steers, higher is better, in one order for all candidates,
+            shape [items]; None for a candidate that has not seen them all. The function is None where nobody knows.
+        gradients: The derivative of the fitness with respect to every real gene that it depends on smoothly, by name of
+            gene, in units of the gene; None where there is none. Costs several evaluations when asked first.
+    """
+
+    population: int = 16
+    options: Mapping[str, Any] = field(default_factory=dict)
+    item_scores: Callable[[Candidate], npt.NDArray[np.float64] | None] | None = None
+    gradients: Callable[[Candidate], Mapping[str, float] | None] | None = None
+
+
+class Algorithm(Protocol):
+    """Proposes the candidates of a generation: a pure function.
+
+    The proposals depend on the space, the history, the seed and the numbers, and nothing else, so that a resumed run is
+    the same as one never stopped. Those of the first numbers do not depend on how many more are asked for. Fewer than
+    asked for means that the space is exhausted.
+    """
+
+    def __call__(
+        self,
+        space: SearchSpace,
+        history: tuple[Candidate, ...],
+        numbers: range,
+        generation: int,
+        seed: int,
+        settings: AlgorithmSettings,
+    ) -> list[Proposal]:
+        """Proposals for `numbers`.
+
+        `history` holds the candidates of earlier generations, by number. In an asynchronous search it holds all that
+        have finished, of whatever numbers, and those that are being scored as "pending"; one number is asked for.
+        """
+        ...
+
+
 class Executor(Protocol):
-    """What scores proposals."""
+    """Scores proposals, here or elsewhere, as many at once as it has slots. The loop asks, tells and records."""
 
     @property
     def slots(self) -> int:
@@ -29,7 +78,7 @@ class Executor(Protocol):
         ...
 
     def begin_generation(self, history: tuple[Candidate, ...]) -> None:
-        """What is submitted from now on may be compared with these candidates, and with no others."""
+        """Takes the candidates that what is submitted from now on may be compared with: these, and no others."""
         ...
 
     def submit(self, proposal: Proposal) -> None:
@@ -52,67 +101,66 @@ class Executor(Protocol):
         ...
 
 
-class InProcess:
-    """Scores one proposal at a time, in this process, when its outcome is asked for.
+@dataclass(frozen=True)
+class SearchInfo:
+    """What a tracker is told of a search before its first candidate.
 
-    Args:
-        evaluate: Scores one proposal.
-        begin: Called by `begin_generation`.
+    Attributes:
+        folder: Where the run is.
+        algorithm: Name of the algorithm.
+        budget: Candidates to evaluate, those that are recorded already included.
+        genes: Number of genes of the space.
+        objectives: Names of the objectives, where there are several.
+        recorded: The candidates of earlier sessions.
     """
 
-    slots = 1
+    folder: str
+    algorithm: str
+    budget: int
+    genes: int
+    objectives: tuple[str, ...] = ()
+    recorded: tuple[Candidate, ...] = ()
 
-    def __init__(
-        self,
-        evaluate: Callable[[Proposal], Outcome],
-        begin: Callable[[tuple[Candidate, ...]], None] | None = None,
-    ) -> None:
-        self._evaluate = evaluate
-        self._begin = begin
-        self._submitted: deque[Proposal] = deque()
 
-    def begin_generation(self, history: tuple[Candidate, ...]) -> None:
-        """Hands the history on."""
-        if self._begin is not None:
-            self._begin(history)
+class Tracker(Protocol):
+    """Is told of a run's progress. Called in this order, but that `report` may come at any time in between."""
 
-    def submit(self, proposal: Proposal) -> None:
-        """Takes a proposal."""
-        self._submitted.append(proposal)
+    def begin(self, name: str) -> None:
+        """Takes the name of the run."""
+        ...
 
-    def next_finished(self) -> tuple[Proposal, Outcome]:
-        """Scores the proposal."""
-        proposal = self._submitted.popleft()
-        return proposal, attempt(self._evaluate, proposal)
+    def report(self, text: str, level: Level = "info") -> None:
+        """Takes one line of what is going on."""
+        ...
+
+    def started(self, search: SearchInfo) -> None:
+        """Takes what the search is, and what of it is done already."""
+        ...
+
+    def candidate(self, candidate: Candidate) -> None:
+        """Takes one more candidate, which is recorded."""
+        ...
 
     def close(self) -> None:
-        """Forgets what was submitted."""
-        self._submitted.clear()
+        """Ends what is shown or sent, whether the run went well or not."""
+        ...
 
 
-def attempt(evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
-    """The outcome, with the time it took; a candidate that raises has failed and the run goes on.
+class NullTracker:
+    """Shows nothing; what is reported is in the log at level DEBUG."""
 
-    Raises:
-        OutputError, BadInput: The run's trouble, not the candidate's.
-    """
-    begin = time.perf_counter()
-    try:
-        outcome = checked(evaluate(proposal))
-    except (OutputError, BadInput):
-        raise
-    except Exception as error:
-        log.warning("candidate %d failed", proposal.number, exc_info=True)
-        outcome = Outcome(None, state="failed", failure=f"{type(error).__name__}: {error}")
-    return replace(outcome, seconds={**outcome.seconds, "total": time.perf_counter() - begin})
+    def begin(self, name: str) -> None:
+        """Passes over the name."""
 
+    def report(self, text: str, level: Level = "info") -> None:
+        """Logs the line."""
+        log.debug(text)
 
-def checked(outcome: Outcome) -> Outcome:
-    """The outcome, or the failure that it is: a done candidate has a finite fitness."""
-    values = [outcome.fitness, *(outcome.objectives or ())]
-    if outcome.state == "failed":
-        return replace(outcome, fitness=None, objectives=None, failure=outcome.failure or "unknown: no reason given")
-    if outcome.state == "done" and not all(value is not None and math.isfinite(value) for value in values):
-        failure = f"not finite: the fitness is {outcome.fitness}"
-        return replace(outcome, state="failed", fitness=None, objectives=None, failure=failure)
-    return outcome
+    def started(self, search: SearchInfo) -> None:
+        """Passes over the search."""
+
+    def candidate(self, candidate: Candidate) -> None:
+        """Passes over the candidate."""
+
+    def close(self) -> None:
+        """Ends nothing."""

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from evomerge.algorithms.proposals import Algorithm, AlgorithmSettings
 from evomerge.space.baselines import Start, baselines
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal, Spending, best, first_generation, number_of, ranked
-from evomerge.study.interfaces import Executor, InProcess
+from evomerge.study.interfaces import Algorithm, AlgorithmSettings, Executor
 from evomerge.study.ranking import latest_improvement
 from evomerge.study.record import Record
 
@@ -75,7 +74,7 @@ class Finished:
 def search(
     space: SearchSpace,
     algorithm: Algorithm,
-    evaluate: Callable[[Proposal], Outcome] | Executor,
+    executor: Executor,
     record: Record,
     stop: Stop,
     *,
@@ -83,7 +82,6 @@ def search(
     settings: AlgorithmSettings | None = None,
     starts: Sequence[Start] | None = None,
     progress: Callable[[Candidate], None] | None = None,
-    before_generation: Callable[[tuple[Candidate, ...]], None] | None = None,
     arrange: Callable[[Sequence[Proposal]], Sequence[int]] | None = None,
     asynchronous: bool = False,
 ) -> Finished:
@@ -92,17 +90,13 @@ def search(
     Args:
         space: The search space.
         algorithm: Proposes generations.
-        evaluate: Scores one proposal. What it raises is recorded as that candidate's failure. Or an executor, which
-            may score several at once; the caller closes it.
+        executor: Scores the proposals; the caller closes it.
         record: Where the candidates are, and go.
         stop: The budget and the other conditions.
         seed: Seed of the proposals.
         settings: Settings of the algorithm.
         starts: Generation 0; default: the baselines.
         progress: Called with each candidate after it is recorded.
-        before_generation: Called with the candidates of the earlier generations before any of a generation is scored;
-            what `evaluate` takes from there, such as whom to race against, does not depend on timing or on resuming.
-            An executor has its own.
         arrange: Gives the order in which a generation's proposals are scored, as positions in it. The candidates and
             their numbers are the same in any order. Nothing is arranged in an asynchronous search.
         asynchronous: Propose a candidate whenever there is room for one, instead of whole generations. The algorithm
@@ -112,7 +106,6 @@ def search(
         The reason for the end, after what was under way has been recorded. Ctrl-C ends it too, between records
         ("interrupted").
     """
-    executor = evaluate if isinstance(evaluate, Executor) else InProcess(evaluate, before_generation)
     order = arrange or (lambda proposals: range(len(proposals)))
     loop = _Loop(
         space, algorithm, executor, record, stop, seed, settings or AlgorithmSettings(), progress, order, asynchronous

@@ -69,7 +69,7 @@ class Record:
     Args:
         store: Where they are.
         where: Its path or URL, for messages.
-        say: Is told when the storage cannot be reached, and is tried again.
+        report: Is told when the storage cannot be reached, and is tried again.
         waits: Seconds between the tries to append.
     """
 
@@ -78,12 +78,12 @@ class Record:
         store: Store,
         where: str | Path = "",
         *,
-        say: Callable[[str], None] = log.warning,
+        report: Callable[[str], None] = log.warning,
         waits: Sequence[float] = TO_APPEND,
     ) -> None:
         self._store = store
         self._where = without_password(str(where))
-        self._say = say
+        self._report = report
         self._waits = waits
         # The first one of a number counts: a commit whose answer was lost may have been made twice.
         known: dict[int, Candidate] = {}
@@ -102,7 +102,7 @@ class Record:
         names: Sequence[str] = (),
         create: bool = True,
         owner: Mapping[str, str] | None = None,
-        say: Callable[[str], None] = log.warning,
+        report: Callable[[str], None] = log.warning,
         waits: Sequence[float] = TO_APPEND,
     ) -> Record:
         """Opens the study `name`, or creates it.
@@ -115,13 +115,13 @@ class Record:
             names: What Optuna's pictures call them; the study's own numbers where left out.
             create: Whether a missing study is created.
             owner: Who writes to it, in a storage that others may use: an ``id`` of the run folder, and where it is.
-            say: Is told when the storage cannot be reached, and is tried again.
+            report: Is told when the storage cannot be reached, and is tried again.
             waits: Seconds between the tries to append.
 
         Raises:
             RunError: The storage cannot be opened, has no such study and `create` is false, or has another run's.
         """
-        record = cls._opened(where, name, space, objectives, names, create, say, waits)
+        record = cls._opened(where, name, space, objectives, names, create, report, waits)
         if record is None:
             missing = "://" not in str(where) and not Path(where).exists()
             raise RunError(
@@ -151,16 +151,16 @@ class Record:
         objectives: int,
         names: Sequence[str],
         create: bool,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         waits: Sequence[float],
     ) -> Record | None:
         def work() -> Record | None:
             with _no_collection():
                 store = open_store(where, name, space, objectives, create, names)
-                return None if store is None else cls(store, where, say=say, waits=waits)
+                return None if store is None else cls(store, where, report=report, waits=waits)
 
         try:
-            return _patiently(work, TO_OPEN, say, without_password(str(where)))
+            return _patiently(work, TO_OPEN, report, without_password(str(where)))
         except StorageLost as error:
             raise RunError(f"run.storage: cannot open {without_password(str(where))}: {error}") from error
 
@@ -177,7 +177,7 @@ class Record:
         """
         other = self._store.attributes.get("run")
         if other is None:
-            _patiently(lambda: self._store.set_attribute("run", dict(owner)), TO_OPEN, self._say, self._where)
+            _patiently(lambda: self._store.set_attribute("run", dict(owner)), TO_OPEN, self._report, self._where)
         elif other["id"] != owner["id"]:
             raise RunError(
                 f"{self._where}: study '{name}' is the record of the run in {other['folder']} on {other['host']}; "
@@ -208,7 +208,7 @@ class Record:
                 insort(self._candidates, candidate, key=number_of)
 
         try:
-            _patiently(write, self._waits, self._say, self._where)
+            _patiently(write, self._waits, self._report, self._where)
         except StorageLost as error:
             raise RunError(
                 f"run.storage: {self._where} did not come back within {sum(self._waits):.0f} s ({error}). Candidate "
@@ -217,7 +217,7 @@ class Record:
             ) from error
 
 
-def _patiently(work: Callable[[], T], waits: Sequence[float], say: Callable[[str], None], where: str) -> T:
+def _patiently(work: Callable[[], T], waits: Sequence[float], report: Callable[[str], None], where: str) -> T:
     """Does the work, again after each of the waits while the storage is lost.
 
     Raises:
@@ -227,6 +227,6 @@ def _patiently(work: Callable[[], T], waits: Sequence[float], say: Callable[[str
         try:
             return work()
         except StorageLost as error:
-            say(f"run.storage: {where} cannot be reached ({error}); trying again in {wait:g} s")
+            report(f"run.storage: {where} cannot be reached ({error}); trying again in {wait:g} s")
         time.sleep(wait)  # where Ctrl-C is heard
     return work()

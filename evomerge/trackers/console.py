@@ -1,76 +1,62 @@
-"""What a search shows while it runs: a live line on a terminal, plain lines elsewhere. Always on stderr."""
+"""What runs show on a terminal: the live line of a search, the bar of a merge. Always on stderr."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from evomerge.study.candidate import Candidate, ranked
-
-if TYPE_CHECKING:
-    from evomerge.run.folder import RunFolder
+from evomerge.study.interfaces import Level, SearchInfo
 
 log = logging.getLogger("evomerge.run")
 
 
-class Display:
-    """Progress of one run.
+class ConsoleTracker:
+    """A live line on a terminal, plain lines elsewhere; every line is in the run's log too."""
 
-    Args:
-        name: The run's name.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
+        self._name = ""
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        self._live = sys.stderr.isatty()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._best: Candidate | None = None
         self._baseline: float | None = None
         self._budget = 0
         self._done = 0
-        self._started = time.monotonic()
         self._scored = 0
+        self._started = time.monotonic()
 
-    def __enter__(self) -> Display:
-        return self
+    def begin(self, name: str) -> None:
+        """Takes the name that every line begins with."""
+        self._name = name
+        self._started = time.monotonic()
 
-    def __exit__(self, *exception: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+    def report(self, text: str, level: Level = "info") -> None:
+        """Shows and logs one line of what is going on."""
+        log.log(logging.WARNING if level == "warning" else logging.INFO, text)
+        console = self._progress.console if self._progress else self._console
+        console.print(f"{self._name}: {'warning: ' if level == 'warning' else ''}{text}", markup=False)
 
-    def say(self, text: str) -> None:
-        """One line of what is going on, here and in the run's log."""
-        log.info(text)
-        (self._progress.console if self._progress else self._console).print(f"{self._name}: {text}", markup=False)
-
-    def begin(self, folder: RunFolder, known: Sequence[Candidate], gene_count: int) -> None:
+    def started(self, search: SearchInfo) -> None:
         """Announces the search and what of it is done already."""
-        self._budget = folder.spec.search.candidates
-        self._done = len(known)
-        self._best = next(iter(ranked(known)), None)
-        self._baseline = max((c.fitness for c in known if c.generation == 0 and c.fitness is not None), default=None)
-        objectives = folder.spec.objectives
-        front = f" for the front of {', '.join(objectives)}" if objectives else ""
-        self.say(
-            f"{self._done} of {self._budget} candidates are recorded; {gene_count} genes, "
-            f"{folder.spec.search.algorithm}{front}; the run is in {folder.root}"
+        self._budget = search.budget
+        self._done = len(search.recorded)
+        self._best = next(iter(ranked(search.recorded)), None)
+        first = (c.fitness for c in search.recorded if c.generation == 0 and c.fitness is not None)
+        self._baseline = max(first, default=None)
+        front = f" for the front of {', '.join(search.objectives)}" if search.objectives else ""
+        self.report(
+            f"{self._done} of {self._budget} candidates are recorded; {search.genes} genes, "
+            f"{search.algorithm}{front}; the run is in {search.folder}"
         )
-        if self._live:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                console=self._console,
-            )
+        if sys.stderr.isatty():
+            self._progress = _bar("{task.description}", self._console)
             self._task = self._progress.add_task(self._name, total=self._budget, completed=self._done)
             self._progress.start()
 
@@ -83,9 +69,14 @@ class Display:
                 self._baseline = max(self._baseline or candidate.fitness, candidate.fitness)
             if self._best is None or candidate.fitness > (self._best.fitness or 0.0):
                 self._best = candidate
-        self._line(candidate)
+        self.report(self._line(candidate))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._done, description=self._summary())
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self._progress is not None:
+            self._progress.stop()
 
     def _summary(self) -> str:
         if self._best is None or self._best.fitness is None:
@@ -93,14 +84,37 @@ class Display:
         baseline = "" if self._baseline is None else f", generation 0 {self._baseline:.4f}"
         return f"best {self._best.fitness:.4f} (candidate {self._best.number}){baseline}"
 
-    def _line(self, candidate: Candidate) -> None:
+    def _line(self, candidate: Candidate) -> str:
         fitness = "failed" if candidate.fitness is None else f"{candidate.fitness:.4f}"
         left = (time.monotonic() - self._started) / self._scored * (self._budget - self._done)
         why = f" [{candidate.failure}]" if candidate.failure else ""
-        self.say(
+        return (
             f"candidate {candidate.number} of {self._budget}, generation {candidate.generation}, {candidate.operator}: "
             f"{fitness}{why}; {self._summary()}; about {_duration(left)} left"
         )
+
+
+@contextmanager
+def tensor_progress(show: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """Shows a bar of tensors written, for the length of a block.
+
+    Args:
+        show: Show it at all.
+
+    Yields:
+        A function to call with (tensors written, tensors in all); None where nobody would see the bar.
+    """
+    if not (show and sys.stderr.isatty()):
+        yield None
+        return
+    with _bar("tensors", Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _bar(text: str, console: Console, transient: bool = False) -> Progress:
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=transient)
 
 
 def _duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from evomerge.algorithms.proposals import generator
 from evomerge.algorithms.registry import ALGORITHMS
+from evomerge.executors.in_process import InProcess
 from evomerge.space.build import build_space
 from evomerge.space.decode import active, copies
 from evomerge.space.genome import Genome
@@ -185,7 +186,7 @@ class Memory:
 def best_truth(space: SearchSpace, landscape: Any, algorithm: str, seed: int, budget: int) -> float:
     """The noise-free score of the candidate that a search takes for the best."""
     record: Any = Memory()
-    finished = search(space, ALGORITHMS[algorithm], landscape, record, Stop(budget), seed=seed)
+    finished = search(space, ALGORITHMS[algorithm], InProcess(landscape), record, Stop(budget), seed=seed)
     assert finished.best is not None
     return float(landscape.truth(finished.best.genome))
 

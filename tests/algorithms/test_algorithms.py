@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import (
     ALGORITHMS,
     Registered,
@@ -22,6 +21,7 @@ from evomerge.errors import SpecError
 from evomerge.space.baselines import baselines
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
+from evomerge.study.interfaces import AlgorithmSettings
 from tests.algorithms.landscapes import COSTLY, Bowl, Repair, best_truth, every_algorithm, make_space, pattern_space
 
 SPACES = {

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError, RunError
 from evomerge.executors.local import LocalWorkers
 from evomerge.executors.worker import Opened
 from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
 from tests.study.scripted_run import SPACE, evaluate

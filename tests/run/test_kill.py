@@ -23,17 +23,11 @@ from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.spec.schema import parse_spec
+from evomerge.study.interfaces import NullTracker
 from tests.frame import command, environment, files, invoke, process, search_spec
 from tests.run.test_search import lasting
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which loads torch
-
-
-class Mute:
-    """Says nothing."""
-
-    def say(self, text: str) -> None:
-        """Does not say it."""
 
 
 PATIENCE = 300  # seconds, for a machine that is busy with other things
@@ -272,7 +266,7 @@ def test_an_asynchronous_search_of_two_workers(tiny_family: dict[str, Path], tmp
     (tmp_path / "again" / "scores").mkdir(parents=True)
     bench = Workbench(spec)
     scorer = Scorer(bench, RunFolder(tmp_path / "again", spec))
-    scorer.settle(Mute())
+    scorer.settle(NullTracker())
     for candidate in [c for c in found if c.state == "done"][-3:]:
         again, _ = scorer.scores(candidate.recipe, SEARCH)
         assert scorer.fitness(again) == candidate.fitness

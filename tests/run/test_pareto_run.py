@@ -19,8 +19,8 @@ from evomerge.run.status import read_status, render_status
 from evomerge.spec.schema import SearchSpec, parse_spec
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate, best, pareto_front
+from evomerge.study.interfaces import NullTracker
 from evomerge.study.ranking import finalists
-from evomerge.trackers.console import Display
 from tests.frame import invoke, search_spec
 from tests.run.test_search import lasting
 
@@ -235,6 +235,5 @@ def test_the_front_is_kept_before_what_is_behind_it(
     monkeypatch.setattr(export, "write_export", lambda bench, folder, candidate, out: kept.append(candidate.number))
     folder = RunFolder(tmp_path, pareto_spec(tiny_family, run__keep=4))
     monkeypatch.setattr(folder, "candidates", lambda: found(front_run))
-    with Display("x") as display:
-        export.keep_best(Workbench(folder.spec), folder, result, display)
+    export.keep_best(Workbench(folder.spec), folder, result, NullTracker())
     assert kept == [4, 7, 2, 9]

@@ -6,10 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError
+from evomerge.executors.in_process import InProcess
 from evomerge.study.candidate import Outcome, Proposal
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import Bowl, make_space
@@ -38,7 +39,7 @@ def run(folder: Path, algorithm: str, budget: int, pause: float = 0.0) -> Finish
     return search(
         SPACE,
         ALGORITHMS[algorithm],
-        lambda proposal: evaluate(proposal, pause),
+        InProcess(lambda proposal: evaluate(proposal, pause)),
         record,
         Stop(budget),
         seed=5,

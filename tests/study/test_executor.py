@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError
+from evomerge.executors.in_process import InProcess, attempt
 from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, Outcome, Proposal
-from evomerge.study.interfaces import Executor, InProcess, attempt
+from evomerge.study.interfaces import AlgorithmSettings, Executor
 from evomerge.study.loop import Finished, Stop, search
 from tests.algorithms.landscapes import COSTLY, Memory, plain
 from tests.study.scripted_run import SPACE, evaluate
@@ -252,7 +252,7 @@ def test_the_run_s_trouble_is_not_the_candidate_s() -> None:
     def full(proposal: Proposal) -> Outcome:
         raise OutputError("no space left on the disk")
 
-    for executor in (Shuffled(2, 0, full), InProcess(full)):
-        assert isinstance(executor, Executor)
+    executors: list[Executor] = [Shuffled(2, 0, full), InProcess(full)]
+    for executor in executors:
         with pytest.raises(OutputError, match="no space left"):
             go(Memory(), executor, 10)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError
+from evomerge.executors.in_process import InProcess
 from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
@@ -22,8 +23,12 @@ SETTINGS = AlgorithmSettings(population=7)
 STARTS = len(baselines(SPACE))
 
 
-def go(record: Any, stop: Stop, algorithm: str = "ga", scorer: Any = evaluate, **more: Any) -> Finished:
-    return search(SPACE, ALGORITHMS[algorithm], scorer, record, stop, seed=5, settings=SETTINGS, **more)
+def go(
+    record: Any, stop: Stop, algorithm: str = "ga", scorer: Any = evaluate, begin: Any = None, **more: Any
+) -> Finished:
+    return search(
+        SPACE, ALGORITHMS[algorithm], InProcess(scorer, begin), record, stop, seed=5, settings=SETTINGS, **more
+    )
 
 
 @every_algorithm
@@ -241,7 +246,7 @@ def test_an_exhausted_space_ends_the_run() -> None:
     fixed = {name: {"low": 1.0, "high": 1.0} for name in ("weight", "lambda", "density")}
     space = make_space(methods=("task_arithmetic", "ties"), layer_groups=1, gene_overrides=fixed)
     record: Any = Memory()
-    finished = search(space, ALGORITHMS["ga"], Bowl(space, 0), record, Stop(100), settings=SETTINGS)
+    finished = search(space, ALGORITHMS["ga"], InProcess(Bowl(space, 0)), record, Stop(100), settings=SETTINGS)
     assert finished.reason == "exhausted"
     assert len(finished.candidates) <= len(baselines(space)) + 1
 
@@ -286,9 +291,9 @@ def test_before_a_generation_is_scored_the_earlier_ones_are_shown() -> None:
     def begin(history: tuple[Candidate, ...]) -> None:
         shown.append(tuple(c.number for c in history))
 
-    go(record, Stop(STARTS + 3), before_generation=begin)
+    go(record, Stop(STARTS + 3), begin=begin)
     assert shown == [(), tuple(range(STARTS))]
-    go(record, Stop(STARTS + 9), before_generation=begin)
+    go(record, Stop(STARTS + 9), begin=begin)
     assert shown[2:] == [tuple(range(STARTS)), tuple(range(STARTS + 7))]
 
 

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
+from evomerge.executors.in_process import InProcess
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate, Outcome, Proposal, best, pareto_front, promising, ranked
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Finished, Stop, search
 from evomerge.study.ranking import finalists, growth, latest_improvement, reference_point
 from evomerge.study.record import Record
@@ -144,7 +145,7 @@ def test_finalists_of_a_small_front_come_from_behind_it_too() -> None:
 
 def go(record: Any, stop: Stop, algorithm: str = "ga", scorer: Any = None, **more: Any) -> Finished:
     scorer = scorer or TwoBowls(SPACE, 0)
-    return search(SPACE, ALGORITHMS[algorithm], scorer, record, stop, seed=5, settings=SETTINGS, **more)
+    return search(SPACE, ALGORITHMS[algorithm], InProcess(scorer), record, stop, seed=5, settings=SETTINGS, **more)
 
 
 @every_algorithm
@@ -196,7 +197,7 @@ def test_the_genetic_algorithm_finds_a_better_front_than_random_search() -> None
         landscape = TwoBowls(SPACE, seed, noise=0.005)
         for algorithm, found in volumes.items():
             record: Any = Memory()
-            search(SPACE, ALGORITHMS[algorithm], landscape, record, Stop(150), seed=seed)
+            search(SPACE, ALGORITHMS[algorithm], InProcess(landscape), record, Stop(150), seed=seed)
             truth = np.array([landscape.truth(c.genome) for c in pareto_front(record.kept)])
             found.append(pareto.hypervolume(truth, np.array([0.5, 0.5])))
     assert np.mean(volumes["ga"]) > np.mean(volumes["random"])

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import OutputError, RunError
+from evomerge.executors.in_process import InProcess
 from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.journal import Journal
 from evomerge.study.loop import Stop, search
 from evomerge.study.record import Record
@@ -67,7 +68,7 @@ def breaking(record: Record, script: list[str]) -> None:
 def test_what_is_lost_is_tried_again_and_written_once(tmp_path: Path, script: list[str]) -> None:
     where = f"sqlite:///{tmp_path}/study.db"
     said: list[str] = []
-    record = Record.open(where, "run", space=SPACE, say=said.append, waits=(0.0, 0.0, 0.0))
+    record = Record.open(where, "run", space=SPACE, report=said.append, waits=(0.0, 0.0, 0.0))
     losses = len(script) - script.count("well")
     breaking(record, script)
     for number in range(4):
@@ -270,21 +271,23 @@ def _received(source: socket.socket) -> bytes:
 
 
 def going_on(url: str, disturb: Callable[[Proposal], None], said: list[str], **options: Any) -> Any:
-    record = Record.open(url, "run", space=SPACE, say=said.append, **options)
+    record = Record.open(url, "run", space=SPACE, report=said.append, **options)
 
     def disturbed(proposal: Proposal) -> Outcome:
         disturb(proposal)
         return evaluate(proposal)
 
     settings = AlgorithmSettings(population=7)
-    return search(SPACE, ALGORITHMS["ga"], disturbed, record, Stop(40), seed=5, settings=settings).candidates
+    return search(SPACE, ALGORITHMS["ga"], InProcess(disturbed), record, Stop(40), seed=5, settings=settings).candidates
 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> Any:
     record: Any = Memory()
     return plain(
-        search(SPACE, ALGORITHMS["ga"], evaluate, record, Stop(40), seed=5, settings=AlgorithmSettings(7)).candidates
+        search(
+            SPACE, ALGORITHMS["ga"], InProcess(evaluate), record, Stop(40), seed=5, settings=AlgorithmSettings(7)
+        ).candidates
     )
 
 

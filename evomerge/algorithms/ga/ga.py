@@ -28,12 +28,13 @@ from evomerge.algorithms.ga.layer_operators import Layers
 from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.ga.trust_region import Draws
 from evomerge.algorithms.history_index import Reading
-from evomerge.algorithms.proposals import AlgorithmSettings, Draw, distinct
+from evomerge.algorithms.proposals import Draw, distinct
 from evomerge.space.baselines import PARENT
 from evomerge.space.decode import copies
 from evomerge.space.genes import OUTER
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import SLOPES, Candidate, Proposal, promising
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.system.arrays import FloatArray, IntArray, Mask
 
 OPTIONS = {"slopes": True, "draws": True, "adaptive": True, "sharing": False}
@@ -158,11 +159,11 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     else:
         order = reading.promising(enough)
     chosen, attraction = order[:parents], None
-    if options["sharing"] and settings.items is not None:
+    if options["sharing"] and settings.item_scores is not None:
         chosen, attraction = _shared(order[: 2 * parents], parents, settings)
     experience = Experience.of(space, history) if options["adaptive"] else None
     climbs = None
-    if options["slopes"] and settings.slopes is not None:
+    if options["slopes"] and settings.gradients is not None:
         favour = experience.favour(SLOPES) if experience else 1.0
         climbs = Climbs(space, reading, order[: 2 * parents], settings, favour)
     return Breeding(
@@ -188,7 +189,7 @@ def _shared(
     order: Sequence[Candidate], parents: int, settings: AlgorithmSettings
 ) -> tuple[list[Candidate], FloatArray | None]:
     """The parents by their share of the items, and what each has to offer to each."""
-    values = [None if settings.items is None else settings.items(c) for c in order]
+    values = [None if settings.item_scores is None else settings.item_scores(c) for c in order]
     seen = [(c, v) for c, v in zip(order, values, strict=True) if v is not None]
     if len(seen) < 2:
         return list(order[:parents]), None

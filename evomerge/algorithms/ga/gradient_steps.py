@@ -15,9 +15,10 @@ import numpy as np
 from evomerge.algorithms.ga.gaussian_process import Surface, Told
 from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.history_index import Reading
-from evomerge.algorithms.proposals import AlgorithmSettings, Draw
+from evomerge.algorithms.proposals import Draw
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import SLOPES, Candidate, find, sloped
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.system.arrays import FloatArray, Mask
 
 CLIMBERS = 3
@@ -106,7 +107,7 @@ class Climbs:
         """The derivatives by every gene in units of its range, shape [reals]; None where there are none."""
         number = candidate.number
         if number not in self._found:
-            told = self._settings.slopes(candidate) if self._settings.slopes is not None else None
+            told = self._settings.gradients(candidate) if self._settings.gradients is not None else None
             width = self._space.high - self._space.low
             values = None if told is None else [told.get(gene.name, 0.0) for gene in self._space.reals]
             self._found[number] = None if values is None else np.array(values) * width

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from evomerge.algorithms.ga.gaussian_process import Surface, Told
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
+from evomerge.executors.in_process import InProcess
 from evomerge.study.candidate import SLOPES, Candidate, Outcome, spent_items
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Stop, search
 from tests.algorithms.landscapes import Memory, make_space
 
@@ -107,12 +108,12 @@ def _sloped_run(climb: bool, budget: int = 60, sign: float = 1.0):
             )
         )
 
-    settings = AlgorithmSettings(population=8, options={"slopes": climb}, slopes=told)
+    settings = AlgorithmSettings(population=8, options={"slopes": climb}, gradients=told)
     memory = Memory()
     done = search(
         space,
         ALGORITHMS["ga"],
-        lambda proposal: Outcome(fitness(proposal.genome), estimates={10: 0.0}),
+        InProcess(lambda proposal: Outcome(fitness(proposal.genome), estimates={10: 0.0})),
         memory,
         Stop(budget),
         seed=1,
@@ -153,10 +154,10 @@ def test_a_budget_of_items_ends_a_search_that_asks_for_slopes_sooner():
         done = search(
             space,
             ALGORITHMS["ga"],
-            lambda p: Outcome(int(p.phenotype[:6], 16) / 2**24, estimates={10: 0.0}),
+            InProcess(lambda p: Outcome(int(p.phenotype[:6], 16) / 2**24, estimates={10: 0.0})),
             Memory(),
             Stop(200, items=600, slope_items=slope_items),
-            settings=AlgorithmSettings(8, slopes=lambda c: {g.name: 1.0 for g in space.reals}),
+            settings=AlgorithmSettings(8, gradients=lambda c: {g.name: 1.0 for g in space.reals}),
         )
         assert done.reason == "items"
         ends.append(len(done.candidates))
@@ -166,11 +167,11 @@ def test_a_budget_of_items_ends_a_search_that_asks_for_slopes_sooner():
 @pytest.mark.parametrize("told", [None, {}], ids=["none", "all zero"])
 def test_candidates_without_slopes_are_bred_as_ever(told):
     space = make_space(methods=("task_arithmetic",))
-    settings = AlgorithmSettings(8, slopes=lambda c: told)
+    settings = AlgorithmSettings(8, gradients=lambda c: told)
     done = search(
         space,
         ALGORITHMS["ga"],
-        lambda p: Outcome(int(p.phenotype[:6], 16) / 2**24),
+        InProcess(lambda p: Outcome(int(p.phenotype[:6], 16) / 2**24)),
         Memory(),
         Stop(40),
         settings=settings,

@@ -3,9 +3,9 @@
 import numpy as np
 
 from evomerge.algorithms.ga.sharing import attraction, shared_fitness
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.study.candidate import Candidate
+from evomerge.study.interfaces import AlgorithmSettings
 from tests.algorithms.landscapes import make_space
 
 # Two candidates that solve the first two items, one that alone solves the third, and one that solves none.
@@ -38,7 +38,7 @@ def test_a_search_that_shares_breeds_from_who_alone_solves_an_item():
     )
 
     def parents(sharing):
-        settings = AlgorithmSettings(6, {"sharing": sharing}, items=lambda c: solves[c.number])
+        settings = AlgorithmSettings(6, {"sharing": sharing}, item_scores=lambda c: solves[c.number])
         found = ALGORITHMS["ga"](space, history, range(20, 60), 1, 2, settings)
         return {number for proposal in found for number in proposal.parents}
 

@@ -10,11 +10,12 @@ import pytest
 
 from evomerge.algorithms.ga.trust_region import FIRST, LARGER, SMALLER, SMALLEST, Draws, Process
 from evomerge.algorithms.history_index import Reading
-from evomerge.algorithms.proposals import AlgorithmSettings
 from evomerge.algorithms.registry import ALGORITHMS
+from evomerge.executors.in_process import InProcess
 from evomerge.space.decode import active
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import DRAW, Candidate, Outcome
+from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Stop, search
 from tests.algorithms.landscapes import Memory, make_space
 
@@ -126,7 +127,7 @@ def _best_of(options: dict[str, bool], seed: int) -> float:
         return Outcome(value, estimates={10: value})
 
     settings = AlgorithmSettings(population=8, options=options)
-    done = search(space, ALGORITHMS["ga"], evaluate, Memory(), Stop(120), seed=seed, settings=settings)
+    done = search(space, ALGORITHMS["ga"], InProcess(evaluate), Memory(), Stop(120), seed=seed, settings=settings)
     assert any(c.operator == DRAW for c in done.candidates) == options["draws"]
     assert done.best is not None
     assert done.best.fitness is not None
