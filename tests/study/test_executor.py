@@ -74,7 +74,7 @@ def ordered(found: tuple[Candidate, ...]) -> list[Any]:
 )
 def test_a_generational_search_is_the_same_for_any_number_at_once(algorithm: str, slots: int) -> None:
     budget = STARTS + (POPULATION + 3 if algorithm in COSTLY else 17)
-    whole = go(Memory(), evaluate, budget, algorithm)
+    whole = go(Memory(), InProcess(evaluate), budget, algorithm)
     record = Memory()
     shuffled = go(record, Shuffled(slots), budget, algorithm)
     assert [c.number for c in record.kept] != list(range(budget))  # recorded as they finish
@@ -87,7 +87,7 @@ def test_a_generational_search_is_the_same_for_any_number_at_once(algorithm: str
 
 def test_what_the_user_interrupts_goes_on_with_another_number_at_once() -> None:
     budget = STARTS + 17
-    whole = plain(go(Memory(), evaluate, budget).candidates)
+    whole = plain(go(Memory(), InProcess(evaluate), budget).candidates)
     for last in range(0, budget, 3):
         record = Memory()
         first = go(record, Shuffled(3, last, last=last), budget)
@@ -124,11 +124,11 @@ def test_asynchronous_budgets_are_exact_and_nobody_idles(algorithm: str, slots: 
 @every_asynchronous
 def test_an_asynchronous_search_of_one_at_a_time_is_the_same_whenever_it_is_stopped(algorithm: str) -> None:
     budget = STARTS + (8 if algorithm in COSTLY else 16)
-    whole = plain(go(Memory(), evaluate, budget, algorithm, asynchronous=True).candidates)
+    whole = plain(go(Memory(), InProcess(evaluate), budget, algorithm, asynchronous=True).candidates)
     for last in [STARTS + 4] if algorithm in COSTLY else range(0, budget, 2):
         record = Memory()
         go(record, Shuffled(1, last=last), budget, algorithm, asynchronous=True)
-        assert plain(go(record, evaluate, budget, algorithm, asynchronous=True).candidates) == whole
+        assert plain(go(record, InProcess(evaluate), budget, algorithm, asynchronous=True).candidates) == whole
 
 
 def test_an_asynchronous_search_goes_on_from_its_record() -> None:
@@ -195,7 +195,7 @@ def test_items_suffice_for_the_same_candidates(slots: int) -> None:
         items = 3 + proposal.number % 4
         return Outcome(0.5 + proposal.number / 1000, estimates={items: 0.5})
 
-    alone = go(Memory(), scored, Stop(100, items=120))
+    alone = go(Memory(), InProcess(scored), Stop(100, items=120))
     for seed in range(5):
         record = Memory()
         finished = go(record, Shuffled(slots, seed, scored), Stop(100, items=120))
