@@ -19,7 +19,7 @@ import numpy as np
 from fitness import Array, Pool
 from pool import Scores, load_pool
 
-from evomerge.objective.item_sampling import draw, unevenness
+from evomerge.objective.item_sampling import draw, item_spread
 from evomerge.report.tables import table
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def weights(
 ) -> Array:
     """How much each item of a task counts, [items]."""
     parts = [scores[task].take(search) for scores in scouts]
-    spread = unevenness(parts, "prob" if metric == "acc" else metric) if telling else np.ones(len(search))
+    spread = item_spread(parts, "prob" if metric == "acc" else metric) if telling else np.ones(len(search))
     sample = draw(parts[0].items, spread, fraction, np.random.default_rng([seed, 1]))
     place = {item: k for k, item in enumerate(scouts[0][task].items)}
     found = np.zeros(len(place))

@@ -110,8 +110,7 @@ def evaluate(
     from evomerge.evaluation.backends.registry import BackendName
     from evomerge.evaluation.evaluator import Evaluator
     from evomerge.evaluation.scores import score_table, table_to_json
-    from evomerge.evaluation.tasks.groups import group_scores
-    from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks
+    from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, group_scores
     from evomerge.planning.plan import make_plan
     from evomerge.recipe import parse_recipe, resolve_reference
 

@@ -16,8 +16,8 @@ from evomerge.evaluation.backends.registry import BackendName
 from evomerge.evaluation.scorers.derivatives import Answers, sensitivities
 from evomerge.evaluation.scorers.lm_eval import item_scores
 from evomerge.evaluation.scores import Array, ItemScores
-from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask
 from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, build_requests
+from evomerge.evaluation.tasks.task import Task
 from evomerge.system.quiet import quiet
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Evaluator:
 
     def __init__(
         self,
-        tasks: Sequence[LoadedTask] | Mapping[str, LoadedTask],
+        tasks: Sequence[Task] | Mapping[str, Task],
         tokenizer: Any,
         config: Any,
         *,
@@ -83,7 +83,7 @@ class Evaluator:
         from lm_eval.models.utils import resolve_max_length
 
         listed = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
-        self.tasks: dict[str, LoadedTask] = {loaded.name: loaded for loaded in listed}
+        self.tasks: dict[str, Task] = {loaded.name: loaded for loaded in listed}
         self.max_length = max_length or resolve_max_length(config, tokenizer)
         self.encoder = Encoder(tokenizer, self.max_length)
         self.prompting = Prompting(apply_chat_template, fewshot_as_multiturn, system_instruction)
@@ -246,7 +246,7 @@ class Evaluator:
             content.update(f"{task}:{self._backend.digest(self.requests(task), indices)};".encode())
         return content.hexdigest()
 
-    def _task(self, name: str) -> LoadedTask:
+    def _task(self, name: str) -> Task:
         if name not in self.tasks:
             raise TaskError(f"task {name!r} was not loaded; there are {', '.join(self.tasks)}")
         return self.tasks[name]

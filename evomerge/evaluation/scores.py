@@ -1,7 +1,5 @@
 """Scores with their noise: per-item values of every metric, what they add up to, and how sure that is.
 
-Nothing here needs torch: the search, the report and the run folder read these.
-
 Every metric that can be compared between candidates item by item is a ratio of two sums over items, seen through a
 transform: a mean has denominators of 1, bits per byte is ``-sum(ll) / sum(bytes) / ln 2``. Metrics that are no such
 ratio (F1, BLEU) are kept as one number for exactly these items.
@@ -22,6 +20,8 @@ import numpy.typing as npt
 from evomerge.errors import TaskError, suggest
 
 Array = npt.NDArray[np.float64]
+
+_MAX_COUNTS = 2_000_000  # of a bootstrap, held at once
 
 MEAN, BITS, EXP = "mean", "bits", "exp"
 """Transforms of the ratio r: r itself, ``-r / ln 2`` (bits per byte), ``exp(-r)`` (perplexities)."""
@@ -82,12 +82,12 @@ class ItemScores:
         """Every metric, those that can be compared item by item first."""
         return (*self.metrics, *self.corpus)
 
-    def raceable(self, metric: str) -> bool:
+    def is_itemwise(self, metric: str) -> bool:
         """Whether `metric` is a mean or ratio of items, so that candidates can be compared on part of them."""
         return metric in self.metrics
 
     def score(self, metric: str) -> Score:
-        """The metric over all items here.
+        """Aggregates the metric over all items here.
 
         Raises:
             TaskError: The task has no such metric, or no item has a value for it.
@@ -99,7 +99,7 @@ class ItemScores:
         return Score(value, _standard_error(influence) if n > 1 else None, n)
 
     def influence(self, metric: str) -> tuple[float, Array]:
-        """The metric's value, and each item's pull on it.
+        """Returns the metric's value, and each item's influence on it.
 
         Returns:
             (value, influences of length n): the delta method's terms, whose mean is 0 and whose variance over n is the
@@ -115,10 +115,10 @@ class ItemScores:
         ratio = float(np.sum(numerators)) / total
         transform = self.transforms.get(metric, MEAN)
         terms = (numerators - ratio * denominators) * (len(self.items) / total)
-        return _apply(transform, ratio), _slope(transform, ratio) * terms
+        return _apply(transform, ratio), _derivative(transform, ratio) * terms
 
     def derivative(self, metric: str) -> Array:
-        """The derivative of the metric's value with respect to each item's numerator, length n.
+        """Differentiates the metric's value with respect to each item's numerator, length n.
 
         Raises:
             TaskError: As `influence`.
@@ -127,27 +127,27 @@ class ItemScores:
         total = float(np.sum(denominators))
         if total == 0:
             raise TaskError(f"task {self.task!r}, metric {metric!r}: nothing was scored, so there is no derivative")
-        slope = _slope(self.transforms.get(metric, MEAN), float(np.sum(numerators)) / total) / total
-        return np.where(denominators != 0, slope, 0.0)
+        derivative = _derivative(self.transforms.get(metric, MEAN), float(np.sum(numerators)) / total) / total
+        return np.where(denominators != 0, derivative, 0.0)
 
     def of_sums(self, metric: str, numerator: float, denominator: float) -> float:
-        """The metric where its items' numerators and denominators add up to these; NaN where nothing does."""
+        """Returns the metric where its items' numerators and denominators add up to these; NaN where nothing does."""
         return _apply(self.transforms.get(metric, MEAN), numerator / denominator) if denominator else math.nan
 
     def scores(self) -> dict[str, Score]:
-        """Every metric that has a value here."""
+        """Aggregates every metric that has a value here."""
         measured = (name for name in self.names if name in self.corpus or np.any(self.metrics[name][1] != 0))
         return {name: self.score(name) for name in measured}
 
     def values(self, metric: str) -> Array:
-        """The metric of every item on its own, transformed; NaN where an item has no value."""
+        """Returns the metric of every item on its own, transformed; NaN where an item has no value."""
         numerators, denominators = self.columns(metric)
         with np.errstate(invalid="ignore", divide="ignore"):
             ratios = np.where(denominators != 0, numerators / denominators, np.nan)
         return np.array([_apply(self.transforms.get(metric, MEAN), float(ratio)) for ratio in ratios])
 
     def take(self, positions: Sequence[int]) -> ItemScores:
-        """These scores on some of the items (positions in `items`). Corpus metrics are left out: they do not divide."""
+        """Restricts the scores to some items (positions in `items`), without corpus metrics: they do not divide."""
         index = np.asarray(positions, dtype=np.int64)
         return ItemScores(
             self.task,
@@ -158,7 +158,7 @@ class ItemScores:
         )
 
     def weighted(self, weights: npt.ArrayLike) -> ItemScores:
-        """These scores with each item standing for `weights[k]` items of a whole that they were drawn from.
+        """Weights the scores, each item standing for `weights[k]` items of a whole that they were drawn from.
 
         Ratios become Hájek's estimates for the whole. Their standard errors treat the items as drawn independently,
         which is never too optimistic for a stratified draw. Corpus metrics are left out: they cannot be weighted.
@@ -168,14 +168,14 @@ class ItemScores:
         return ItemScores(self.task, self.items, columns, self.higher_is_better, self.transforms)
 
     def columns(self, metric: str) -> tuple[Array, Array]:
-        """The items' numerators and denominators.
+        """Returns the items' numerators and denominators.
 
         Raises:
             TaskError: The task has no such metric, or it is no mean or ratio of items.
         """
         if metric not in self.metrics:
-            known = ", ".join(self.names)
-            raise TaskError(f"task {self.task!r} has no metric {metric!r}{suggest(metric, self.names)}; it has {known}")
+            names = ", ".join(self.names)
+            raise TaskError(f"task {self.task!r} has no metric {metric!r}{suggest(metric, self.names)}; it has {names}")
         return self.metrics[metric]
 
 
@@ -245,12 +245,12 @@ def concatenate(parts: Sequence[ItemScores]) -> ItemScores:
 
 
 def score_table(scores: Mapping[str, ItemScores]) -> dict[str, dict[str, Score]]:
-    """Every metric of every task: ``{task: {metric: Score}}``."""
+    """Aggregates every metric of every task: ``{task: {metric: Score}}``."""
     return {task: item_scores.scores() for task, item_scores in scores.items()}
 
 
 def table_to_json(table: ScoreTable) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """``{task: {metric: {"value", "stderr", "n"}}}``."""
+    """Converts to ``{task: {metric: {"value", "stderr", "n"}}}``."""
     return {task: {metric: score.to_json() for metric, score in row.items()} for task, row in table.items()}
 
 
@@ -260,7 +260,7 @@ def table_from_json(data: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict
 
 
 def paired_difference(a: ItemScores, b: ItemScores, metric: str) -> tuple[float, float | None]:
-    """How much `a` exceeds `b` on the same items, and the standard error of that.
+    """Returns how much `a` exceeds `b` on the same items, and the standard error of that.
 
     The items' own difficulty cancels: the error is that of the per-item differences (for ratios, of their linearised
     terms), which is what a comparison of two candidates needs.
@@ -279,6 +279,26 @@ def paired_difference(a: ItemScores, b: ItemScores, metric: str) -> tuple[float,
     return value_a - value_b, _standard_error(difference) if len(difference) > 1 else None
 
 
+def bootstrap_sums(columns: Array, draws: int, generator: np.random.Generator) -> Array:
+    """Sums columns over bootstrap samples of their rows.
+
+    Args:
+        columns: [n, k]; every column is summed over the same samples.
+        draws: Samples of n rows, drawn with replacement.
+        generator: Draws them.
+
+    Returns:
+        [draws, k].
+    """
+    n = len(columns)
+    chunk = max(1, _MAX_COUNTS // n)
+    sums = []
+    for start in range(0, draws, chunk):
+        counts = generator.multinomial(n, np.full(n, 1.0 / n), size=min(chunk, draws - start))
+        sums.append(counts @ columns)
+    return np.concatenate(sums)
+
+
 def _standard_error(influence: Array) -> float:
     """Of a mean: sample standard deviation over the root of n; at least two items."""
     return float(np.std(influence, ddof=1)) / math.sqrt(len(influence))
@@ -290,7 +310,7 @@ def _apply(transform: str, ratio: float) -> float:
     return -ratio / math.log(2) if transform == BITS else _exp(-ratio)
 
 
-def _slope(transform: str, ratio: float) -> float:
+def _derivative(transform: str, ratio: float) -> float:
     """Derivative of the transform at `ratio`."""
     if transform == MEAN:
         return 1.0

@@ -1,8 +1,6 @@
-"""Disjoint splits of every task's items: `search` steers, `select` chooses among finalists, `test` is read once.
+"""Draws disjoint splits of every task's items: what is optimised, what chooses among finalists, what is read once.
 
-The guard tasks have one more split, `guard`, which is read with `test`.
-
-An item's place depends on the seed, the task and the item's id alone, never on the order of tasks or of earlier
+The split of an item depends on the seed, the task and the item's id alone, never on the order of tasks or of earlier
 draws, so a split is never re-drawn: asking again gives the same items, and items added to a task move only those at
 the borders.
 """
@@ -16,8 +14,11 @@ from collections.abc import Mapping, Sequence
 from evomerge.errors import TaskError
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
+"""What is optimised; what chooses among the finalists; what is read once; tasks that should not get worse."""
+
 Selection = Mapping[str, tuple[int, ...]]
 """Task to positions of its items."""
+
 Sizes = Mapping[str, float]
 """Split name to a fraction of the items (up to 1) or a whole number of items (above 1)."""
 
@@ -49,12 +50,11 @@ def split_items(
     ]
     drawn: dict[str, dict[str, tuple[int, ...]]] = {}
     for task, ids in items.items():
-        wanted = per_task.get(task, sizes)
-        counts, found = _counts(task, wanted, len(ids))
-        problems += found
-        if found:
+        counts, wrong = _counts(task, per_task.get(task, sizes), len(ids))
+        problems += wrong
+        if wrong:
             continue
-        order = sorted(range(len(ids)), key=lambda i, ids=ids, task=task: _place(seed, task, ids[i]))  # type: ignore[misc]
+        order = sorted(range(len(ids)), key=lambda i, ids=ids, task=task: _random_key(seed, task, ids[i]))  # type: ignore[misc]
         start = 0
         for split, count in counts.items():
             drawn.setdefault(split, {})[task] = tuple(sorted(order[start : start + count]))
@@ -64,7 +64,7 @@ def split_items(
     return drawn
 
 
-def _place(seed: int, task: str, item: str) -> bytes:
+def _random_key(seed: int, task: str, item: str) -> bytes:
     """The item's key in the random order of its task's items."""
     return hashlib.blake2b(f"{seed}\0{task}\0{item}".encode(), digest_size=16).digest()
 

@@ -1,73 +1,81 @@
-"""The winner beside what it has to beat: paired differences, intervals, tests by task, and one honest sentence."""
+"""Compares the winner with the baselines: paired differences, intervals, tests by task, and one honest sentence.
+
+Sources: Efron and Tibshirani, 1993, chapters 13 and 16 (paired bootstrap, percentile intervals); Westfall and Young,
+1993 (intervals that hold for several comparisons at once); Berger, 1982, https://doi.org/10.1080/00401706.1982.10487790
+(to be better than all baselines, it is enough to be better than each); McNemar, 1947,
+https://doi.org/10.1007/BF02295996.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from evomerge.evaluation.scores import ItemScores, paired_difference
-from evomerge.evaluation.statistics import Interval, intervals, mcnemar
-from evomerge.objective.fitness import Fitness
+import numpy as np
 
-Scores = Mapping[str, ItemScores]
+from evomerge.errors import TaskError
+from evomerge.evaluation.scores import Array, ItemScores, paired_difference
+from evomerge.objective.fitness import Fitness, Scores
+
+LEVEL = 0.95
 
 
-def compare(winner: Scores, rivals: Mapping[str, Scores], fitness: Fitness) -> dict[str, dict[str, Any]]:
-    """The winner less each rival on the same items, as JSON.
+def compare(winner: Scores, baselines: Mapping[str, Scores], fitness: Fitness) -> dict[str, dict[str, Any]]:
+    """Subtracts each baseline from the winner on the same items, as JSON.
 
     Returns:
-        Rival -> `{"value", "stderr", "n", "interval", "joint_interval", "tasks"}`: the difference in fitness, its
-        standard error, its 95% interval by paired bootstrap, and one of intervals that hold for all rivals at once;
+        Baseline -> `{"value", "stderr", "n", "interval", "joint_interval", "tasks"}`: the difference in fitness, its
+        standard error, its 95% interval by paired bootstrap, and one of intervals that hold for all baselines at once;
         None where a goal is no mean or ratio of items. `tasks` has each goal's own difference, and for a metric that is
         right or wrong the items that only one of the two has right, with McNemar's p-value.
     """
-    if not rivals:
+    if not baselines:
         return {}
-    measured = {name: fitness.difference(winner, scores) for name, scores in rivals.items()}
-    resampled = fitness.resampled([winner, *rivals.values()])
-    spans: list[Interval] | list[None] = [None] * len(rivals)
-    if resampled is not None and all(math.isfinite(stderr) for _, stderr in measured.values()):
-        spans = intervals([value for value, _ in measured.values()], resampled[0] - resampled[1:])
+    differences = {name: fitness.difference(winner, scores) for name, scores in baselines.items()}
+    samples = fitness.bootstrap([winner, *baselines.values()])
+    intervals: list[Interval] | list[None] = [None] * len(baselines)
+    if samples is not None and all(math.isfinite(stderr) for _, stderr in differences.values()):
+        intervals = bootstrap_intervals([value for value, _ in differences.values()], samples[0] - samples[1:])
     return {
         name: {
-            "value": measured[name][0],
-            "stderr": number(measured[name][1]),
+            "value": differences[name][0],
+            "stderr": nan_to_none(differences[name][1]),
             "n": fitness.count(winner),
-            "interval": None if span is None else [span.low, span.high],
-            "joint_interval": None if span is None else [span.joint_low, span.joint_high],
-            "tasks": {goal.task: _by_task(winner, scores, goal.task, goal.metric) for goal in fitness.goals},
+            "interval": None if interval is None else [interval.low, interval.high],
+            "joint_interval": None if interval is None else [interval.joint_low, interval.joint_high],
+            "tasks": {goal.task: _compare_task(winner, scores, goal.task, goal.metric) for goal in fitness.goals},
         }
-        for (name, scores), span in zip(rivals.items(), spans, strict=True)
+        for (name, scores), interval in zip(baselines.items(), intervals, strict=True)
     }
 
 
-def _by_task(winner: Scores, rival: Scores, task: str, metric: str) -> dict[str, Any]:
-    ours, theirs = winner[task], rival[task]
-    if not ours.raceable(metric):
-        value = ours.score(metric).value - theirs.score(metric).value
-        return {"metric": metric, "value": value, "stderr": None}
-    value, stderr = paired_difference(ours, theirs, metric)
-    found: dict[str, Any] = {"metric": metric, "value": value, "stderr": stderr}
-    differing = mcnemar(ours, theirs, metric)
-    if differing is not None:
-        found |= {"wins": differing.wins, "losses": differing.losses, "p": differing.p}
-    return found
+def _compare_task(winner: Scores, baseline: Scores, task: str, metric: str) -> dict[str, Any]:
+    a, b = winner[task], baseline[task]
+    if not a.is_itemwise(metric):
+        return {"metric": metric, "value": a.score(metric).value - b.score(metric).value, "stderr": None}
+    value, stderr = paired_difference(a, b, metric)
+    row: dict[str, Any] = {"metric": metric, "value": value, "stderr": stderr}
+    discordant = mcnemar(a, b, metric)
+    if discordant is not None:
+        row |= {"wins": discordant.wins, "losses": discordant.losses, "p": discordant.p}
+    return row
 
 
-def number(value: float) -> float | None:
-    """The value as JSON has it: None for no number."""
+def nan_to_none(value: float) -> float | None:
+    """Converts a value to what JSON has: None for NaN."""
     return None if math.isnan(value) else value
 
 
-def close_rivals(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The rivals that the winner is not surely better than: their own interval reaches zero, or nothing is known."""
-    spans = {name: row["interval"] for name, row in differences.items()}
-    return [name for name, span in spans.items() if span is None or span[0] <= 0]
+def within_noise(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lists the baselines that the winner is not surely better than: their own interval is unknown or reaches zero."""
+    intervals = {name: row["interval"] for name, row in differences.items()}
+    return [name for name, interval in intervals.items() if interval is None or interval[0] <= 0]
 
 
 def verdict(differences: Mapping[str, Mapping[str, Any]], test: Mapping[str, float]) -> str:
-    """One sentence on whether the winner is better than what a person would have tried first.
+    """Says in one sentence whether the winner is better than what a person would have tried first.
 
     It is better when every baseline's own interval is above zero: beating them all takes beating each of them,
     which needs no correction for their number. It is worse when one of the joint intervals is below zero: with several
@@ -80,17 +88,17 @@ def verdict(differences: Mapping[str, Mapping[str, Any]], test: Mapping[str, flo
     if not differences:
         return "There was nothing to compare the winner with."
     best = max(test, key=lambda name: test[name])
-    measured = f"the best baseline ({best}): {_difference(differences[best])} on the test items"
+    comparison = f"the best baseline ({best}): {_difference(differences[best])} on the test items"
     if any(row["joint_interval"] is not None and row["joint_interval"][1] < 0 for row in differences.values()):
-        return f"The winner is worse than {measured}."
-    close = close_rivals(differences)
+        return f"The winner is worse than {comparison}."
+    close = within_noise(differences)
     if not close:
-        return f"The winner is better than every baseline. Compared with {measured}."
+        return f"The winner is better than every baseline. Compared with {comparison}."
     others = [name for name in close if name != best]
     also = f" (and of {', '.join(others)})" if others and best in close else ""
     if best in close:
-        return f"The winner is within noise of {measured}{also}."
-    return f"The winner is within noise of {', '.join(others)}, though not of {measured}."
+        return f"The winner is within noise of {comparison}{also}."
+    return f"The winner is within noise of {', '.join(others)}, though not of {comparison}."
 
 
 def _difference(row: Mapping[str, Any]) -> str:
@@ -98,3 +106,85 @@ def _difference(row: Mapping[str, Any]) -> str:
         return f"fitness {row['value']:+.3f} (its noise is unknown)"
     low, high = row["interval"]
     return f"fitness {row['value']:+.3f} (95% interval {low:+.3f} to {high:+.3f}, paired)"
+
+
+@dataclass(frozen=True)
+class Discordant:
+    """Where two models differ on items that are right or wrong.
+
+    Attributes:
+        wins: Items that only the first has right.
+        losses: Items that only the second has right.
+        p: Exact two-sided p-value of McNemar's test that wins and losses are equally likely.
+    """
+
+    wins: int
+    losses: int
+    p: float
+
+
+def mcnemar(a: ItemScores, b: ItemScores, metric: str) -> Discordant | None:
+    """Tests by McNemar's exact test whether two models differ on the same items.
+
+    Returns:
+        None when the metric's values are not all 0 or 1.
+
+    Raises:
+        TaskError: When the items differ, or the metric is no mean or ratio of items.
+    """
+    if a.task != b.task or a.items != b.items:
+        raise TaskError(f"a paired test needs the same items: got {a.task!r} and {b.task!r} on different items")
+    left, right = a.values(metric), b.values(metric)
+    scored = ~(np.isnan(left) | np.isnan(right))
+    left, right = left[scored], right[scored]
+    if not all(np.isin(values, (0.0, 1.0)).all() for values in (left, right)):
+        return None
+    wins, losses = int(np.sum(left > right)), int(np.sum(left < right))
+    if wins + losses == 0:
+        return Discordant(0, 0, 1.0)
+    from scipy.stats import binomtest  # here: it takes longer to import than all else
+
+    return Discordant(wins, losses, float(binomtest(wins, wins + losses).pvalue))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval of one difference.
+
+    Attributes:
+        low: Its lower end, for this comparison alone.
+        high: Its upper end, for this comparison alone.
+        joint_low: The lower end of one of several intervals that hold all at once.
+        joint_high: The upper end of it.
+    """
+
+    low: float
+    high: float
+    joint_low: float
+    joint_high: float
+
+
+def bootstrap_intervals(observed: Sequence[float], samples: Array, level: float = LEVEL) -> list[Interval]:
+    """Computes percentile intervals of several differences, and those that hold for all of them at once.
+
+    The joint ones are max-t intervals: each difference plus or minus its bootstrap standard error times the quantile of
+    the largest standardised deviation over all comparisons.
+
+    Args:
+        observed: The differences, [k].
+        samples: The same on bootstrap samples, [k, draws]; all on the same samples. A sample that gives one of them
+            no number (none of its items has a value) is passed over.
+        level: The probability of covering the truth.
+    """
+    values = np.asarray(observed, dtype=np.float64)
+    samples = samples[:, np.isfinite(samples).all(axis=0)]
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=1)
+    stderr = samples.std(axis=1, ddof=1)
+    deviation = np.divide(
+        np.abs(samples - values[:, None]), stderr[:, None], out=np.zeros_like(samples), where=stderr[:, None] > 0
+    )
+    margin = float(np.quantile(deviation.max(axis=0), level)) * stderr
+    return [
+        Interval(float(low[k]), float(high[k]), float(values[k] - margin[k]), float(values[k] + margin[k]))
+        for k in range(len(values))
+    ]

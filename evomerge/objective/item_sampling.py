@@ -1,10 +1,10 @@
-"""Fewer items for the same comparison: items that can tell candidates apart are drawn more often and count for less.
+"""Draws fewer items for the same comparison: those that tell candidates apart more often, counting for less.
 
-A few models that are scored on every item (the scouts: the parents and the other baselines) say where models differ.
+A few models that are scored on every item (the parents and the other baselines) say where models differ.
 Items are put into strata by that, each stratum gets its share of the draw (Neyman, 1934,
 https://doi.org/10.2307/2342192, with a floor), and every drawn item stands for N_h / n_h items of its stratum (Horvitz
 and Thompson, 1952, https://doi.org/10.1080/01621459.1952.10483446): the weighted mean is an unbiased estimate of the
-mean over all items, whatever the scouts say. They decide only how precise it is.
+mean over all items, whatever these models say. They decide only how precise it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sample:
     Attributes:
         items: The drawn items' ids, in the order of the whole.
         weights: For each, the number of items that it stands for.
-        strata: For each stratum, from the least telling items: (all its items, those drawn).
+        strata: For each stratum, from the items that differ least: (all its items, those drawn).
     """
 
     items: tuple[str, ...]
@@ -42,12 +42,12 @@ class Sample:
 
     @property
     def effective(self) -> float:
-        """Kish's effective size: how many items of equal weight would be as uneven as none."""
+        """Kish's effective sample size: how many items of equal weight would be as uneven as none."""
         weights = np.array(self.weights)
         return float(weights.sum() ** 2 / (weights**2).sum())
 
     def to_json(self) -> dict[str, Any]:
-        """As the run folder keeps it."""
+        """Returns the sample as JSON."""
         return {
             "items": list(self.items),
             "weights": list(self.weights),
@@ -62,44 +62,44 @@ class Sample:
 
 
 def draw_samples(
-    scouts: Sequence[Mapping[str, ItemScores]], metrics: Mapping[str, str], fraction: float, seed: int
+    baselines: Sequence[Mapping[str, ItemScores]], metrics: Mapping[str, str], fraction: float, seed: int
 ) -> dict[str, Sample]:
     """Draws the items of every task that are scored from now on.
 
     Args:
-        scouts: Scores of a few models on all items.
-        metrics: Task to the metric by which the scouts are compared. A task whose metric is no mean or ratio of items
+        baselines: Scores of a few models on all items.
+        metrics: Task to the metric by which they are compared. A task whose metric is no mean or ratio of items
             is left out: its items cannot be weighted.
         fraction: The part of each task's items to draw.
         seed: Another seed gives another draw.
     """
     samples = {}
     for task, metric in metrics.items():
-        parts = [scores[task] for scores in scouts]
-        if all(part.raceable(metric) for part in parts):
+        parts = [scores[task] for scores in baselines]
+        if all(part.is_itemwise(metric) for part in parts):
             key = hashlib.blake2b(f"{seed}\0{task}".encode(), digest_size=8).digest()
             generator = np.random.default_rng(int.from_bytes(key))
-            samples[task] = draw(parts[0].items, unevenness(parts, metric), fraction, generator)
+            samples[task] = draw(parts[0].items, item_spread(parts, metric), fraction, generator)
     return samples
 
 
-def unevenness(scouts: Sequence[ItemScores], metric: str) -> Array:
-    """How much candidates may differ on each item, [n]; 0 for an item without a value.
+def item_spread(models: Sequence[ItemScores], metric: str) -> Array:
+    """Estimates how much candidates may differ on each item, [n]; 0 for an item without a value.
 
-    Of a share (all values in [0, 1]) with mean m over the scouts it is sqrt(m (1 - m)): large where the scouts disagree
-    and where they all waver. Of any other metric it is the scouts' standard deviation.
+    Of a share (all values in [0, 1]) with mean m over the models it is sqrt(m (1 - m)): large where the models disagree
+    and where they all waver. Of any other metric it is the models' standard deviation.
     """
-    values = np.array([scout.values(metric) for scout in scouts])
-    known = np.isfinite(values).all(axis=0)
-    values = np.where(known, values, 0.0)
+    values = np.array([model.values(metric) for model in models])
+    scored = np.isfinite(values).all(axis=0)
+    values = np.where(scored, values, 0.0)
     mean = values.mean(axis=0)
     share = bool(((values >= 0) & (values <= 1)).all())
     spread: Array = np.sqrt(mean * (1 - mean)) if share else values.std(axis=0)
-    return np.where(known, spread, 0.0)
+    return np.where(scored, spread, 0.0)
 
 
 def draw(items: Sequence[str], spread: Array, fraction: float, generator: np.random.Generator) -> Sample:
-    """Draws a part of the items, more of those with a large spread.
+    """Draws a part of the items, more of those on which models differ.
 
     Args:
         items: Item ids.
@@ -126,16 +126,16 @@ def draw(items: Sequence[str], spread: Array, fraction: float, generator: np.ran
 
 
 def allocate(sizes: npt.NDArray[np.int64], spreads: Array, total: int) -> npt.NDArray[np.int64]:
-    """How many items each stratum gives: in proportion to size times spread, over a floor; at least one, at most all.
+    """Allocates the draw to strata: in proportion to size times spread, over a floor; at least one item, at most all.
 
     Args:
         sizes: Items of each stratum.
         spreads: Their spread.
         total: Items to draw; at least one per stratum is drawn even where that is more.
     """
-    telling = sizes * spreads
+    neyman = sizes * spreads
     even = sizes / sizes.sum()
-    share = FLOOR * even + (1 - FLOOR) * (telling / telling.sum() if telling.sum() > 0 else even)
+    share = FLOOR * even + (1 - FLOOR) * (neyman / neyman.sum() if neyman.sum() > 0 else even)
     counts = np.ones_like(sizes)
     for _ in range(max(0, min(total, int(sizes.sum())) - len(sizes))):
         short = np.where(counts < sizes, share * total - counts, -np.inf)

@@ -1,18 +1,19 @@
-"""Racing: a candidate that will not reach the cut-off is stopped before all its items are scored. Imports no torch.
+"""Racing: stops a candidate before all its items are scored, once it is clear that it will not reach the cutoff.
 
-The items come in blocks, the same for every candidate. After each block the candidate is compared with the cut-off
-candidate on the items that both have seen, and is stopped when it lies below by more than chance explains. What is
-asked is whether it would reach the cut-off on *all* the search items, not on an endless supply of such items; so the
-standard error carries the correction for a finite population, and a candidate's fate is sealed as the items run out.
+The items come in blocks, the same for every candidate. At each interim analysis the candidate is compared with the
+incumbent at the cutoff rank, on the items that both have seen, and is stopped when it lies below by more than chance
+explains. What is asked is whether it would reach the cutoff on *all* the search items, not on an endless supply of such
+items; so the standard error carries the correction for a finite population, and a candidate's fate is sealed as the
+items run out.
 
 A candidate's fitness on all items is estimated by the difference estimator of survey sampling: that of a candidate with
-a full score, plus the mean paired difference to it on the items seen. That control is whichever known candidate answers
-most like this one; for a child of good parents, that is rarely the cut-off, and halves the items that are needed.
+a full score, plus the mean paired difference to it on the items seen. That control is whichever of the best candidates
+answers most like this one; for a child of good parents, that is rarely the incumbent, and halves the items needed.
 
-The test looks once after each block. With the correction, the differences at the looks are jointly normal with the
-covariances of any group-sequential trial whose information is the inverse of the corrected variance (Jennison and
-Turnbull, 1997, https://doi.org/10.1080/01621459.1997.10473654), so that its bounds come from spending an error rate
-over the looks (Lan and DeMets, 1983, https://doi.org/10.1093/biomet/70.3.659), here as ``error * t ** shape`` of the
+With the correction, the differences at the interim analyses are jointly normal with the covariances of any
+group-sequential trial whose information is the inverse of the corrected variance (Jennison and Turnbull, 1997,
+https://doi.org/10.1080/01621459.1997.10473654), so that its stopping boundary comes from spending an error rate over
+the analyses (Lan and DeMets, 1983, https://doi.org/10.1093/biomet/70.3.659), here as ``error * t ** power`` of the
 fraction t of the items (Kim and DeMets, 1987, https://doi.org/10.1093/biomet/74.1.149), computed by the recursive
 integration of Armitage, McPherson and Rowe (1969, https://doi.org/10.2307/2343787).
 """
@@ -26,152 +27,153 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
+from evomerge.evaluation.scores import Array
 from evomerge.objective.fitness import Fitness, Scores
-
-Array = NDArray[np.float64]
 
 BLOCKS = 24
 """Blocks of items, where there are enough of them: most losers show in the first."""
-FEWEST = 4
-"""Items of each task in a block: with fewer, nothing is known of their spread."""
-LOOKS = (1, 2, 3, 4, 6, 8, 12, 18)
-"""Numbers of blocks after which to look."""
-PLACE = 1
-"""The cut-off candidate's place among those with a full score when a generation starts."""
-ERROR, SHAPE = 0.5, 0.5
-"""As in `bounds`. bench/results/racing.md says how these were chosen."""
-PSEUDO = 0.25
+MIN_BLOCK_ITEMS = 4
+"""Items of each task in a block: with fewer, nothing is known of their variance."""
+ANALYSES = (1, 2, 3, 4, 6, 8, 12, 18)
+"""Numbers of blocks after which there is an interim analysis."""
+CUTOFF_RANK = 1
+"""Rank of the incumbent to be reached, among the candidates with a full score when a generation starts."""
+ERROR, POWER = 0.5, 0.5
+"""As in `stopping_boundary`. bench/results/racing.md says how these were chosen."""
+PRIOR_ITEMS = 0.25
 """Items, over all tasks, that are taken to differ as candidates typically do, beside those that were seen to: two
 candidates that agree on the few items of a first block need not agree on all."""
 CONTROLS = 32
-"""How many of the best candidates with a full score are held ready as controls."""
+"""How many of the best candidates with a full score are kept as controls."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """A candidate beside the cut-off, after some of the items.
+class InterimAnalysis:
+    """A candidate compared with the incumbent, after some of the items.
 
     Attributes:
         items: Items seen.
-        estimate: The candidate's fitness on all items as it now seems.
-        difference: The estimate less the cut-off's fitness.
+        estimate: The estimated fitness of the candidate on all items.
+        difference: The estimate less the incumbent's fitness.
         stderr: The standard error of both.
-        lost: Whether the candidate is stopped here.
+        stopped: Whether the difference is below the stopping boundary.
     """
 
     items: int
     estimate: float
     difference: float
     stderr: float
-    lost: bool
+    stopped: bool
 
 
 @dataclass(frozen=True)
-class _Linear:
+class _LinearisedFitness:
     """A fitness and what each item adds to it: one array of influences per goal, weighted as in the fitness."""
 
     value: float
     influences: tuple[Array, ...]
 
     @classmethod
-    def of(cls, fitness: Fitness, scores: Scores) -> _Linear | None:
-        """None where some goal has no value on these items."""
+    def of(cls, fitness: Fitness, scores: Scores) -> _LinearisedFitness | None:
+        """Linearises the fitness at some scores; None where some goal has no value on these items."""
         if not all(np.any(scores[goal.task].metrics[goal.metric][1]) for goal in fitness.goals):
             return None
         total = sum(goal.weight for goal in fitness.goals)
-        weighed = fitness.weighed(scores)
+        weighted = fitness.weighted(scores)
         influences = []
         for goal in fitness.goals:
-            value, influence = weighed[goal.task].influence(goal.metric)
+            value, influence = weighted[goal.task].influence(goal.metric)
             influences.append(influence * (goal.value(value)[1] * goal.weight / total))
         return cls(fitness(scores), tuple(influences))
 
 
 @dataclass(frozen=True)
 class Race:
-    """What a generation's candidates are compared with; frozen when the generation starts.
+    """What a generation's candidates are compared with; fixed when the generation starts.
 
     Attributes:
         fitness: The fitness.
-        rival: The cut-off candidate's number.
+        incumbent: The number of the candidate at the cutoff rank.
         cutoff: Its fitness on all items.
-        controls: Candidates that have seen all items, each at every look; None where it has no fitness on these items.
-        sizes: At every look, the items of each goal.
-        typical: For each goal, the squared difference on an item on which two candidates differ.
-        bounds: How many standard errors below it a candidate is stopped, at every look but the last.
+        controls: Candidates that have seen all items, each at every analysis; None where it has no fitness there.
+        sizes: At every analysis, the items of each goal.
+        typical_squares: For each goal, the squared difference on an item on which two candidates differ.
+        boundary: How many standard errors below the cutoff a candidate is stopped, at every analysis but the last.
     """
 
     fitness: Fitness
-    rival: int
+    incumbent: int
     cutoff: float
-    controls: tuple[tuple[_Linear | None, ...], ...]
+    controls: tuple[tuple[_LinearisedFitness | None, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
-    typical: tuple[float, ...]
-    bounds: tuple[float, ...]
+    typical_squares: tuple[float, ...]
+    boundary: tuple[float, ...]
 
     @classmethod
-    def against(cls, fitness: Fitness, rival: int, looks: Mapping[int, Sequence[Scores]]) -> Race:
-        """A race.
+    def against(cls, fitness: Fitness, incumbent: int, controls: Mapping[int, Sequence[Scores]]) -> Race:
+        """Prepares a race.
 
         Args:
             fitness: The fitness.
-            rival: The number of the cut-off candidate, one of `looks`.
-            looks: Candidate number to its scores at every look, the last of them on all items.
+            incumbent: The number of the candidate at the cutoff rank, one of `controls`.
+            controls: Candidate number to its scores at every analysis, the last of them on all items.
         """
-        rows = {n: tuple(_Linear.of(fitness, scores) for scores in seen) for n, seen in looks.items()}
-        sizes = tuple(tuple(len(scores[g.task].items) for g in fitness.goals) for scores in looks[rival])
-        whole = [row[-1].influences for row in rows.values() if row[-1] is not None]
-        best = _Linear.of(fitness, looks[rival][-1])
+        rows = {n: tuple(_LinearisedFitness.of(fitness, scores) for scores in seen) for n, seen in controls.items()}
+        sizes = tuple(tuple(len(scores[g.task].items) for g in fitness.goals) for scores in controls[incumbent])
+        complete = [row[-1].influences for row in rows.values() if row[-1] is not None]
+        best = _LinearisedFitness.of(fitness, controls[incumbent][-1])
         if best is None:
-            raise ValueError("the cut-off candidate has no fitness")
-        typical = tuple(_typical([terms[g] - best.influences[g] for terms in whole]) for g in range(len(fitness.goals)))
+            raise ValueError("the incumbent has no fitness")
+        typical = tuple(
+            _typical_square([terms[g] - best.influences[g] for terms in complete]) for g in range(len(fitness.goals))
+        )
         fractions = [sum(size) / sum(sizes[-1]) for size in sizes[:-1]]
-        return cls(fitness, rival, best.value, tuple(rows.values()), sizes, typical, bounds(fractions, ERROR, SHAPE))
+        boundary = stopping_boundary(fractions, ERROR, POWER)
+        return cls(fitness, incumbent, best.value, tuple(rows.values()), sizes, typical, boundary)
 
     @property
     def items(self) -> int:
         """All items."""
         return sum(self.sizes[-1])
 
-    def look(self, number: int, scores: Scores) -> Look | None:
-        """Compares a candidate at look `number`, counted from 0, with the cut-off. At the last look none is stopped.
+    def analyse(self, number: int, scores: Scores) -> InterimAnalysis | None:
+        """Compares a candidate with the cutoff at analysis `number`, counted from 0. At the last one none is stopped.
 
         None where the items that were seen give no fitness.
         """
-        seen = _Linear.of(self.fitness, scores)
-        near = [(self._variance(number, seen, row[number]), k) for k, row in enumerate(self.controls)]
-        spread, control = min(near)
-        at, whole = self.controls[control][number], self.controls[control][-1]
-        if seen is None or at is None or whole is None:
+        seen = _LinearisedFitness.of(self.fitness, scores)
+        variances = [(self._variance(number, seen, row[number]), k) for k, row in enumerate(self.controls)]
+        variance, nearest = min(variances)
+        control, control_on_all = self.controls[nearest][number], self.controls[nearest][-1]
+        if seen is None or control is None or control_on_all is None:
             return None
-        estimate = whole.value + seen.value - at.value
-        stderr = math.sqrt(spread)
-        lost = number < len(self.bounds) and estimate - self.cutoff < -self.bounds[number] * stderr
-        return Look(sum(self.sizes[number]), estimate, estimate - self.cutoff, stderr, lost)
+        estimate = control_on_all.value + seen.value - control.value
+        stderr = math.sqrt(variance)
+        stopped = number < len(self.boundary) and estimate - self.cutoff < -self.boundary[number] * stderr
+        return InterimAnalysis(sum(self.sizes[number]), estimate, estimate - self.cutoff, stderr, stopped)
 
-    def _variance(self, number: int, ours: _Linear | None, theirs: _Linear | None) -> float:
+    def _variance(self, number: int, candidate: _LinearisedFitness | None, control: _LinearisedFitness | None) -> float:
         """Of the difference on the items seen, as an estimate of that on all items; infinite where there is none."""
-        if ours is None or theirs is None:
+        if candidate is None or control is None:
             return math.inf
         variance = 0.0
-        share = PSEUDO / len(self.typical)
-        for g, (a, b) in enumerate(zip(ours.influences, theirs.influences, strict=True)):
+        prior = PRIOR_ITEMS / len(self.typical_squares)
+        for g, (a, b) in enumerate(zip(candidate.influences, control.influences, strict=True)):
             n = self.sizes[number][g]
-            squares = float(np.sum((a - b) ** 2)) + share * self.typical[g]
-            variance += squares / (n - 1 + share) / n * (1 - n / self.sizes[-1][g])
+            squares = float(np.sum((a - b) ** 2)) + prior * self.typical_squares[g]
+            variance += squares / (n - 1 + prior) / n * (1 - n / self.sizes[-1][g])
         return variance
 
-    def reason(self, look: Look) -> str:
-        """Why a candidate was stopped, beginning with a kind and a colon."""
+    def reason(self, analysis: InterimAnalysis) -> str:
+        """Says why a candidate was stopped, beginning with a kind and a colon."""
         return (
-            f"raced out: after {look.items} of {self.items} items {-look.difference:.4f} ± {look.stderr:.4f} below "
-            f"candidate {self.rival}, the cut-off"
+            f"raced out: after {analysis.items} of {self.items} items {-analysis.difference:.4f} ± "
+            f"{analysis.stderr:.4f} below candidate {self.incumbent}, the cut-off"
         )
 
 
-def _typical(differences: Sequence[Array]) -> float:
+def _typical_square(differences: Sequence[Array]) -> float:
     """The mean square of some differences, each weighed by its own square: those of 0 do not count."""
     squares = np.concatenate(differences) ** 2 if differences else np.zeros(1)
     total = float(squares.sum())
@@ -188,10 +190,10 @@ def draw_blocks(items: Mapping[str, Sequence[int]], seed: int) -> tuple[dict[str
     Returns:
         ``({task: positions, ascending}, ...)``: disjoint, together all the items; a single block where there are few.
     """
-    count = max(1, min(BLOCKS, *(len(positions) // FEWEST for positions in items.values())))
+    count = max(1, min(BLOCKS, *(len(positions) // MIN_BLOCK_ITEMS for positions in items.values())))
     blocks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
     for task, positions in items.items():
-        order = sorted(positions, key=lambda position, task=task: _place(seed, task, position))  # type: ignore[misc]
+        order = sorted(positions, key=lambda position, task=task: _random_key(seed, task, position))  # type: ignore[misc]
         edges = [round(k * len(order) / count) for k in range(count + 1)]
         for block, (start, stop) in zip(blocks, pairwise(edges), strict=True):
             block[task] = tuple(sorted(order[start:stop]))
@@ -199,56 +201,56 @@ def draw_blocks(items: Mapping[str, Sequence[int]], seed: int) -> tuple[dict[str
 
 
 def block_order(count: int, seed: int, generation: int) -> tuple[int, ...]:
-    """The order in which a generation's candidates see the blocks.
+    """Draws the order in which a generation's candidates see the blocks.
 
     The blocks, and so the batches and their rounding, stay the same; but if the same one came first in every
-    generation, a cut-off that happens to do well in it would keep good candidates out for the rest of the search.
+    generation, an incumbent that happens to do well in it would keep good candidates out for the rest of the search.
     """
-    return tuple(sorted(range(count), key=lambda block: _place(seed, f"generation {generation}", block)))
+    return tuple(sorted(range(count), key=lambda block: _random_key(seed, f"generation {generation}", block)))
 
 
-def look_after(count: int) -> tuple[int, ...]:
-    """The numbers of blocks after which to look, of `count` of them; the last look is at all."""
-    return (*(k for k in LOOKS if k < count), count)
+def blocks_at_analyses(count: int) -> tuple[int, ...]:
+    """Lists the numbers of blocks seen at each interim analysis, of `count` of them; the last is of all."""
+    return (*(k for k in ANALYSES if k < count), count)
 
 
-def _place(seed: int, task: str, position: int) -> bytes:
+def _random_key(seed: int, task: str, position: int) -> bytes:
     """An item's key in the random order of its task's items."""
     return hashlib.blake2b(f"block\0{seed}\0{task}\0{position}".encode(), digest_size=16).digest()
 
 
-def bounds(fractions: Sequence[float], error: float, shape: float) -> tuple[float, ...]:
-    """How far below the cut-off, in standard errors, a candidate is stopped at each look.
+def stopping_boundary(fractions: Sequence[float], error: float, power: float) -> tuple[float, ...]:
+    """Computes how far below the cutoff, in standard errors, a candidate is stopped at each interim analysis.
 
     Args:
-        fractions: The share of all items seen at each look, ascending, each between 0 and 1.
-        error: Probability that a candidate is stopped at any look that would come out equal to the cut-off.
-        shape: How early the error is spent: 1 evenly over the items, more for later.
+        fractions: The share of all items seen at each analysis, ascending, each between 0 and 1.
+        error: Probability that a candidate is stopped at any analysis that would come out equal to the cutoff.
+        power: How early the error is spent: 1 evenly over the items, more for later.
 
     Returns:
-        A positive number for each look.
+        A positive number for each analysis.
     """
     information = [t / (1 - t) for t in fractions]
-    spent = [error * t**shape for t in fractions]
-    found: list[float] = []
+    spent = [error * t**power for t in fractions]
+    boundary: list[float] = []
     grid, weights, before = np.zeros(1), np.ones(1), 0.0
-    for look, now in enumerate(information):
+    for analysis, now in enumerate(information):
         step = math.sqrt(now - before)
-        wanted = spent[look] - (spent[look - 1] if look else 0.0)
-        edge = _solve(grid, weights, step, wanted)
-        found.append(-edge / math.sqrt(now))
+        target = spent[analysis] - (spent[analysis - 1] if analysis else 0.0)
+        edge = _solve(grid, weights, step, target)
+        boundary.append(-edge / math.sqrt(now))
         grid, weights = _advance(grid, weights, step, edge, 9 * math.sqrt(now))
         before = now
-    return tuple(found)
+    return tuple(boundary)
 
 
-def _solve(grid: Array, weights: Array, step: float, wanted: float) -> float:
-    """The edge below which a step leads from the weighted points with the probability wanted, by bisection."""
+def _solve(grid: Array, weights: Array, step: float, probability: float) -> float:
+    """The edge below which a step leads from the weighted points with this probability, by bisection."""
     low, high = float(grid[0]) - 9 * step, float(grid[-1]) + 9 * step
     for _ in range(60):
         middle = (low + high) / 2
-        below = float(weights @ _normal((middle - grid) / step))
-        low, high = (middle, high) if below < wanted else (low, middle)
+        below = float(weights @ _normal_cdf((middle - grid) / step))
+        low, high = (middle, high) if below < probability else (low, middle)
     return (low + high) / 2
 
 
@@ -267,6 +269,5 @@ def _advance(grid: Array, weights: Array, step: float, edge: float, top: float) 
 
 
 @np.vectorize
-def _normal(z: float) -> float:
-    """The normal distribution function."""
+def _normal_cdf(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2))

@@ -14,7 +14,15 @@ from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.evaluation.splits import SEARCH, Selection
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.objective.item_sampling import Sample, draw_samples
-from evomerge.objective.racing import CONTROLS, PLACE, Look, Race, block_order, draw_blocks, look_after
+from evomerge.objective.racing import (
+    CONTROLS,
+    CUTOFF_RANK,
+    InterimAnalysis,
+    Race,
+    block_order,
+    blocks_at_analyses,
+    draw_blocks,
+)
 from evomerge.planning.plan import Plan
 from evomerge.problem.fitness_gradients import COST, fitness_slopes, sample
 from evomerge.problem.model_runner import Measurer, joined, size, taken
@@ -54,7 +62,7 @@ class _Measured:
     scores: Scores = field(default_factory=dict)
     items: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    looks: list[Look] = field(default_factory=list)
+    looks: list[InterimAnalysis] = field(default_factory=list)
 
 
 class Scorer:
@@ -139,7 +147,7 @@ class Scorer:
                 tracker.report(f"{start.name} is left out: {error}")
         if not scouts:
             raise EvoMergeError(f"{self._folder.root}: no candidate of generation 0 could be scored")
-        smooth = {goal.task: self._bench.tasks[goal.task].smooth(goal.metric) for goal in self.fitness.goals}
+        smooth = {goal.task: self._bench.tasks[goal.task].smooth_metric(goal.metric) for goal in self.fitness.goals}
         seed = self._bench.spec.search.seed
         kept = self._folder.scores.load_samples()
         drawn = draw_samples(scouts, smooth, fraction, seed) if kept is None else None
@@ -175,7 +183,7 @@ class Scorer:
             return
         # Where all search items steer, what is reported of them is put together from the blocks too.
         goals = [*self.fitness.goals, *(() if self.samples else self.reported.goals)]
-        whole = dict.fromkeys(f"{g.task} {g.metric}" for g in goals if not seen[g.task].raceable(g.metric))
+        whole = dict.fromkeys(f"{g.task} {g.metric}" for g in goals if not seen[g.task].is_itemwise(g.metric))
         if whole:
             tracker.report(
                 f"no racing: {', '.join(whole)} is no mean or ratio of items, so a part of them says nothing"
@@ -215,7 +223,7 @@ class Scorer:
             self._full[phenotype] = known.get(phenotype) or self.scores(recipe, self._steering)[0]
         self._blocks = block_order(len(self._parts[self._steering]), self._bench.spec.search.seed, rivals.generation)
         looks = {number: self._looks(self._full[phenotype]) for number, phenotype, _ in rivals.leaders}
-        cutoff, _, _ = rivals.leaders[min(PLACE, len(rivals.leaders)) - 1]
+        cutoff, _, _ = rivals.leaders[min(CUTOFF_RANK, len(rivals.leaders)) - 1]
         self._race = Race.against(self.fitness, cutoff, looks)
 
     def _looks(self, scores: Scores) -> list[Scores]:
@@ -227,7 +235,7 @@ class Scorer:
             if piece is None:
                 raise ValueError("a candidate with a full score lacks items of a block")
             seen = joined(seen, piece, self._order)
-            if count in look_after(len(self._blocks)):
+            if count in blocks_at_analyses(len(self._blocks)):
                 looks.append(seen)
         return looks
 
@@ -243,7 +251,7 @@ class Scorer:
         measured = _Measured(seconds={"plan": planning})
         kept = before = self._kept(plan, split)
         parts = self._parts[split]
-        looks = look_after(len(parts))
+        looks = blocks_at_analyses(len(parts))
         for count, number in enumerate(self._blocks if race is not None else range(len(parts)), start=1):
             piece = taken(kept, self._measurer.items(parts[number]))
             if piece is None:
@@ -254,9 +262,9 @@ class Scorer:
             measured.scores = joined(measured.scores, piece, self._order)
             measured.items += size(parts[number])
             if race is not None and count in looks[:-1]:
-                look = race.look(looks.index(count), measured.scores)
+                look = race.analyse(looks.index(count), measured.scores)
                 measured.looks += [] if look is None else [look]
-                if look is not None and look.lost:
+                if look is not None and look.stopped:
                     break
         if kept is not before:
             self._folder.scores.save(plan.digest, split, kept)
@@ -320,9 +328,9 @@ class Scorer:
             return Outcome(None, state="failed", failure=f"impossible recipe: {error}")
         except MemoryError:
             return Outcome(None, state="failed", failure="out of memory: the model could not be materialised or scored")
-        table = {SEARCH: table_to_json(score_table(self.fitness.weighed(measured.scores)))}
+        table = {SEARCH: table_to_json(score_table(self.fitness.weighted(measured.scores)))}
         estimates = {look.items: look.estimate for look in measured.looks}
-        if race is not None and measured.looks and measured.looks[-1].lost:
+        if race is not None and measured.looks and measured.looks[-1].stopped:
             last = measured.looks[-1]
             return Outcome(last.estimate, table, "pruned", race.reason(last), measured.seconds, estimates=estimates)
         fitness = self.fitness(measured.scores)

@@ -117,7 +117,7 @@ def fitness_slopes(
         None where there is none: no active real genes, no metric that changes smoothly, or a model that has no
         gradient.
     """
-    pulls = _smooth(bench, fitness.derivatives(scores))
+    pulls = _smooth(bench, fitness.score_gradients(scores))
     if not pulls:
         return None
     if places is not None:
@@ -169,7 +169,7 @@ def _smooth(
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Without the metrics that jump between right and wrong: they change nowhere else."""
     kept = {
-        task: {metric: pull for metric, pull in row.items() if bench.tasks[task].smooth(metric) == metric}
+        task: {metric: pull for metric, pull in row.items() if bench.tasks[task].smooth_metric(metric) == metric}
         for task, row in pulls.items()
     }
     return {task: row for task, row in kept.items() if row}

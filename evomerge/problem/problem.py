@@ -7,7 +7,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,12 +16,14 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.models import load_config, load_tokenizer, open_models, single_model
 from evomerge.engine.resident import Resident
-from evomerge.errors import BadInput, SpecError, TaskError
+from evomerge.errors import BadInput, SpecError
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import GUARD, SEARCH, TEST, Selection, split_items
-from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask, TaskSet, find_tasks
-from evomerge.objective.fitness import Fitness, Goal, refuse_mixed_units
+from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks
+from evomerge.evaluation.tasks.task import Task
+from evomerge.objective.fitness import Fitness
+from evomerge.objective.goals import reported_goals, smooth_goals
 from evomerge.objective.item_sampling import Sample
 from evomerge.planning.layer_digests import depth_digests
 from evomerge.planning.plan import Plan, make_plan
@@ -61,8 +62,8 @@ class Workbench:
         with _Together() as found:  # a wrong model and a wrong metric are told in one go
             self.checkpoints: dict[str, Checkpoint] = found.of(open_models, spec)
             known: TaskSet = found.of(_find_tasks, spec)
-            self.tasks: dict[str, LoadedTask] = found.of(lambda known: dict(known.tasks), known)
-            self.goals: Fitness = found.of(_goals, spec, known)
+            self.tasks: dict[str, Task] = found.of(lambda known: dict(known.tasks), known)
+            self.goals: Fitness = found.of(_reported, spec, known)
             self.steering: Fitness = found.of(_steering, spec, self.tasks, self.goals)
             self.space: SearchSpace = found.of(make_space, spec, self.checkpoints)
         self.tokenizer = load_tokenizer(self.reference_model)
@@ -304,45 +305,10 @@ def _selections(spec: SearchSpec, evaluator: Evaluator, known: TaskSet) -> dict[
     return drawn
 
 
-def _goals(spec: SearchSpec, known: TaskSet) -> Fitness:
-    """The goals on the raw scale; a group's weight is shared by its members.
-
-    Raises:
-        TaskError: For a name that stands for no task, and for a metric that a task does not have.
-        SpecError: When the raw scale would add up different units.
-    """
-    goals: list[Goal] = []
-    problems = list(known.problems)
-    for wanted in spec.evaluation.tasks:
-        members = known.members.get(wanted.task, ())
-        for name in members:
-            task = known.tasks[name]
-            metric = wanted.metric or task.metrics[0]
-            try:
-                task.require_metric(metric)
-            except TaskError as error:
-                problems += error.problems
-                continue
-            direction = task.higher_is_better[metric.partition(",")[0]]
-            group = wanted.task if name != wanted.task else None
-            goals.append(Goal(name, metric, wanted.weight / len(members), direction, group=group))
-    if problems:
-        raise TaskError(problems)
-    mixed = refuse_mixed_units(goals, spec.evaluation.scale)
-    if mixed:
-        raise SpecError(mixed)
-    return Fitness(tuple(goals))
+def _reported(spec: SearchSpec, known: TaskSet) -> Fitness:
+    return Fitness(reported_goals(spec.evaluation, known.tasks, known.members, known.problems))
 
 
-def _steering(spec: SearchSpec, tasks: Mapping[str, LoadedTask], goals: Fitness) -> Fitness:
+def _steering(spec: SearchSpec, tasks: Mapping[str, Task], goals: Fitness) -> Fitness:
     """The goals by the metrics that steer."""
-    if spec.evaluation.fitness == "metric":
-        return goals
-    smooth = {goal.task: tasks[goal.task].smooth(goal.metric) for goal in goals.goals}
-    directions = {goal.task: tasks[goal.task].higher_is_better for goal in goals.goals}
-    return Fitness(
-        tuple(
-            replace(g, metric=smooth[g.task], higher_is_better=directions[g.task][smooth[g.task].partition(",")[0]])
-            for g in goals.goals
-        )
-    )
+    return goals if spec.evaluation.fitness == "metric" else Fitness(smooth_goals(goals.goals, tasks))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import CandidateError
 from evomerge.evaluation.scores import score_table, table_to_json
 from evomerge.evaluation.splits import GUARD
-from evomerge.objective.comparison import number
+from evomerge.objective.comparison import nan_to_none
 from evomerge.objective.fitness import Fitness, Scores
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def fitness_json(splits: Mapping[str, Scores], fitness: Fitness) -> dict[str, An
         "fitness": {
             split: {
                 "value": fitness(scores),
-                "stderr": number(fitness.stderr(scores)),
+                "stderr": nan_to_none(fitness.stderr(scores)),
                 "n": fitness.count(scores),
             }
             for split, scores in splits.items()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
-from evomerge.objective.comparison import close_rivals, compare, number, verdict
+from evomerge.objective.comparison import compare, nan_to_none, verdict, within_noise
 from evomerge.objective.fitness import Fitness
 from evomerge.problem.problem import Workbench
 from evomerge.report.rows import Row, fitness_json, read_row, row_json
@@ -101,7 +101,7 @@ def finish(
         "front": front_json(winner, scored, bench, scorer, tracker),
         "hypervolume": hypervolume_json(folder, known),
         "informative": _informative_json(scorer, {c.number: c.fitness for c in finalists}, scored),
-        "within_noise_of": close_rivals(differences),
+        "within_noise_of": within_noise(differences),
         "verdict": verdict(differences, {name: reported(row.splits[TEST]) for name, row in rivals.items()}),
     }
     folder.write_result(result)
@@ -162,14 +162,14 @@ def _selection_bias(winner: Row, fitness: Fitness) -> dict[str, float | None]:
     """What the fitness lost from the items that steered to those that chose nothing; other items, so not paired."""
     searched, tested = winner.splits[SEARCH], winner.splits[TEST]
     stderr = math.hypot(fitness.stderr(searched), fitness.stderr(tested))
-    return {"value": fitness(searched) - fitness(tested), "stderr": number(stderr)}
+    return {"value": fitness(searched) - fitness(tested), "stderr": nan_to_none(stderr)}
 
 
 def _on_all_choosing_items(winner: Row, row: Row, fitness: Fitness) -> dict[str, float | None]:
     """The winner less another finalist, by what chose it: `search` and `select` items together."""
     ours, theirs = ([model.splits[split] for split in (SEARCH, SELECT)] for model in (winner, row))
     value, stderr = fitness.pooled_difference(ours, theirs)
-    return {"value": value, "stderr": number(stderr)}
+    return {"value": value, "stderr": nan_to_none(stderr)}
 
 
 def _informative_json(

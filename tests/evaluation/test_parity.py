@@ -148,7 +148,7 @@ def test_every_metric_equals_lm_eval(bench: Bench, backend: Any, by_lm_eval: dic
             compared += 1
     assert compared == 13
     assert scores["pairs"].score("f1").stderr is None
-    assert not scores["pairs"].raceable("f1")
+    assert not scores["pairs"].is_itemwise("f1")
 
 
 def test_standard_errors_equal_lm_eval(bench: Bench) -> None:

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
-import subprocess
-import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from evomerge.evaluation.scores import (
     EXP,
     ItemScores,
     Score,
+    bootstrap_sums,
     concatenate,
     dump_scores,
     load_scores,
@@ -86,7 +87,7 @@ def test_an_unknown_metric_is_named_with_the_known_ones() -> None:
 def test_a_corpus_metric_has_a_value_and_no_error() -> None:
     part = ItemScores("t", ("a", "b"), {}, {"f1": True}, {}, {"f1": 0.5})
     assert part.score("f1") == Score(0.5, None, 2)
-    assert not part.raceable("f1")
+    assert not part.is_itemwise("f1")
     with pytest.raises(TaskError, match="no metric 'f1'"):
         paired_difference(part, part, "f1")
 
@@ -165,6 +166,19 @@ def test_json_round_trip() -> None:
     assert table_from_json(json) == table
 
 
-def test_scores_and_splits_need_no_torch() -> None:
-    code = "import sys, evomerge.evaluation.scores, evomerge.evaluation.splits; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_bootstrap_sums_by_enumeration() -> None:
+    """Rows 0, 1, 3 of one column: the 27 equally likely samples of three rows, and their sums."""
+    expected = Counter(sum(rows) for rows in itertools.product([0.0, 1.0, 3.0], repeat=3))
+    sums = bootstrap_sums(np.array([[0.0, 1.0], [1.0, 1.0], [3.0, 1.0]]), 20_000, np.random.default_rng(0))
+    assert np.all(sums[:, 1] == 3)
+    seen = Counter(sums[:, 0].tolist())
+    assert set(seen) == set(expected)
+    for total, count in expected.items():
+        assert seen[total] / 20_000 == pytest.approx(count / 27, abs=0.015)
+
+
+def test_bootstrap_sums_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = np.random.default_rng(1).random((50, 3))
+    whole = bootstrap_sums(columns, 40, np.random.default_rng(0))
+    monkeypatch.setattr("evomerge.evaluation.scores._MAX_COUNTS", 300)
+    np.testing.assert_allclose(bootstrap_sums(columns, 40, np.random.default_rng(0)), whole, rtol=1e-12)

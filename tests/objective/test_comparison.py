@@ -1,16 +1,25 @@
-"""The winner beside its rivals: differences, tests by task, and when the sentence may say better or worse."""
+"""The winner beside the baselines: differences, intervals, tests by task, and when the sentence says better or worse.
+
+Rows by hand, references by enumeration, coverage on data that is known.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from evomerge.objective.comparison import close_rivals, compare, verdict
-from evomerge.objective.fitness import Fitness, Goal
+from evomerge.errors import TaskError
+from evomerge.evaluation.scores import ItemScores, bootstrap_sums
+from evomerge.objective.comparison import bootstrap_intervals, compare, mcnemar, verdict, within_noise
+from evomerge.objective.fitness import Fitness
+from evomerge.objective.goals import Goal
 from tests.objective.test_fitness import ACC, BPB, bits, corpus, mean
 
 
@@ -30,23 +39,23 @@ def models(count: int = 3, n: int = 400) -> list[dict[str, Any]]:
 def test_differences_agree_with_the_delta_method() -> None:
     low, middle, high = models()
     fitness = Fitness((ACC, BPB)).relative_to([low])
-    found = compare(high, {"low": low, "middle": middle}, fitness)
-    for name, rival in (("low", low), ("middle", middle)):
-        value, stderr = fitness.difference(high, rival)
-        row = found[name]
+    rows = compare(high, {"low": low, "middle": middle}, fitness)
+    for name, baseline in (("low", low), ("middle", middle)):
+        value, stderr = fitness.difference(high, baseline)
+        row = rows[name]
         assert (row["value"], row["stderr"], row["n"]) == (value, stderr, 500)
         assert row["interval"] == pytest.approx([value - 1.96 * stderr, value + 1.96 * stderr], abs=0.3 * stderr)
         # Two comparisons at once: wider than one, no wider than Bonferroni's (z = 2.24) but for the draws.
         assert row["joint_interval"][0] < row["interval"][0] + 0.1 * stderr
         assert row["joint_interval"][0] > value - 2.5 * stderr
-    json.dumps(found)
+    json.dumps(rows)
 
 
 def test_tasks_are_compared_by_their_own_metric() -> None:
-    """Right on 1, 2, 3 against right on 3, 4: two items only ours, one only theirs, p = 1; bits are no yes or no."""
-    ours = {"mc": mean([1, 1, 1, 0]), "text": bits([-2.0, -1.0], [2, 1])}
-    theirs = {"mc": mean([0, 0, 1, 1]), "text": bits([-4.0, -2.0], [2, 1])}
-    row = compare(ours, {"x": theirs}, Fitness((ACC, BPB)))["x"]["tasks"]
+    """Right on 1, 2, 3 against right on 3, 4: two wins, one loss, p = 1; bits are no yes or no."""
+    winner = {"mc": mean([1, 1, 1, 0]), "text": bits([-2.0, -1.0], [2, 1])}
+    other = {"mc": mean([0, 0, 1, 1]), "text": bits([-4.0, -2.0], [2, 1])}
+    row = compare(winner, {"x": other}, Fitness((ACC, BPB)))["x"]["tasks"]
     assert row["mc"] == {
         "metric": "acc",
         "value": 0.25,
@@ -101,12 +110,82 @@ def spans(value: float, alone: float, joint: float) -> dict[str, Any]:
     ],
 )
 def test_verdict(rows: dict[str, Any], sentence: str) -> None:
-    found = verdict(rows, {name: -row["value"] for name, row in rows.items()})
-    assert found.startswith("The winner is ")
-    assert sentence in found
-    assert ("better than every" in found) == (not close_rivals(rows))
+    text = verdict(rows, {name: -row["value"] for name, row in rows.items()})
+    assert text.startswith("The winner is ")
+    assert sentence in text
+    assert ("better than every" in text) == (not within_noise(rows))
 
 
-def test_verdict_without_rivals() -> None:
+def test_verdict_without_baselines() -> None:
     assert compare({}, {}, Fitness((ACC,))) == {}
     assert verdict({}, {}) == "There was nothing to compare the winner with."
+
+
+def right(values: Any, task: str = "t", scored: Any = None) -> ItemScores:
+    column = np.asarray(values, dtype=np.float64)
+    counted = np.ones(len(column)) if scored is None else np.asarray(scored, dtype=np.float64)
+    items = tuple(f"{task}:{k}" for k in range(len(column)))
+    return ItemScores(task, items, {"acc": (column * counted, counted)}, {"acc": True})
+
+
+def test_mcnemar_by_hand() -> None:
+    """5 wins, 1 loss: P(at most 1 of 6) = (1 + 6) / 64; doubled 7/32. Items that both have right do not count."""
+    first = right([1] * 5 + [0] + [1] * 4 + [0] * 3)
+    second = right([0] * 5 + [1] + [1] * 4 + [0] * 3)
+    discordant = mcnemar(first, second, "acc")
+    assert discordant is not None
+    assert (discordant.wins, discordant.losses) == (5, 1)
+    assert discordant.p == pytest.approx(7 / 32)
+
+
+@given(st.integers(0, 12), st.integers(0, 12))
+def test_mcnemar_against_enumeration(wins: int, losses: int) -> None:
+    """All 2^n ways in which n coins fall; at least as uneven as what was seen, on either side."""
+    discordant = mcnemar(right([1] * wins + [0] * losses + [1]), right([0] * wins + [1] * losses + [1]), "acc")
+    assert discordant is not None
+    n = wins + losses
+    heads = Counter({k: math.comb(n, k) for k in range(n + 1)})
+    uneven = sum(count for k, count in heads.items() if abs(2 * k - n) >= abs(wins - losses))
+    assert discordant.p == pytest.approx(min(1.0, uneven / 2**n))
+
+
+def test_mcnemar_of_many_items_does_not_underflow() -> None:
+    discordant = mcnemar(right([1] * 3000 + [0] * 2800), right([0] * 3000 + [1] * 2800), "acc")
+    assert discordant is not None
+    # Normal approximation with continuity correction: z = 199 / sqrt(5800) = 2.613, two-sided 0.00898.
+    assert discordant.p == pytest.approx(0.00898, rel=0.01)
+
+
+def test_mcnemar_passes_over_items_without_a_value_and_refuses_shares() -> None:
+    discordant = mcnemar(right([1, 1, 0], scored=[1, 0, 1]), right([0, 0, 0]), "acc")
+    assert discordant is not None
+    assert (discordant.wins, discordant.losses) == (1, 0)
+    assert mcnemar(right([0.5, 1.0]), right([1.0, 0.0]), "acc") is None
+    with pytest.raises(TaskError, match="the same items"):
+        mcnemar(right([1, 0]), right([1, 0, 1]), "acc")
+
+
+def test_intervals_cover_what_they_say() -> None:
+    """Five differences that are all truly zero, 300 times: each interval misses 5% of the time, the joint ones all
+    together 5% of the time, where five single ones miss at least once in up to 23%."""
+    generator = np.random.default_rng(2)
+    single, together = 0, 0
+    for _ in range(300):
+        values = generator.normal(size=(60, 5))
+        sums = bootstrap_sums(values, 400, generator) / 60
+        intervals = bootstrap_intervals(values.mean(axis=0).tolist(), sums.T)
+        single += sum(not span.low <= 0 <= span.high for span in intervals)
+        together += any(not span.joint_low <= 0 <= span.joint_high for span in intervals)
+    assert 0.035 <= single / 1500 <= 0.075
+    assert 0.02 <= together / 300 <= 0.09
+
+
+def test_intervals_without_noise_and_with_samples_that_say_nothing() -> None:
+    intervals = bootstrap_intervals([0.5, 0.0], np.array([[0.5, 0.5, math.nan, 0.5], [0.0, -1.0, 0.0, 1.0]]))
+    assert (intervals[0].low, intervals[0].high, intervals[0].joint_low, intervals[0].joint_high) == (
+        0.5,
+        0.5,
+        0.5,
+        0.5,
+    )
+    assert intervals[1].low < 0 < intervals[1].high

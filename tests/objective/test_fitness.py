@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.scores import BITS, ItemScores
-from evomerge.objective.fitness import Fitness, Goal, refuse_mixed_units
+from evomerge.objective.fitness import Fitness
+from evomerge.objective.goals import Goal, mixed_units
 
 
 def mean(values: Any, task: str = "mc", metric: str = "acc", start: int = 0) -> ItemScores:
@@ -111,10 +112,10 @@ def test_stderr_and_difference_against_a_bootstrap(relative: bool) -> None:
         fitness = fitness.relative_to([theirs])
     picks = [(generator.integers(0, n, n), generator.integers(0, m, m)) for _ in range(1500)]
 
-    def resampled(scores: dict[str, ItemScores]) -> np.ndarray[Any, Any]:
+    def samples(scores: dict[str, ItemScores]) -> np.ndarray[Any, Any]:
         return np.array([fitness({"mc": scores["mc"].take(i), "text": scores["text"].take(j)}) for i, j in picks])
 
-    left, right = resampled(ours), resampled(theirs)
+    left, right = samples(ours), samples(theirs)
     assert fitness.stderr(ours) == pytest.approx(left.std(), rel=0.1)
     value, stderr = fitness.difference(ours, theirs)
     assert value == pytest.approx(fitness(ours) - fitness(theirs))
@@ -133,19 +134,19 @@ def test_bootstrap_of_the_fitness_agrees_with_the_delta_method() -> None:
         for k in range(2)
     ]
     fitness = Fitness((ACC, BPB)).relative_to(models)
-    resampled = fitness.resampled(models)
-    assert resampled is not None
-    assert resampled.shape == (2, 2000)
-    for scores, row in zip(models, resampled, strict=True):
+    samples = fitness.bootstrap(models)
+    assert samples is not None
+    assert samples.shape == (2, 2000)
+    for scores, row in zip(models, samples, strict=True):
         assert row.mean() == pytest.approx(fitness(scores), abs=0.1 * row.std())
         assert row.std() == pytest.approx(fitness.stderr(scores), rel=0.06)
-    spread = (resampled[0] - resampled[1]).std()
+    spread = (samples[0] - samples[1]).std()
     assert spread == pytest.approx(fitness.difference(*models)[1], rel=0.06)
-    again = fitness.resampled(models)
+    again = fitness.bootstrap(models)
     assert again is not None
-    np.testing.assert_array_equal(again, resampled)
+    np.testing.assert_array_equal(again, samples)
     with pytest.raises(ValueError, match="mc: the two were not scored on the same items"):
-        fitness.resampled([models[0], {**models[1], "mc": mean([1.0] * 300, start=1)}])
+        fitness.bootstrap([models[0], {**models[1], "mc": mean([1.0] * 300, start=1)}])
 
 
 def test_pooled_difference_is_that_of_all_items() -> None:
@@ -186,7 +187,7 @@ def test_a_metric_that_is_no_mean_of_items_steers_without_an_error() -> None:
     value, stderr = goals.difference({"f": corpus(0.75, 4)}, scores)
     assert value == 0.25
     assert math.isnan(stderr)
-    assert goals.resampled([scores]) is None
+    assert goals.bootstrap([scores]) is None
     assert math.isnan(goals.pooled_difference([{"f": corpus(0.75, 4)}], [scores])[1])
     # 1 item at 1.0 and 3 items at 0.5, by their numbers.
     assert goals.pooled([{"f": corpus(1.0, 1)}, {"f": corpus(0.5, 3, start=1)}]) == pytest.approx(0.625)
@@ -235,7 +236,7 @@ def test_better_scores_are_fitter(one: float, two: float, up: bool, reference: f
 )
 def test_raw_refuses_mixed_units(metrics: list[str], mixed: bool) -> None:
     goals = [Goal(f"t{k}", metric, 1.0, True) for k, metric in enumerate(metrics)]
-    assert bool(refuse_mixed_units(goals, "raw")) == mixed
-    assert refuse_mixed_units(goals, "relative") == []
+    assert bool(mixed_units(goals, "raw")) == mixed
+    assert mixed_units(goals, "relative") == []
     if mixed:
-        assert "raw cannot add up" in refuse_mixed_units(goals, "raw")[0]
+        assert "raw cannot add up" in mixed_units(goals, "raw")[0]

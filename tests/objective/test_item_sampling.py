@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.evaluation.scores import ItemScores
-from evomerge.objective.item_sampling import Sample, allocate, draw, draw_samples, unevenness
+from evomerge.objective.item_sampling import Sample, allocate, draw, draw_samples, item_spread
 
 
 def right(values: Any, task: str = "t") -> ItemScores:
@@ -20,16 +20,18 @@ def right(values: Any, task: str = "t") -> ItemScores:
     return ItemScores(task, items, {"acc": (column, np.ones(len(column)))}, {"acc": True})
 
 
-def test_unevenness_by_hand() -> None:
+def test_item_spread_by_hand() -> None:
     """Three scouts: all right 0; one of three right sqrt(1/3 · 2/3); an item without a value for one of them 0."""
     scouts = [right([1, 1, 1]), right([1, 0, 0]), right([1, 0, 0])]
     counted = np.array([1.0, 1.0, 0.0])
     scouts[2] = ItemScores("t", scouts[2].items, {"acc": (np.array([1.0, 0.0, 0.0]), counted)}, {"acc": True})
-    assert unevenness(scouts, "acc") == pytest.approx([0, math.sqrt(2) / 3, 0])
+    assert item_spread(scouts, "acc") == pytest.approx([0, math.sqrt(2) / 3, 0])
     # All scouts waver at one half: as telling as a disagreement of two who are sure.
-    assert unevenness([right([0.5]), right([0.5])], "acc") == pytest.approx(unevenness([right([1]), right([0])], "acc"))
+    assert item_spread([right([0.5]), right([0.5])], "acc") == pytest.approx(
+        item_spread([right([1]), right([0])], "acc")
+    )
     # No share: the standard deviation of 1 and 3, of 2 and 2.
-    assert unevenness([right([1, 2]), right([3, 2])], "acc") == pytest.approx([1, 0])
+    assert item_spread([right([1, 2]), right([3, 2])], "acc") == pytest.approx([1, 0])
 
 
 def test_allocation_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Racing as pure statistics: blocks, bounds that allow for repeated looks, and who is stopped."""
+"""Racing as pure statistics: blocks, a boundary that allows for repeated analyses, and who is stopped."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.evaluation.scores import BITS, ItemScores
-from evomerge.objective.fitness import Fitness, Goal, Scores
-from evomerge.objective.racing import FEWEST, Look, Race, block_order, bounds, draw_blocks, look_after
+from evomerge.objective.fitness import Fitness, Scores
+from evomerge.objective.goals import Goal
+from evomerge.objective.racing import (
+    MIN_BLOCK_ITEMS,
+    InterimAnalysis,
+    Race,
+    block_order,
+    blocks_at_analyses,
+    draw_blocks,
+    stopping_boundary,
+)
 
 ACC = Fitness((Goal("t", "acc", 1.0, True),))
 
@@ -25,14 +34,14 @@ def scored(values: np.ndarray, task: str = "t", metric: str = "acc", weights: np
     return ItemScores(task, items, {metric: (np.asarray(values, dtype=float), ones)}, {metric: True}, transforms)
 
 
-def at(race: Race, number: int, scores: Scores) -> Look:
-    """A look where there is one."""
-    look = race.look(number, scores)
-    assert look is not None
-    return look
+def at(race: Race, number: int, scores: Scores) -> InterimAnalysis:
+    """An interim analysis where there is one."""
+    analysis = race.analyse(number, scores)
+    assert analysis is not None
+    return analysis
 
 
-def looks(values: np.ndarray, stops: list[int]) -> list[dict[str, ItemScores]]:
+def at_analyses(values: np.ndarray, stops: list[int]) -> list[dict[str, ItemScores]]:
     return [{"t": scored(values[:stop])} for stop in stops]
 
 
@@ -47,7 +56,7 @@ def test_blocks_are_disjoint_and_every_task_is_in_each(sizes: dict[str, int], se
         assert sorted(k for block in blocks for k in block[task]) == list(positions)
         assert all(list(block[task]) == sorted(block[task]) for block in blocks)
         if len(blocks) > 1:
-            assert all(len(block[task]) >= FEWEST for block in blocks)
+            assert all(len(block[task]) >= MIN_BLOCK_ITEMS for block in blocks)
     assert draw_blocks(items, seed) == blocks
 
 
@@ -69,45 +78,45 @@ def test_each_generation_has_its_own_order_of_blocks() -> None:
     assert all(sorted(order) == list(range(24)) for order in orders)
     assert len(set(orders)) == 8
     assert block_order(24, 0, 1) == orders[0] != block_order(24, 1, 1)
-    assert look_after(24) == (1, 2, 3, 4, 6, 8, 12, 18, 24)
-    assert look_after(6) == (1, 2, 3, 4, 6)
-    assert look_after(1) == (1,)
+    assert blocks_at_analyses(24) == (1, 2, 3, 4, 6, 8, 12, 18, 24)
+    assert blocks_at_analyses(6) == (1, 2, 3, 4, 6)
+    assert blocks_at_analyses(1) == (1,)
 
 
-def test_the_first_bound_is_the_normal_quantile_of_what_is_spent_there() -> None:
+def test_the_first_boundary_is_the_normal_quantile_of_what_is_spent_there() -> None:
     # error * t ** shape = 0.2 * 0.25 = 0.05, and 0.4 * 0.25 ** 0.5 = 0.2.
-    assert bounds([0.25], 0.2, 1.0)[0] == pytest.approx(NormalDist().inv_cdf(0.95), abs=1e-9)
-    assert bounds([0.25, 0.5], 0.4, 0.5)[0] == pytest.approx(NormalDist().inv_cdf(0.8), abs=1e-9)
+    assert stopping_boundary([0.25], 0.2, 1.0)[0] == pytest.approx(NormalDist().inv_cdf(0.95), abs=1e-9)
+    assert stopping_boundary([0.25, 0.5], 0.4, 0.5)[0] == pytest.approx(NormalDist().inv_cdf(0.8), abs=1e-9)
 
 
-def test_the_published_bounds_of_two_looks() -> None:
-    """Linear spending of 0.025 over looks at information 1/2 and 1: z = 2.241 and 2.125 (Kim and DeMets, 1987).
+def test_the_published_boundary_of_two_analyses() -> None:
+    """Linear spending of 0.025 over analyses at information 1/2 and 1: z = 2.241 and 2.125 (Kim and DeMets, 1987).
 
     Our information at the fraction t is t / (1 - t), which is 1/2 and 1 at t = 1/3 and 1/2; half of the error is to be
     spent at the first: error * (1/3) ** s = 0.0125 and error * (1/2) ** s = 0.025, so s = ln 2 / ln 1.5.
     """
     shape = math.log(2) / math.log(1.5)
-    found = bounds([1 / 3, 1 / 2], 0.025 * 2**shape, shape)
-    assert found == pytest.approx((2.241, 2.125), abs=1e-3)
+    boundary = stopping_boundary([1 / 3, 1 / 2], 0.025 * 2**shape, shape)
+    assert boundary == pytest.approx((2.241, 2.125), abs=1e-3)
 
 
 @pytest.mark.parametrize(("error", "shape"), [(0.1, 1.0), (0.5, 0.5)])
 def test_a_candidate_equal_to_the_cut_off_is_stopped_as_often_as_stated(error: float, shape: float) -> None:
-    """Differences that sum to 0 over all items, in random order: a Brownian bridge, looked at seven times."""
+    """Differences that sum to 0 over all items, in random order: a Brownian bridge, analysed seven times."""
     rng = np.random.default_rng(0)
     total, fractions = 160, [k / 8 for k in range(1, 8)]
     values = rng.normal(size=(8000, total))
     values -= values.mean(axis=1, keepdims=True)
     sums = values.cumsum(axis=1)
     stopped = np.zeros(len(values), dtype=bool)
-    for t, bound in zip(fractions, bounds(fractions, error, shape), strict=True):
+    for t, bound in zip(fractions, stopping_boundary(fractions, error, shape), strict=True):
         n = round(t * total)
         stopped |= sums[:, n - 1] / n < -bound * math.sqrt((1 - t) / n)
         # Three standard errors of the simulation: 3 * sqrt(0.5 * 0.5 / 8000) = 0.017.
         assert stopped.mean() == pytest.approx(error * t**shape, abs=0.017)
 
 
-def test_a_look_by_hand() -> None:
+def test_an_analysis_by_hand() -> None:
     """Eight items, of which four are seen; the cut-off is right on 1, 1, 0, 1 | 1, 1, 1, 0 and the candidate on
     0, 1, 0, 0: a paired difference of -2/4, so the estimate is 6/8 - 1/2 = 1/4.
 
@@ -116,12 +125,12 @@ def test_a_look_by_hand() -> None:
     mean of four items 1 / 13, and of what four of eight leave open 1 / 26.
     """
     cutoff = np.array([1, 1, 0, 1, 1, 1, 1, 0])
-    race = Race.against(ACC, 3, {3: looks(cutoff, [4, 8])})
-    look = at(race, 0, {"t": scored(np.array([0, 1, 0, 0]))})
-    assert (look.items, look.estimate, look.difference) == (4, 0.25, -0.5)
-    assert look.stderr == pytest.approx(math.sqrt(1 / 26))
-    assert look.lost == (race.bounds[0] * look.stderr < 0.5)
-    assert race.reason(look).startswith("raced out: after 4 of 8 items 0.5000 ± 0.1961 below candidate 3")
+    race = Race.against(ACC, 3, {3: at_analyses(cutoff, [4, 8])})
+    analysis = at(race, 0, {"t": scored(np.array([0, 1, 0, 0]))})
+    assert (analysis.items, analysis.estimate, analysis.difference) == (4, 0.25, -0.5)
+    assert analysis.stderr == pytest.approx(math.sqrt(1 / 26))
+    assert analysis.stopped == (race.boundary[0] * analysis.stderr < 0.5)
+    assert race.reason(analysis).startswith("raced out: after 4 of 8 items 0.5000 ± 0.1961 below candidate 3")
 
 
 def test_items_that_stand_for_several_count_for_as_many() -> None:
@@ -133,10 +142,10 @@ def test_items_that_stand_for_several_count_for_as_many() -> None:
     """
     weights = {"t": {f"t:{k}": 3.0 if k in (0, 5) else 1.0 for k in range(8)}}
     cutoff = np.array([1, 1, 0, 1, 1, 1, 1, 0])
-    race = Race.against(Fitness(ACC.goals, weights), 3, {3: looks(cutoff, [4, 8])})
-    look = at(race, 0, {"t": scored(np.array([0, 1, 0, 0]))})
-    assert (look.items, look.estimate, look.difference) == (4, pytest.approx(1 / 6), pytest.approx(-2 / 3))
-    assert look.stderr == pytest.approx(math.sqrt(4 / 117))
+    race = Race.against(Fitness(ACC.goals, weights), 3, {3: at_analyses(cutoff, [4, 8])})
+    analysis = at(race, 0, {"t": scored(np.array([0, 1, 0, 0]))})
+    assert (analysis.items, analysis.estimate, analysis.difference) == (4, pytest.approx(1 / 6), pytest.approx(-2 / 3))
+    assert analysis.stderr == pytest.approx(math.sqrt(4 / 117))
 
 
 def test_the_nearest_known_candidate_is_the_control() -> None:
@@ -144,23 +153,23 @@ def test_the_nearest_known_candidate_is_the_control() -> None:
     rng = np.random.default_rng(1)
     best = (rng.random(400) < 0.8).astype(float)
     other = (rng.random(400) < 0.6).astype(float)
-    race = Race.against(ACC, 0, {0: looks(best, [40, 200, 400]), 1: looks(other, [40, 200, 400])})
-    look = at(race, 0, {"t": scored(other[:40])})
-    assert look.estimate == pytest.approx(other.mean())
-    assert look.lost
-    assert 0 < look.stderr < math.sqrt(0.4 / 40)  # the quarter of an item that differs, and no other
-    assert not at(race, 0, {"t": scored(best[:40])}).lost
+    race = Race.against(ACC, 0, {0: at_analyses(best, [40, 200, 400]), 1: at_analyses(other, [40, 200, 400])})
+    analysis = at(race, 0, {"t": scored(other[:40])})
+    assert analysis.estimate == pytest.approx(other.mean())
+    assert analysis.stopped
+    assert 0 < analysis.stderr < math.sqrt(0.4 / 40)  # the quarter of an item that differs, and no other
+    assert not at(race, 0, {"t": scored(best[:40])}).stopped
 
 
-def test_nobody_is_stopped_at_the_last_look() -> None:
+def test_nobody_is_stopped_at_the_last_analysis() -> None:
     values = np.ones(40)
-    race = Race.against(ACC, 0, {0: looks(values, [20, 40])})
+    race = Race.against(ACC, 0, {0: at_analyses(values, [20, 40])})
     last = at(race, 1, {"t": scored(np.zeros(40))})
-    assert (last.estimate, last.lost) == (0.0, False)
+    assert (last.estimate, last.stopped) == (0.0, False)
 
 
 def test_ratios_and_relative_scales_race_too() -> None:
-    """Bits per byte on the relative scale: the full look gives the fitness itself, and a worse model is stopped."""
+    """Bits per byte on the relative scale: the last analysis gives the fitness itself, and a worse model is stopped."""
     rng = np.random.default_rng(2)
     sizes = rng.integers(20, 60, size=120).astype(float)
     fitness = Fitness((Goal("t", "bits_per_byte", 2.0, False, reference=1.0), Goal("u", "acc", 1.0, True, 0.5)))
@@ -175,14 +184,14 @@ def test_ratios_and_relative_scales_race_too() -> None:
 
     race = Race.against(fitness, 0, {0: model(0.70, 0.5), 1: model(0.75, 0.4)})
     worse, better = model(0.85, 0.3), model(0.68, 0.5)
-    assert at(race, 0, worse[0]).lost
-    assert not any(at(race, k, better[k]).lost for k in range(3))
+    assert at(race, 0, worse[0]).stopped
+    assert not any(at(race, k, better[k]).stopped for k in range(3))
     for candidate in (worse, better):
         assert at(race, 2, candidate[2]).estimate == pytest.approx(fitness(candidate[2]))
 
 
 def test_items_without_a_value_are_no_reason_to_stop() -> None:
-    """A metric that the first items have no value for: no look there, and a look where they have."""
+    """A metric that the first items have no value for: no analysis there, and one where they have."""
     there = np.array([0, 0, 0, 0, 1, 1, 1, 1.0])
 
     def model(values: list[int]) -> list[dict[str, ItemScores]]:
@@ -190,5 +199,5 @@ def test_items_without_a_value_are_no_reason_to_stop() -> None:
 
     race = Race.against(ACC, 0, {0: model([0, 0, 0, 0, 1, 1, 1, 1])})
     worse = model([0, 0, 0, 0, 0, 0, 0, 0])
-    assert race.look(0, worse[0]) is None
+    assert race.analyse(0, worse[0]) is None
     assert at(race, 1, worse[1]).difference == -1

@@ -9,8 +9,8 @@ import numpy as np
 
 from evomerge.evaluation.scorers.lm_eval import item_scores
 from evomerge.evaluation.scores import Array
-from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask
 from evomerge.evaluation.tasks.requests import Requests
+from evomerge.evaluation.tasks.task import Task
 
 _STEP = 1e-4
 """Nats. In float64 the truncation (its square) and the rounding of central differences are both below 1e-8."""
@@ -20,7 +20,7 @@ Answers = Sequence[Sequence[Sequence[Any]]]
 
 
 def sensitivities(
-    loaded: LoadedTask, requests: Requests, indices: Sequence[int], answers: Answers, pulls: Mapping[str, Array]
+    task: Task, requests: Requests, indices: Sequence[int], answers: Answers, pulls: Mapping[str, Array]
 ) -> list[list[float]]:
     """The derivative of Σ pull · numerator with respect to every log-likelihood, by central differences.
 
@@ -28,7 +28,7 @@ def sensitivities(
     other: the k-th request of all of them is moved at once.
 
     Args:
-        loaded: The task.
+        task: The task.
         requests: What it asks.
         indices: The items.
         answers: The log-likelihoods.
@@ -43,7 +43,7 @@ def sensitivities(
         for group, given in zip(instances, answers, strict=True):
             for k, (instance, responses) in enumerate(zip(group, given, strict=True)):
                 instance.resps.extend(_moved(response, by) if k == moved else response for response in responses)
-        metrics = item_scores(loaded, indices, instances).metrics
+        metrics = item_scores(task, indices, instances).metrics
         value: Array = np.sum([pull * metrics[metric][0] for metric, pull in pulls.items()], axis=0)
         return value
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.scores import BITS, EXP, MEAN, Array, ItemScores
-from evomerge.evaluation.tasks.lm_eval_tasks import LoadedTask
+from evomerge.evaluation.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +20,11 @@ Rows = list[Any]
 """One metric's value for every document, as the task's `process_results` gives it; None where it gives none."""
 
 
-def item_scores(loaded: LoadedTask, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> ItemScores:
+def item_scores(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> ItemScores:
     """Scores some items of a task.
 
     Args:
-        loaded: The task.
+        task: The task.
         indices: The documents that were asked about.
         instances: For each, its lm-eval instances, with responses.
 
@@ -34,42 +34,40 @@ def item_scores(loaded: LoadedTask, indices: Sequence[int], instances: Sequence[
     """
     flat = [instance for group in instances for instance in group]
     names = []
-    for ensemble in loaded.task._filters:
+    for ensemble in task.lm_eval_task._filters:
         ensemble.apply(flat)
         names.append(ensemble.name)
     values: dict[str, Rows] = {}
     for k, name in enumerate(names):
         for position, (index, group) in enumerate(zip(indices, instances, strict=True)):
-            for metric, value in _process(loaded, index, [instance.filtered_resps[name] for instance in group]).items():
+            for metric, value in _process(task, index, [instance.filtered_resps[name] for instance in group]).items():
                 # The first filter's metrics go by their plain name; with several, each goes by "metric,filter" too.
                 for full in [metric] * (k == 0) + [f"{metric},{name}"] * (len(names) > 1):
                     values.setdefault(full, [None] * len(indices))[position] = value
     # A class may make its choices itself; which of them is right, only its own code knows.
-    unknown = loaded.output_type == "multiple_choice" and loaded.task.get_config("doc_to_choice") is None
-    return _collect(loaded, indices, values, {} if unknown else _smooth(loaded, indices, instances))
+    unknown = task.output_type == "multiple_choice" and task.lm_eval_task.get_config("doc_to_choice") is None
+    return _collect(task, indices, values, {} if unknown else _smooth(task, indices, instances))
 
 
-def _process(loaded: LoadedTask, index: int, results: list[Any]) -> dict[str, Any]:
+def _process(task: Task, index: int, results: list[Any]) -> dict[str, Any]:
     try:
-        return dict(loaded.task.process_results(loaded.docs[index], results))
+        return dict(task.lm_eval_task.process_results(task.docs[index], results))
     except Exception as error:  # a task's own code can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise TaskError(f"task {loaded.name!r}, item {index}: its own scoring fails: {reason}") from error
+        raise TaskError(f"task {task.name!r}, item {index}: its own scoring fails: {reason}") from error
 
 
-def _collect(
-    loaded: LoadedTask, indices: Sequence[int], values: dict[str, Rows], smooth: dict[str, Array]
-) -> ItemScores:
+def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: dict[str, Array]) -> ItemScores:
     ones = np.ones(len(indices))
     metrics: dict[str, tuple[Array, Array]] = {}
     transforms: dict[str, str] = {}
     corpus: dict[str, float] = {}
-    directions = loaded.higher_is_better
+    directions = task.higher_is_better
     for name, rows in values.items():
-        aggregate = loaded.task.aggregation().get(name.partition(",")[0], lm.mean)
+        aggregate = task.lm_eval_task.aggregation().get(name.partition(",")[0], lm.mean)
         known = _columns(rows, aggregate)
         if known is None:
-            corpus[name] = _aggregate(loaded, name, aggregate, rows)
+            corpus[name] = _aggregate(task, name, aggregate, rows)
             continue
         metrics[name] = known[0], known[1]
         if known[2] != MEAN:
@@ -77,9 +75,9 @@ def _collect(
     metrics |= {name: (column, ones) for name, column in smooth.items() if name not in values}
     for name, (numerators, _) in metrics.items():
         if not np.all(np.isfinite(numerators)):
-            raise CandidateError(f"task {loaded.name!r}: {name} is not finite, so the candidate has no score")
+            raise CandidateError(f"task {task.name!r}: {name} is not finite, so the candidate has no score")
     up = {name: directions.get(name.partition(",")[0], True) for name in (*metrics, *corpus)}
-    return ItemScores(loaded.name, tuple(loaded.items[k] for k in indices), metrics, up, transforms, corpus)
+    return ItemScores(task.name, tuple(task.items[k] for k in indices), metrics, up, transforms, corpus)
 
 
 def _columns(rows: Rows, aggregate: Callable[[Any], Any]) -> tuple[Array, Array, str] | None:
@@ -102,16 +100,16 @@ def _columns(rows: Rows, aggregate: Callable[[Any], Any]) -> tuple[Array, Array,
     return None
 
 
-def _aggregate(loaded: LoadedTask, name: str, aggregate: Callable[[Any], Any], rows: Rows) -> float:
+def _aggregate(task: Task, name: str, aggregate: Callable[[Any], Any], rows: Rows) -> float:
     """A corpus metric's value on exactly these items."""
     try:
         return float(aggregate([row for row in rows if row is not None]))
     except Exception as error:  # a task's own aggregation can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise TaskError(f"task {loaded.name!r}: {name} cannot be aggregated: {reason}") from error
+        raise TaskError(f"task {task.name!r}: {name} cannot be aggregated: {reason}") from error
 
 
-def _smooth(loaded: LoadedTask, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> dict[str, Array]:
+def _smooth(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> dict[str, Array]:
     """What varies smoothly where accuracy jumps.
 
     multiple_choice: `prob`, the right choice's share of the choices' total probability, and `loss`, minus its log;
@@ -119,14 +117,14 @@ def _smooth(loaded: LoadedTask, indices: Sequence[int], instances: Sequence[Sequ
     length; `nll_byte`, minus the right choice's log-likelihood per byte.
     loglikelihood: `prob`, the probability of the continuation, and `nll`, minus its log.
     """
-    if loaded.output_type == "loglikelihood":
+    if task.output_type == "loglikelihood":
         column = np.array([float(group[0].resps[0][0]) for group in instances])
         return {"prob": np.exp(column), "nll": -column}
-    if loaded.output_type != "multiple_choice":
+    if task.output_type != "multiple_choice":
         return {}
     rows = []
     for index, group in zip(indices, instances, strict=True):
-        right, choices = _right_choices(loaded, index)
+        right, choices = _right_choices(task, index)
         if not right:
             return {}
         lls = np.array([float(instance.resps[0][0]) for instance in group[: len(choices)]])
@@ -143,11 +141,11 @@ def _log_share(lls: Array, right: Sequence[int]) -> float:
     return float(np.logaddexp.reduce(lls[list(right)]) - np.logaddexp.reduce(lls))
 
 
-def _right_choices(loaded: LoadedTask, index: int) -> tuple[list[int], list[str]]:
+def _right_choices(task: Task, index: int) -> tuple[list[int], list[str]]:
     """The right choices of a document, and all its choices; none where the label is not among them."""
-    task, doc = loaded.task, loaded.docs[index]
-    choices = task.doc_to_choice(doc)
-    gold = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
+    lm_task, doc = task.lm_eval_task, task.docs[index]
+    choices = lm_task.doc_to_choice(doc)
+    gold = lm_task.doc_to_text(doc) if getattr(lm_task, "multiple_input", 0) else lm_task.doc_to_target(doc)
     labels = gold if isinstance(gold, list) else [gold]
     numbers = [choices.index(label) if label in choices else label for label in labels]
     return [n for n in numbers if isinstance(n, int) and 0 <= n < len(choices)], [str(choice) for choice in choices]

@@ -1,121 +1,22 @@
-"""lm-eval tasks by name: shipped ones, and those of any include path, with their data files found.
+"""Loads lm-eval tasks by name: shipped ones, and those of any include path, with their data files found.
 
 Only lm-eval's public classes are used: `TaskManager` finds and builds the tasks.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from hashlib import blake2b
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
+from evomerge.evaluation.scores import Score, ScoreTable
+from evomerge.evaluation.tasks.task import FEWSHOT_SEED, Task
 from evomerge.evaluation.tasks.task_data import plain_names, with_data
 from evomerge.system.quiet import quiet, seeded
-
-FEWSHOT_SEED = 1234
-"""What `lm_eval` draws few-shot examples with unless told otherwise."""
-
-_SMOOTH: Mapping[str, Mapping[str, bool]] = {
-    "multiple_choice": {"prob": True, "loss": False, "prob_norm": True, "nll_byte": False},
-    "loglikelihood": {"prob": True, "nll": False},
-}
-
-_INSTEAD: Mapping[str, Mapping[str, str]] = {
-    "multiple_choice": {"acc": "prob", "acc_norm": "prob_norm", "acc_bytes": "prob_norm", "exact_match": "prob"},
-    "loglikelihood": {"acc": "prob"},
-}
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedTask:
-    """A task with its documents.
-
-    Attributes:
-        name: The task's name.
-        task: lm-eval's own object.
-        fewshot_seed: Draws the examples, anew every time the task's requests are built.
-    """
-
-    name: str
-    task: Any
-    fewshot_seed: int = FEWSHOT_SEED
-
-    @property
-    def output_type(self) -> str:
-        """multiple_choice, loglikelihood, loglikelihood_rolling or generate_until."""
-        return str(self.task.OUTPUT_TYPE)
-
-    @property
-    def filters(self) -> tuple[str, ...]:
-        """The task's filters of responses; metrics are computed behind each."""
-        return tuple(ensemble.name for ensemble in self.task._filters)
-
-    @cached_property
-    def docs(self) -> tuple[Any, ...]:
-        """Every document, in the task's order."""
-        with quiet(), seeded():
-            return tuple(self.task.eval_docs)
-
-    @cached_property
-    def items(self) -> tuple[str, ...]:
-        """Our own stable id of every document."""
-        return tuple(f"{self.name}:{k}" for k in range(len(self.docs)))
-
-    @cached_property
-    def higher_is_better(self) -> dict[str, bool]:
-        """Direction of every metric: the task's own, and the smooth ones added to them (`evaluation.metrics`)."""
-        own = {name: bool(up) for name, up in self.task.higher_is_better().items()}
-        return {**_SMOOTH.get(self.output_type, {}), **own} if own else dict(_SMOOTH.get(self.output_type, {}))
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The task's metrics, its own first."""
-        own = tuple(self.task.higher_is_better())
-        return (*own, *(name for name in self.higher_is_better if name not in own))
-
-    def smooth(self, metric: str) -> str:
-        """The metric that varies smoothly where `metric` jumps between right and wrong; `metric` itself without one."""
-        return _INSTEAD.get(self.output_type, {}).get(metric.partition(",")[0], metric)
-
-    def require_metric(self, metric: str) -> None:
-        """Checks that the task has `metric`.
-
-        Raises:
-            TaskError: It has not; the message lists those it has.
-        """
-        plain, _, name = metric.partition(",")
-        if plain not in self.metrics:
-            near = suggest(plain, self.metrics)
-            raise TaskError(f"task {self.name!r} has no metric {metric!r}{near}; it has {', '.join(self.metrics)}")
-        if name and name not in self.filters:
-            near = f"{suggest(name, self.filters)}; it has {', '.join(self.filters)}"
-            raise TaskError(f"task {self.name!r} has no metric {metric!r}: no filter {name!r}{near}")
-
-    @cached_property
-    def digest(self) -> str:
-        """Identity of the task's settings and documents: changes when either does."""
-        config = {key: value for key, value in self.task.dump_config().items() if key not in _PLACES}
-        content = blake2b(_text(config), digest_size=16)
-        for doc in self.docs:
-            content.update(_text(doc))
-        return content.hexdigest()
-
-
-_PLACES = frozenset({"metadata", "dataset_kwargs", "dataset_path"})
-"""Settings that say where a task's files are, not what is in them."""
-
-
-def _text(value: Any) -> bytes:
-    """JSON of a task's settings or document, the same in every process; functions by name."""
-    return json.dumps(
-        value, sort_keys=True, default=lambda other: getattr(other, "__qualname__", None) or str(other)
-    ).encode()
 
 
 @dataclass(frozen=True)
@@ -129,13 +30,13 @@ class TaskSet:
         problems: What is wrong with the names that are missing in `members`.
     """
 
-    tasks: Mapping[str, LoadedTask]
+    tasks: Mapping[str, Task]
     members: Mapping[str, tuple[str, ...]]
     groups: tuple[Any, ...]
     problems: tuple[str, ...]
 
 
-def load_tasks(names: Sequence[str], **options: Any) -> dict[str, LoadedTask]:
+def load_tasks(names: Sequence[str], **options: Any) -> dict[str, Task]:
     """Loads tasks; groups and tags stand for the tasks in them.
 
     Args:
@@ -148,10 +49,10 @@ def load_tasks(names: Sequence[str], **options: Any) -> dict[str, LoadedTask]:
     Raises:
         TaskError: Whatever is wrong with any of the names, all at once.
     """
-    found = find_tasks(names, **options)
-    if found.problems:
-        raise TaskError(found.problems)
-    return dict(found.tasks)
+    task_set = find_tasks(names, **options)
+    if task_set.problems:
+        raise TaskError(task_set.problems)
+    return dict(task_set.tasks)
 
 
 def find_tasks(
@@ -182,7 +83,7 @@ def find_tasks(
         raise TaskError([f"include_path: no folder {folder}" for folder in missing])
     if not names:
         raise TaskError("no tasks are asked for")
-    loaded: dict[str, LoadedTask] = {}
+    loaded: dict[str, Task] = {}
     members: dict[str, tuple[str, ...]] = {}
     groups: dict[str, Any] = {}
     problems: list[str] = []
@@ -196,10 +97,33 @@ def find_tasks(
         except TaskError as error:
             problems += error.problems
             continue
-        loaded |= {task.task_name: LoadedTask(task.task_name, task, fewshot_seed) for task in tasks}
+        loaded |= {task.task_name: Task(task.task_name, task, fewshot_seed) for task in tasks}
         members[name] = tuple(task.task_name for task in tasks)
         groups |= {group.name: group for group in inner}
     return TaskSet(loaded, members, tuple(groups.values()), tuple(problems))
+
+
+def group_scores(task_set: TaskSet, table: ScoreTable) -> dict[str, dict[str, Score]]:
+    """Aggregates the tasks' scores by every group that states metrics, with lm-eval's own code.
+
+    Args:
+        task_set: The groups and the tasks in them.
+        table: The tasks' scores.
+
+    Returns:
+        ``{group: {metric: Score}}``; `n` counts the items of the tasks that have the metric.
+    """
+    results = {name: _to_lm_eval(task_set.tasks[name], row) for name, row in table.items()}
+    scores: dict[str, dict[str, Score]] = {}
+    for group in task_set.groups:
+        if not group.has_aggregation:
+            continue
+        with quiet():
+            whole = group.aggregate(results)
+        counts = whole.get("sample_count", {})
+        if counts:
+            scores[group.name] = _from_lm_eval(whole, counts)
+    return scores
 
 
 def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
@@ -243,12 +167,12 @@ def _shipped_folders(names: Sequence[str]) -> list[str]:
     either = b"|".join(re.escape(name).encode() for name in names)
     pattern = re.compile(rb"(?m)^\s*(?:task|group|tag|-):?\s+[\"']?(?:%s)[\"']?\s*(?:#.*)?$" % either)
     root = _shipped()
-    found = set()
+    folders = set()
     for path in root.rglob("*.yaml"):
         top = path.relative_to(root).parts[0]
-        if top not in found and pattern.search(path.read_bytes()):
-            found.add(top)
-    return sorted(str(root / top) for top in found)
+        if top not in folders and pattern.search(path.read_bytes()):
+            folders.add(top)
+    return sorted(str(root / top) for top in folders)
 
 
 @cache
@@ -268,21 +192,21 @@ def _shipped() -> Path:
 def _load(name: str, manager: Any) -> tuple[list[Any], list[Any]]:
     """The lm-eval tasks that `name` stands for, and the groups among them, inner ones first."""
     if name not in manager.task_index:
-        known = {*manager.all_tasks, *_shipped_names()}
-        raise TaskError(f"unknown task {name!r}{suggest(name, sorted(known))}; neither shipped nor in include_path")
+        names = {*manager.all_tasks, *_shipped_names()}
+        raise TaskError(f"unknown task {name!r}{suggest(name, sorted(names))}; neither shipped nor in include_path")
     problems: list[str] = []
     spec = with_data(name, manager.task_index, problems)
     if problems:
         raise TaskError([f"task {name!r}: {problem}" for problem in problems])
     try:
         with quiet(), seeded():
-            found = manager.load([spec])
+            loaded = manager.load([spec])
     except Exception as error:  # a task's YAML can make lm-eval and datasets raise anything
         raise TaskError(f"task {name!r} cannot be loaded: {_reason(error, manager.task_index[name])}") from error
-    return list(found["tasks"].values()), plain_names(found["groups"])
+    return list(loaded["tasks"].values()), plain_names(loaded["groups"])
 
 
-_NOTHING = ("size 0", "SchemaInferenceError", "no data files", "list index out of range")
+_EMPTY_SPLIT = ("size 0", "SchemaInferenceError", "no data files", "list index out of range")
 """In the messages of datasets for a file or a split without a document; a StopIteration says the same."""
 
 
@@ -294,7 +218,7 @@ def _reason(error: Exception, entry: Any) -> str:
     if isinstance(error, KeyError) and error.args[0] in splits:
         return f"its data {data} have no split {error.args[0]!r}"
     causes = f"{error!r} {error.__cause__!r}"
-    if isinstance(error, StopIteration) or any(sign in causes for sign in _NOTHING):
+    if isinstance(error, StopIteration) or any(sign in causes for sign in _EMPTY_SPLIT):
         return f"a split of its data {data} has no documents"
     offline = isinstance(error, ConnectionError | FileNotFoundError) or "offline" in text.lower()
     hint = f"; its dataset {data!r} is neither here nor in reach" if offline and data else ""
@@ -312,3 +236,26 @@ def _configure(task: Any, num_fewshot: int | None, seed: int) -> None:
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=seed)
+
+
+def _to_lm_eval(task: Task, row: Mapping[str, Score]) -> dict[str, Any]:
+    """A task's scores under lm-eval's keys, "metric,filter"."""
+    first = task.filters[0]
+    results: dict[str, Any] = {"sample_len": max((score.n for score in row.values()), default=0)}
+    for name, score in row.items():
+        metric, _, chosen = name.partition(",")
+        results[f"{metric},{chosen or first}"] = score.value
+        results[f"{metric}_stderr,{chosen or first}"] = "N/A" if score.stderr is None else score.stderr
+    return results
+
+
+def _from_lm_eval(whole: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Score]:
+    """A group's scores by metric; by "metric,filter" where its tasks have several filters."""
+    plain = [key.partition(",")[0] for key in counts]
+    scores = {}
+    for key, n in counts.items():
+        metric, _, chosen = key.partition(",")
+        error = whole[f"{metric}_stderr,{chosen}"]
+        name = metric if plain.count(metric) == 1 else key
+        scores[name] = Score(float(whole[key]), None if error == "N/A" else float(error), n)
+    return scores

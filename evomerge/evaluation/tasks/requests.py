@@ -219,11 +219,11 @@ class Prompting:
         }
 
 
-def build_requests(loaded: Any, encoder: Encoder, prompting: Prompting) -> Requests:
+def build_requests(task: Any, encoder: Encoder, prompting: Prompting) -> Requests:
     """Builds the requests of every document of a task with lm-eval's own code.
 
     Args:
-        loaded: A `LoadedTask`.
+        task: A `Task`.
         encoder: Renders the chat template.
         prompting: How prompts are put together.
 
@@ -232,22 +232,22 @@ def build_requests(loaded: Any, encoder: Encoder, prompting: Prompting) -> Reque
     """
     from evomerge.system.quiet import quiet, seeded
 
-    loaded.task.set_fewshot_seed(seed=loaded.fewshot_seed)
+    task.lm_eval_task.set_fewshot_seed(seed=task.fewshot_seed)
     try:
         with quiet(), seeded():
-            loaded.task.build_all_requests(rank=0, world_size=1, **prompting.options(encoder))
+            task.lm_eval_task.build_all_requests(rank=0, world_size=1, **prompting.options(encoder))
     except TaskError:
         raise
     except Exception as error:  # a task's templates and functions can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "larger than population" in reason:
-            wanted = loaded.task.get_config("num_fewshot")
+            wanted = task.lm_eval_task.get_config("num_fewshot")
             reason = f"it wants {wanted} examples before a question, more than the split that they come from has"
-        raise TaskError(f"task {loaded.name!r}: its requests cannot be built: {reason}") from error
+        raise TaskError(f"task {task.name!r}: its requests cannot be built: {reason}") from error
     grouped: dict[int, list[Any]] = {}
-    for instance in loaded.task.instances:
+    for instance in task.lm_eval_task.instances:
         grouped.setdefault(instance.doc_id, []).append(instance)
     by_item = [sorted(grouped[k], key=lambda instance: instance.idx) for k in sorted(grouped)]
-    if len(by_item) != len(loaded.items):
-        raise TaskError(f"task {loaded.name!r}: {len(by_item)} of its {len(loaded.items)} documents ask for anything")
-    return Requests(loaded.name, tuple(tuple(instances) for instances in by_item))
+    if len(by_item) != len(task.items):
+        raise TaskError(f"task {task.name!r}: {len(by_item)} of its {len(task.items)} documents ask for anything")
+    return Requests(task.name, tuple(tuple(instances) for instances in by_item))

@@ -1,4 +1,4 @@
-"""Tasks and groups as lm-eval's `TaskManager` should get them, so that local data files are found.
+"""Finds the local data files of tasks, and says so to lm-eval's `TaskManager` by groups of our own.
 
 Relative paths are looked for beside the task's YAML file, beside the folders above it, then from the working directory.
 """
@@ -14,7 +14,7 @@ _INNER, _OUTER = " with data", " as asked for"
 
 
 def with_data(name: str, index: Mapping[str, Any], problems: list[str]) -> str | dict[str, Any]:
-    """What `TaskManager.load` should get for `name`: the name, or the name with its local data files made absolute.
+    """Returns what `TaskManager.load` should get for `name`: the name, or a group with local data files made absolute.
 
     lm-eval would look for them from the working directory alone. Only a group's members may override a task's settings
     and keep its functions, and a registered group hands everything it says about itself on to its members: so a group
@@ -26,13 +26,13 @@ def with_data(name: str, index: Mapping[str, Any], problems: list[str]) -> str |
         problems: Gets a message for every file that is nowhere.
     """
     members = _members(name, index, problems)
-    return {"group": f"{name}{_OUTER}", "task": members} if any(map(_moved, members)) else name
+    return {"group": f"{name}{_OUTER}", "task": members} if any(map(_has_local_data, members)) else name
 
 
-def _moved(member: Mapping[str, Any]) -> bool:
+def _has_local_data(member: Mapping[str, Any]) -> bool:
     """Whether a member's data, or those of any member of it, have to be said."""
     inner = member["task"]
-    return "dataset_kwargs" in member or (isinstance(inner, list) and any(map(_moved, inner)))
+    return "dataset_kwargs" in member or (isinstance(inner, list) and any(map(_has_local_data, inner)))
 
 
 def _members(name: Any, index: Mapping[str, Any], problems: list[str]) -> list[dict[str, Any]]:
@@ -52,12 +52,12 @@ def _members(name: Any, index: Mapping[str, Any], problems: list[str]) -> list[d
         listed = [part for member in config.get("task") or [] for part in _members(member, index, problems)]
         return [{**config, **given, "group": f"{key}{_INNER}", "task": listed}]
     kwargs = given.get("dataset_kwargs", config.get("dataset_kwargs"))
-    found = _absolute(kwargs, entry.yaml_path, problems) if isinstance(kwargs, dict) else kwargs
-    return [{**given, "task": key, **({} if found == kwargs else {"dataset_kwargs": found})}]
+    absolute = _absolute(kwargs, entry.yaml_path, problems) if isinstance(kwargs, dict) else kwargs
+    return [{**given, "task": key, **({} if absolute == kwargs else {"dataset_kwargs": absolute})}]
 
 
 def plain_names(groups: Mapping[str, Any]) -> list[Any]:
-    """The registered groups among those that lm-eval made, by their own names, inner ones first."""
+    """Returns the registered groups among those that lm-eval made, by their own names, inner ones first."""
     kept = [group for name, group in groups.items() if not name.endswith(_OUTER)]
     for group in kept:
         if group.name.endswith(_INNER):
@@ -85,11 +85,11 @@ def _find_data(text: str, yaml_path: Path | None, problems: list[str]) -> str:
     path = Path(text).expanduser()
     fixed = Path(*_before_wildcard(path))
     tried = []
-    for folder in _places(yaml_path):
-        place = fixed if path.is_absolute() else folder / fixed
-        if place.exists():
-            return str(place.resolve() / path.relative_to(fixed)) if fixed != path else str(place.resolve())
-        tried.append(str(place))
+    for folder in _search_folders(yaml_path):
+        candidate = fixed if path.is_absolute() else folder / fixed
+        if candidate.exists():
+            return str(candidate.resolve() / path.relative_to(fixed)) if fixed != path else str(candidate.resolve())
+        tried.append(str(candidate))
     problems.append(f"no data file {text}; looked for {', '.join(dict.fromkeys(tried))}")
     return text
 
@@ -101,6 +101,6 @@ def _before_wildcard(path: Path) -> Iterator[str]:
         yield part
 
 
-def _places(yaml_path: Path | None) -> list[Path]:
+def _search_folders(yaml_path: Path | None) -> list[Path]:
     above = list(yaml_path.resolve().parents) if yaml_path is not None else []
     return [*above, Path.cwd()]

@@ -43,8 +43,8 @@ def test_metrics_and_their_directions_are_the_tasks_own_plus_the_smooth_ones(ben
     assert tasks["mc"].metrics == ("acc", "acc_norm", "exact_match", "prob", "loss", "prob_norm", "nll_byte")
     assert tasks["mc"].higher_is_better["loss"] is False
     assert tasks["ll"].metrics == ("acc", "perplexity", "prob", "nll")
-    assert [tasks["mc"].smooth(m) for m in ("acc", "acc_norm", "loss")] == ["prob", "prob_norm", "loss"]
-    assert [tasks["ll"].smooth(m) for m in ("acc", "perplexity")] == ["prob", "perplexity"]
+    assert [tasks["mc"].smooth_metric(m) for m in ("acc", "acc_norm", "loss")] == ["prob", "prob_norm", "loss"]
+    assert [tasks["ll"].smooth_metric(m) for m in ("acc", "perplexity")] == ["prob", "perplexity"]
     assert tasks["rolling"].higher_is_better == {
         "bits_per_byte": False,
         "byte_perplexity": False,

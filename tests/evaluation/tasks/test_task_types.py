@@ -14,8 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.scores import score_table
-from evomerge.evaluation.tasks.groups import group_scores
-from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, load_tasks
+from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, group_scores, load_tasks
 from evomerge.system.quiet import quiet
 from tests.evaluation.conftest import Bench, documents, write_documents, write_task
 
@@ -355,7 +354,7 @@ def test_more_examples_equal_lm_eval_and_a_task_that_says_none_keeps_none(kinds:
     evaluator = ours(kinds, "with_examples", "own_scoring", num_fewshot=3)
     for task in ("with_examples", "own_scoring"):
         compare(evaluator, kinds, results, task)
-    assert evaluator.tasks["own_scoring"].task.get_config("num_fewshot") == 0
+    assert evaluator.tasks["own_scoring"].lm_eval_task.get_config("num_fewshot") == 0
 
 
 def test_requests_are_the_same_however_often_they_are_built(kinds: Bench) -> None:
