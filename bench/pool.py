@@ -21,7 +21,8 @@ from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
 from evomerge.objective.fitness import Fitness
 from evomerge.space.baselines import baselines
 from evomerge.space.space import SearchSpace
-from evomerge.spec.schema import SearchSpec, Splits, load_spec
+from evomerge.spec.load import load_spec
+from evomerge.spec.schema import SearchSpec, Splits
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.interfaces import AlgorithmSettings
 

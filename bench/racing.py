@@ -27,7 +27,8 @@ from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import Workbench
 from evomerge.report.tables import table
 from evomerge.run.folder import RunFolder
-from evomerge.spec.schema import SearchSpec, load_spec
+from evomerge.spec.load import load_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study.interfaces import NullTracker
 
 QUICKSTART = Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"

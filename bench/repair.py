@@ -36,7 +36,8 @@ from evomerge.problem.problem import Workbench
 from evomerge.report.tables import table
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome, LayerGene
-from evomerge.spec.schema import SearchSpec, parse_spec
+from evomerge.spec.load import parse_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Stop, search

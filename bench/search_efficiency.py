@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.report.tables import table
-from evomerge.spec.schema import SearchSpec, load_spec
+from evomerge.spec.load import load_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
 

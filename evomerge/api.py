@@ -51,13 +51,13 @@ def search(spec: SearchSpec | Mapping[str, Any] | str | Path, **options: Any) ->
     Returns:
         The result, as in result.json.
     """
+    from evomerge.run.preflight import load_search, parse_search
     from evomerge.run.search import start
-    from evomerge.spec.schema import load_spec, parse_spec
 
     if isinstance(spec, str | Path):
-        return start(load_spec(Path(spec)), source=Path(spec), **options)
+        return start(load_search(Path(spec)), source=Path(spec), **options)
     if isinstance(spec, Mapping):
-        spec = parse_spec(spec, beside=Path.cwd())
+        spec = parse_search(spec, beside=Path.cwd())
     return start(spec, **options)
 
 
@@ -105,6 +105,7 @@ def evaluate(
     from evomerge.checkpoints.checkpoint import open_checkpoint
     from evomerge.checkpoints.dtypes import torch_dtype
     from evomerge.checkpoints.models import load_config, load_tokenizer, single_model
+    from evomerge.checkpoints.reference import resolve_reference
     from evomerge.engine.resident import Resident
     from evomerge.errors import BadInput, TaskError
     from evomerge.evaluation.backends.registry import BackendName
@@ -112,7 +113,7 @@ def evaluate(
     from evomerge.evaluation.scores import score_table, table_to_json
     from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, group_scores
     from evomerge.planning.plan import make_plan
-    from evomerge.recipe import parse_recipe, resolve_reference
+    from evomerge.recipe import parse_recipe
 
     if limit is not None and limit < 1:
         raise BadInput(f"limit: at least 1 item, got {limit}")

@@ -193,7 +193,7 @@ def _papers(method: Method, given: set[str], base: str | None, count: int) -> di
 def _reference(stack: ExitStack, model: Model) -> str:
     """A model's reference; one that is loaded already is written to a temporary folder first, and read by map."""
     if isinstance(model, str | Path):
-        from evomerge.recipe import resolve_reference
+        from evomerge.checkpoints.reference import resolve_reference
 
         return resolve_reference(str(model), Path.cwd())
     if not hasattr(model, "save_pretrained"):

@@ -18,7 +18,7 @@ import torch
 import transformers
 import yaml
 
-from evomerge.spec.schema import load_spec
+from evomerge.spec.load import load_spec
 from tests.architectures import ARCHITECTURES, write_family
 from tests.frame import search_spec
 from tests.models import write_tiny_llama

@@ -153,7 +153,7 @@ LIGHT = [
     "evomerge.run.folder",
     "evomerge.run.status",
     "evomerge.report.tables",
-    "evomerge.spec.shipped",
+    "evomerge.spec.load",
     "evomerge.executors.worker",
     "evomerge.executors.local",
 ]

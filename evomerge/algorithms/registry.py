@@ -97,3 +97,30 @@ def get_algorithm(name: str) -> Registered:
             f"search.algorithm: there is no '{name}'{suggest(name, ALGORITHMS)}; one of {', '.join(ALGORITHMS)}"
         )
     return ALGORITHMS[name]
+
+
+def problems_of(name: str, options: Mapping[str, Any], *, several: bool, asynchronous: bool) -> list[str]:
+    """Says why an algorithm cannot do a search; nothing where it can.
+
+    Args:
+        name: As written under `search.algorithm`.
+        options: As written under `search.options`.
+        several: Whether there are several objectives.
+        asynchronous: Whether candidates are proposed one by one.
+    """
+    if name not in ALGORITHMS:
+        names = ", ".join(sorted(ALGORITHMS))
+        return [f"search.algorithm: '{name}' is not one of {names}{suggest(name, ALGORITHMS)}"]
+    algorithm = ALGORITHMS[name]
+    problems = algorithm.problems(options)
+    fit = {key: a.several if several else a.one for key, a in ALGORITHMS.items()}
+    if not fit[name]:
+        able = ", ".join(sorted(key for key, can in fit.items() if can))
+        goal = "pareto" if several else "mean"
+        problems.append(f"search.objectives: {name} cannot search for {goal}; these can: {able}")
+    if asynchronous and not algorithm.asynchronous:
+        able = ", ".join(sorted(key for key, a in ALGORITHMS.items() if a.asynchronous))
+        problems.append(
+            f"search.mode: {name} learns from whole generations and cannot be asynchronous; these can: {able}"
+        )
+    return problems

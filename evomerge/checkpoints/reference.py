@@ -18,6 +18,8 @@ from evomerge.checkpoints.header import name_some
 from evomerge.errors import CheckpointError
 from evomerge.system.paths import resolve_path
 
+ZOO = "zoo:"
+
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _WEIGHTS = ["*.safetensors"]
@@ -39,6 +41,31 @@ def split_adapter(reference: str, beside: Path | None) -> tuple[str, str | None]
     return splits[0]
 
 
+def resolve_reference(reference: str, beside: Path | None) -> str:
+    """The reference with local paths made absolute; Hub ids and ``zoo:`` names stay as they are.
+
+    Args:
+        reference: As written in a recipe.
+        beside: The file or folder to look beside first; see `resolve_path`.
+    """
+    if reference.startswith(ZOO):
+        return reference
+    whole = resolve_path(reference, beside)
+    if whole is not None:
+        return str(whole)
+    return "+".join(resolve_part(part, beside) for part in reference.split("+"))
+
+
+def resolve_part(part: str, beside: Path | None) -> str:
+    path = None if part.startswith(ZOO) else resolve_path(part, beside)
+    return part if path is None else str(path)
+
+
+def without_adapter(reference: str) -> str:
+    """What stands before the first plus sign: the model itself, where no name has a plus sign in it."""
+    return reference.partition("+")[0].strip()
+
+
 def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = False, weights: bool = True) -> Path:
     """The folder or file that a reference without an adapter leads to, downloaded or trained if need be.
 
@@ -53,10 +80,10 @@ def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = Fals
     """
     if not reference.strip() or "\0" in reference:
         raise CheckpointError(f"not a model: {reference!r}")
-    if reference.startswith("zoo:"):
+    if reference.startswith(ZOO):
         from evomerge.zoo import ensure
 
-        return Path(ensure(reference.removeprefix("zoo:")))
+        return Path(ensure(reference.removeprefix(ZOO)))
     try:
         local = resolve_path(reference, beside)
     except OSError as error:

@@ -44,13 +44,13 @@ def run(
     workers: Workers = None,
 ) -> None:
     """Search for the best merge; on a run that exists already, go on with it."""
+    from evomerge.run.preflight import load_search
     from evomerge.run.search import start
-    from evomerge.spec.schema import load_spec
-    from evomerge.spec.shipped import find_search
+    from evomerge.spec.load import find_search
 
     _interruptible()
     path = find_search(search)
-    start(load_spec(path), candidates=candidates, folder=directory, source=path, workers=workers)
+    start(load_search(path), candidates=candidates, folder=directory, source=path, workers=workers)
 
 
 @app.command()

@@ -1,10 +1,10 @@
 """Recipes: what to merge and how, read from YAML and resolved tensor by tensor. A superset of mergekit's."""
 
 from evomerge.recipe.frankenmerge import expand_frankenmerge, random_pattern
-from evomerge.recipe.model import Recipe, Slice, Source
-from evomerge.recipe.parse import load_recipe, parse_recipe
+from evomerge.recipe.mergekit import to_mergekit_yaml
+from evomerge.recipe.model import ModelToken, Recipe, Slice, Source, TokenizerBlock, TokenRule, ZeroToken
+from evomerge.recipe.parse import load_recipe, parse_recipe, resolve_models
 from evomerge.recipe.reader import DTYPES
-from evomerge.recipe.references import resolve_models, resolve_reference
 from evomerge.recipe.resolve import (
     Input,
     LayerPlace,
@@ -16,7 +16,6 @@ from evomerge.recipe.resolve import (
     slice_inputs,
 )
 from evomerge.recipe.settings import Conditional, Parameters, Setting
-from evomerge.recipe.tokenizer import ModelToken, TokenizerBlock, TokenRule, ZeroToken
 
 __all__ = [
     "DTYPES",
@@ -42,6 +41,6 @@ __all__ = [
     "random_pattern",
     "resolve",
     "resolve_models",
-    "resolve_reference",
     "slice_inputs",
+    "to_mergekit_yaml",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evomerge.recipe.settings import Conditional, Parameters, Setting, chain, is_number, plain
-
-if TYPE_CHECKING:
-    from evomerge.recipe.model import Recipe, Slice, Source
+from evomerge.errors import is_number
+from evomerge.recipe.model import Recipe, Slice, Source
+from evomerge.recipe.settings import Conditional, Parameters, Setting, chain, plain
+from evomerge.system.yaml import write_documents
 
 _NAMES = {"frankenmerge": "passthrough", "dare": "dare_linear"}
 
@@ -65,6 +65,21 @@ _BASE_AMONG_SOURCES = (
 _SOURCES = {"slerp": 1, "nearswap": 1, "nuslerp": 2}  # that mergekit takes, beside the base
 _COPIED = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 _OLD_SOURCE = "model:"  # older versions wanted this before a model's name, today's does not know it
+
+
+def to_mergekit_yaml(recipe: Recipe) -> str | None:
+    """Writes a recipe as mergekit would have it; None where mergekit cannot say the same.
+
+    A frankenmerge given by a pattern is said in slices: pass it through `expand_frankenmerge` first.
+    """
+    documents = []
+    for document in recipe.documents:
+        mapping = mergekit_mapping(document)
+        if mapping is None:
+            return None
+        name = {"name": document.name} if document is not recipe else {}  # unnamed is what mergekit-multi calls final
+        documents.append(name | mapping)
+    return write_documents(documents)
 
 
 def mergekit_mapping(recipe: Recipe) -> dict[str, Any] | None:
@@ -212,8 +227,8 @@ def _silent_base(recipe: Recipe, method: str) -> list[dict[str, Any]]:
 
 
 def _block(parameters: Mapping[str, Setting], method: str) -> dict[str, Any]:
-    known = (*_KNOWN[method], *_ANYWHERE)
-    items = {name: plain(setting) for name, setting in parameters.items() if name in known}
+    names = (*_KNOWN[method], *_ANYWHERE)
+    items = {name: plain(setting) for name, setting in parameters.items() if name in names}
     if method.startswith("dare") and "drop_rate" in parameters:
         items["density"] = plain(_complement(parameters["drop_rate"]))
     return {"parameters": items} if items else {}

@@ -9,10 +9,76 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from evomerge.recipe.mergekit import mergekit_mapping
 from evomerge.recipe.settings import Parameters, plain
-from evomerge.recipe.tokenizer import TokenizerBlock
 from evomerge.system.yaml import write_documents
+
+
+@dataclass(frozen=True)
+class ZeroToken:
+    """An embedding of zeros (``kind: zero``)."""
+
+
+@dataclass(frozen=True)
+class ModelToken:
+    """The embedding of one token of one model (``kind: model_token``): by text or by id, exactly one of them."""
+
+    model: str
+    token: str | None = None
+    token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Where one token's embedding comes from.
+
+    Attributes:
+        source: A model, another token, zeros, or None to merge it like any other.
+        force: Take it from there even in models that have the token themselves.
+    """
+
+    source: str | ZeroToken | ModelToken | None = None
+    force: bool = False
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The rule as in YAML."""
+        mapping: dict[str, Any] = {}
+        if isinstance(self.source, ZeroToken):
+            mapping["source"] = {"kind": "zero"}
+        elif isinstance(self.source, ModelToken):
+            mapping["source"] = {"kind": "model_token", "model": self.source.model}
+            if self.source.token is not None:
+                mapping["source"]["token"] = self.source.token
+            else:
+                mapping["source"]["token_id"] = self.source.token_id
+        elif self.source is not None:
+            mapping["source"] = self.source
+        if self.force:
+            mapping["force"] = True
+        return mapping
+
+
+@dataclass(frozen=True)
+class TokenizerBlock:
+    """The whole block.
+
+    Attributes:
+        source: ``union``, ``base``, or a model.
+        tokens: (token, rule), in the order of the recipe.
+        pad_to_multiple_of: Round the vocabulary up to a multiple of this.
+    """
+
+    source: str = "union"
+    tokens: tuple[tuple[str, TokenRule], ...] = ()
+    pad_to_multiple_of: int | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The block as in YAML."""
+        mapping: dict[str, Any] = {"source": self.source}
+        if self.tokens:
+            mapping["tokens"] = {token: rule.to_mapping() for token, rule in self.tokens}
+        if self.pad_to_multiple_of is not None:
+            mapping["pad_to_multiple_of"] = self.pad_to_multiple_of
+        return mapping
 
 
 @dataclass(frozen=True)
@@ -201,22 +267,6 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML, a document for each step."""
         return write_documents(document.to_mapping() for document in self.documents)
-
-    def to_mergekit_yaml(self) -> str | None:
-        """The recipe as mergekit would have it, or None where mergekit cannot say the same.
-
-        A frankenmerge given by a pattern is said in slices: pass it through `expand_frankenmerge` first.
-        """
-        documents = []
-        for document in self.documents:
-            mapping = mergekit_mapping(document)
-            if mapping is None:
-                return None
-            named = (
-                {"name": document.name} if document is not self else {}
-            )  # unnamed is what mergekit-multi calls final
-            documents.append(named | mapping)
-        return write_documents(documents)
 
 
 def _plain_items(parameters: Parameters) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evomerge.errors import suggest
+from evomerge.errors import ErrorCollector, describe, suggest
 from evomerge.methods.contract import Method, Parameter
 from evomerge.recipe.settings import Conditional, Gradient, Parameters, Scalar, Setting
-from evomerge.recipe.validation import Findings, choice_at, integer_at, join, kind_of, number_at, text_at
+from evomerge.recipe.validation import choice_at, integer_at, join, number_at, text_at
 
 # What a recipe may set beside a method's own parameters. `int8_mask` (mergekit's way to save memory) changes nothing
 # here; `embed_slerp` merges embeddings and head by SLERP under a tokenizer source.
@@ -19,7 +19,7 @@ LAYOUT_NAMES = ("pattern", "seed")  # of methods that copy layers: about the ord
 
 
 def parameters_at(
-    found: Findings,
+    errors: ErrorCollector,
     path: str,
     value: Any,
     used: Sequence[Method],
@@ -29,7 +29,7 @@ def parameters_at(
     """Reads one level's parameters.
 
     Args:
-        found: Takes the problems and warnings.
+        errors: Takes the problems and warnings.
         path: Where the mapping stands.
         value: The mapping as YAML has it, or None.
         used: The methods that read this level; empty when the method is unknown (an error of its own).
@@ -39,19 +39,19 @@ def parameters_at(
     if value is None:
         return Parameters()
     if not isinstance(value, Mapping):
-        found.error(path, f"expected a mapping of parameter names to values, got {kind_of(value)}")
+        errors.error(path, f"expected a mapping of parameter names to values, got {describe(value)}")
         return Parameters()
     result: dict[str, Setting] = {}
     for key, entry in value.items():
         name = "on" if key is True else str(key)  # other YAML readers take the word `on` for a truth value
-        setting = _entry(found, join(path, name), name, entry, used, tuple(every), of_source)
+        setting = _entry(errors, join(path, name), name, entry, used, tuple(every), of_source)
         if setting is not None:
             result[name] = setting
     return Parameters(result)
 
 
 def _entry(
-    found: Findings,
+    errors: ErrorCollector,
     path: str,
     name: str,
     entry: Any,
@@ -61,16 +61,18 @@ def _entry(
 ) -> Setting | None:
     if name in LAYOUT_NAMES and any(method.copies_layers for method in used):
         if path != f"parameters.{name}":
-            found.error(path, f"is one for the recipe: put it under 'parameters:' at the top as '{name}: {entry}'")
-        return text_at(found, path, entry) if name == "pattern" else integer_at(found, path, entry, 0)
-    mine = _declarations(name, used)
-    if not mine and not _known_elsewhere(found, path, name, used, every):
+            errors.error(path, f"is one for the recipe: put it under 'parameters:' at the top as '{name}: {entry}'")
+        return text_at(errors, path, entry) if name == "pattern" else integer_at(errors, path, entry, 0)
+    declarations = _declarations(name, used)
+    if not declarations and not _of_another_method(errors, path, name, used, every):
         return None
-    if of_source and mine and not any(parameter.per_source for parameter in mine):
-        found.warn(
+    if of_source and declarations and not any(parameter.per_source for parameter in declarations):
+        errors.warn(
             path, f"has no effect: '{name}' is one for all sources, so it belongs under 'parameters:' further up"
         )
-    settings = [setting_at(found, path, entry, rule) for rule in mine] or [setting_at(found, path, entry, None)]
+    settings = [setting_at(errors, path, entry, rule) for rule in declarations] or [
+        setting_at(errors, path, entry, None)
+    ]
     return settings[0]
 
 
@@ -89,20 +91,22 @@ def declared(method: Method) -> tuple[Parameter, ...]:
     return own + tuple(p for p in extra if p.name not in names)
 
 
-def _known_elsewhere(found: Findings, path: str, name: str, used: Sequence[Method], every: tuple[Method, ...]) -> bool:
+def _of_another_method(
+    errors: ErrorCollector, path: str, name: str, used: Sequence[Method], every: tuple[Method, ...]
+) -> bool:
     others = [m.name for m in every if m.parameter(name) or (name in LAYOUT_NAMES and m.copies_layers)]
     if others:
         if used and name == "seed":
-            found.warn(path, "has no effect here: 'seed' stands at the top of a recipe")
+            errors.warn(path, "has no effect here: 'seed' stands at the top of a recipe")
         elif used:
             verb = "method" if len(used) == 1 else "methods"
-            found.warn(path, f"has no effect: {verb} {_names(used)} does not know it ({', '.join(others)} would)")
+            errors.warn(path, f"has no effect: {verb} {_names(used)} does not know it ({', '.join(others)} would)")
         return True
-    known = sorted({p.name for method in used or every for p in declared(method)})
+    names = sorted({p.name for method in used or every for p in declared(method)})
     anywhere = sorted({p.name for method in every for p in declared(method)})
-    hint = suggest(name, known) or suggest(name, anywhere)
-    listing = f": {_names(used)} knows {', '.join(known)}" if used and not hint else ""
-    found.error(path, f"no method knows this parameter{hint}{listing}")
+    hint = suggest(name, names) or suggest(name, anywhere)
+    listing = f": {_names(used)} knows {', '.join(names)}" if used and not hint else ""
+    errors.error(path, f"no method knows this parameter{hint}{listing}")
     return False
 
 
@@ -110,79 +114,79 @@ def _names(used: Sequence[Method]) -> str:
     return ", ".join(dict.fromkeys(method.name for method in used))
 
 
-def setting_at(found: Findings, path: str, value: Any, parameter: Parameter | None) -> Setting | None:
+def setting_at(errors: ErrorCollector, path: str, value: Any, parameter: Parameter | None) -> Setting | None:
     """Reads a scalar, a gradient or conditionals; `parameter` None checks the shape alone."""
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
-        entries = [_conditional_at(found, f"{path}[{i}]", entry, parameter) for i, entry in enumerate(value)]
+        entries = [_conditional_at(errors, f"{path}[{i}]", entry, parameter) for i, entry in enumerate(value)]
         return tuple(entry for entry in entries if entry is not None)
-    return _value_at(found, path, value, parameter)
+    return _value_at(errors, path, value, parameter)
 
 
-def _conditional_at(found: Findings, path: str, entry: Any, parameter: Parameter | None) -> Conditional | None:
+def _conditional_at(errors: ErrorCollector, path: str, entry: Any, parameter: Parameter | None) -> Conditional | None:
     if not isinstance(entry, Mapping):
-        found.error(path, f"expected a mapping with 'value' and 'filter' like its neighbours, got {kind_of(entry)}")
+        errors.error(path, f"expected a mapping with 'value' and 'filter' like its neighbours, got {describe(entry)}")
         return None
     unknown = [str(key) for key in entry if key not in ("filter", "value")]
     for key in unknown:
-        known = suggest(key, ("filter", "value"))
-        found.error(join(path, key), f"unknown key{known or ': a conditional has filter and value'}")
+        hint = suggest(key, ("filter", "value"))
+        errors.error(join(path, key), f"unknown key{hint or ': a conditional has filter and value'}")
     if entry.get("value") is None:
-        found.error(path, "a conditional needs a 'value'")
+        errors.error(path, "a conditional needs a 'value'")
         return None
     pattern = entry.get("filter")
     if pattern is not None and not isinstance(pattern, str):
-        found.error(join(path, "filter"), f"expected a part of tensor names as text, got {kind_of(pattern)}")
+        errors.error(join(path, "filter"), f"expected a part of tensor names as text, got {describe(pattern)}")
         return None
-    value = _value_at(found, join(path, "value"), entry["value"], parameter)
+    value = _value_at(errors, join(path, "value"), entry["value"], parameter)
     return None if value is None else Conditional(value, pattern)
 
 
-def _value_at(found: Findings, path: str, value: Any, parameter: Parameter | None) -> Scalar | Gradient | None:
+def _value_at(errors: ErrorCollector, path: str, value: Any, parameter: Parameter | None) -> Scalar | Gradient | None:
     if not isinstance(value, list | tuple):
-        return _scalar_at(found, path, value, parameter)
+        return _scalar_at(errors, path, value, parameter)
     if not value:
-        found.error(path, "is an empty list: a gradient needs at least one value")
+        errors.error(path, "is an empty list: a gradient needs at least one value")
         return None
     if parameter is not None and parameter.kind == "int":
-        found.error(path, "is a whole number and takes no gradient")
+        errors.error(path, "is a whole number and takes no gradient")
         return None
-    entries = [_scalar_at(found, f"{path}[{i}]", entry, parameter) for i, entry in enumerate(value)]
+    entries = [_scalar_at(errors, f"{path}[{i}]", entry, parameter) for i, entry in enumerate(value)]
     return tuple(entry for entry in entries if entry is not None) or None
 
 
-def _scalar_at(found: Findings, path: str, value: Any, parameter: Parameter | None) -> Scalar | None:
+def _scalar_at(errors: ErrorCollector, path: str, value: Any, parameter: Parameter | None) -> Scalar | None:
     if parameter is None:
         if isinstance(value, bool | str):
             return value
-        return number_at(found, path, value)
+        return number_at(errors, path, value)
     if parameter.kind == "text":
-        return text_at(found, path, value)
+        return text_at(errors, path, value)
     if parameter.kind == "choice":
-        return choice_at(found, path, value, parameter.choices)
+        return choice_at(errors, path, value, parameter.choices)
     if parameter.kind == "bool":
         if isinstance(value, bool) or value in (0, 1):
             return bool(value)
-        found.error(path, f"expected true or false, got {kind_of(value)}")
+        errors.error(path, f"expected true or false, got {describe(value)}")
         return None
     if parameter.kind == "int":
-        number: float | int | None = _whole(found, path, value)
+        number: float | int | None = _whole(errors, path, value)
     else:
-        number = number_at(found, path, value)
-    return None if number is None else _within(found, path, number, parameter)
+        number = number_at(errors, path, value)
+    return None if number is None else _within(errors, path, number, parameter)
 
 
-def _whole(found: Findings, path: str, value: Any) -> int | None:
+def _whole(errors: ErrorCollector, path: str, value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    found.error(path, f"expected a whole number, got {kind_of(value)}")
+    errors.error(path, f"expected a whole number, got {describe(value)}")
     return None
 
 
-def _within(found: Findings, path: str, number: float | int, parameter: Parameter) -> float | int | None:
+def _within(errors: ErrorCollector, path: str, number: float | int, parameter: Parameter) -> float | int | None:
     low, high = parameter.low, parameter.high
     if (low is None or number >= low) and (high is None or number <= high):
         return number
@@ -190,5 +194,5 @@ def _within(found: Findings, path: str, number: float | int, parameter: Paramete
         rule = f"between {low:g} and {high:g}"
     else:
         rule = f"at least {low:g}" if low is not None else f"at most {high:g}"
-    found.error(path, f"must be {rule}, got {number}")
+    errors.error(path, f"must be {rule}, got {number}")
     return None

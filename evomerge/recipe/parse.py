@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import RecipeError
+from evomerge.checkpoints.reference import ZOO, resolve_part, resolve_reference, without_adapter
+from evomerge.errors import ErrorCollector, RecipeError, describe, suggest
 from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
-from evomerge.recipe.model import Recipe
+from evomerge.recipe.model import ModelToken, Recipe, Slice, Source, TokenizerBlock, TokenRule
 from evomerge.recipe.reader import Reader
-from evomerge.recipe.references import resolve_models
 from evomerge.recipe.rules import check_recipe
-from evomerge.recipe.steps import link
-from evomerge.recipe.validation import Findings, kind_of
+from evomerge.system.paths import resolve_path
 from evomerge.system.yaml import read_documents
+
+MODEL = "model:"
+NO_MODEL = ("union", "base")
 
 
 def load_recipe(path: str | Path, *, methods: Mapping[str, Method] = METHODS) -> Recipe:
@@ -52,7 +55,7 @@ def parse_recipe(
         methods: The merge methods there are.
 
     Raises:
-        RecipeError: With every problem found.
+        RecipeError: With every problem errors.
     """
     documents = _documents(data, where)
     if len(documents) == 1:
@@ -88,11 +91,170 @@ def _documents(data: Mapping[str, Any] | Sequence[Any] | str, where: str) -> Seq
 def _parse_document(plain: Any, where: str, methods: Mapping[str, Method]) -> Recipe:
     """One merge, its references as written."""
     if not isinstance(plain, Mapping):
-        raise RecipeError(f"{where}: expected a mapping with merge_method and models, got {kind_of(plain)}")
-    found = Findings(where)
-    recipe = Reader(found, methods).recipe(plain)
-    if not found.problems:
-        check_recipe(found, recipe, methods)
-    if found.problems:
-        raise RecipeError(dict.fromkeys(found.problems))  # what several modules share is said once
-    return replace(recipe, warnings=tuple(found.warnings))
+        raise RecipeError(f"{where}: expected a mapping with merge_method and models, got {describe(plain)}")
+    errors = ErrorCollector(where)
+    recipe = Reader(errors, methods).recipe(plain)
+    if not errors.problems:
+        check_recipe(errors, recipe, methods)
+    errors.raise_problems(RecipeError)  # what several modules share is said once
+    return replace(recipe, warnings=tuple(errors.warnings))
+
+
+def link(recipes: Sequence[Recipe], where: str, beside: Path | None) -> Recipe:
+    """One recipe out of several documents: the final one, with the others as its steps in the order of the work.
+
+    Args:
+        recipes: The documents, their references as written.
+        where: What the file is called in messages.
+        beside: The file or folder that relative model paths are looked for beside; None leaves them as they are.
+
+    Raises:
+        RecipeError: A name is given twice, missing, unknown or never used, or merges wait for each other.
+    """
+    _refuse_names(recipes, where)
+    final = next((recipe for recipe in recipes if recipe.name is None), recipes[-1])
+    named = {recipe.name: recipe for recipe in recipes if recipe.name is not None}
+    _refuse_unknown(recipes, named, where, beside)
+    order = _order(final, named, where)
+    unused = [recipe.name for recipe in recipes if not any(recipe is other for other in order)]
+    if unused:
+        text = ", ".join(f"'{name}'" for name in unused)
+        raise RecipeError(f"{where}: no document uses the result of {text}: a recipe makes one model, remove the rest")
+    if beside is not None:
+        order = [resolve_models(recipe, beside, names=named) for recipe in order]
+    warnings = tuple(text for recipe in order for text in recipe.warnings)
+    return replace(order[-1], steps=tuple(order[:-1]), warnings=warnings)
+
+
+def _refuse_names(recipes: Sequence[Recipe], where: str) -> None:
+    problems = []
+    unnamed = [number for number, recipe in enumerate(recipes, start=1) if recipe.name is None]
+    if len(unnamed) > 1:
+        text = " and ".join(str(number) for number in unnamed)
+        problems.append(f"{where}: documents {text} have no name: only the final merge can do without one")
+    counts = Counter(recipe.name for recipe in recipes if recipe.name is not None)
+    for name, count in counts.items():
+        if count > 1:
+            problems.append(f"{where}: {count} documents are called '{name}': names tell merges apart, keep one")
+        if "+" in name or name.startswith(ZOO):
+            problems.append(f"{where}: '{name}' is no name for a merge: it reads as {_kind(name)}")
+    if problems:
+        raise RecipeError(problems)
+
+
+def _kind(name: str) -> str:
+    return "a model with an adapter" if "+" in name else "a shipped model"
+
+
+def _refuse_unknown(recipes: Sequence[Recipe], named: Mapping[str, Recipe], where: str, beside: Path | None) -> None:
+    """What is neither a document nor a model that is there, and looks like a document's name with a slip in it.
+
+    Whatever else is not there is refused when the models are opened.
+    """
+    problems = []
+    for number, recipe in enumerate(recipes, start=1):
+        for reference in dict.fromkeys(map(without_adapter, references(recipe))):
+            near = suggest(reference, named)
+            plain = "/" not in reference and not reference.startswith(ZOO)
+            if reference not in named and plain and near and resolve_path(reference, beside) is None:
+                problems.append(f"{where}: document {number}: no document and no model is called '{reference}'{near}")
+    if problems:
+        raise RecipeError(problems)
+
+
+def references(recipe: Recipe) -> Iterator[str]:
+    """Every model that one document mentions: those whose weights are read, and those with the tokenizer to take."""
+    yield from recipe.models()
+    sources = [recipe.tokenizer_source, recipe.tokenizer.source if recipe.tokenizer else None]
+    for source in sources:
+        if source is not None and source not in NO_MODEL:
+            yield source.removeprefix(MODEL)
+
+
+def _order(final: Recipe, named: Mapping[str, Recipe], where: str) -> list[Recipe]:
+    """What `final` needs, each after what it needs itself, `final` last.
+
+    Raises:
+        RecipeError: Merges wait for each other.
+    """
+    order: list[Recipe] = []
+
+    def visit(recipe: Recipe, path: tuple[str, ...]) -> None:
+        if any(recipe is done for done in order):
+            return
+        for name in dict.fromkeys(map(without_adapter, references(recipe))):
+            if name in path:
+                circle = " needs ".join(f"'{step}'" for step in (*path[path.index(name) :], name))
+                raise RecipeError(f"{where}: merges wait for each other: {circle}")
+            if name in named:
+                visit(named[name], (*path, name))
+        order.append(recipe)
+
+    visit(final, () if final.name is None else (final.name,))
+    return order
+
+
+def resolve_models(recipe: Recipe, beside: Path | None, *, names: Container[str] = ()) -> Recipe:
+    """The recipe with every local model reference in it made absolute.
+
+    Args:
+        recipe: The recipe.
+        beside: The file or folder to look beside first; see `resolve_path`.
+        names: Other merges' names, which mean those merges' results, whatever folder is called the same.
+    """
+
+    def resolved(reference: str) -> str:
+        model, plus, adapter = reference.partition("+")
+        if model.strip() in names:
+            return f"{model.strip()}{plus}{resolve_part(adapter, beside) if plus else ''}"
+        return resolve_reference(reference, beside)
+
+    return _resolved(recipe, resolved)
+
+
+def _resolved(recipe: Recipe, resolved: Callable[[str], str]) -> Recipe:
+    inputs = [(resolved(model), parameters) for model, parameters in recipe.input_model_parameters]
+    return replace(
+        recipe,
+        base_model=_optional(recipe.base_model, resolved),
+        sources=tuple(_source(source, resolved) for source in recipe.sources),
+        slices=tuple(_slice(part, resolved) for part in recipe.slices),
+        modules=tuple(_resolved(module, resolved) for module in recipe.modules),
+        input_model_parameters=tuple(sorted(inputs, key=lambda entry: entry[0])),
+        tokenizer_source=_optional(recipe.tokenizer_source, lambda text: _tokenizer_model(text, resolved)),
+        tokenizer=None if recipe.tokenizer is None else _tokenizer(recipe.tokenizer, resolved),
+    )
+
+
+def _optional(reference: str | None, resolved: Callable[[str], str]) -> str | None:
+    return None if reference is None else resolved(reference)
+
+
+def _source(source: Source, resolved: Callable[[str], str]) -> Source:
+    return replace(source, model=resolved(source.model))
+
+
+def _slice(part: Slice, resolved: Callable[[str], str]) -> Slice:
+    sources = tuple(_source(source, resolved) for source in part.sources)
+    return replace(part, sources=sources, base_model=_optional(part.base_model, resolved))
+
+
+def _tokenizer_model(text: str, resolved: Callable[[str], str]) -> str:
+    if text in NO_MODEL:
+        return text
+    if text.startswith(MODEL):
+        return MODEL + resolved(text.removeprefix(MODEL))
+    return resolved(text)
+
+
+def _tokenizer(block: TokenizerBlock, resolved: Callable[[str], str]) -> TokenizerBlock:
+    tokens = tuple((token, _rule(rule, resolved)) for token, rule in block.tokens)
+    return replace(block, source=_tokenizer_model(block.source, resolved), tokens=tokens)
+
+
+def _rule(rule: TokenRule, resolved: Callable[[str], str]) -> TokenRule:
+    if isinstance(rule.source, str):
+        return replace(rule, source=resolved(rule.source))
+    if isinstance(rule.source, ModelToken):
+        return replace(rule, source=replace(rule.source, model=resolved(rule.source.model)))
+    return rule

@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evomerge.errors import suggest
+from evomerge.errors import ErrorCollector, describe, suggest
 from evomerge.methods.contract import Method
-from evomerge.recipe.model import Recipe, Slice, Source
+from evomerge.recipe.model import ModelToken, Recipe, Slice, Source, TokenizerBlock, TokenRule, ZeroToken
 from evomerge.recipe.parameters import EMBED_SLERP, parameters_at
-from evomerge.recipe.references import reference_at
 from evomerge.recipe.settings import Parameters
-from evomerge.recipe.tokenizer_fields import tokenizer_at, tokenizer_source_at
-from evomerge.recipe.validation import Findings, integer_at, join, kind_of, list_at, mapping_at, number_at, text_at
+from evomerge.recipe.validation import (
+    choice_at,
+    integer_at,
+    join,
+    list_at,
+    mapping_at,
+    number_at,
+    reference_at,
+    text_at,
+)
 
 _TOP = (
     *("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", "input_model_parameters"),
@@ -34,13 +41,13 @@ class _Body:
 
 @dataclass
 class Reader:
-    """Reads the parts of one recipe; what is wrong goes to `found`."""
+    """Reads the parts of one recipe; what is wrong goes to `errors`."""
 
-    found: Findings
+    errors: ErrorCollector
     methods: Mapping[str, Method]
 
     def recipe(self, data: Mapping[str, Any]) -> Recipe:
-        """The recipe that a document's plain values say; incomplete where something was found."""
+        """The recipe that a document's plain values say; incomplete where something was errors."""
         top = self._top_level(data)
         method = self._method("merge_method", top.get("merge_method"), required=True)
         bodies = self._bodies(top)
@@ -53,8 +60,8 @@ class Reader:
             input_model_parameters=self._input_model_parameters(top.get("input_model_parameters"), used),
             dtype=self._dtype("dtype", top.get("dtype")),
             out_dtype=self._dtype("out_dtype", top.get("out_dtype")),
-            tokenizer_source=tokenizer_source_at(self.found, "tokenizer_source", top.get("tokenizer_source")),
-            tokenizer=tokenizer_at(self.found, "tokenizer", top.get("tokenizer")),
+            tokenizer_source=tokenizer_source_at(self.errors, "tokenizer_source", top.get("tokenizer_source")),
+            tokenizer=tokenizer_at(self.errors, "tokenizer", top.get("tokenizer")),
             chat_template=self._text("chat_template", top.get("chat_template")),
             seed=self._seed(top.get("seed")),
             name=self._text("name", top.get("name")),
@@ -78,42 +85,42 @@ class Reader:
         names = {p.name for method in self.methods.values() for p in method.parameters} - {"seed"}
         misplaced = [str(key) for key in data if str(key) in names and key not in _TOP]
         for name in misplaced:
-            self.found.error(name, f"is a parameter: put it under 'parameters:' as '{name}: {data[name]}'")
-        return mapping_at(self.found, "", {k: v for k, v in data.items() if str(k) not in misplaced}, _TOP)
+            self.errors.error(name, f"is a parameter: put it under 'parameters:' as '{name}: {data[name]}'")
+        return mapping_at(self.errors, "", {k: v for k, v in data.items() if str(k) not in misplaced}, _TOP)
 
     def _method(self, path: str, name: Any, *, required: bool) -> Method | None:
         if name is None:
             if required:
-                self.found.error(path, f"is missing: choose one of {', '.join(sorted(self.methods))}")
+                self.errors.error(path, f"is missing: choose one of {', '.join(sorted(self.methods))}")
             return None
-        text = text_at(self.found, path, name)
+        text = text_at(self.errors, path, name)
         if text is None:
             return None
-        known = {alias: m for m in self.methods.values() for alias in (m.name, *m.aliases)}
-        if text not in known:
-            hint = suggest(text, known) or f": choose one of {', '.join(sorted(known))}"
-            self.found.error(path, f"unknown merge method '{text}'{hint}")
-        return known.get(text)
+        by_name = {alias: m for m in self.methods.values() for alias in (m.name, *m.aliases)}
+        if text not in by_name:
+            hint = suggest(text, by_name) or f": choose one of {', '.join(sorted(by_name))}"
+            self.errors.error(path, f"unknown merge method '{text}'{hint}")
+        return by_name.get(text)
 
     def _bodies(self, top: dict[str, Any]) -> list[_Body]:
         """Where models or slices stand: at the top, or in each module."""
         given = [key for key in ("models", "slices", "modules") if key in top]
         if len(given) != 1:
             text = "needs one of 'models' and 'slices'" if not given else f"has both {' and '.join(map(repr, given))}"
-            self.found.error("", f"{text}: give the models to merge as a list under exactly one of them")
+            self.errors.error("", f"{text}: give the models to merge as a list under exactly one of them")
         if given != ["modules"]:
             return [_Body(top, "", None)]
         modules = top["modules"]
         if not isinstance(modules, Mapping) or not modules:
-            got = "an empty one" if isinstance(modules, Mapping) else kind_of(modules)
-            self.found.error("modules", f"expected a mapping from modules to their models or slices, got {got}")
+            got = "an empty one" if isinstance(modules, Mapping) else describe(modules)
+            self.errors.error("modules", f"expected a mapping from modules to their models or slices, got {got}")
             return [_Body({}, "modules", None)]
         bodies = []
         for name, body in modules.items():
             path = f"modules.{name}"
-            fields = mapping_at(self.found, path, body, ("slices", "models", "parameters"))
+            fields = mapping_at(self.errors, path, body, ("slices", "models", "parameters"))
             if ("slices" in fields) == ("models" in fields):
-                self.found.error(path, "needs exactly one of 'models' and 'slices'")
+                self.errors.error(path, "needs exactly one of 'models' and 'slices'")
             bodies.append(_Body(fields, path, str(name)))
         return bodies
 
@@ -122,7 +129,7 @@ class Reader:
         slices = body.get("slices")
         entries = slices if isinstance(slices, list | tuple) else []
         names = [entry.get("merge_method") for entry in entries if isinstance(entry, Mapping)]
-        quiet = Reader(Findings(""), self.methods)
+        quiet = Reader(ErrorCollector(""), self.methods)
         own = [quiet._method("", name, required=False) for name in names]
         candidates = own if names and all(isinstance(name, str) for name in names) else [method, *own]
         return list({m.name: m for m in candidates if m is not None}.values())
@@ -132,27 +139,27 @@ class Reader:
     ) -> tuple[tuple[Slice, ...], tuple[Source, ...]]:
         if "slices" in body:
             at = join(path, "slices")
-            entries = list_at(self.found, at, body["slices"])
+            entries = list_at(self.errors, at, body["slices"])
             return tuple(self._slice(f"{at}[{i}]", entry, method) for i, entry in enumerate(entries)), ()
         if "models" in body:
             at = join(path, "models")
-            entries = list_at(self.found, at, body["models"])
+            entries = list_at(self.errors, at, body["models"])
             return (), tuple(self._source(f"{at}[{i}]", entry, method, layers=False) for i, entry in enumerate(entries))
         return (), ()
 
     def _slice(self, path: str, value: Any, default: Method | None) -> Slice:
-        fields = mapping_at(self.found, path, value, _SLICE)
+        fields = mapping_at(self.errors, path, value, _SLICE)
         method = self._method(join(path, "merge_method"), fields.get("merge_method"), required=False)
         effective = method if "merge_method" in fields else default
         if isinstance(value, Mapping) and "sources" not in fields:
-            self.found.error(join(path, "sources"), "is missing: list the models that this slice is made of")
+            self.errors.error(join(path, "sources"), "is missing: list the models that this slice is made of")
         at = join(path, "sources")
-        entries = list_at(self.found, at, fields["sources"]) if "sources" in fields else []
+        entries = list_at(self.errors, at, fields["sources"]) if "sources" in fields else []
         sources = tuple(self._source(f"{at}[{i}]", e, effective, layers=True) for i, e in enumerate(entries))
         weight = fields.get("residual_weight")
         if weight is not None:
-            self.found.warn(join(path, "residual_weight"), "has no effect, as in mergekit; see residual_scale")
-            weight = number_at(self.found, join(path, "residual_weight"), weight)
+            self.errors.warn(join(path, "residual_weight"), "has no effect, as in mergekit; see residual_scale")
+            weight = number_at(self.errors, join(path, "residual_weight"), weight)
         return Slice(
             sources=sources,
             base_model=self._reference(join(path, "base_model"), fields.get("base_model")),
@@ -163,13 +170,13 @@ class Reader:
         )
 
     def _source(self, path: str, value: Any, method: Method | None, *, layers: bool) -> Source:
-        known = ("model", "layer_range", "parameters") if layers else ("model", "parameters")
+        keys = ("model", "layer_range", "parameters") if layers else ("model", "parameters")
         if isinstance(value, str):
-            self.found.error(path, f"expected a mapping: write '- model: {value}'")
+            self.errors.error(path, f"expected a mapping: write '- model: {value}'")
             return Source("")
-        fields = mapping_at(self.found, path, value, known)
+        fields = mapping_at(self.errors, path, value, keys)
         if isinstance(value, Mapping) and "model" not in fields:
-            self.found.error(join(path, "model"), "is missing")
+            self.errors.error(join(path, "model"), "is missing")
         return Source(
             model=self._reference(join(path, "model"), fields.get("model")) or "",
             layer_range=self._layer_range(path, fields, value) if layers else None,
@@ -180,18 +187,18 @@ class Reader:
         at = join(path, "layer_range")
         if "layer_range" not in fields:
             if isinstance(value, Mapping):
-                self.found.error(at, "is missing: give [first, last + 1]")
+                self.errors.error(at, "is missing: give [first, last + 1]")
             return None
         span = fields["layer_range"]
         if not isinstance(span, list | tuple) or len(span) != 2:
-            self.found.error(at, f"expected two layer numbers [first, last + 1], got {kind_of(span)}")
+            self.errors.error(at, f"expected two layer numbers [first, last + 1], got {describe(span)}")
             return None
-        first, stop = (integer_at(self.found, f"{at}[{i}]", entry, 0) for i, entry in enumerate(span))
+        first, stop = (integer_at(self.errors, f"{at}[{i}]", entry, 0) for i, entry in enumerate(span))
         if first is None or stop is None:
             return None
         if stop <= first:
             kind = "empty" if stop == first else "reversed"
-            self.found.error(at, f"[{first}, {stop}] is {kind}: the second number is one more than the last layer")
+            self.errors.error(at, f"[{first}, {stop}] is {kind}: the second number is one more than the last layer")
             return None
         return first, stop
 
@@ -199,35 +206,35 @@ class Reader:
         if value is None:
             return None
         if not isinstance(value, list | tuple):
-            return number_at(self.found, path, value)
+            return number_at(self.errors, path, value)
         numbers = [
-            number_at(self.found, f"{path}[{i}]", entry) for i, entry in enumerate(list_at(self.found, path, value))
+            number_at(self.errors, f"{path}[{i}]", entry) for i, entry in enumerate(list_at(self.errors, path, value))
         ]
         return tuple(number for number in numbers if number is not None)
 
     def _parameters(self, path: str, value: Any, used: list[Method], of_source: bool = False) -> Parameters:
-        return parameters_at(self.found, path, value, used, self.methods.values(), of_source)
+        return parameters_at(self.errors, path, value, used, self.methods.values(), of_source)
 
     def _of_embeddings(self, top: Mapping[str, Any]) -> list[Method]:
         """SLERP, where ``embed_slerp`` has it merge the embeddings: then its parameters have an effect."""
         parameters = top.get("parameters")
-        wanted = isinstance(parameters, Mapping) and parameters.get(EMBED_SLERP) is True
-        return [method for method in self.methods.values() if wanted and method.name == "slerp"]
+        by_slerp = isinstance(parameters, Mapping) and parameters.get(EMBED_SLERP) is True
+        return [method for method in self.methods.values() if by_slerp and method.name == "slerp"]
 
     def _input_model_parameters(self, value: Any, used: list[Method]) -> tuple[tuple[str, Parameters], ...]:
         if value is None:
             return ()
         if not isinstance(value, Mapping):
-            self.found.error("input_model_parameters", f"expected a mapping from models, got {kind_of(value)}")
+            self.errors.error("input_model_parameters", f"expected a mapping from models, got {describe(value)}")
             return ()
         entries = {str(m): self._parameters(f"input_model_parameters.{m}", p, used, True) for m, p in value.items()}
         return tuple(sorted(entries.items(), key=lambda entry: entry[0]))
 
     def _reference(self, path: str, value: Any) -> str | None:
-        return None if value is None else reference_at(self.found, path, value)
+        return None if value is None else reference_at(self.errors, path, value)
 
     def _text(self, path: str, value: Any) -> str | None:
-        return None if value is None else text_at(self.found, path, value)
+        return None if value is None else text_at(self.errors, path, value)
 
     def _dtype(self, path: str, value: Any) -> str | None:
         text = self._text(path, value)
@@ -235,14 +242,14 @@ class Reader:
             return None
         name = text.removeprefix("torch.")
         if name not in DTYPES:
-            self.found.error(
+            self.errors.error(
                 path, f"unknown dtype '{text}'{suggest(name, DTYPES) or ': known are ' + ', '.join(DTYPES)}"
             )
             return None
         return name
 
     def _seed(self, value: Any) -> int:
-        return 0 if value is None else integer_at(self.found, "seed", value, 0) or 0
+        return 0 if value is None else integer_at(self.errors, "seed", value, 0) or 0
 
     def _passthrough_of_several(self, top: Mapping[str, Any], body: _Body, sources: tuple[Source, ...]) -> None:
         """Under mergekit's name nobody expects a random pattern."""
@@ -250,12 +257,89 @@ class Reader:
         pattern = parameters.get("pattern") if isinstance(parameters, Mapping) else None
         if top.get("merge_method") == "passthrough" and len(sources) > 1 and pattern is None:
             text = f"passthrough copies one model, got {len(sources)}: give slices or a pattern, or use frankenmerge"
-            self.found.error(join(body.path, "models"), text)
+            self.errors.error(join(body.path, "models"), text)
 
     def _tokenizer_conflict(self, top: Mapping[str, Any]) -> None:
         if "tokenizer" in top and "tokenizer_source" in top:
-            self.found.error("tokenizer", "is given beside tokenizer_source: keep one of them")
+            self.errors.error("tokenizer", "is given beside tokenizer_source: keep one of them")
 
 
 def _some(method: Method | None) -> list[Method]:
     return [method] if method is not None else []
+
+
+def tokenizer_source_at(errors: ErrorCollector, path: str, value: Any) -> str | None:
+    """``base``, ``union``, ``model:PATH`` or a model reference; None when not given."""
+    if value is None:
+        return None
+    reference = reference_at(errors, path, value)
+    if reference == "model:":
+        errors.error(path, "names no model after 'model:'")
+        return None
+    return reference
+
+
+def tokenizer_at(errors: ErrorCollector, path: str, value: Any) -> TokenizerBlock | None:
+    """The whole block; None when not given."""
+    if value is None:
+        return None
+    fields = mapping_at(errors, path, value, ("source", "tokens", "pad_to_multiple_of"))
+    source = tokenizer_source_at(errors, join(path, "source"), fields.get("source", "union"))
+    pad = None
+    if "pad_to_multiple_of" in fields:
+        pad = integer_at(errors, join(path, "pad_to_multiple_of"), fields["pad_to_multiple_of"], 1)
+    tokens = _tokens(errors, join(path, "tokens"), fields.get("tokens", {}))
+    return TokenizerBlock(source or "union", tokens, pad)
+
+
+def _tokens(errors: ErrorCollector, path: str, value: Any) -> tuple[tuple[str, TokenRule], ...]:
+    if not isinstance(value, Mapping):
+        errors.error(path, f"expected a mapping from token to rule, got {describe(value)}")
+        return ()
+    return tuple((str(token), _rule(errors, join(path, str(token)), rule)) for token, rule in value.items())
+
+
+def _rule(errors: ErrorCollector, path: str, value: Any) -> TokenRule:
+    if value is None:
+        return TokenRule()
+    fields = mapping_at(errors, path, value, ("source", "force"))
+    force = fields.get("force", False)
+    if not isinstance(force, bool):
+        errors.error(join(path, "force"), f"expected true or false, got {describe(force)}")
+        force = False
+    source = fields.get("source")
+    if force and source is None:
+        errors.error(path, "force needs a source: it says where the token comes from in every model")
+    return TokenRule(None if source is None else _token_source(errors, join(path, "source"), source), force)
+
+
+def _token_source(errors: ErrorCollector, path: str, value: Any) -> str | ZeroToken | ModelToken | None:
+    if not isinstance(value, Mapping) or "kind" not in value:
+        return reference_at(errors, path, value)
+    kind = choice_at(errors, join(path, "kind"), value["kind"], ("zero", "model_token"))
+    if kind is None:
+        return None
+    if kind == "zero":
+        mapping_at(errors, path, value, ("kind",))
+        return ZeroToken()
+    return _model_token(errors, path, value)
+
+
+def _model_token(errors: ErrorCollector, path: str, value: Mapping[str, Any]) -> ModelToken | None:
+    fields = mapping_at(errors, path, value, ("kind", "model", "token", "token_id"))
+    if "model" not in fields:
+        errors.error(join(path, "model"), "is missing")
+    if ("token" in fields) == ("token_id" in fields):
+        errors.error(path, "needs exactly one of token and token_id")
+        return None
+    model = reference_at(errors, join(path, "model"), fields.get("model", "missing"))
+    token = token_id = None
+    if "token" in fields:
+        token = fields["token"] if isinstance(fields["token"], str) else None  # a token may be blank text
+        if token is None:
+            errors.error(join(path, "token"), f"expected text, got {describe(fields['token'])}")
+    else:
+        token_id = integer_at(errors, join(path, "token_id"), fields["token_id"], 0)
+    if model is None or (token is None and token_id is None):
+        return None
+    return ModelToken(model, token, token_id)

@@ -98,12 +98,12 @@ def slice_inputs(recipe: Recipe, slice_index: int, *, methods: Mapping[str, Meth
     listed = tuple(Input(s.model, s.layer_range[0] if s.layer_range else 0, s) for s in part.sources)
     if method.copies_layers or reference is None:
         return SliceInputs(method, None, listed)
-    mine = [entry for entry in listed if entry.model == reference]
-    base = mine[0] if mine else Input(reference, listed[0].start if listed else 0, None)
+    as_source = [entry for entry in listed if entry.model == reference]
+    base = as_source[0] if as_source else Input(reference, listed[0].start if listed else 0, None)
     others = tuple(entry for entry in listed if entry.model != reference)
     if method.takes_base or base_needed(recipe, slice_index, method):
         return SliceInputs(method, base, others)
-    if not mine and recipe.sources and _joins(recipe, method, reference):
+    if not as_source and recipe.sources and _joins(recipe, method, reference):
         return SliceInputs(method, None, (*listed, base))
     return SliceInputs(method, None, listed)
 
@@ -200,15 +200,15 @@ def resolve(
     problems: list[str] = []
 
     def value(parameter: Parameter, name: str, source: Input | None) -> Any:
-        found = lookup(recipe, slice_index, parameter.name, name, t, source)
-        if found is None and parameter.required:
+        setting = lookup(recipe, slice_index, parameter.name, name, t, source)
+        if setting is None and parameter.required:
             of = "" if source is None else f" of {source.model}"
             problems.append(f"{tensor_name}: {method.name} needs '{parameter.name}'{of}: give it a value")
-        return _typed(parameter, parameter.default if found is None else found)
+        return _typed(parameter, parameter.default if setting is None else setting)
 
-    wanted = [p for p in method.parameters if p.name not in LAYOUT_NAMES]
-    shared = {p.name: value(p, tensor_name, None) for p in wanted if not p.per_source}
-    own = [p for p in wanted if p.per_source]
+    of_tensor = [p for p in method.parameters if p.name not in LAYOUT_NAMES]
+    shared = {p.name: value(p, tensor_name, None) for p in of_tensor if not p.per_source}
+    own = [p for p in of_tensor if p.per_source]
     per_source = tuple(
         {p.name: value(p, name, source) for p in own} for name, source in zip(names, inputs.sources, strict=True)
     )
@@ -238,5 +238,5 @@ def _residual_scale(recipe: Recipe, slice_index: int, tensor_name: str, t: float
         return float(scale)
     if not inputs.method.copies_layers:
         return 1.0
-    found = lookup(recipe, slice_index, RESIDUAL_SCALE.name, tensor_name, t, inputs.sources[0])
-    return 1.0 if found is None else float(found)
+    setting = lookup(recipe, slice_index, RESIDUAL_SCALE.name, tensor_name, t, inputs.sources[0])
+    return 1.0 if setting is None else float(setting)

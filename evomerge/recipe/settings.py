@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from evomerge.errors import is_number
+
 Scalar = float | int | bool | str
 Gradient = tuple[Scalar, ...]
 
@@ -52,11 +54,6 @@ class Parameters(Mapping[str, Setting]):
 
     def __repr__(self) -> str:
         return f"Parameters({self._items!r})"
-
-
-def is_number(value: object) -> bool:
-    """True for int and float, not for bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def evaluate(setting: Setting, tensor_name: str, t: float) -> Scalar | None:

@@ -17,10 +17,10 @@ from evomerge.problem.problem import Workbench
 from evomerge.recipe import load_recipe
 from evomerge.report.tables import table
 from evomerge.run.merge import plan_documents, refuse_crimes
-from evomerge.run.preflight import look_before
+from evomerge.run.preflight import load_search, look_before
 from evomerge.run.warm_start import warm_starts
 from evomerge.space.baselines import baselines
-from evomerge.spec.schema import SearchSpec, load_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.system.yaml import read_documents
 
 _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
@@ -41,7 +41,7 @@ def check_file(path: Path, *, allow_crimes: bool = False) -> str:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     if documents and not any(_is_search(document) for document in documents):
         return check_recipe(path, allow_crimes=allow_crimes)
-    return check_search(load_spec(path))
+    return check_search(load_search(path))
 
 
 def _is_search(document: Any) -> bool:

@@ -16,6 +16,7 @@ from evomerge.evaluation.scores import ItemScores, score_table
 from evomerge.evaluation.splits import SEARCH, TEST
 from evomerge.problem.problem import Workbench
 from evomerge.recipe import expand_frankenmerge
+from evomerge.recipe.mergekit import to_mergekit_yaml
 from evomerge.report.lineage import ancestry
 from evomerge.report.model_card import licence_verdict, licences, merge_card
 from evomerge.report.tables import result_table, table
@@ -78,7 +79,7 @@ def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwri
     layout = open_checkpoint(recipe.models()[0]).layout
     if layout.main is not None:
         recipe = expand_frankenmerge(recipe, layout.layer_count)
-    write_atomic(out, recipe.to_mergekit_yaml() or recipe.to_yaml())
+    write_atomic(out, to_mergekit_yaml(recipe) or recipe.to_yaml())
 
 
 def export_candidate(

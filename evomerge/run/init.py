@@ -13,14 +13,14 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.compatible import check_compatible, mixed_architectures, not_finite
 from evomerge.checkpoints.dtypes import FLOATS
+from evomerge.checkpoints.reference import resolve_reference
 from evomerge.engine.statistics.tensor_statistics import FactStore
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import Input
-from evomerge.recipe import resolve_reference
 from evomerge.report.model_card import licences
 from evomerge.report.tables import table
-from evomerge.spec.schema import parse_spec
+from evomerge.run.preflight import parse_search
 from evomerge.system.files import write_atomic
 from evomerge.system.yaml import read_yaml, write_yaml
 
@@ -78,7 +78,7 @@ def init_search(
     geometry = measure(opened)
     origin = ancestor(geometry) if base is None else next(iter(opened))
     text = search_yaml(opened, origin, out, tasks)
-    parse_spec(read_yaml(text, str(out), BadInput), where=str(out), beside=out.resolve().parent)
+    parse_search(read_yaml(text, str(out), BadInput), where=str(out), beside=out.resolve().parent)
     write_atomic(out, text)
     return "\n".join(
         [report(opened, origin, geometry, guessed=base is None), f"wrote {out}; next: evomerge check {out}"]

@@ -1,4 +1,4 @@
-"""What is looked at before anything is spent: can each model read a line of text, and does a chat model know its stop?
+"""Looks at what can be wrong before anything is spent: names, models that read no text, chat models without a stop.
 
 Weights that are not finite are refused when the models are opened, and a merged candidate whose logits are not finite
 fails at its first batch.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.algorithms.registry import problems_of
 from evomerge.checkpoints.models import load_tokenizer, single_model
 from evomerge.errors import CheckpointError
+from evomerge.spec.load import load_spec, parse_spec
+from evomerge.spec.schema import SearchSpec
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.checkpoint import Checkpoint
@@ -20,6 +24,38 @@ if TYPE_CHECKING:
 _TEXTS = 2  # of each task
 _TOKENS = 64  # of each text
 _SLACK = 1.0  # nats that a model may be worse than guessing before it is said
+
+
+def algorithm_problems(spec: SearchSpec) -> list[str]:
+    """Says why the algorithm that a specification names cannot do its search."""
+    search = spec.search
+    problems = problems_of(
+        search.algorithm,
+        search.options,
+        several=search.objectives == "pareto",
+        asynchronous=search.mode == "asynchronous",
+    )
+    if search.baseline == search.algorithm:
+        problems.append(f"search.baseline: {search.baseline} is the algorithm itself; leave one of the two out")
+    return problems
+
+
+def load_search(path: Path) -> SearchSpec:
+    """Reads a search.yaml and checks all of it that needs no model.
+
+    Raises:
+        SpecError: With every problem.
+    """
+    return load_spec(path, checks=[algorithm_problems])
+
+
+def parse_search(data: Mapping[str, Any], *, where: str = "search.yaml", beside: Path | None = None) -> SearchSpec:
+    """Checks a search specification as `load_search` does.
+
+    Raises:
+        SpecError: With every problem.
+    """
+    return parse_spec(data, where=where, beside=beside, checks=[algorithm_problems])
 
 
 def look_before(bench: Workbench) -> list[str]:

@@ -22,7 +22,7 @@ from evomerge.report.tables import result_table
 from evomerge.run.export import keep_best
 from evomerge.run.finalists import finish
 from evomerge.run.folder import STARTS, RunFolder
-from evomerge.run.preflight import look_before
+from evomerge.run.preflight import algorithm_problems, look_before
 from evomerge.run.warm_start import read_seeds, warm_starts
 from evomerge.spec.schema import Search, SearchSpec
 from evomerge.study.candidate import Candidate, Outcome, Proposal, spent_items
@@ -62,6 +62,8 @@ def start(
         BadInput: When anything named in the specification cannot be used; found before the search begins.
         KeyboardInterrupt: When the user stopped it; the run can be resumed.
     """
+    if problems := algorithm_problems(spec):
+        raise SpecError(problems)
     if candidates is not None:
         spec = _with_budget(spec, candidates)
     given = source.read_text(encoding="utf-8") if source else write_yaml(spec.model_dump(mode="json"))

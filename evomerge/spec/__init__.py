@@ -1,0 +1,1 @@
+"""Gets a search.yaml and gives a frozen SearchSpec; never opens a model, never knows an algorithm."""

@@ -1,28 +1,23 @@
-"""A search.yaml, read and checked: models, space, evaluation, search, run. Imports no torch."""
+"""The sections of a search.yaml: models, space, evaluation, search, run; frozen. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from evomerge.errors import SpecError, suggest
-from evomerge.evaluation.backends.registry import BackendName
-from evomerge.recipe import resolve_reference
-from evomerge.system.paths import resolve_path
-from evomerge.system.yaml import read_yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_OBJECTIVES = 6
 """With more, hardly a candidate dominates another, and the volume of a front takes seconds."""
 
 
-class _Part(BaseModel):
+class Section(BaseModel):
+    """A part of a search.yaml: frozen, no unknown keys, no infinite numbers."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Range(_Part):
+class Range(Section):
     """A narrowed gene range; a bound that is left out stays as the methods declare it."""
 
     low: float | None = None
@@ -35,7 +30,7 @@ class Range(_Part):
         return self
 
 
-class Models(_Part):
+class Models(Section):
     """The base model and the named sources, as references."""
 
     base: str | None = None
@@ -50,7 +45,7 @@ class Models(_Part):
         return sources
 
 
-class Frankenmerge(_Part):
+class Frankenmerge(Section):
     """Limits of the layer patterns."""
 
     min_layers: int | None = Field(None, ge=1)
@@ -63,7 +58,7 @@ ControlPoints = Annotated[
 ]
 
 
-class Space(_Part):
+class Space(Section):
     """Which genes exist."""
 
     methods: list[str] = Field(["linear", "task_arithmetic", "ties", "dare_ties"], min_length=1)
@@ -87,7 +82,7 @@ Part = Annotated[float, Field(gt=0)]
 Size = Literal["layers", "parameters"]
 
 
-class Splits(_Part):
+class Splits(Section):
     """How many items steer, choose among finalists, and are read once: fractions, or numbers of items above 1."""
 
     search: Part = 0.25
@@ -106,7 +101,7 @@ class Splits(_Part):
         return self
 
 
-class Task(_Part):
+class Task(Section):
     """One benchmark that steers."""
 
     task: str
@@ -116,7 +111,7 @@ class Task(_Part):
     num_fewshot: int | None = Field(None, ge=0)
 
 
-class Evaluation(_Part):
+class Evaluation(Section):
     """How candidates are scored."""
 
     include_path: str | list[str] | None = None
@@ -136,7 +131,7 @@ class Evaluation(_Part):
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied
     system_instruction: str | None = None
-    backend: BackendName = "native"
+    backend: Literal["native", "hf", "vllm"] = "native"  # the names of evaluation.backends.registry
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -151,7 +146,7 @@ class Evaluation(_Part):
         return [self.include_path] if isinstance(self.include_path, str) else list(self.include_path or [])
 
 
-class Stop(_Part):
+class Stop(Section):
     """What ends a search before its budget does."""
 
     hours: float | None = Field(None, gt=0)
@@ -159,7 +154,7 @@ class Stop(_Part):
     fitness: float | None = None
 
 
-class Search(_Part):
+class Search(Section):
     """How the space is searched."""
 
     algorithm: str = "ga"
@@ -181,7 +176,7 @@ class Search(_Part):
         return [self.warm_start] if isinstance(self.warm_start, str) else list(self.warm_start or [])
 
 
-class Run(_Part):
+class Run(Section):
     """Where the run lives."""
 
     dir: str | None = None
@@ -191,7 +186,7 @@ class Run(_Part):
     keep: int = Field(1, ge=0)
 
 
-class SearchSpec(_Part):
+class SearchSpec(Section):
     """Everything a search.yaml says."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -212,196 +207,3 @@ class SearchSpec(_Part):
         if self.search.objectives == "mean":
             return ()
         return (*(task.task for task in self.evaluation.tasks), *self.search.also_minimize)
-
-
-def parse_spec(data: Mapping[str, Any], *, where: str = "search.yaml", beside: Path | None = None) -> SearchSpec:
-    """Checks a search specification and resolves its paths.
-
-    Args:
-        data: The YAML document.
-        where: Name of the file, for messages.
-        beside: Folder of the file; relative model paths and task folders are looked for there, in the folders above
-            it, and in the working directory.
-
-    Raises:
-        SpecError: With every problem found.
-    """
-    try:
-        spec = SearchSpec.model_validate(dict(data))
-    except ValidationError as error:
-        raise SpecError([f"{where}: {text}" for text in _explained(error.errors())]) from None
-    spec, problems = _resolved(spec, beside)
-    problems += _unknown_names(spec)
-    if problems:
-        raise SpecError([f"{where}: {problem}" for problem in problems])
-    return _settled(spec)
-
-
-def load_spec(path: Path) -> SearchSpec:
-    """Reads a search.yaml.
-
-    Raises:
-        SpecError: When the file cannot be read, is no mapping, or says something wrong.
-    """
-    try:
-        data = read_yaml(path.read_text(encoding="utf-8"), str(path), SpecError)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    if not isinstance(data, dict):
-        raise SpecError(f"{path}: expected a mapping with name, models and evaluation, got {type(data).__name__}")
-    return parse_spec(data, where=str(path), beside=path.resolve().parent)
-
-
-def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[str]]:
-    """The spec with absolute paths; and what does not exist."""
-    models = Models(
-        base=None if spec.models.base is None else resolve_reference(spec.models.base, beside),
-        sources={name: resolve_reference(ref, beside) for name, ref in spec.models.sources.items()},
-    )
-    problems, include = [], []
-    for text in spec.evaluation.include_paths:
-        found = resolve_path(text, beside)
-        if found is None or not found.is_dir():
-            problems.append(f"evaluation.include_path: no folder {text} beside the file, above it or in {Path.cwd()}")
-        else:
-            include.append(str(found))
-    evaluation = spec.evaluation.model_copy(update={"include_path": include or None})
-    # One that is missing is no problem to a run that has begun; `evomerge.run.warm_start` tells of it to any other.
-    warm = [str(resolve_path(text, beside) or text) for text in spec.search.warm_starts]
-    search = spec.search.model_copy(update={"warm_start": warm or None})
-    return spec.model_copy(update={"models": models, "evaluation": evaluation, "search": search}), problems
-
-
-def _settled(spec: SearchSpec) -> SearchSpec:
-    """With the fitness that suits the space, where the file does not say.
-
-    The probability of the right choice follows confidence as well as knowledge. Averages of models keep the first much
-    as it was; stacks of copied layers do not, and a search among them finds the sure ones instead of the right ones.
-    """
-    from evomerge.methods.registry import get_method
-
-    if spec.evaluation.fitness is not None:
-        return spec
-    copied = all(get_method(name).copies_layers for name in spec.space.methods)
-    evaluation = spec.evaluation.model_copy(update={"fitness": "metric" if copied else "smooth"})
-    return spec.model_copy(update={"evaluation": evaluation})
-
-
-def _unknown_names(spec: SearchSpec) -> list[str]:
-    from evomerge.algorithms.registry import ALGORITHMS
-    from evomerge.methods.registry import METHODS
-
-    problems = []
-    known = {*METHODS, *(alias for m in METHODS.values() for alias in m.aliases)}
-    for name in spec.space.methods:
-        if name not in known:
-            problems.append(f"space.methods: no method '{name}'{suggest(name, known)}")
-    if spec.search.algorithm not in ALGORITHMS:
-        problems.append(
-            f"search.algorithm: '{spec.search.algorithm}' is not one of {', '.join(sorted(ALGORITHMS))}"
-            f"{suggest(spec.search.algorithm, ALGORITHMS)}"
-        )
-    else:
-        problems += ALGORITHMS[spec.search.algorithm].problems(spec.search.options)
-        problems += _objective_problems(spec)
-        if spec.search.mode == "asynchronous" and not ALGORITHMS[spec.search.algorithm].asynchronous:
-            able = ", ".join(sorted(name for name, algorithm in ALGORITHMS.items() if algorithm.asynchronous))
-            problems.append(
-                f"search.mode: {spec.search.algorithm} learns from whole generations and cannot be asynchronous; "
-                f"these can: {able}"
-            )
-    if spec.search.baseline == spec.search.algorithm:
-        problems.append(f"search.baseline: {spec.search.baseline} is the algorithm itself; leave one of the two out")
-    names = [task.task for task in spec.evaluation.tasks]
-    problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
-    problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in names]
-    device = spec.evaluation.device
-    if spec.evaluation.backend == "vllm" and not device.startswith("cuda"):
-        problems.append(f"evaluation.device: backend vllm shares the candidates' GPU; cuda is needed, got {device!r}")
-    if spec.models.base is None and any(METHODS[m].needs_base for m in spec.space.methods if m in METHODS):
-        wanting = [m for m in spec.space.methods if m in METHODS and METHODS[m].needs_base]
-        problems.append(f"models.base: missing, and {', '.join(wanting)} need a base model")
-    return problems
-
-
-def _objective_problems(spec: SearchSpec) -> list[str]:
-    from evomerge.algorithms.registry import ALGORITHMS
-    from evomerge.methods.registry import METHODS
-
-    wanted, search = spec.search.objectives, spec.search
-    fit = {name: a.several if wanted == "pareto" else a.one for name, a in ALGORITHMS.items()}
-    problems = []
-    if not fit[search.algorithm]:
-        able = ", ".join(sorted(name for name, can in fit.items() if can))
-        problems.append(f"search.objectives: {search.algorithm} cannot search for {wanted}; these can: {able}")
-    sizes = search.also_minimize
-    if sizes and wanted == "mean":
-        problems.append("search.also_minimize: only with `objectives: pareto`")
-    twice = sorted({name for name in sizes if sizes.count(name) > 1})
-    problems += [f"search.also_minimize: '{name}' is listed twice" for name in twice]
-    if sizes and not any(METHODS[m].copies_layers for m in spec.space.methods if m in METHODS):
-        problems.append("search.also_minimize: without frankenmerge in space.methods every merge has the same size")
-    if wanted == "pareto" and not 2 <= len(spec.objectives) <= MOST_OBJECTIVES:
-        problems.append(
-            f"search.objectives: a front is of 2 to {MOST_OBJECTIVES} objectives, a task each and what is also "
-            f"minimized; got {len(spec.objectives)}"
-        )
-    return problems
-
-
-def _explained(errors: Sequence[Any]) -> list[str]:
-    """pydantic's errors in our words: one for each key, whatever number of forms its value may have."""
-    found: dict[str, list[Any]] = {}
-    for error in errors:
-        found.setdefault(_key(error["loc"]), []).append(error)
-    return [f"{key}: {_explain(key, group)}" for key, group in found.items()]
-
-
-def _explain(key: str, errors: Sequence[Any]) -> str:
-    first = errors[0]
-    if first["type"] == "extra_forbidden":
-        return f"unknown key{suggest(key.rpartition('.')[2], _fields_at(first['loc'][:-1]))}"
-    if first["type"] == "missing":
-        return "missing"
-    messages = dict.fromkeys(_reason(error) for error in errors)
-    return f"{'; or: '.join(messages)} (got {first['input']!r})"
-
-
-def _reason(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
-
-
-def _key(path: tuple[int | str, ...]) -> str:
-    """A path as people write it: `evaluation.tasks.0.metric`, without pydantic's names for the forms of a value."""
-    parts: list[str] = []
-    model: Any = SearchSpec
-    for part in path:
-        if model is None and not isinstance(part, int):
-            break  # below a plain value: the name of one of the types it may have
-        parts.append(str(part))
-        if not isinstance(part, int):
-            model = _inside(model, part)
-    return ".".join(parts)
-
-
-def _inside(model: Any, name: str) -> Any:
-    """What is below a key: a part of the specification, the name-to-part mapping that holds one, or None."""
-    if not (isinstance(model, type) and issubclass(model, _Part)):
-        return get_args(model)[1]  # a mapping: any name leads to its values
-    field = model.model_fields.get(name)
-    if field is None:
-        return None
-    if get_origin(field.annotation) is dict:
-        return field.annotation
-    inner = [field.annotation, *get_args(field.annotation)]
-    return next((t for t in inner if isinstance(t, type) and issubclass(t, _Part)), None)
-
-
-def _fields_at(path: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the part found by following `path` from SearchSpec."""
-    model: Any = SearchSpec
-    for part in path:
-        if isinstance(part, str) and model is not None:
-            model = _inside(model, part)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, _Part) else []

@@ -22,7 +22,7 @@ from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
 from evomerge.space.decode import active
 from evomerge.space.genome import Genome
-from evomerge.spec.schema import parse_spec
+from evomerge.spec.load import parse_spec
 from evomerge.system.memory import available
 from tests.frame import changed, search_spec
 from tests.models import write_tiny_llama

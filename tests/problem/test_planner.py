@@ -15,7 +15,7 @@ from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import start
 from evomerge.space.genome import Genome
-from evomerge.spec.schema import parse_spec
+from evomerge.spec.load import parse_spec
 from evomerge.study.candidate import Proposal
 from tests.frame import files, search_spec
 from tests.run.test_search import lasting

@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from evomerge.recipe import expand_frankenmerge, parse_recipe
+from evomerge.recipe.mergekit import to_mergekit_yaml
 
 WEIGHTED = [{"model": "a", "parameters": {"weight": 0.5}}, {"model": "b", "parameters": {"weight": 0.5}}]
 
 
 def exported(data: dict[str, Any]) -> dict[str, Any] | None:
-    text = parse_recipe(data).to_mergekit_yaml()
+    text = to_mergekit_yaml(parse_recipe(data))
     return None if text is None else yaml.safe_load(text)
 
 
@@ -49,8 +50,8 @@ def test_our_names_become_theirs() -> None:
 def test_pattern_is_said_in_slices() -> None:
     data = {"merge_method": "frankenmerge", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"pattern": "AB"}}
     recipe = parse_recipe(data)
-    assert recipe.to_mergekit_yaml() is None
-    text = expand_frankenmerge(recipe, 2).to_mergekit_yaml()
+    assert to_mergekit_yaml(recipe) is None
+    text = to_mergekit_yaml(expand_frankenmerge(recipe, 2))
     assert text is not None
     assert yaml.safe_load(text)["slices"] == [
         {"sources": [{"model": "a", "layer_range": [0, 1]}]},

@@ -9,6 +9,7 @@ import pytest
 
 from evomerge.errors import RecipeError
 from evomerge.recipe import load_recipe, parse_recipe
+from evomerge.recipe.mergekit import to_mergekit_yaml
 from evomerge.system.yaml import read_documents
 
 
@@ -69,13 +70,13 @@ def test_a_tokenizer_may_be_that_of_a_step() -> None:
 
 
 def test_every_document_is_written_for_mergekit() -> None:
-    text = parse_recipe(CHAIN).to_mergekit_yaml()
+    text = to_mergekit_yaml(parse_recipe(CHAIN))
     assert text is not None
     documents = read_documents(text, "", RecipeError)
     assert [document.get("name") for document in documents] == ["first", "second", None]
     assert parse_recipe(text) == parse_recipe(CHAIN)
     dfs = {"merge_method": "dfs", "base_model": "a", "models": [{"model": "b", "parameters": {"weight": 1}}]}
-    assert parse_recipe([{**dfs, "name": "first"}, linear("first")]).to_mergekit_yaml() is None
+    assert to_mergekit_yaml(parse_recipe([{**dfs, "name": "first"}, linear("first")])) is None
 
 
 def test_warnings_name_their_document() -> None:

@@ -14,7 +14,8 @@ from evomerge.errors import OutputError, RunError
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import _survived
 from evomerge.space.genome import Genome
-from evomerge.spec.schema import SearchSpec, parse_spec
+from evomerge.spec.load import parse_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Outcome, Proposal
 from evomerge.system.files import exclusive, held, write_atomic
 from tests.algorithms.landscapes import make_space

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.run.init import Geometry, ancestor, init_search, measure, search_yaml
-from evomerge.spec.schema import load_spec
+from evomerge.spec.load import load_spec
 from tests.frame import invoke
 from tests.models import write_tiny_llama
 

@@ -22,7 +22,7 @@ from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
-from evomerge.spec.schema import parse_spec
+from evomerge.spec.load import parse_spec
 from evomerge.study.interfaces import NullTracker
 from tests.frame import command, environment, files, invoke, process, search_spec
 from tests.run.test_search import lasting

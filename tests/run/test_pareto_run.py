@@ -16,7 +16,8 @@ from evomerge.run import export
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.run.status import read_status, render_status
-from evomerge.spec.schema import SearchSpec, parse_spec
+from evomerge.spec.load import parse_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate, best, pareto_front
 from evomerge.study.interfaces import NullTracker

@@ -21,7 +21,7 @@ from evomerge.run.check import check_search
 from evomerge.run.folder import RunFolder
 from evomerge.run.preflight import end_of_turn, smoke, stop_tokens, text_loss
 from evomerge.run.search import start
-from evomerge.spec.schema import parse_spec
+from evomerge.spec.load import parse_spec
 from tests.frame import search_spec
 
 TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}END{% endfor %}"

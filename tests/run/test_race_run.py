@@ -17,7 +17,8 @@ from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.run.status import read_status, render_status
-from evomerge.spec.schema import SearchSpec, parse_spec
+from evomerge.spec.load import parse_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, sloped, spent_items
 from tests.frame import files, search_spec
 from tests.run.test_search import lasting

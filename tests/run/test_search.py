@@ -22,7 +22,8 @@ from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.run.status import read_status, render_status
-from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
+from evomerge.spec.load import load_spec, parse_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.system.files import exclusive
 from tests.frame import changed, files, search_spec

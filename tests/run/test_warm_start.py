@@ -17,7 +17,8 @@ from evomerge.run.search import resume, start
 from evomerge.run.warm_start import AS_MANY, read_seeds, warm_starts
 from evomerge.space.baselines import baselines
 from evomerge.space.space import digest
-from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
+from evomerge.spec.load import load_spec, parse_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import ranked
 from tests.frame import invoke, search_spec
 

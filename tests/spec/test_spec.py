@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import SpecError
-from evomerge.spec.schema import SearchSpec, load_spec, parse_spec
+from evomerge.run.preflight import load_search as load_spec
+from evomerge.run.preflight import parse_search as parse_spec
+from evomerge.spec.schema import SearchSpec
 from tests.frame import changed, search_spec
 
 EXAMPLE = """

@@ -9,7 +9,7 @@ from typing import Any
 from evomerge.checkpoints.tokenizer import Tokenizer
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.planning.vocabulary.tokenizer_json import added_tokens, notation, plain_entry, with_tokens, without_tokens
-from evomerge.recipe.tokenizer import TokenizerBlock
+from evomerge.recipe.model import TokenizerBlock
 
 
 @dataclass(frozen=True)

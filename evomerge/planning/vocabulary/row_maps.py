@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.header import name_some
 from evomerge.errors import RecipeError
-from evomerge.recipe.tokenizer import ModelToken, TokenRule, ZeroToken
+from evomerge.recipe.model import ModelToken, TokenRule, ZeroToken
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,211 @@
+"""Reads a search.yaml: paths, defaults, the shipped files, and what is wrong in words. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+
+from evomerge.checkpoints.reference import resolve_reference
+from evomerge.errors import SpecError, suggest
+from evomerge.methods.registry import METHODS, get_method
+from evomerge.spec.schema import MOST_OBJECTIVES, Models, SearchSpec, Section
+from evomerge.system.paths import resolve_path
+from evomerge.system.yaml import read_yaml
+
+Check = Callable[[SearchSpec], Sequence[str]]
+"""Further problems of a specification, known to whoever reads it."""
+
+
+def parse_spec(
+    data: Mapping[str, Any], *, where: str = "search.yaml", beside: Path | None = None, checks: Sequence[Check] = ()
+) -> SearchSpec:
+    """Checks a search specification and resolves its paths.
+
+    Args:
+        data: The YAML document.
+        where: Name of the file, for messages.
+        beside: Folder of the file; relative model paths and task folders are looked for there, in the folders above
+            it, and in the working directory.
+        checks: Further checks, whose problems are told with the others.
+
+    Raises:
+        SpecError: With every problem found.
+    """
+    try:
+        spec = SearchSpec.model_validate(dict(data))
+    except ValidationError as error:
+        raise SpecError([f"{where}: {text}" for text in _explained(error.errors())]) from None
+    spec, problems = _resolved(spec, beside)
+    problems += _problems(spec)
+    problems += [problem for check in checks for problem in check(spec)]
+    if problems:
+        raise SpecError([f"{where}: {problem}" for problem in problems])
+    return _with_fitness(spec)
+
+
+def load_spec(path: Path, *, checks: Sequence[Check] = ()) -> SearchSpec:
+    """Reads a search.yaml.
+
+    Raises:
+        SpecError: When the file cannot be read, is no mapping, or says something wrong.
+    """
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8"), str(path), SpecError)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: expected a mapping with name, models and evaluation, got {type(data).__name__}")
+    return parse_spec(data, where=str(path), beside=path.resolve().parent, checks=checks)
+
+
+def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[str]]:
+    """The spec with absolute paths; and what does not exist."""
+    models = Models(
+        base=None if spec.models.base is None else resolve_reference(spec.models.base, beside),
+        sources={name: resolve_reference(ref, beside) for name, ref in spec.models.sources.items()},
+    )
+    problems, include = [], []
+    for text in spec.evaluation.include_paths:
+        folder = resolve_path(text, beside)
+        if folder is None or not folder.is_dir():
+            problems.append(f"evaluation.include_path: no folder {text} beside the file, above it or in {Path.cwd()}")
+        else:
+            include.append(str(folder))
+    evaluation = spec.evaluation.model_copy(update={"include_path": include or None})
+    # One that is missing is no problem to a run that has begun; `evomerge.run.warm_start` tells of it to any other.
+    warm = [str(resolve_path(text, beside) or text) for text in spec.search.warm_starts]
+    search = spec.search.model_copy(update={"warm_start": warm or None})
+    return spec.model_copy(update={"models": models, "evaluation": evaluation, "search": search}), problems
+
+
+def _with_fitness(spec: SearchSpec) -> SearchSpec:
+    """Fills in the fitness that suits the space, where the file does not say.
+
+    The probability of the right choice follows confidence as well as knowledge. Averages of models keep the first much
+    as it was; stacks of copied layers do not, and a search among them finds the sure ones instead of the right ones.
+    """
+    if spec.evaluation.fitness is not None:
+        return spec
+    copied = all(get_method(name).copies_layers for name in spec.space.methods)
+    evaluation = spec.evaluation.model_copy(update={"fitness": "metric" if copied else "smooth"})
+    return spec.model_copy(update={"evaluation": evaluation})
+
+
+def _problems(spec: SearchSpec) -> list[str]:
+    """What is wrong between the keys, each of which is right by itself."""
+    problems = []
+    names = {*METHODS, *(alias for m in METHODS.values() for alias in m.aliases)}
+    for name in spec.space.methods:
+        if name not in names:
+            problems.append(f"space.methods: no method '{name}'{suggest(name, names)}")
+    tasks = [task.task for task in spec.evaluation.tasks]
+    problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in tasks if tasks.count(n) > 1})]
+    problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in tasks]
+    device = spec.evaluation.device
+    if spec.evaluation.backend == "vllm" and not device.startswith("cuda"):
+        problems.append(f"evaluation.device: backend vllm shares the candidates' GPU; cuda is needed, got {device!r}")
+    methods = [METHODS[m] for m in spec.space.methods if m in METHODS]
+    if spec.models.base is None and any(method.needs_base for method in methods):
+        needing = [method.name for method in methods if method.needs_base]
+        problems.append(f"models.base: missing, and {', '.join(needing)} need a base model")
+    return problems + _objective_problems(spec)
+
+
+def _objective_problems(spec: SearchSpec) -> list[str]:
+    sizes, several = spec.search.also_minimize, spec.search.objectives == "pareto"
+    problems = []
+    if sizes and not several:
+        problems.append("search.also_minimize: only with `objectives: pareto`")
+    twice = sorted({name for name in sizes if sizes.count(name) > 1})
+    problems += [f"search.also_minimize: '{name}' is listed twice" for name in twice]
+    if sizes and not any(METHODS[m].copies_layers for m in spec.space.methods if m in METHODS):
+        problems.append("search.also_minimize: without frankenmerge in space.methods every merge has the same size")
+    if several and not 2 <= len(spec.objectives) <= MOST_OBJECTIVES:
+        problems.append(
+            f"search.objectives: a front is of 2 to {MOST_OBJECTIVES} objectives, a task each and what is also "
+            f"minimized; got {len(spec.objectives)}"
+        )
+    return problems
+
+
+def _explained(errors: Sequence[Any]) -> list[str]:
+    """pydantic's errors in our words: one for each key, whatever number of forms its value may have."""
+    by_key: dict[str, list[Any]] = {}
+    for error in errors:
+        by_key.setdefault(_key(error["loc"]), []).append(error)
+    return [f"{key}: {_explain(key, group)}" for key, group in by_key.items()]
+
+
+def _explain(key: str, errors: Sequence[Any]) -> str:
+    first = errors[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key{suggest(key.rpartition('.')[2], _fields_at(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return "missing"
+    messages = dict.fromkeys(_reason(error) for error in errors)
+    return f"{'; or: '.join(messages)} (got {first['input']!r})"
+
+
+def _reason(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _key(path: tuple[int | str, ...]) -> str:
+    """A path as people write it: `evaluation.tasks.0.metric`, without pydantic's names for the forms of a value."""
+    parts: list[str] = []
+    model: Any = SearchSpec
+    for part in path:
+        if model is None and not isinstance(part, int):
+            break  # below a plain value: the name of one of the types it may have
+        parts.append(str(part))
+        if not isinstance(part, int):
+            model = _inside(model, part)
+    return ".".join(parts)
+
+
+def _inside(model: Any, name: str) -> Any:
+    """What is below a key: a part of the specification, the name-to-part mapping that holds one, or None."""
+    if not (isinstance(model, type) and issubclass(model, Section)):
+        return get_args(model)[1]  # a mapping: any name leads to its values
+    field = model.model_fields.get(name)
+    if field is None:
+        return None
+    if get_origin(field.annotation) is dict:
+        return field.annotation
+    inner = [field.annotation, *get_args(field.annotation)]
+    return next((t for t in inner if isinstance(t, type) and issubclass(t, Section)), None)
+
+
+def _fields_at(path: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the part found by following `path` from SearchSpec."""
+    model: Any = SearchSpec
+    for part in path:
+        if isinstance(part, str) and model is not None:
+            model = _inside(model, part)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []
+
+
+def shipped_folder() -> Path:
+    """The folder that holds `search_spaces` and `eval`."""
+    packaged = Path(__file__).parent.parent / "_data"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent.parent
+
+
+def find_search(text: str) -> Path:
+    """A search.yaml by its path, or a shipped one by its name ("quickstart").
+
+    Raises:
+        SpecError: When there is neither.
+    """
+    path = Path(text)
+    if path.exists():
+        return path
+    shipped = {p.stem: p for p in (shipped_folder() / "search_spaces").glob("*.yaml")}
+    if path.name == text and path.stem in shipped:
+        return shipped[path.stem]
+    names = ", ".join(sorted(shipped))
+    raise SpecError(f"{text}: no such file{suggest(text, shipped)}; by name there are {names}")
