@@ -3,8 +3,6 @@
     python bench/search_efficiency.py runs/efficiency                                  # the zoo, live
     python bench/search_efficiency.py runs/efficiency --contenders default random --seeds 5
     python bench/search_efficiency.py runs/efficiency-real --search search_spaces/real.yaml --seeds 1
-    python bench/search_efficiency.py runs/efficiency-surrogate --search search_spaces/real.yaml \
-        --surrogate runs/efficiency-real/*          # on a landscape fitted to recorded runs (`bench/surrogate.py`)
 
 Every contender searches the same models on the same items (drawn by the seed), and spends as many item evaluations as
 random search without racing has for its candidates; what a gradient costs is counted in. A search's quality, after any
@@ -22,7 +20,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -178,65 +176,6 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     return found
 
 
-def run_imagined(name: str, path: Path, seeds: range, candidates: int, folder: Path, surrogate: Any) -> Iterator[str]:
-    """A contender's searches on a surrogate, without racing: half of its items steer, and the other half are unseen."""
-    from evomerge.algorithms.registry import get_algorithm
-    from evomerge.executors.in_process import InProcess
-    from evomerge.problem.problem import Workbench, make_space
-    from evomerge.study.candidate import spent_items
-    from evomerge.study.interfaces import AlgorithmSettings
-    from evomerge.study.loop import Stop, search
-
-    contender = CONTENDERS[name]
-    spec = spec_of(path, contender, 0, candidates)
-    algorithm = get_algorithm(spec.search.algorithm)
-    population = spec.search.population or algorithm.population
-    space = make_space(spec, Workbench(spec).checkpoints, outer=contender.outer)
-    for seed in seeds:
-        summary = folder / f"{_slug(name)}-{seed}" / "efficiency.json"
-        if summary.is_file():
-            continue
-        imagined = surrogate.landscape(space, seed)
-        ended = search(
-            space,
-            algorithm,
-            InProcess(imagined),
-            Memory(),  # type: ignore[arg-type]
-            Stop(10 * candidates, items=candidates * imagined.size, slope_items=SLOPES_COST * imagined.size),
-            seed=seed,
-            settings=AlgorithmSettings(
-                population, spec.search.options, item_scores=imagined.items, gradients=imagined.slopes
-            ),
-            starts=None if contender.baselines else (),
-        )
-        spent = list(spent_items(ended.candidates, SLOPES_COST * imagined.size))
-        track = _track(ended.candidates, spent, imagined.unseen)
-        found = {"name": name, "seed": seed, "items": spent[-1], "candidates": len(ended.candidates), "pruned": 0}
-        quality = track[-1][2]
-        found |= {"reason": ended.reason, "track": track, "winner": {"fitness": quality, "reported": quality}}
-        summary.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(summary, json.dumps(found, indent=1))
-        yield f"{name}, seed {seed}: {found['candidates']} candidates, {spent[-1]} items, {quality:.4f}"
-
-
-class Memory:
-    """A record that keeps candidates in memory."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, Candidate] = {}
-
-    def candidates(self) -> tuple[Candidate, ...]:
-        """All candidates, by number."""
-        return tuple(self._kept[number] for number in sorted(self._kept))
-
-    def append(self, candidate: Candidate) -> None:
-        """Keeps one more."""
-        self._kept[candidate.number] = candidate
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-
 def _track(
     candidates: Sequence[Candidate], spent: Sequence[int], unseen: Callable[[Candidate], float]
 ) -> list[list[float]]:
@@ -354,7 +293,6 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=100, help="of random search without racing")
     parser.add_argument("--items", type=int, help="item evaluations of every search; default: those of random search")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--surrogate", type=Path, nargs="+", help="search a landscape fitted to these finished runs")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     parser.add_argument("--winners", type=int, metavar="SEED", help="only print the winners of a seed, paired by item")
     options = parser.parse_args()
@@ -364,15 +302,7 @@ def main() -> None:
     if not options.table:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         first, last = (0, options.seeds[0]) if len(options.seeds) == 1 else options.seeds
-    if not options.table and options.surrogate:
-        import surrogate
-
-        landscape = surrogate.fit(surrogate.read(options.surrogate))
-        for name in options.contenders:
-            seeds = range(first, last)
-            for line in run_imagined(name, options.search, seeds, options.candidates, options.folder, landscape):
-                print(line, file=sys.stderr, flush=True)
-    elif not options.table:
+    if not options.table:
         items = options.items or search_items(options.search) * options.candidates
         jobs = [
             (name, options.search, seed, 10 * options.candidates, options.folder / f"{_slug(name)}-{seed}", items)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from bench.parity_tokenizers import recipes, truncated, write_models
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.engine.resident import Resident
 from evomerge.errors import CheckpointError, RecipeError
@@ -23,6 +22,7 @@ from evomerge.recipe import parse_recipe
 from evomerge.run.check import check_file
 from evomerge.run.merge import merge_to_folder
 from tests.frame import invoke
+from tests.planning.vocabulary.tokenizers import recipes, truncated, write_models
 
 EMBEDDING = "model.embed_tokens.weight"
 

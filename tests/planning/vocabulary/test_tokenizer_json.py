@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from bench.parity_tokenizers import bpe_tokenizer
 from evomerge.errors import RecipeError
 from evomerge.planning.vocabulary.tokenizer_json import notation, plain_entry, with_tokens, without_tokens
+from tests.planning.vocabulary.tokenizers import bpe_tokenizer
 
 
 def document(tokenizer: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 `write_models(root)` writes the folders, `recipes(folders)` gives (name, recipe) pairs that mergekit 0.1.5 carries out
 too. Rows have to be compared by the text of their tokens: mergekit numbers new tokens in the order of a hash table.
 
-    python bench/parity_tokenizers.py OUT    # writes the models and one YAML file a recipe
+    python -m tests.planning.vocabulary.tokenizers OUT    # writes the models and one YAML file a recipe
 """
 
 from __future__ import annotations
