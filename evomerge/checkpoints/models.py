@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.compatible import check_compatible, not_finite
 from evomerge.errors import CheckpointError
 from evomerge.spec.schema import SearchSpec
+from evomerge.system.hashing import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,4 +74,4 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     content = json.dumps([rules, type(tokenizer).__name__, tokenizer.special_tokens_map], sort_keys=True, default=str)
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    return digest(content)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from evomerge.checkpoints.header import name_some
 from evomerge.errors import CheckpointError
-from evomerge.system.paths import resolve_path
+from evomerge.system.files import resolve_path
 
 ZOO = "zoo:"
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.header import DTYPE_BYTES, TensorInfo, TensorSpec, name_some, shape_text
 from evomerge.errors import OutputError
-from evomerge.system.locks import output_lock
+from evomerge.system.locks import exclusive
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,8 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         with ExitStack() as stack, self._failures():
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(output_lock(self.out.parent / f".{self.out.name}.lock", self.out))
+            lock = self.out.parent / f".{self.out.name}.lock"
+            stack.enter_context(exclusive(lock, str(self.out), error=OutputError, remove=True))
             self._recover()
             refuse_taken(self.out, self._overwrite)
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)

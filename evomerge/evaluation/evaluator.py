@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import TaskError
@@ -18,6 +17,7 @@ from evomerge.evaluation.scorers.lm_eval import item_scores
 from evomerge.evaluation.scores import Array, ItemScores
 from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.evaluation.tasks.task import Task
+from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
 
 if TYPE_CHECKING:
@@ -241,10 +241,9 @@ class Evaluator:
 
     def layout_digest(self, selection: Selection | None = None) -> str:
         """Identity of how a selection is batched: scores under equal digests are rounded alike."""
-        content = blake2b(digest_size=16)
-        for task, indices in sorted((self.everything if selection is None else selection).items()):
-            content.update(f"{task}:{self._backend.digest(self.requests(task), indices)};".encode())
-        return content.hexdigest()
+        chosen = sorted((self.everything if selection is None else selection).items())
+        parts = (f"{task}:{self._backend.digest(self.requests(task), indices)};" for task, indices in chosen)
+        return digest(*parts)
 
     def _task(self, name: str) -> Task:
         if name not in self.tasks:
@@ -253,8 +252,5 @@ class Evaluator:
 
 
 def _hash(instances: Sequence[Any]) -> str:
-    content = blake2b(digest_size=16)
-    content.update(repr(instances[0].doc).encode())
-    for instance in instances:
-        content.update(repr((instance.request_type, instance.args, instance.repeats)).encode())
-    return content.hexdigest()
+    asked = (repr((instance.request_type, instance.args, instance.repeats)) for instance in instances)
+    return digest(repr(instances[0].doc), *asked)

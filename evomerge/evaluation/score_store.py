@@ -15,13 +15,13 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import OutputError
 from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
 from evomerge.system.files import write_atomic
+from evomerge.system.hashing import digest
 
 LIMIT = 512 * 2**20
 """Bytes that the cache may grow to."""
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def key_of(content: Mapping[str, Any]) -> str:
     """The name of what these facts (JSON) decide."""
-    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest(json.dumps(content, sort_keys=True))
 
 
 class ScoreCache:

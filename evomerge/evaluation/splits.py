@@ -7,11 +7,11 @@ the borders.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
 from evomerge.errors import TaskError
+from evomerge.system.hashing import digest_bytes
 
 SEARCH, SELECT, TEST, GUARD = "search", "select", "test", "guard"
 """What is optimised; what chooses among the finalists; what is read once; tasks that should not get worse."""
@@ -66,7 +66,7 @@ def split_items(
 
 def _random_key(seed: int, task: str, item: str) -> bytes:
     """The item's key in the random order of its task's items."""
-    return hashlib.blake2b(f"{seed}\0{task}\0{item}".encode(), digest_size=16).digest()
+    return digest_bytes(f"{seed}\0{task}\0{item}")
 
 
 def _counts(task: str, sizes: Sizes, n: int) -> tuple[dict[str, int], list[str]]:

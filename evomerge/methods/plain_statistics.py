@@ -5,7 +5,6 @@ Everything is computed on demand from the tensors themselves, exactly, and remem
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +14,7 @@ from evomerge.methods import arcee_fusion, della, sce
 from evomerge.methods.contract import Block, Cut, Granularity, Method, Scope, Settings
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
 from evomerge.methods.topk import band_counts, cutoff, kept, kept_count
+from evomerge.system.hashing import digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,7 +221,7 @@ def merge_tensors(
 def tensor_fingerprint(tensor: Tensor) -> str:
     """A hash of a tensor's shape and float32 values, for sources that are no checkpoint."""
     values = tensor.detach().float().cpu().contiguous().numpy()
-    return hashlib.blake2b(repr(values.shape).encode() + values.tobytes(), digest_size=16).hexdigest()
+    return digest(repr(values.shape), values.tobytes())
 
 
 def _problems(

@@ -11,11 +11,12 @@ published.
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import numpy as np
 from numpy.typing import NDArray
+
+from evomerge.system.hashing import digest_bytes
 
 LANES = 16
 """16-bit numbers in one Philox block (four words of 64 bits)."""
@@ -36,8 +37,8 @@ def field_key(seed: int, tensor: str, fingerprint: str) -> tuple[int, int]:
         The two halves of a 128-bit Philox key.
     """
     text = json.dumps([seed, tensor, fingerprint], ensure_ascii=True, separators=(",", ":"))
-    digest = hashlib.blake2b(text.encode("ascii"), digest_size=16, person=b"evomerge.field.1").digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+    key = digest_bytes(text, person=b"evomerge.field.1")
+    return int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
 
 
 def uniform16(key: tuple[int, int], start: int, count: int) -> NDArray[np.uint16]:

@@ -9,7 +9,6 @@ mean over all items, whatever these models say. They decide only how precise it 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evomerge.evaluation.scores import ItemScores
+from evomerge.system.hashing import digest_bytes
 
 Array = npt.NDArray[np.float64]
 
@@ -77,7 +77,7 @@ def draw_samples(
     for task, metric in metrics.items():
         parts = [scores[task] for scores in baselines]
         if all(part.is_itemwise(metric) for part in parts):
-            key = hashlib.blake2b(f"{seed}\0{task}".encode(), digest_size=8).digest()
+            key = digest_bytes(f"{seed}\0{task}", size=8)
             generator = np.random.default_rng(int.from_bytes(key))
             samples[task] = draw(parts[0].items, item_spread(parts, metric), fraction, generator)
     return samples

@@ -20,7 +20,6 @@ integration of Armitage, McPherson and Rowe (1969, https://doi.org/10.2307/23437
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import numpy as np
 
 from evomerge.evaluation.scores import Array
 from evomerge.objective.fitness import Fitness, Scores
+from evomerge.system.hashing import digest_bytes
 
 BLOCKS = 24
 """Blocks of items, where there are enough of them: most losers show in the first."""
@@ -216,7 +216,7 @@ def blocks_at_analyses(count: int) -> tuple[int, ...]:
 
 def _random_key(seed: int, task: str, position: int) -> bytes:
     """An item's key in the random order of its task's items."""
-    return hashlib.blake2b(f"block\0{seed}\0{task}\0{position}".encode(), digest_size=16).digest()
+    return digest_bytes(f"block\0{seed}\0{task}\0{position}")
 
 
 def stopping_boundary(fractions: Sequence[float], error: float, power: float) -> tuple[float, ...]:

@@ -6,13 +6,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from hashlib import blake2b
 from typing import Any
 
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import layout_of
 from evomerge.planning.merged_config import DEPTHS
 from evomerge.planning.plan import Plan
+from evomerge.system.hashing import digest
 
 _LAST = re.compile(r"(^|\.)(norm|ln_f|final_(layer_?)?norm|lm_head|embed_out)\.(weight|bias)$")
 """Tensors used behind the last layer. Whatever has another name counts as if the first layer needed it."""
@@ -56,4 +56,4 @@ def _config(config: Mapping[str, Any], depth: int) -> tuple[dict[str, Any], dict
 
 def _hash(content: Any) -> str:
     text = json.dumps(content, sort_keys=True, default=str, separators=(",", ":"))
-    return blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest(text)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from evomerge.methods.contract import Settings
+from evomerge.system.hashing import digest
 
 COPY = "copy"
 
@@ -92,4 +92,4 @@ def operation_digest(operation: Operation, *, stochastic: bool, context: str = "
         context,
     ]
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest(text)

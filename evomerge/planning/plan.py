@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from evomerge.recipe import (
 from evomerge.recipe.parameters import EMBED_SLERP
 from evomerge.recipe.resolve import Input as SliceInput
 from evomerge.recipe.resolve import SliceInputs
+from evomerge.system.hashing import digest
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ def make_plan(
         return Plan(operations, config, "", family, reference, tokenizer)
     content = [[(op.output, op.digest) for op in operations], config, *([tokenizer.digest()] if tokenizer else [])]
     text = json.dumps(content, sort_keys=True, default=str)
-    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return Plan(operations, config, digest, family, reference, tokenizer)
+    return Plan(operations, config, digest(text), family, reference, tokenizer)
 
 
 def _planners(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from evomerge.checkpoints.fingerprint import cache_folder
 from evomerge.checkpoints.models import tokenizer_digest
 from evomerge.errors import CandidateError
 from evomerge.evaluation.score_store import ScoreCache, key_of
@@ -16,6 +15,7 @@ from evomerge.evaluation.splits import Selection
 from evomerge.objective.fitness import Scores
 from evomerge.planning.plan import Plan
 from evomerge.problem.problem import Workbench
+from evomerge.system.files import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Measurer:
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
-        self._cache = ScoreCache(cache_folder() / "scores") if bench.spec.evaluation.cache else None
+        self._cache = ScoreCache(cache_folder("scores")) if bench.spec.evaluation.cache else None
         self._contents: dict[str, Mapping[str, Any]] = {}
         self.reused = 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import string
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from evomerge.methods.registry import METHODS
 from evomerge.recipe.model import Recipe, Slice, Source
 from evomerge.recipe.parameters import LAYOUT_NAMES
 from evomerge.recipe.settings import Parameters, Setting, chain, restrict
+from evomerge.system.hashing import digest_bytes
 
 
 def expand_frankenmerge(recipe: Recipe, layer_count: int, *, methods: Mapping[str, Method] = METHODS) -> Recipe:
@@ -66,8 +66,8 @@ def random_pattern(seed: int, models: int, layer_count: int) -> tuple[int, ...]:
 
     Layer k depends on (seed, k) alone, through BLAKE2b: on no library's generator, nor on how many layers there are.
     """
-    digests = (hashlib.blake2b(f"frankenmerge {seed} {k}".encode(), digest_size=8).digest() for k in range(layer_count))
-    return tuple(int.from_bytes(digest, "little") % models for digest in digests)
+    digests = (digest_bytes(f"frankenmerge {seed} {k}", size=8) for k in range(layer_count))
+    return tuple(int.from_bytes(number, "little") % models for number in digests)
 
 
 def pattern_problems(pattern: str, models: int, layer_count: int | None = None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from evomerge.recipe.settings import Parameters, plain
+from evomerge.system.hashing import digest
 from evomerge.system.yaml import write_documents
 
 
@@ -210,7 +210,7 @@ class Recipe:
         if self.steps:
             mapping["steps"] = [[step.name, step.digest] for step in self.steps]
         text = json.dumps(_canonical(mapping), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return digest(text)
 
     def models(self) -> tuple[str, ...]:
         """Every model whose weights are read, without repeats: the base first, then in order of appearance.

@@ -15,7 +15,7 @@ from evomerge.methods.registry import METHODS
 from evomerge.recipe.model import ModelToken, Recipe, Slice, Source, TokenizerBlock, TokenRule
 from evomerge.recipe.reader import Reader
 from evomerge.recipe.rules import check_recipe
-from evomerge.system.paths import resolve_path
+from evomerge.system.files import resolve_path
 from evomerge.system.yaml import read_documents
 
 MODEL = "model:"

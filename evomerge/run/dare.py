@@ -97,7 +97,7 @@ def load_dare_file(path: Path) -> DareFile:
     Raises:
         BadInput: The file cannot be read, or all that is wrong with it, each with its key.
     """
-    from evomerge.system.paths import resolve_path
+    from evomerge.system.files import resolve_path
 
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -18,7 +18,8 @@ from evomerge.errors import RunError
 from evomerge.evaluation.score_store import RunScores
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, best
-from evomerge.system.files import exclusive, write_atomic
+from evomerge.system.files import write_atomic
+from evomerge.system.locks import exclusive
 
 if TYPE_CHECKING:
     from evomerge.space.baselines import Start
@@ -102,7 +103,8 @@ class RunFolder:
         Raises:
             RunError: When another process holds it.
         """
-        return exclusive(self.root / ".lock", str(self.root))
+        continued = "the same command then goes on from where it was"
+        return exclusive(self.root / ".lock", str(self.root), afterwards=continued)
 
     def sweep(self) -> None:
         """Removes what a killed process left half-written. Call it while holding the run."""

@@ -20,7 +20,7 @@ from evomerge.errors import BadInput, CheckpointError, EvoMergeError, OutputErro
 from evomerge.planning.plan import Plan, prepare
 from evomerge.recipe import Recipe
 from evomerge.report.model_card import merge_card
-from evomerge.system.locks import output_lock
+from evomerge.system.locks import exclusive
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,8 @@ def _folder_beside(out: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             whole.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(output_lock(whole.parent / f"{folder.name}.lock", out))
+            lock = whole.parent / f"{folder.name}.lock"
+            stack.enter_context(exclusive(lock, str(out), error=OutputError, remove=True))
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         except OSError as error:

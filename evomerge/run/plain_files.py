@@ -21,7 +21,7 @@ from evomerge.methods.contract import Settings
 from evomerge.methods.registry import get_method
 from evomerge.planning.operation import COPY, Input, Operation
 from evomerge.planning.plan import Plan
-from evomerge.system.locks import output_lock
+from evomerge.system.locks import exclusive
 
 
 def plan_files(
@@ -116,7 +116,7 @@ def write_file(
     plan = Plan(tuple(operations), {}, "", (), next(iter(checkpoints)))
     try:
         whole.parent.mkdir(parents=True, exist_ok=True)
-        with output_lock(whole.with_name(f".{whole.name}.lock"), out):
+        with exclusive(whole.with_name(f".{whole.name}.lock"), str(out), error=OutputError, remove=True):
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 write_checkpoint(plan, checkpoints, folder, card="", max_shard_size=sys.maxsize, progress=progress)

@@ -11,7 +11,7 @@ from evomerge.report.tables import score_text, slopes_text, table
 from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
 from evomerge.study.ranking import growth
-from evomerge.system.files import held
+from evomerge.system.locks import is_locked
 
 _SHOWN = 12  # members of a front
 
@@ -27,7 +27,7 @@ def read_status(run: Path) -> dict[str, Any]:
     result = folder.result()
     budget = folder.spec.search.candidates
     finished = result is not None and result["candidates"]["budget"] >= budget
-    running = held(folder.root / ".lock")
+    running = is_locked(folder.root / ".lock")
     state = "running" if running else ("finished" if finished else "stopped")
     leader = best(known)
     seconds = [c.seconds["total"] for c in known if c.state != "failed" and "total" in c.seconds]

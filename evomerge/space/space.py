@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from evomerge.methods.contract import Method, Parameter
 from evomerge.space import decode, genes
 from evomerge.space.genes import Choice, Pattern, Real
 from evomerge.space.genome import Genome, LayerGene, Scalar
+from evomerge.system import hashing
 from evomerge.system.arrays import FloatArray, Mask
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MethodScope = Literal["run", "layer_group"]
 def digest(recipe: Mapping[str, Any]) -> str:
     """The identity of a recipe: 128 bits of a hash of its canonical JSON, in hexadecimal."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashing.digest(text)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from evomerge.checkpoints.reference import resolve_reference
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.registry import METHODS, get_method
 from evomerge.spec.schema import MOST_OBJECTIVES, Models, SearchSpec, Section
-from evomerge.system.paths import resolve_path
+from evomerge.system.files import resolve_path
 from evomerge.system.yaml import read_yaml
 
 Check = Callable[[SearchSpec], Sequence[str]]

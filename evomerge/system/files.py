@@ -1,20 +1,28 @@
-"""Small files, written whole or not at all."""
+"""Small files written whole or not at all, where a relative path leads, and where the cache is."""
 
 from __future__ import annotations
 
-import datetime
 import errno
-import fcntl
 import os
-import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-from evomerge.errors import OutputError, RunError
+from platformdirs import user_cache_path
 
-_TRIES, _PAUSE = 10, 0.05  # seconds; another process that only asks whether a lock is held has it for a moment
+from evomerge.errors import OutputError
+
+
+def cache_folder(kind: Literal["fingerprints", "scores", "zoo"]) -> Path:
+    """Returns where things of one kind are kept that can be computed again: below $EVOMERGE_CACHE, if it is set.
+
+    fingerprints/   hashes of checkpoints, by the state of their files
+    scores/         per-item scores, by what decides them
+    zoo/            the shipped models, unpacked
+    """
+    given = os.environ.get("EVOMERGE_CACHE")
+    root = Path(given).expanduser() if given else user_cache_path("evomerge", appauthor=False)
+    return root / kind
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -36,53 +44,38 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise OutputError(f"{path}: cannot be written: {reason}") from error
 
 
-@contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Holds a lock file for the length of a block; the kernel releases it when the process dies.
+def resolve_path(text: str, beside: Path | None) -> Path | None:
+    """Looks for a path beside a file, then beside the folders above it, then in the working directory.
 
-    Raises:
-        RunError: When another process holds it: which one, on which host, since when, and what to do.
+    Args:
+        text: The path as written; ``~`` is expanded, an absolute path is only checked.
+        beside: The file that mentions the path, or its folder; None to look in the working directory alone.
+
+    Returns:
+        The absolute path of the first that exists, or None.
     """
-    with path.open("a+") as file:
-        if not _taken(file.fileno()):
-            file.seek(0)
-            raise RunError(_in_use(what, file.read().split(maxsplit=2)))
-        file.truncate(0)
-        file.write(f"{os.getpid()} {socket.gethostname()} {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
-        file.flush()
-        yield
+    if not text.strip() or "\0" in text:
+        return None
+    for folder in _folders(beside):
+        candidate = folder / Path(text).expanduser()
+        if _exists(candidate):
+            return candidate.resolve()
+    return None
 
 
-def _in_use(what: str, holder: Sequence[str]) -> str:
-    """What a second process is told of the first; the file is empty for a moment after it was taken."""
-    process, host, since = holder if len(holder) == 3 else ("unknown", socket.gethostname(), "just now")
-    elsewhere = "" if host == socket.gethostname() else f" on {host}"
-    return (
-        f"{what} is in use by process {process}{elsewhere} since {since}; wait for it, or stop it "
-        f"{'there ' if elsewhere else ''}with `kill {process}`: the same command then goes on from where it was"
-    )
+def _folders(beside: Path | None) -> Iterator[Path]:
+    if beside is not None:
+        start = beside.resolve()
+        if not start.is_dir():
+            start = start.parent
+        yield start
+        yield from start.parents
+    yield Path.cwd()
 
 
-def _taken(descriptor: int) -> bool:
-    """Whether the lock is ours now, after a few tries."""
-    for attempt in range(_TRIES):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if attempt + 1 < _TRIES:
-                time.sleep(_PAUSE)
-        else:
-            return True
-    return False
-
-
-def held(path: Path) -> bool:
-    """Whether a live process holds a lock file; changes nothing."""
-    if not path.is_file():
+def _exists(path: Path) -> bool:
+    """A name that the file system cannot even look up (too long, no permission) does not exist for us."""
+    try:
+        return path.exists()
+    except OSError:
         return False
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

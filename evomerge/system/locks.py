@@ -1,53 +1,105 @@
-"""One writer per output folder, by an advisory lock on a file beside it."""
+"""One process at a time: an advisory lock on a file, which says who holds it and is freed when that process dies.
+
+By `flock` rather than the library filelock: that cannot ask whether a lock is taken without taking it.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from evomerge.errors import OutputError
+from evomerge.errors import EvoMergeError, RunError
 
-_ATTEMPTS = 20
+_TRIES, _PAUSE = 10, 0.05  # seconds; another process that only asks whether a lock is taken has it for a moment
 
 
 @contextmanager
-def output_lock(path: Path, what: Path) -> Iterator[None]:
-    """Holds the lock file `path` for writing `what`. It is removed afterwards, and freed when the process dies.
+def exclusive(
+    path: Path, what: str, *, error: type[EvoMergeError] = RunError, afterwards: str = "", remove: bool = False
+) -> Iterator[None]:
+    """Holds the lock file `path` for the length of a block; the kernel frees it when the process dies.
+
+    Args:
+        path: The file; made where there is none.
+        what: What the lock guards, for the message.
+        error: What to raise when another process, or another part of this one, holds it.
+        afterwards: What happens when the holder has been stopped, for the message.
+        remove: Remove the file in the end.
 
     Raises:
-        OutputError: Another process, or another writer of this one, holds it.
+        EvoMergeError: `error`: which process holds it, on which host, since when, and what to do.
     """
-    descriptor = _acquire(path, what)
+    descriptor = _acquire(path)
+    if descriptor is None:
+        raise error(_in_use(path, what, afterwards))
     try:
+        now = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {now}".encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while held: whoever opened it meanwhile notices and opens anew
+        if remove:
+            path.unlink(missing_ok=True)  # while held: whoever opened it meanwhile notices and opens anew
         os.close(descriptor)
 
 
-def _acquire(path: Path, what: Path) -> int:
+def is_locked(path: Path) -> bool:
+    """Says whether a live process holds a lock file; changes nothing."""
     import fcntl
 
-    for _ in range(_ATTEMPTS):
+    if not path.is_file():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _acquire(path: Path) -> int | None:
+    """Takes the lock in a few tries; gives the descriptor that holds it, None when somebody else does."""
+    import fcntl  # not where there is no flock: there everything but locking works
+
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(_PAUSE)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same_file(descriptor, path):
+            if _is_same_file(descriptor, path):
                 return descriptor
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise OutputError(f"{what} is being written by another process: wait for it, or choose another") from error
+        except BlockingIOError:
+            pass
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
-    raise OutputError(f"{what} is being written by other processes: {path} does not stay free")
+    return None
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether the file is still there: its last holder may have removed it after it was opened here."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _in_use(path: Path, what: str, afterwards: str) -> str:
+    """Says who holds a lock; the file is empty for a moment after it was taken."""
+    content = ""
+    with suppress(FileNotFoundError):  # removed by now
+        content = path.read_text()
+    note = content.split(maxsplit=2)
+    process, host, since = note if len(note) == 3 else ("unknown", socket.gethostname(), "just now")
+    elsewhere = "" if host == socket.gethostname() else f" on {host}"
+    return (
+        f"{what} is in use by process {process}{elsewhere} since {since}; wait for it, or stop it "
+        f"{'there ' if elsewhere else ''}with `kill {process}`{afterwards and f': {afterwards}'}"
+    )

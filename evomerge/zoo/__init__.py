@@ -20,9 +20,9 @@ NAMES = (*FULL.names, *SMALL)
 
 def folder_of(name: str) -> Path:
     """Returns where a model is kept, or will be."""
-    from evomerge.checkpoints.fingerprint import cache_folder
+    from evomerge.system.files import cache_folder
 
-    return cache_folder() / "zoo" / VERSION / name
+    return cache_folder("zoo") / VERSION / name
 
 
 def ensure(name: str) -> Path:

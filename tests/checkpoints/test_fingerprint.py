@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import tensors as tensors_module
 from evomerge.checkpoints.checkpoint import open_checkpoint
-from evomerge.checkpoints.fingerprint import cache_folder
 from tests.models import write_tiny_llama
 
 
@@ -127,17 +126,6 @@ def test_computed_once_for_one_open_checkpoint(tmp_path: Path, reads: list[int])
     model = open_checkpoint(str(path))
     assert model.fingerprint == model.fingerprint
     assert len(reads) == 1
-
-
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert cache_folder() == tmp_path / "cache"
-    monkeypatch.delenv("EVOMERGE_CACHE")
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "evomerge"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "evomerge"
 
 
 def test_bytes_are_hashed_not_values(tmp_path: Path) -> None:

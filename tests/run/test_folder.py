@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from evomerge.errors import OutputError, RunError
+from evomerge.errors import RunError
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import _survived
 from evomerge.space.genome import Genome
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Outcome, Proposal
-from evomerge.system.files import exclusive, held, write_atomic
 from tests.algorithms.landscapes import make_space
 
 SPEC = {
@@ -31,67 +27,6 @@ SPEC = {
 @pytest.fixture
 def spec() -> SearchSpec:
     return parse_spec(SPEC)
-
-
-def test_write_atomic(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, "one")
-    write_atomic(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="cannot be written: no space left on the disk"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_no_folder_to_write_to(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="No such file or directory"):
-        write_atomic(tmp_path / "none" / "file", "x")
-
-
-def test_exclusive(tmp_path: Path) -> None:
-    lock = tmp_path / ".lock"
-    assert not held(lock)
-    with exclusive(lock, "runs/x"):
-        assert held(lock)
-        with pytest.raises(RunError, match=f"runs/x is in use by process {os.getpid()}"), exclusive(lock, "runs/x"):
-            pass
-        assert held(lock)
-    assert not held(lock)
-
-
-def test_asking_who_holds_a_lock_takes_it_from_nobody(tmp_path: Path) -> None:
-    """Many `status` calls while a run begins: it begins all the same."""
-    lock = tmp_path / ".lock"
-    lock.touch()
-    over = threading.Event()
-
-    def asking() -> None:
-        while not over.is_set():
-            held(lock)
-
-    threads = [threading.Thread(target=asking) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(20):
-            with exclusive(lock, "x"):
-                time.sleep(0.001)
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_create_and_open(spec: SearchSpec, tmp_path: Path) -> None:
@@ -145,18 +80,6 @@ def test_a_shared_storage_has_one_folder_a_study(tmp_path: Path) -> None:
     assert second.candidates() == ()
     moved = first.root.rename(tmp_path / "moved")
     assert len(RunFolder.existing(moved).record(space)) == 0
-
-
-def test_the_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
-    """Which process, since when, where, and what to do."""
-    lock = tmp_path / ".lock"
-    told = rf"runs/x is in use by process {os.getpid()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d; wait for it, or stop it"
-    with exclusive(lock, "runs/x"):
-        with pytest.raises(RunError, match=rf"{told} with `kill {os.getpid()}`"), exclusive(lock, "runs/x"):
-            pass
-        lock.write_text("17 elsewhere 2026-01-02 03:04:05")
-        with pytest.raises(RunError, match="process 17 on elsewhere since 2026-01-02"), exclusive(lock, "runs/x"):
-            pass
 
 
 def die_scoring(folder: RunFolder, phenotype: str) -> None:

@@ -25,7 +25,7 @@ from evomerge.run.status import read_status, render_status
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, Proposal
-from evomerge.system.files import exclusive
+from evomerge.system.locks import exclusive
 from tests.frame import changed, files, search_spec
 from tests.models import write_tiny_llama
 
@@ -334,7 +334,7 @@ def test_changed_data_is_refused(tiny_family: dict[str, Path], tmp_path: Path) -
 
 
 def test_another_process_holds_the_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evomerge.system.files._PAUSE", 0.001)
+    monkeypatch.setattr("evomerge.system.locks._PAUSE", 0.001)
     resolved = (copied / "resolved.yaml").read_text()
     with exclusive(copied / ".lock", "it"), pytest.raises(RunError, match=r"is in use by process \d+"):
         resume(copied, candidates=40)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Any
 
 from lm_eval.api.instance import Instance
 
 from evomerge.errors import CandidateError
 from evomerge.evaluation.tasks.requests import Requests
+from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
 
 PROBE = Requests("probe", ((Instance("loglikelihood", {}, ("1 2 3", " 4"), 0, ("probe", 0, 1)),),))
@@ -64,7 +64,7 @@ class HFBackend:
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of the batches."""
         text = repr(("hf", self.batch_size, self.max_length, tuple(indices)))
-        return blake2b(text.encode(), digest_size=16).hexdigest()
+        return digest(text)
 
 
 def ask(lm: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:

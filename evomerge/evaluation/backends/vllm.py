@@ -19,13 +19,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import BadInput
 from evomerge.evaluation.backends.hf import PROBE, ask
 from evomerge.evaluation.tasks.requests import Requests
+from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
 
 GPU_SHARE = 0.5
@@ -152,7 +152,7 @@ class VLLMBackend:
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of what is asked together; vLLM, of some version, makes its batches of that itself."""
         text = repr(("vllm", self._version, self.max_length, tuple(indices)))
-        return blake2b(text.encode(), digest_size=16).hexdigest()
+        return digest(text)
 
     def _engine_for(self, model: Any) -> Engine:
         architecture = f"{model.dtype} {model.config.to_json_string(use_diff=False)}"

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
+from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet, seeded
 
 FEWSHOT_SEED = 1234
@@ -105,10 +105,7 @@ class Task:
     def digest(self) -> str:
         """Identity of the task's settings and documents: changes when either does."""
         config = {key: value for key, value in self.lm_eval_task.dump_config().items() if key not in _PATHS}
-        content = blake2b(_json_bytes(config), digest_size=16)
-        for doc in self.docs:
-            content.update(_json_bytes(doc))
-        return content.hexdigest()
+        return digest(_json_bytes(config), *map(_json_bytes, self.docs))
 
 
 _PATHS = frozenset({"metadata", "dataset_kwargs", "dataset_path"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.tensors import DTYPE_NAMES, TORCH_DTYPES, Weights
 from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
 from evomerge.planning.vocabulary.row_maps import RowMaps
+from evomerge.system.hashing import digest
 
 _AT_ONCE = 1 << 22  # elements that are converted at a time
 
@@ -102,11 +102,9 @@ class AlignedWeights:
 
     def fingerprint(self) -> str:
         prints = {model: weights.fingerprint() for model, weights in self._weights.items()}
-        rows = hashlib.blake2b(self._own.tobytes(), digest_size=16)
-        rows.update(self._blank.tobytes())
-        rows.update(json.dumps(sorted(self._defaults.items())).encode())
+        rows = digest(self._own.tobytes(), self._blank.tobytes(), json.dumps(sorted(self._defaults.items())))
         shapes = [[name, self._tensors[name].dtype] for name in sorted(self._names)]
-        return derived_fingerprint("vocabulary", prints[self._model], json.dumps([prints, shapes]), rows.hexdigest())
+        return derived_fingerprint("vocabulary", prints[self._model], json.dumps([prints, shapes]), rows)
 
 
 def aligned_checkpoint(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tempfile
@@ -15,6 +14,7 @@ from evomerge.checkpoints.checkpoint import tokenizer_files
 from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer
 from evomerge.errors import CheckpointError
 from evomerge.planning.vocabulary.merged_vocabulary import Vocabulary
+from evomerge.system.hashing import digest
 
 _TOKEN_ID = re.compile(r"(?P<role>\w+?)_token_(id|ids|index)")
 
@@ -33,11 +33,10 @@ class WrittenTokenizer:
 
     def digest(self) -> str:
         """Hash of the content."""
-        found = hashlib.blake2b(json.dumps(self.generation_config, sort_keys=True).encode(), digest_size=16)
+        parts: list[str | bytes] = [json.dumps(self.generation_config, sort_keys=True)]
         for name, content in sorted(self.files.items()):
-            found.update(f"{name} {len(content)}\n".encode())
-            found.update(content)
-        return found.hexdigest()
+            parts += [f"{name} {len(content)}\n", content]
+        return digest(*parts)
 
 
 def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:

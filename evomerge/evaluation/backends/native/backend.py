@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from evomerge.evaluation.backends.native.prefix_trees import Layout
 from evomerge.evaluation.backends.native.weight_gradients import Piece, piece_tokens
 from evomerge.evaluation.scorers.derivatives import Answers
 from evomerge.evaluation.tasks.requests import Encoder, Pair, Requests
+from evomerge.system.hashing import digest
 
 log = logging.getLogger(__name__)
 
@@ -175,12 +175,12 @@ class NativeBackend:
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Identity of the batches."""
         instances = [instance for index in indices for instance in requests.by_item[index]]
-        content = blake2b(repr(tuple(indices)).encode(), digest_size=16)
+        parts = [repr(tuple(indices))]
         if any(_scores(instance) for instance in instances):
-            content.update(self.layout(requests, indices).digest.encode())
+            parts.append(self.layout(requests, indices).digest)
         if not all(_scores(instance) for instance in instances):  # each thread decodes rows of its own
-            content.update(repr((self.generator.batch_tokens, self.generator.threads)).encode())
-        return content.hexdigest()
+            parts.append(repr((self.generator.batch_tokens, self.generator.threads)))
+        return digest(*parts)
 
     def _encoded(self, requests: Requests, index: int) -> list[list[Pair]]:
         """For each instance of an item, the token pairs to score."""

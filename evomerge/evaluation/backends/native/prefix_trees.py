@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
+
+from evomerge.system.hashing import digest
 
 Ints = npt.NDArray[np.int64]
 
@@ -95,12 +96,12 @@ class Layout:
     @cached_property
     def digest(self) -> str:
         """Identity of the layout: equal digests give equal rounding."""
-        content = blake2b(digest_size=16)
+        parts: list[str | bytes] = []
         for batch in self.batches:
-            content.update(repr(batch.input_ids.shape).encode())
+            parts.append(repr(batch.input_ids.shape))
             for array in (batch.input_ids, batch.position_ids, batch.ends, batch.scored, batch.rows, batch.targets):
-                content.update(array.tobytes())
-        return content.hexdigest()
+                parts.append(array.tobytes())
+        return digest(*parts)
 
 
 def tree_of(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], requests: Sequence[int]) -> Tree:
