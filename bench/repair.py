@@ -35,6 +35,7 @@ from evomerge.executors.in_process import InProcess
 from evomerge.problem.problem import Workbench
 from evomerge.report.tables import table
 from evomerge.space.baselines import baselines
+from evomerge.space.decode import decode
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
@@ -264,7 +265,7 @@ def told(posed: Posed) -> float:
     for name in problem.models:
         if name != problem.victim and not set(problem.layers.get(name, ())) & set(lost):
             layers = [LayerGene(name if k in lost else problem.victim, k) for k in range(space.layer_count)]
-            found.append(posed.share(space.recipe(Genome.of({}, layers))))
+            found.append(posed.share(decode(space, Genome.of({}, layers))))
     return max(found, default=math.nan)
 
 

@@ -23,6 +23,7 @@ from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal, promising
 from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.study.optuna_trials import genome_of
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Layout:
             params[name] = round(low + value * (high - low))
         for choice, row in zip(self.choices, () if solution.c is None else solution.c, strict=True):
             params[choice.name] = choice.options[int(np.argmax(row))]
-        return self.space.from_params(params)
+        return genome_of(self.space, params)
 
 
 def catcma(

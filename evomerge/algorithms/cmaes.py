@@ -21,6 +21,7 @@ from evomerge.algorithms import replay
 from evomerge.algorithms.operators import reflect
 from evomerge.algorithms.proposals import generator
 from evomerge.algorithms.random_search import random_search
+from evomerge.space.decode import active_reals
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal, promising
@@ -95,7 +96,7 @@ def cmaes(
 
 def free_genes(space: SearchSpace, genome: Genome) -> Mask:
     """The real genes that the genome's methods use and that have a width, shape [reals]."""
-    return space.active_reals(genome) & (space.high > space.low)
+    return active_reals(space, genome) & (space.high > space.low)
 
 
 def starting_genome(space: SearchSpace, history: Sequence[Candidate]) -> Genome:

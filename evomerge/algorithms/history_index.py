@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import operator
 from bisect import insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
+from evomerge.space.decode import genome_hash
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import DRAW, Candidate, by_objectives, fitness_order, sloped, teaches
@@ -54,12 +56,13 @@ class Reading:
 
     @classmethod
     def of(cls, space: SearchSpace, history: Sequence[Candidate]) -> Reading:
-        """The reading of a history, which the space keeps for the next time."""
-        kept: Reading | None = space.notes.get(cls)
-        reading = kept if kept is not None and kept._begins(history) else cls(space, kept)
-        reading._go_on(tuple(history))
-        space.notes[cls] = reading
-        return reading
+        """Indexes a history, from where the last index of the space ends if it goes on from there."""
+        latest = next((index for index in reversed(_LATEST) if index._space is space), None)
+        index = latest if latest is not None and latest._begins(history) else cls(space, latest)
+        index._go_on(tuple(history))
+        if index is not latest:
+            _LATEST.append(index)
+        return index
 
     def promising(self, enough: int | None = None) -> list[Candidate]:
         """As `promising` of the history."""
@@ -103,7 +106,7 @@ class Reading:
         for candidate in new:
             self.tried.add(candidate.phenotype)
             if candidate.generation == 0:
-                said = _said(self._phenotypes, candidate, self._space.phenotype)
+                said = _said(self._phenotypes, candidate, partial(genome_hash, self._space))
                 self.tried.add(said)
                 if said != candidate.phenotype:
                     self.unlike.add(candidate.number)
@@ -128,3 +131,7 @@ def _said(known: dict[int, tuple[Genome, T]], candidate: Candidate, say: Callabl
     if kept is None or kept[0] is not candidate.genome:
         kept = known[candidate.number] = candidate.genome, say(candidate.genome)
     return kept[1]
+
+
+#: The latest indexes: a search asks for its own again every generation.
+_LATEST: deque[Reading] = deque(maxlen=4)

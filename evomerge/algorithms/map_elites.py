@@ -18,7 +18,7 @@ from evomerge.algorithms import operators
 from evomerge.algorithms.ga import layer_operators as patterns
 from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.proposals import Draw, distinct
-from evomerge.space import decode
+from evomerge.space.decode import copies_layers
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal, promising
 from evomerge.study.interfaces import AlgorithmSettings
@@ -132,7 +132,7 @@ def _child(
         choice = space.choices[int(rng.integers(len(space.choices)))]
         choices[choice.name] = choice.options[int(rng.integers(len(choice.options)))]
     layers = first.layers
-    if space.pattern is not None and decode.copies(space, space.genome(unit, choices, layers)):
+    if space.pattern is not None and copies_layers(space, space.genome(unit, choices, layers)):
         layers = patterns.crossover(first.layers, second.layers, space.pattern, rng)
         move = list(patterns.MOVES.values())[int(rng.integers(len(patterns.MOVES)))]
         layers = move(layers, space.pattern, rng)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.algorithms.proposals import Draw, distinct
-from evomerge.space import decode
+from evomerge.space.decode import active_genes, copies_layers
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.optuna_trials import distributions_of, genome_of, layer_params
 from evomerge.system.quiet_optuna import quiet_optuna
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def all_params(space: SearchSpace, genome: Genome) -> dict[str, Any]:
     params: dict[str, Any] = dict(genome.scalars)
     if space.pattern is not None:
         missing = space.pattern.max_layers - len(genome.layers)
-        params |= space.layer_params((*genome.layers, *genome.layers[-1:] * missing))
+        params |= layer_params(space, (*genome.layers, *genome.layers[-1:] * missing))
         params["layers"] = len(genome.layers)
     return params
 
@@ -73,26 +74,26 @@ def ask_active(space: SearchSpace, study: Study) -> Genome:
     """The choices first, then the genes that are active under them."""
     trial = study.ask()
     _suggest(space, trial, [choice.name for choice in space.choices])
-    chosen = space.from_params(trial.params)
-    active = decode.active(space, chosen)
+    chosen = genome_of(space, trial.params)
+    active = active_genes(space, chosen)
     _suggest(space, trial, [gene.name for gene in space.reals if gene.name in active])
-    if space.pattern is not None and decode.copies(space, chosen):
+    if space.pattern is not None and copies_layers(space, chosen):
         _suggest(space, trial, ["layers"])
         parts = ("source", "layer") if space.pattern.scale is None else ("source", "layer", "scale")
         count = trial.params["layers"]
         _suggest(space, trial, [f"layers.{index:02d}.{part}" for index in range(count) for part in parts])
-    return space.from_params(trial.params)
+    return genome_of(space, trial.params)
 
 
 def ask_all(space: SearchSpace, study: Study) -> Genome:
     """Every gene."""
-    return space.from_params(study.ask(dict(space.distributions())).params)
+    return genome_of(space, study.ask(dict(distributions_of(space))).params)
 
 
 def _suggest(space: SearchSpace, trial: Trial, names: Sequence[str]) -> None:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    known = space.distributions()
+    known = distributions_of(space)
     for name in names:
         distribution = known[name]
         if isinstance(distribution, CategoricalDistribution):
@@ -159,5 +160,5 @@ def _study(space: SearchSpace, told: Sequence[tuple[Candidate, Values]], read: R
 def _trial(space: SearchSpace, params: dict[str, Any], values: Values) -> FrozenTrial:
     from optuna.trial import create_trial
 
-    known = space.distributions()
+    known = distributions_of(space)
     return create_trial(values=list(values), params=params, distributions={name: known[name] for name in params})

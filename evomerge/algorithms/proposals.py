@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from evomerge.algorithms.history_index import Reading
+from evomerge.space.decode import decode, recipe_hash, why_invalid
 from evomerge.space.genome import Genome
-from evomerge.space.space import SearchSpace, digest
+from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
 
 REDRAWS = 16
@@ -66,10 +67,10 @@ def _new(
         else:
             rng = generator(seed, number, attempt)
             genome, parents, operator = draw(rng) if attempt < REDRAWS else (space.sample(rng), (), "immigrant")
-        if space.problem(genome) is not None:
+        if why_invalid(space, genome) is not None:
             continue
-        recipe = space.recipe(genome)
-        phenotype = digest(recipe)
+        recipe = decode(space, genome)
+        phenotype = recipe_hash(recipe)
         if phenotype not in seen:
             return Proposal(number, generation, genome, recipe, phenotype, parents, operator)
     return None

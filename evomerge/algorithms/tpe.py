@@ -15,6 +15,7 @@ from evomerge.algorithms import optuna_samplers as samplers
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.study.optuna_trials import params_of
 
 #: `startup`: candidates, those of generation 0 among them, before the model is trusted.
 OPTIONS: dict[str, Any] = {"multivariate": True, "startup": 10}
@@ -52,6 +53,6 @@ def tpe(
         seed,
         name="tpe",
         sampler=sampler,
-        read=SearchSpace.params,
+        read=params_of,
         ask=samplers.ask_active,
     )

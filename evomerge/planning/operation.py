@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from evomerge.methods.contract import Settings
@@ -45,6 +45,8 @@ class Operation:
         seed: The recipe's seed; matters to stochastic methods only.
         scale: Factor of a copy.
         digest: Content hash: operations with the same digest write the same bytes.
+        slice_index: The part of the recipe that decides it.
+        t: Where in the slice it is, 0 for its first layer and 1 for its last.
     """
 
     output: str
@@ -57,6 +59,8 @@ class Operation:
     seed: int = 0
     scale: float = 1.0
     digest: str = ""
+    slice_index: int = field(default=0, compare=False)
+    t: float = field(default=0.0, compare=False)
 
 
 def inputs_of(operation: Operation) -> tuple[Input, ...]:

@@ -301,9 +301,17 @@ class _Planner:
         if resolved.method.copies_layers or info.dtype not in FLOATS:
             scale = self._copy_scale(inputs, resolved.settings, resolved.residual_scale, origin)
             return Operation(slot.output, info.shape, wanted, COPY, None, (origin,), Settings(), scale=scale)
-        method = resolved.method.name
         return Operation(
-            slot.output, info.shape, wanted, method, base, sources, resolved.settings, seed=self.recipe.seed
+            slot.output,
+            info.shape,
+            wanted,
+            resolved.method.name,
+            base,
+            sources,
+            resolved.settings,
+            seed=self.recipe.seed,
+            slice_index=slot.place.slice_index,
+            t=slot.place.t,
         )
 
     def _found(self, model: SliceInput, slot: _Slot, identify: bool) -> Input:

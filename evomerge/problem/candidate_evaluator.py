@@ -29,6 +29,7 @@ from evomerge.problem.model_runner import Measurer, joined, size, taken
 from evomerge.problem.planner import Planner
 from evomerge.problem.problem import STEER, Workbench
 from evomerge.space.baselines import baselines
+from evomerge.space.decode import decode, why_invalid
 from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal, ranked
 from evomerge.study.interfaces import Tracker
@@ -300,10 +301,10 @@ class Scorer:
         return known[0]
 
     def _find_slopes(self, genome: Genome) -> Mapping[str, float] | None:
-        if self._bench.space.problem(genome) is not None:
+        if why_invalid(self._bench.space, genome) is not None:
             return None
         try:  # scored already, but for a baseline that the space says in other words, or only nearly
-            plan = self._bench.plan(self._bench.space.recipe(genome))
+            plan = self._bench.plan(decode(self._bench.space, genome))
             scores = self._measure(plan, self._steering, planning=0.0).scores
         except CandidateError:
             return None

@@ -20,11 +20,11 @@ from evomerge.errors import CandidateError, RecipeError
 from evomerge.evaluation.splits import Selection
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.planning.operation import Operation
-from evomerge.planning.plan import Plan, make_plan
+from evomerge.planning.plan import Plan
 from evomerge.problem.problem import Workbench
-from evomerge.space import decode
-from evomerge.space.genes import Real
+from evomerge.space.decode import LiteralRecipe, active_genes, decode_literally
 from evomerge.space.genome import Genome
+from evomerge.space.space import SearchSpace
 
 log = logging.getLogger(__name__)
 
@@ -42,40 +42,19 @@ Effects = Mapping[str, Mapping[Entry, Mapping[str, float]]]
 """Output tensor -> number in its settings -> gene -> derivative of the number with respect to the gene."""
 
 
-def genes_of_settings(bench: Workbench, genome: Genome, plan: Plan) -> Effects:
-    """Which genes set which numbers in a plan, and how.
-
-    Found by moving genes and looking at the plan. One gene of every parameter and source moves at a time: what they
-    set are different numbers.
-    """
-    owners: dict[Entry, list[Real]] = {}
-    places = {source: k for k, source in enumerate(bench.space.sources)}
-    used = decode.active(bench.space, genome)
-    for gene in bench.space.reals:
-        if gene.name in used and gene.low < gene.high:
-            entry = (gene.parameter, None if gene.source is None else places[gene.source])
-            owners.setdefault(entry, []).append(gene)
-    effects: dict[str, dict[Entry, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    before = {op.output: entries(op.settings) for op in plan.operations}
-    for k in range(max(map(len, owners.values()), default=0)):
-        moved = {entry: genes[k] for entry, genes in owners.items() if k < len(genes)}
-        targets = Genome.of({**genome.values, **{g.name: _elsewhere(g, genome) for g in moved.values()}}, genome.layers)
-        recipe = bench.recipe(decode.recipe(bench.space, targets, literal=True))
-        for op in make_plan(recipe, bench.checkpoints, identify=False).operations:
-            after = entries(op.settings)
-            for entry, gene in moved.items():
-                change = after.get(entry, 0.0) - before[op.output].get(entry, 0.0)
-                if change:
-                    width = float(targets.values[gene.name]) - float(genome.values[gene.name])
-                    effects[op.output][entry][gene.name] = change / width
+def genes_of_settings(space: SearchSpace, genome: Genome, literal: LiteralRecipe, plan: Plan) -> Effects:
+    """Finds which genes set which numbers in the plan of a genome's literal recipe, and how."""
+    active = active_genes(space, genome)
+    free = {gene.name for gene in space.reals if gene.name in active and gene.low < gene.high}
+    effects: dict[str, dict[Entry, dict[str, float]]] = defaultdict(dict)
+    for op in plan.operations:
+        for entry in entries(op.settings):
+            tensor = op.output if entry[1] is None else op.sources[entry[1]].tensor
+            factors = literal.gene_gradient(op.slice_index, entry, tensor, op.t)
+            by_gene = {gene: factor for gene, factor in factors.items() if gene in free}
+            if by_gene:
+                effects[op.output][entry] = by_gene
     return effects
-
-
-def _elsewhere(gene: Real, genome: Genome) -> float:
-    """A value far from the genome's: half-way to the farther end of the range, so that sums of weights stay sums."""
-    value = float(genome.values[gene.name])
-    farther = gene.low if value - gene.low > gene.high - value else gene.high
-    return (value + farther) / 2
 
 
 def sample(selection: Selection, seed: str) -> dict[str, tuple[int, ...]]:
@@ -127,8 +106,9 @@ def fitness_slopes(
         }
         selection = {task: tuple(selection[task][place] for place in places[task]) for task in pulls}
     try:
-        plan = bench.plan(decode.recipe(bench.space, genome, literal=True))
-        effects = genes_of_settings(bench, genome, plan)
+        literal = decode_literally(bench.space, genome)
+        plan = bench.plan(literal.recipe)
+        effects = genes_of_settings(bench.space, genome, literal, plan)
         work = [(op, _bounds(bench, effects[op.output])) for op in plan.operations if op.output in effects]
         found = _of_settings(bench, plan, selection, pulls, work)
     except (CandidateError, RecipeError) as error:

@@ -12,8 +12,9 @@ from evomerge.methods.registry import get_method
 from evomerge.recipe import Recipe, load_recipe, parse_recipe
 from evomerge.run.folder import RunFolder
 from evomerge.space.baselines import Start, baselines
+from evomerge.space.decode import decode, recipe_hash, why_invalid
 from evomerge.space.genes import REST, layer_groups
-from evomerge.space.space import SearchSpace, digest
+from evomerge.space.space import SearchSpace
 from evomerge.space.transfer import Place, Shape, of_genome, of_recipe
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, ranked
@@ -110,7 +111,7 @@ def warm_starts(bench: Workbench) -> tuple[Start, ...]:
     Raises:
         SpecError: As `read_seeds`; and for a recipe that cannot be carried out, or a run that does not fit.
     """
-    starts = {digest(start.recipe): start for start in baselines(bench.space)}
+    starts = {recipe_hash(start.recipe): start for start in baselines(bench.space)}
     problems: list[str] = []
     for seed in read_seeds(bench.spec):
         try:
@@ -119,7 +120,7 @@ def warm_starts(bench: Workbench) -> tuple[Start, ...]:
             problems += [f"{WHERE}: {seed.path}: {problem}" for problem in error.problems]
             continue
         for start in found:
-            starts.setdefault(digest(start.recipe), start)
+            starts.setdefault(recipe_hash(start.recipe), start)
     if problems:
         raise SpecError(problems)
     return tuple(starts.values())
@@ -155,8 +156,8 @@ def _of_run(bench: Workbench, seed: Seed, known: Container[str]) -> list[Start]:
     for candidate in seed.candidates:
         start = _of_candidate(bench, seed.spec, shape, names, candidate, f"seed: {seed.path.name} #{candidate.number}")
         said = said or start is not None
-        if start is not None and digest(start.recipe) not in known:
-            starts.setdefault(digest(start.recipe), start)
+        if start is not None and recipe_hash(start.recipe) not in known:
+            starts.setdefault(recipe_hash(start.recipe), start)
         if len(starts) >= AS_MANY:
             break
     if not said:
@@ -175,9 +176,9 @@ def _of_candidate(
             bench.plan(exact)  # whether it can be carried out
             return Start(name, exact, of_recipe(space, parse_recipe(exact, where=name), _places(bench)))
     genome = of_genome(space, candidate.genome, shape, names)
-    if genome is None or space.problem(genome) is not None:
+    if genome is None or why_invalid(space, genome) is not None:
         return None
-    return Start(name, space.recipe(genome), genome)
+    return Start(name, decode(space, genome), genome)
 
 
 def _shape(spec: SearchSpec, space: SearchSpace) -> Shape:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.methods.contract import Method
-from evomerge.space.decode import fixed_parameters
+from evomerge.space.decode import decode, recipe_hash
 from evomerge.space.genes import paper_value, searched
 from evomerge.space.genome import Genome, LayerGene, Scalar
-from evomerge.space.space import SearchSpace, digest
+from evomerge.space.space import SearchSpace
 
 PARENT = "parent:"
 """How the names of the baselines begin that are a model itself."""
@@ -51,7 +51,7 @@ def baselines(space: SearchSpace) -> tuple[Start, ...]:
         starts += _halves(space)
     unique: dict[str, Start] = {}
     for start in starts:
-        unique.setdefault(digest(start.recipe), start)
+        unique.setdefault(recipe_hash(start.recipe), start)
     return tuple(unique.values())
 
 
@@ -95,7 +95,7 @@ def _defaults(space: SearchSpace, method: Method) -> Start:
     name = f"{method.name} (defaults)"
     if method.copies_layers:
         genome = _nearest(space, (method.name,), {}, None, _alternating(space))
-        return Start(name, space.recipe(genome), genome)
+        return Start(name, decode(space, genome), genome)
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
     for parameter in searched(method, space.extra, len(space.sources)):
@@ -104,7 +104,7 @@ def _defaults(space: SearchSpace, method: Method) -> Start:
             value = sum(parameter.gene) / 2
         if value is not None:
             (own if parameter.per_source else shared)[parameter.name] = value
-    for key, value in fixed_parameters(space, method).items():
+    for key, value in space.fixed_parameters(method).items():
         declared = method.parameter(key)
         (own if declared is not None and declared.per_source else shared)[key] = value
     recipe = _recipe(space, method, {reference: dict(own) for reference in space.sources.values()}, shared)
@@ -157,7 +157,7 @@ def _halves(space: SearchSpace) -> list[Start]:
         other = names[(index + 1) % len(names)]
         layers = (*space.own_layers(name)[:middle], *space.own_layers(other)[middle:])
         genome = _nearest(space, (), {}, None, layers)
-        starts.append(Start(f"halves:{name}+{other}", space.recipe(genome), genome))
+        starts.append(Start(f"halves:{name}+{other}", decode(space, genome), genome))
     return starts
 
 

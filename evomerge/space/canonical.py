@@ -1,87 +1,107 @@
 """The canonical values of a genome's genes: those that change nothing are set to what does not depend on them.
 
-A `Column` is what a genome says about the tensors of one place: for each parameter and its owner the values at one or
-more points of depth. Between points values are interpolated, so a point counts where it or a neighbour does.
+A `Block` holds the genes that decide the tensors of one region together: for each parameter and its owner one value at
+each of a few points of depth. Between points values are interpolated, so a point counts where it or a neighbour does.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from evomerge.methods.contract import Method, Parameter
-from evomerge.space.genes import paper_value
+from evomerge.space.genes import OUTER, gene_name, paper_value
 from evomerge.space.genome import DECIMALS, Genome
-
-if TYPE_CHECKING:
-    from evomerge.space.space import SearchSpace
+from evomerge.space.space import SearchSpace
 
 #: (parameter, its source or None for all sources).
 Key = tuple[str, str | None]
 Values = tuple[float, ...]
-Column = dict[Key, Values]
 
 
-def keys(space: SearchSpace, method: Method) -> Iterator[tuple[Parameter, str | None]]:
+@dataclass(frozen=True)
+class Block:
+    """The genes that decide some tensors together.
+
+    Attributes:
+        method: What merges there.
+        points: The layer group, the control points in order of depth, or ``outer``.
+        tensors: The tensor group; None where there is one for all.
+    """
+
+    method: Method
+    points: tuple[str, ...]
+    tensors: str | None = None
+
+    def gene_names(self, parameter: str, source: str | None) -> tuple[str, ...]:
+        """Names the genes of a parameter at each point."""
+        return tuple(gene_name(parameter, source, point, self.tensors) for point in self.points)
+
+
+def layer_blocks(space: SearchSpace, genome: Genome) -> list[list[Block]]:
+    """Lists the blocks of each run of layers that is decided on its own, by tensor group, what is left over last."""
+    methods = methods_of(space, genome)
+    points = tuple(f"g{index}" for index in range(len(methods)))
+    runs = [(methods[0], points)] if space.smooth else [(m, (p,)) for m, p in zip(methods, points, strict=True)]
+    tensor_groups = space.tensor_groups or (None,)
+    return [[Block(method, points, tensors) for tensors in tensor_groups] for method, points in runs]
+
+
+def all_blocks(space: SearchSpace, genome: Genome) -> list[Block]:
+    """Lists all blocks; the tensors outside the layers are merged as the first layers and the last are."""
+    blocks = [block for run in layer_blocks(space, genome) for block in run]
+    if space.outer:
+        methods = methods_of(space, genome)
+        blocks += [Block(methods[0], (OUTER,)), Block(methods[-1], (OUTER,))]
+    return blocks
+
+
+def methods_of(space: SearchSpace, genome: Genome) -> list[Method]:
+    """The method of each layer group."""
+    return [space.method(genome, index) for index in range(len(space.groups))]
+
+
+def searched_keys(space: SearchSpace, method: Method) -> Iterator[tuple[Parameter, str | None]]:
     """The searched parameters of a method, each with every owner: a source, or None for all of them."""
     for parameter in space.searched[method.name]:
         for source in space.sources if parameter.per_source else (None,):
             yield parameter, source
 
 
-def gene_name(parameter: str, source: str | None, point: str, tensors: str | None) -> str:
-    """The name of a gene, as `evomerge.space.genes` says."""
-    return ".".join(part for part in (parameter, source, point, tensors) if part is not None)
+def literal_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key, Values]:
+    """The values of a block as the genome has them, whole numbers where the parameter is one."""
+    values: dict[Key, Values] = {}
+    for parameter, source in searched_keys(space, block.method):
+        own = (float(genome.values[name]) for name in block.gene_names(parameter.name, source))
+        values[parameter.name, source] = tuple(float(round(v)) if parameter.kind == "int" else v for v in own)
+    return values
 
 
-def column(
-    space: SearchSpace, method: Method, genome: Genome, points: Sequence[str], tensors: str | None = None
-) -> Column:
-    """The canonical values of one place.
-
-    Args:
-        space: The space.
-        method: What merges there.
-        genome: The genome.
-        points: The layer group, or the control points in order of depth.
-        tensors: The tensor group, None where there is one for all.
-    """
-    raw = spelled(space, method, genome, points, tensors)
-    counting = counts(space, method, raw)
-    found: Column = {}
-    for parameter, source in keys(space, method):
+def canonical_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key, Values]:
+    """The values of a block, the same for genomes that mean the same."""
+    literal = literal_values(space, block, genome)
+    counting = _counting(space, block.method, literal)
+    values: dict[Key, Values] = {}
+    for parameter, source in searched_keys(space, block.method):
         key = (parameter.name, source)
-        found[key] = _filled(raw[key], counting[key], _otherwise(parameter))
-    for parameter in space.searched[method.name]:
-        if only_ratios(space, method, parameter):
+        values[key] = _filled(literal[key], counting[key], _neutral(parameter))
+    for parameter in space.searched[block.method.name]:
+        if only_ratios(space, block.method, parameter):
             own = [(parameter.name, source) for source in space.sources]
-            found.update(zip(own, shares([raw[key] for key in own]), strict=True))
-    return found
+            values.update(zip(own, shares([literal[key] for key in own]), strict=True))
+    return values
 
 
-def idle(
-    space: SearchSpace, method: Method, genome: Genome, points: Sequence[str], tensors: str | None = None
-) -> set[str]:
-    """The names of the genes of one place that change nothing as the others are."""
-    counting = counts(space, method, spelled(space, method, genome, points, tensors))
+def idle_genes(space: SearchSpace, block: Block, genome: Genome) -> set[str]:
+    """The names of the genes of a block that change nothing as the others are."""
+    counting = _counting(space, block.method, literal_values(space, block, genome))
     return {
-        gene_name(name, source, point, tensors)
-        for (name, source), flags in counting.items()
-        for point, counted in zip(points, flags, strict=True)
-        if not counted
+        name
+        for (parameter, source), flags in counting.items()
+        for name, counts in zip(block.gene_names(parameter, source), flags, strict=True)
+        if not counts
     }
-
-
-def spelled(
-    space: SearchSpace, method: Method, genome: Genome, points: Sequence[str], tensors: str | None = None
-) -> Column:
-    """The values of one place as the genome has them, whole numbers where the parameter is one."""
-    found: Column = {}
-    for parameter, source in keys(space, method):
-        values = (float(genome.values[gene_name(parameter.name, source, point, tensors)]) for point in points)
-        found[parameter.name, source] = tuple(float(round(v)) if parameter.kind == "int" else v for v in values)
-    return found
 
 
 def only_ratios(space: SearchSpace, method: Method, parameter: Parameter) -> bool:
@@ -92,51 +112,61 @@ def only_ratios(space: SearchSpace, method: Method, parameter: Parameter) -> boo
     return bool(switch is not None and space.constants[method.name].get(switch.name, switch.default))
 
 
-def counts(space: SearchSpace, method: Method, raw: Column) -> dict[Key, tuple[bool, ...]]:
-    """For each value of a column whether it can change the merge."""
+def absent_sources(space: SearchSpace, method: Method, blocks: Sequence[Mapping[Key, Values]]) -> set[str]:
+    """The sources that take no part in any of these blocks' values, short of what the method needs."""
     taking = next((p.name for p in space.searched[method.name] if p.takes_part), None)
-    found: dict[Key, tuple[bool, ...]] = {}
-    for parameter, source in keys(space, method):
-        values = raw[parameter.name, source]
+    if taking is None:
+        return set()
+    names = list(space.sources)
+    away = [name for name in names if all(value == 0.0 for values in blocks for value in values[taking, name])]
+    return set(away[max(method.min_sources - (len(names) - len(away)), 0) :])
+
+
+def _counting(space: SearchSpace, method: Method, literal: Mapping[Key, Values]) -> dict[Key, tuple[bool, ...]]:
+    """For each value of a block whether it can change the merge."""
+    taking = next((p.name for p in space.searched[method.name] if p.takes_part), None)
+    counting: dict[Key, tuple[bool, ...]] = {}
+    for parameter, source in searched_keys(space, method):
+        values = literal[parameter.name, source]
         flags = (True,) * len(values)
         if source is not None and taking not in (None, parameter.name):
-            flags = _near([value != 0.0 for value in raw[str(taking), source]])
-        found[parameter.name, source] = flags
-    for parameter, source in keys(space, method):
-        if parameter.idle_at is not None and (parameter.idle_at[0], source) in raw:
+            flags = _or_neighbour([value != 0.0 for value in literal[str(taking), source]])
+        counting[parameter.name, source] = flags
+    for parameter, source in searched_keys(space, method):
+        if parameter.idle_at is not None and (parameter.idle_at[0], source) in literal:
             # What counts is the other parameter as it is merged with: a point that does not count is not asked.
             other = (parameter.idle_at[0], source)
-            merged = _filled(raw[other], found[other], parameter.idle_at[1])
-            moving = _near([value != parameter.idle_at[1] for value in merged])
-            own = found[parameter.name, source]
-            found[parameter.name, source] = tuple(a and b for a, b in zip(own, moving, strict=True))
-    return found
+            merged = _filled(literal[other], counting[other], parameter.idle_at[1])
+            moving = _or_neighbour([value != parameter.idle_at[1] for value in merged])
+            own = counting[parameter.name, source]
+            counting[parameter.name, source] = tuple(a and b for a, b in zip(own, moving, strict=True))
+    return counting
 
 
-def _near(flags: Sequence[bool]) -> tuple[bool, ...]:
+def _or_neighbour(flags: Sequence[bool]) -> tuple[bool, ...]:
     """Whether a point or one beside it is flagged: as far as interpolation carries a point's value."""
     return tuple(any(flags[max(k - 1, 0) : k + 2]) for k in range(len(flags)))
 
 
-def _filled(values: Values, counted: Sequence[bool], otherwise: float) -> Values:
+def _filled(values: Values, counting: Sequence[bool], neutral: float) -> Values:
     """Values with those that do not count replaced by the nearest that does, the earlier one first."""
-    known = [k for k, flag in enumerate(counted) if flag]
-    if not known:
-        return (otherwise,) * len(values)
-    return tuple(values[min(known, key=lambda k: (abs(k - place), k))] for place in range(len(values)))
+    nearest = [k for k, counts in enumerate(counting) if counts]
+    if not nearest:
+        return (neutral,) * len(values)
+    return tuple(values[min(nearest, key=lambda k: (abs(k - point), k))] for point in range(len(values)))
 
 
-def _otherwise(parameter: Parameter) -> float:
+def _neutral(parameter: Parameter) -> float:
     value = paper_value(parameter)
     return float(value) if isinstance(value, int | float) else 0.0
 
 
 def shares(weights: Sequence[Values]) -> list[Values]:
-    """Weights of which only the ratios count, scaled so that their magnitudes sum to 1 on average over the points.
+    """Scales weights of which only the ratios count, so that their magnitudes sum to 1 on average over the points.
 
-    Genes are whole multiples of 10^-4, so equal ratios are found exactly, and give exactly the same floats. Between
-    two points at the same ratios nothing changes along the depth, whatever their scale; so each run of points that
-    is bounded by such has a scale of its own.
+    Genes are whole multiples of 10^-4, so equal ratios are recognised exactly, and give exactly the same floats.
+    Between two points at the same ratios nothing changes along the depth, whatever their scale; so each run of points
+    that is bounded by such has a scale of its own.
 
     Args:
         weights: For each source its weight at every point.
@@ -158,13 +188,3 @@ def _proportional(left: Sequence[int], right: Sequence[int]) -> bool:
         return False
     k = next(k for k, value in enumerate(left) if value)
     return all(left[k] * b == right[k] * a for a, b in zip(left, right, strict=True))
-
-
-def absent(space: SearchSpace, method: Method, columns: Sequence[Mapping[Key, Values]]) -> set[str]:
-    """The sources that take no part in any of these columns, short of what the method needs."""
-    taking = next((p.name for p in space.searched[method.name] if p.takes_part), None)
-    if taking is None:
-        return set()
-    names = list(space.sources)
-    away = [name for name in names if all(value == 0.0 for c in columns for value in c[taking, name])]
-    return set(away[max(method.min_sources - (len(names) - len(away)), 0) :])

@@ -1,193 +1,252 @@
-"""What a genome means: its active genes, and its recipe in mergekit's form."""
+"""Decoding: from a genome to its recipe in mergekit's form, and which genes set which number in it.
+
+The way is genome -> blocks of genes (`evomerge.space.canonical`) -> slices -> recipe.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from evomerge.methods.contract import Method, Parameter
-from evomerge.space.canonical import Column, Values, absent, column, gene_name, idle, keys, only_ratios, spelled
-from evomerge.space.genes import OUTER, searched
+import numpy as np
+
+from evomerge.methods.contract import Method
+from evomerge.recipe.settings import Conditional, Scalar, Setting, conditionals, evaluate, plain
+from evomerge.space.canonical import (
+    Block,
+    Key,
+    Values,
+    absent_sources,
+    all_blocks,
+    canonical_values,
+    idle_genes,
+    layer_blocks,
+    literal_values,
+    methods_of,
+    only_ratios,
+    searched_keys,
+)
+from evomerge.space.genes import OUTER
 from evomerge.space.genome import Genome, LayerGene
-
-if TYPE_CHECKING:
-    from evomerge.space.space import SearchSpace
+from evomerge.space.space import SearchSpace
+from evomerge.system.arrays import Mask
+from evomerge.system.hashing import digest
 
 #: Less than this under a normaliser makes weights explode: such genomes are not tried.
 SMALLEST_WEIGHT_SUM = 1e-2
 
-Value = Any  # a scalar, a gradient, or mergekit's list of {filter, value}
+#: A recipe as in YAML.
+RecipeMapping = dict[str, Any]
 
 
-def copies(space: SearchSpace, genome: Genome) -> bool:
-    """Whether any part of the genome's recipe is a copy of layers."""
-    return any(space.method(genome, index).copies_layers for index in range(len(space.groups)))
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """Identifies a recipe: 128 bits of a hash of its canonical JSON, in hexadecimal."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+    return digest(text)
 
 
-def active(space: SearchSpace, genome: Genome) -> frozenset[str]:
-    """The names of the scalar genes that the recipe depends on, as the others are."""
-    names = {choice.name for choice in space.choices}
-    methods = [space.method(genome, index) for index in range(len(space.groups))]
-    places = [(method, points, tensors) for method, points in _inner(space, methods) for tensors in _tensors(space)]
-    if space.outer:
-        places += [(method, (OUTER,), None) for method in dict.fromkeys((methods[0], methods[-1]))]
-    for method, points, tensors in places:
-        own = {gene_name(p.name, source, point, tensors) for p, source in keys(space, method) for point in points}
-        names |= own - idle(space, method, genome, points, tensors)
-    return frozenset(names)
+def genome_hash(space: SearchSpace, genome: Genome) -> str:
+    """Hashes a genome's recipe: two genomes with the same hash are one candidate."""
+    return recipe_hash(decode(space, genome))
 
 
-def _inner(space: SearchSpace, methods: Sequence[Method]) -> list[tuple[Method, tuple[str, ...]]]:
-    """The runs of layers that are decided on their own: their method, and the points of depth with their values."""
-    points = tuple(f"g{index}" for index in range(len(methods)))
-    return [(methods[0], points)] if space.smooth else [(m, (p,)) for m, p in zip(methods, points, strict=True)]
+def decode(space: SearchSpace, genome: Genome) -> RecipeMapping:
+    """Makes the recipe of a genome: the same one for genomes that differ only in genes that change nothing."""
+    return _recipe(space, methods_of(space, genome), _slices(space, genome))
 
 
-def _tensors(space: SearchSpace) -> tuple[str | None, ...]:
-    return space.tensor_groups or (None,)
-
-
-def problem(space: SearchSpace, genome: Genome) -> str | None:
-    """Weights that sum to (nearly) zero somewhere, where the method divides by the sum; None when all is well."""
-    methods = [space.method(genome, index) for index in range(len(space.groups))]
-    places = [(method, points, tensors) for method, points in _inner(space, methods) for tensors in _tensors(space)]
-    if space.outer:
-        places += [(methods[0], (OUTER,), None), (methods[-1], (OUTER,), None)]
-    for method, points, tensors in places:
-        for parameter in space.searched[method.name]:
-            if not only_ratios(space, method, parameter):
-                continue
-            sums = [
-                sum(float(genome.values[gene_name(parameter.name, s, point, tensors)]) for s in space.sources)
-                for point in points
-            ]
-            for point, total in zip(points, sums, strict=True):
-                # Between two points whose sums have different signs one is zero.
-                if abs(total) < SMALLEST_WEIGHT_SUM or total * sums[0] < 0:
-                    return f"the weights of {point}{'.' + tensors if tensors else ''} sum to {total:g}"
-    return None
-
-
-def recipe(space: SearchSpace, genome: Genome, *, literal: bool = False) -> dict[str, Any]:
-    """The recipe of a genome: the same one for genomes that differ only in genes that change nothing.
-
-    Args:
-        space: The space.
-        genome: Its genome.
-        literal: Every gene's own value instead, and every source, for who wants to see what a gene does.
-    """
-    methods = [space.method(genome, index) for index in range(len(space.groups))]
-    names = list(dict.fromkeys(method.name for method in methods))
-    if len(names) == 1 and methods[0].copies_layers:
-        slices = copied_slices(space, genome.layers)
-    else:
-        slices = _slices(space, genome, methods, mixed=len(names) > 1, literal=literal)
-    return assemble(space, methods, slices)
-
-
-def assemble(space: SearchSpace, methods: Sequence[Method], slices: list[dict[str, Any]]) -> dict[str, Any]:
-    """The recipe around its slices: the method (per slice where they differ), base, constants, dtype, seed."""
-    data: dict[str, Any] = {"merge_method": methods[0].name}
-    if space.base is not None and any(space.needs_base(method) for method in methods):
-        data["base_model"] = space.base
-    data["slices"] = slices
-    constants = space.constants[methods[0].name] if len({method.name for method in methods}) == 1 else {}
-    if constants:
-        data["parameters"] = dict(constants)
-    if space.dtype is not None:
-        data["dtype"] = space.dtype
-    if any(method.stochastic for method in methods):
-        data["seed"] = space.seed
-    return data
-
-
-def fixed_parameters(space: SearchSpace, method: Method) -> dict[str, Any]:
-    """Parameters without genes whose value in a search is the paper's and not the recipe default.
-
-    Among them is SLERP's ``on: deltas``: fine-tunes of one base are nearly parallel, so on weights it is linear.
-    Without a base it stays on weights.
-    """
-    found = searched(method, space.extra, len(space.sources))
-    genes = [parameter.name for parameter in found]
-    replaced = [parameter.instead_of for parameter in found]
-    fixed = {
-        parameter.name: parameter.paper
-        for parameter in method.parameters
-        if parameter.name not in genes
-        and parameter.paper is not None
-        and parameter.paper != parameter.default
-        and parameter.instead_of is None
-        and parameter.name not in replaced
-    }
-    return {} if space.base is None and method.base_needed(fixed) and not method.base_needed({}) else fixed
+#: A number in the settings of a tensor: the parameter, and the position of the source that it is for (None for all).
+Entry = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
-class Part:
+class LiteralRecipe:
+    """The recipe that a genome spells out: every gene's own value, and every source.
+
+    Attributes:
+        recipe: It, as in YAML.
+        genes: Slice by slice the numbers that genes set: as in the recipe, but with a gene's name for its value.
+    """
+
+    recipe: RecipeMapping
+    genes: tuple[Mapping[Entry, Setting], ...]
+
+    def gene_gradient(self, slice_index: int, entry: Entry, tensor: str, t: float) -> dict[str, float]:
+        """Differentiates a number that the recipe gives for one tensor with respect to the genes.
+
+        Args:
+            slice_index: Index of the tensor's slice.
+            entry: The number.
+            tensor: The name that filters are matched against.
+            t: Position within the slice.
+
+        Returns:
+            Gene to derivative, without zeros; empty where no gene sets the number.
+        """
+        setting = self.genes[slice_index].get(entry)
+        if setting is None:
+            return {}
+        conditions = conditionals(setting) or (Conditional(cast("Scalar | tuple[Scalar, ...]", setting)),)
+        value = next(condition.value for condition in conditions if condition.matches(tensor))
+        points = value if isinstance(value, tuple) else (value,)
+        # Interpolation is linear: the derivative with respect to a point is the value where that point alone is 1.
+        factors = {str(gene): evaluate(tuple(float(gene == other) for other in points), tensor, t) for gene in points}
+        return {gene: float(factor) for gene, factor in factors.items() if factor}
+
+
+def decode_literally(space: SearchSpace, genome: Genome) -> LiteralRecipe:
+    """Makes the recipe that a genome's values spell out, for gradients with respect to genes."""
+    slices = _slices(space, genome, literal=True)
+    recipe = _recipe(space, methods_of(space, genome), slices)
+    return LiteralRecipe(recipe, tuple(piece.genes for piece in slices))
+
+
+def copies_layers(space: SearchSpace, genome: Genome) -> bool:
+    """Whether any part of the genome's recipe is a copy of layers."""
+    return any(method.copies_layers for method in methods_of(space, genome))
+
+
+def active_genes(space: SearchSpace, genome: Genome) -> frozenset[str]:
+    """Names the scalar genes that the recipe depends on, as the others are."""
+    names = {choice.name for choice in space.choices}
+    for block in all_blocks(space, genome):
+        own = {name for p, source in searched_keys(space, block.method) for name in block.gene_names(p.name, source)}
+        names |= own - idle_genes(space, block, genome)
+    return frozenset(names)
+
+
+def active_reals(space: SearchSpace, genome: Genome) -> Mask:
+    """Which real genes the genome's recipe depends on, shape [reals]."""
+    names = active_genes(space, genome)
+    return np.array([gene.name in names for gene in space.reals], dtype=np.bool_)
+
+
+def why_invalid(space: SearchSpace, genome: Genome) -> str | None:
+    """Explains why no recipe can be made of a genome; None when one can.
+
+    Where a method divides by the sum of the weights, they must not sum to (nearly) zero.
+    """
+    for block in all_blocks(space, genome):
+        for parameter in space.searched[block.method.name]:
+            if not only_ratios(space, block.method, parameter):
+                continue
+            names = zip(*(block.gene_names(parameter.name, source) for source in space.sources), strict=True)
+            sums = [sum(float(genome.values[name]) for name in of_sources) for of_sources in names]
+            for point, total in zip(block.points, sums, strict=True):
+                # Between two points whose sums have different signs one is zero.
+                if abs(total) < SMALLEST_WEIGHT_SUM or total * sums[0] < 0:
+                    return f"the weights of {point}{'.' + block.tensors if block.tensors else ''} sum to {total:g}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A slice as in YAML, and which gene sets which number in it, where that is asked for."""
+
+    mapping: dict[str, Any]
+    genes: Mapping[Entry, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Part:
     """What a slice says about some of its tensors: substrings that pick them (none: all that are left), and values."""
 
     filters: tuple[str, ...]
-    values: Column
+    block: Block
+    values: Mapping[Key, Values]
 
 
-def _slices(
-    space: SearchSpace, genome: Genome, methods: Sequence[Method], *, mixed: bool, literal: bool
-) -> list[dict[str, Any]]:
-    """One slice per run of layer groups with the same method and values; one for all under control points."""
-    seen = spelled if literal else column
-    bodies = [_body(space, genome, method, points, seen) for method, points in _inner(space, methods)]
-    runs: list[tuple[int, int]] = []  # first and last layer group
-    for index, body in enumerate(bodies):
-        last = runs[-1][1] if runs else index
-        if runs and methods[index] is methods[last] and not methods[index].copies_layers and body == bodies[last]:
-            runs[-1] = (runs[-1][0], index)
-        else:
-            runs.append((index, index))
-    slices: list[dict[str, Any]] = []
-    for first, last in runs:
+def _recipe(space: SearchSpace, methods: Sequence[Method], slices: Sequence[_Slice]) -> RecipeMapping:
+    """The recipe around its slices: the method (per slice where they differ), base, constants, dtype, seed."""
+    recipe: RecipeMapping = {"merge_method": methods[0].name}
+    if space.base is not None and any(space.needs_base(method) for method in methods):
+        recipe["base_model"] = space.base
+    recipe["slices"] = [piece.mapping for piece in slices]
+    constants = space.constants[methods[0].name] if _same(methods) else {}
+    if constants:
+        recipe["parameters"] = dict(constants)
+    if space.dtype is not None:
+        recipe["dtype"] = space.dtype
+    if any(method.stochastic for method in methods):
+        recipe["seed"] = space.seed
+    return recipe
+
+
+def _same(methods: Sequence[Method]) -> bool:
+    return len({method.name for method in methods}) == 1
+
+
+def _slices(space: SearchSpace, genome: Genome, *, literal: bool = False) -> list[_Slice]:
+    """One slice per run of layer groups with the same method and values; one for all under control points.
+
+    Literally, one for each layer group: values that are equal come from different genes.
+    """
+    methods = methods_of(space, genome)
+    if _same(methods) and methods[0].copies_layers:
+        return _copied_slices(space, genome.layers)
+    regions = [[_part(space, genome, block, literal) for block in blocks] for blocks in layer_blocks(space, genome)]
+    slices: list[_Slice] = []
+    for first, last in [(k, k) for k in range(len(regions))] if literal else _equal_runs(methods, regions):
         method = methods[first]
         start, stop = (0, space.layer_count) if space.smooth else (space.groups[first][0], space.groups[last][1])
         if method.copies_layers:
-            made = copied_slices(space, _layers_within(space, genome, start, stop))
+            made = _copied_slices(space, _layers_within(space, genome, start, stop))
         else:
-            parts = bodies[first]
+            parts = regions[first]
             if space.outer and (start == 0 or stop == space.layer_count):
-                parts = [Part(space.outer, seen(space, method, genome, (OUTER,), None)), *parts]
-            made = [_merged_slice(space, method, parts, (start, stop), constants=mixed, literal=literal)]
-        slices += [{"merge_method": method.name, **piece} if mixed else piece for piece in made]
+                parts = [_part(space, genome, Block(method, (OUTER,)), literal), *parts]
+            made = [_merged_slice(space, method, parts, (start, stop), literal, constants=not _same(methods))]
+        if not _same(methods):
+            made = [_Slice({"merge_method": method.name, **piece.mapping}, piece.genes) for piece in made]
+        slices += made
     return slices
 
 
-def _body(
-    space: SearchSpace, genome: Genome, method: Method, points: Sequence[str], seen: Callable[..., Column]
-) -> list[Part]:
-    """What a genome says about the tensors of a run of layers, what is left over last."""
-    return [
-        Part(space.filters.get(str(tensors), ()), seen(space, method, genome, points, tensors))
-        for tensors in _tensors(space)
-    ]
+def _equal_runs(methods: Sequence[Method], regions: Sequence[list[_Part]]) -> list[tuple[int, int]]:
+    """First and last layer group of each run that is merged alike."""
+    said = [[(part.filters, part.values) for part in parts] for parts in regions]
+    runs: list[tuple[int, int]] = []
+    for k, (method, own) in enumerate(zip(methods, said, strict=False)):
+        last = runs[-1][1] if runs else k
+        if runs and method is methods[last] and not method.copies_layers and own == said[last]:
+            runs[-1] = (runs[-1][0], k)
+        else:
+            runs.append((k, k))
+    return runs
+
+
+def _part(space: SearchSpace, genome: Genome, block: Block, literal: bool) -> _Part:
+    values = (literal_values if literal else canonical_values)(space, block, genome)
+    filters = space.outer if block.points == (OUTER,) else space.filters.get(str(block.tensors), ())
+    return _Part(filters, block, values)
 
 
 def _merged_slice(
     space: SearchSpace,
     method: Method,
-    parts: Sequence[Part],
+    parts: Sequence[_Part],
     layers: tuple[int, int],
+    literal: bool,
     *,
     constants: bool,
-    literal: bool,
-) -> dict[str, Any]:
+) -> _Slice:
     sources: list[dict[str, Any]] = []
     if space.needs_base(method):
         sources.append({"model": space.base, "layer_range": list(layers)})
     shared: dict[str, Any] = dict(space.constants[method.name]) if constants else {}
-    own: dict[str, dict[str, Any]] = {source: {} for source in space.sources}
-    for parameter, owner in keys(space, method):
-        place = shared if owner is None else own[owner]
-        settings = [(part.filters, _setting(parameter, part.values[parameter.name, owner])) for part in parts]
-        place[parameter.name] = _conditional(settings)
-    left_out = set() if literal else absent(space, method, [part.values for part in parts])
+    own: dict[str | None, dict[str, Any]] = {source: {} for source in space.sources} | {None: shared}
+    genes: dict[Entry, Setting] = {}
+    position = {source: k for k, source in enumerate(space.sources)}
+    for parameter, source in searched_keys(space, method):
+        key, whole = (parameter.name, source), parameter.kind == "int"
+        values = [(part.filters, [int(v) if whole else v for v in part.values[key]]) for part in parts]
+        own[source][parameter.name] = plain(_setting(values))
+        if literal:
+            names = [(part.filters, part.block.gene_names(*key)) for part in parts]
+            genes[parameter.name, None if source is None else position[source]] = _setting(names)
+    left_out = set() if literal else absent_sources(space, method, [part.values for part in parts])
     for source, reference in space.sources.items():
         if source in left_out:
             continue
@@ -195,36 +254,34 @@ def _merged_slice(
         if own[source]:
             entry["parameters"] = own[source]
         sources.append(entry)
-    piece: dict[str, Any] = {"sources": sources}
+    mapping: dict[str, Any] = {"sources": sources}
     if shared:
-        piece["parameters"] = shared
-    return piece
+        mapping["parameters"] = shared
+    return _Slice(mapping, genes)
 
 
-def _setting(parameter: Parameter, values: Values) -> Value:
-    """A scalar, or a gradient where the values differ along the depth."""
-    written = [int(value) if parameter.kind == "int" else value for value in values]
-    return written[0] if all(value == written[0] for value in written) else written
+def _setting(parts: Sequence[tuple[tuple[str, ...], Sequence[Scalar]]]) -> Setting:
+    """The setting of one parameter: a value for all tensors, or mergekit's conditions (the first match wins).
 
-
-def _conditional(settings: Sequence[tuple[tuple[str, ...], Value]]) -> Value:
-    """One value, or mergekit's list of conditions (the first match wins) where tensors of the slice differ."""
-    conditions = [(name, value) for filters, value in settings[:-1] for name in filters]
-    rest = settings[-1][1]
-    while conditions and conditions[-1][1] == rest:
+    Values are gradients where they differ along the depth. The last part is of the tensors that no filter picks.
+    """
+    values = [points[0] if all(point == points[0] for point in points) else tuple(points) for _, points in parts]
+    *filtered, rest = values
+    conditions = [
+        Conditional(value, text) for (filters, _), value in zip(parts, filtered, strict=False) for text in filters
+    ]
+    while conditions and conditions[-1].value == rest:
         conditions.pop()
-    if not conditions:
-        return rest
-    return [{"filter": name, "value": value} for name, value in conditions] + [{"value": rest}]
+    return (*conditions, Conditional(rest)) if conditions else rest
 
 
 def _layers_within(space: SearchSpace, genome: Genome, start: int, stop: int) -> Sequence[LayerGene]:
     """The pattern's layers that fall into a layer group; the first model's own where the pattern has none there."""
-    found = [gene for gene in genome.layers if start <= gene.layer < stop]
-    return found or [LayerGene(genome.layers[0].source, layer) for layer in range(start, stop)]
+    layers = [gene for gene in genome.layers if start <= gene.layer < stop]
+    return layers or [LayerGene(genome.layers[0].source, layer) for layer in range(start, stop)]
 
 
-def copied_slices(space: SearchSpace, layers: Sequence[LayerGene]) -> list[dict[str, Any]]:
+def _copied_slices(space: SearchSpace, layers: Sequence[LayerGene]) -> list[_Slice]:
     """Passthrough slices: neighbours that follow one another in one model at one scale are one slice."""
     runs: list[list[LayerGene]] = []
     for gene in layers:
@@ -236,8 +293,8 @@ def copied_slices(space: SearchSpace, layers: Sequence[LayerGene]) -> list[dict[
     slices = []
     for run in runs:
         span = [run[0].layer, run[-1].layer + 1]
-        piece: dict[str, Any] = {"sources": [{"model": space.reference(run[0].source), "layer_range": span}]}
+        mapping: dict[str, Any] = {"sources": [{"model": space.reference(run[0].source), "layer_range": span}]}
         if run[0].scale != 1.0:
-            piece["residual_scale"] = run[0].scale
-        slices.append(piece)
+            mapping["residual_scale"] = run[0].scale
+        slices.append(_Slice(mapping))
     return slices

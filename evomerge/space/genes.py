@@ -74,6 +74,11 @@ class Pattern:
     scale: tuple[float, float] | None
 
 
+def gene_name(parameter: str, source: str | None, group: str, tensors: str | None) -> str:
+    """Names a gene: its parameter, source, group and tensor group, those that it has."""
+    return ".".join(part for part in (parameter, source, group, tensors) if part is not None)
+
+
 def enabled(methods: Sequence[Method], overrides: Mapping[str, Any]) -> frozenset[str]:
     """Parameters that are searched only because an override gives them a range: no method declares one for them."""
     declared = {p.name for method in methods for p in method.parameters if p.gene is not None}
@@ -113,6 +118,31 @@ def _few_enough(parameter: Parameter, source_count: int) -> bool:
 def paper_value(parameter: Parameter) -> Any:
     """The value of a parameter in a search that gives it no gene: the paper's, else the recipe default."""
     return parameter.default if parameter.paper is None else parameter.paper
+
+
+def fixed_parameters(method: Method, searched: Sequence[Parameter], has_base: bool) -> dict[str, Any]:
+    """Parameters without genes whose value in a search is the paper's and not the recipe default.
+
+    Among them is SLERP's ``on: deltas``: fine-tunes of one base are nearly parallel, so on weights it is linear.
+    Without a base it stays on weights.
+
+    Args:
+        method: The method.
+        searched: Its parameters that have genes.
+        has_base: Whether the space has a base model.
+    """
+    genes = [parameter.name for parameter in searched]
+    replaced = [parameter.instead_of for parameter in searched]
+    fixed = {
+        parameter.name: parameter.paper
+        for parameter in method.parameters
+        if parameter.name not in genes
+        and parameter.paper is not None
+        and parameter.paper != parameter.default
+        and parameter.instead_of is None
+        and parameter.name not in replaced
+    }
+    return {} if not has_base and method.base_needed(fixed) and not method.base_needed({}) else fixed
 
 
 @dataclass(frozen=True)
@@ -243,7 +273,7 @@ def _real(
     overrides: Mapping[str, Any],
     used: set[str],
 ) -> Real:
-    name = ".".join(part for part in (family.parameter, source, group, tensors) if part is not None)
+    name = gene_name(family.parameter, source, group, tensors)
     low, high = family.low, family.high
     matches = [key for key in _prefixes(name) if key in overrides]
     used.update(matches)

@@ -1,39 +1,27 @@
-"""The search space: which genes exist, their ranges, and what a genome means as a recipe."""
+"""The search space: which genes exist, their ranges, and genomes as arrays."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from evomerge.methods.contract import Method, Parameter
-from evomerge.space import decode, genes
+from evomerge.space import genes
 from evomerge.space.genes import Choice, Pattern, Real
 from evomerge.space.genome import Genome, LayerGene, Scalar
-from evomerge.system import hashing
-from evomerge.system.arrays import FloatArray, Mask
+from evomerge.system.arrays import FloatArray
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
-Recipe = dict[str, Any]
 MethodScope = Literal["run", "layer_group"]
 
 
-def digest(recipe: Mapping[str, Any]) -> str:
-    """The identity of a recipe: 128 bits of a hash of its canonical JSON, in hexadecimal."""
-    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
-    return hashing.digest(text)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """Genes and their meaning. Made by `build_space`.
+    """Genes and what they may be; equal to itself only. Made by `build_space`.
 
     Attributes:
         base: Reference of the base model, None without one.
@@ -99,8 +87,8 @@ class SearchSpace:
 
     @cached_property
     def constants(self) -> Mapping[str, Mapping[str, Any]]:
-        """`decode.fixed_parameters` by name of method."""
-        return {method.name: decode.fixed_parameters(self, method) for method in self.methods}
+        """`fixed_parameters` by name of method."""
+        return {method.name: self.fixed_parameters(method) for method in self.methods}
 
     @cached_property
     def _by_name(self) -> Mapping[str, Method]:
@@ -113,11 +101,6 @@ class SearchSpace:
         values = np.array([genome.values[gene.name] for gene in self.reals], dtype=np.float64)
         width = self.high - self.low
         return np.divide(values - self.low, width, out=np.zeros_like(values), where=width > 0)
-
-    def active_reals(self, genome: Genome) -> Mask:
-        """Which real genes the genome's recipe depends on, shape [reals]."""
-        names = decode.active(self, genome)
-        return np.array([gene.name in names for gene in self.reals], dtype=np.bool_)
 
     def genome(
         self, unit: FloatArray, choices: Mapping[str, str] | None = None, layers: Sequence[LayerGene] = ()
@@ -149,10 +132,6 @@ class SearchSpace:
         choices = {choice.name: choice.options[int(rng.integers(len(choice.options)))] for choice in self.choices}
         return self.genome(unit, choices, sample_layers(self.pattern, rng) if self.pattern else ())
 
-    def problem(self, genome: Genome) -> str | None:
-        """Why no recipe can be made of this genome (weights that sum to zero); None when one can."""
-        return decode.problem(self, genome)
-
     def contains(self, genome: Genome) -> bool:
         """Whether the genome has exactly this space's genes, each within its range."""
         names = {gene.name for gene in self.reals} | {choice.name for choice in self.choices}
@@ -173,7 +152,7 @@ class SearchSpace:
             for gene in layers
         )
 
-    # -- meaning ---------------------------------------------------------------------------------------------------
+    # -- models and methods ----------------------------------------------------------------------------------------
 
     def method(self, genome: Genome, group: int) -> Method:
         """The method that a genome gives to a layer group."""
@@ -182,26 +161,16 @@ class SearchSpace:
                 return self._by_name[str(genome.values[name])]
         return self.methods[0]
 
-    def recipe(self, genome: Genome) -> Recipe:
-        """The recipe of a genome, as a mapping in mergekit's form. Inactive genes leave no trace in it."""
-        return decode.recipe(self, genome)
-
-    def phenotype(self, genome: Genome) -> str:
-        """The identity of the genome's recipe: two genomes with the same one are one candidate."""
-        return digest(self.recipe(genome))
-
-    @cached_property
-    def notes(self) -> dict[type, Any]:
-        """What others work out about this space and keep for the next time, each under a type of its own."""
-        return {}
+    def fixed_parameters(self, method: Method) -> dict[str, Any]:
+        """Parameters without genes whose value in a search is the paper's and not the recipe default."""
+        parameters = genes.searched(method, self.extra, len(self.sources))
+        return genes.fixed_parameters(method, parameters, has_base=self.base is not None)
 
     def needs_base(self, method: Method) -> bool:
         """Whether the space's recipes of a method have the base; where they do, it is no source."""
         if method.copies_layers:
             return False
-        return (method.takes_base and self.base is not None) or method.base_needed(
-            decode.fixed_parameters(self, method)
-        )
+        return (method.takes_base and self.base is not None) or method.base_needed(self.fixed_parameters(method))
 
     def reference(self, model: str) -> str:
         """The reference of a model by its name in genes; ``base`` is the base unless a source is called so."""
@@ -210,59 +179,6 @@ class SearchSpace:
         if model != "base" or self.base is None:
             raise KeyError(model)
         return self.base
-
-    # -- Optuna ----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _distributions(self) -> Mapping[str, BaseDistribution]:
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        found: dict[str, BaseDistribution] = {c.name: CategoricalDistribution(c.options) for c in self.choices}
-        found.update({gene.name: FloatDistribution(gene.low, gene.high) for gene in self.reals})
-        if self.pattern is not None:
-            found["layers"] = IntDistribution(self.pattern.min_layers, self.pattern.max_layers)
-            for index in range(self.pattern.max_layers):
-                found[f"layers.{index:02d}.source"] = CategoricalDistribution(self.pattern.models)
-                found[f"layers.{index:02d}.layer"] = IntDistribution(0, self.pattern.layer_count - 1)
-                if self.pattern.scale is not None:
-                    low, high = self.pattern.scale
-                    found[f"layers.{index:02d}.scale"] = FloatDistribution(min(low, 1.0), max(high, 1.0))
-        return found
-
-    def distributions(self) -> Mapping[str, BaseDistribution]:
-        """Optuna's distribution of every gene; a layer pattern becomes its length and a few genes per layer."""
-        return self._distributions
-
-    def params(self, genome: Genome) -> dict[str, Any]:
-        """The active genes of a genome, as parameters of an Optuna trial."""
-        active = decode.active(self, genome)
-        found: dict[str, Any] = {name: value for name, value in genome.scalars if name in active}
-        if self.pattern is not None and decode.copies(self, genome):
-            found |= self.layer_params(genome.layers)
-        return found
-
-    def layer_params(self, layers: Sequence[LayerGene]) -> dict[str, Any]:
-        """A layer pattern as parameters of an Optuna trial: its length, and a few for each layer."""
-        found: dict[str, Any] = {"layers": len(layers)}
-        for index, gene in enumerate(layers):
-            found[f"layers.{index:02d}.source"] = gene.source
-            found[f"layers.{index:02d}.layer"] = gene.layer
-            if self.pattern is not None and self.pattern.scale is not None:
-                found[f"layers.{index:02d}.scale"] = gene.scale
-        return found
-
-    def from_params(self, params: Mapping[str, Any]) -> Genome:
-        """The genome that an Optuna sampler suggests; genes left out (inactive ones) keep their default."""
-        start = self.default()
-        values = {name: params.get(name, value) for name, value in start.scalars}
-        layers = start.layers
-        if "layers" in params:
-            stems = [f"layers.{index:02d}" for index in range(params["layers"])]
-            layers = tuple(
-                LayerGene(params[f"{stem}.source"], params[f"{stem}.layer"], params.get(f"{stem}.scale", 1.0))
-                for stem in stems
-            )
-        return Genome.of(values, layers)
 
 
 def sample_layers(pattern: Pattern, rng: np.random.Generator) -> tuple[LayerGene, ...]:

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from evomerge.space.baselines import Start
+from evomerge.space.decode import recipe_hash
 from evomerge.space.genome import Genome
-from evomerge.space.space import digest
 from evomerge.study import pareto
 
 SLOPES = "gradient"
@@ -50,7 +50,7 @@ class Proposal:
 def first_generation(starts: Sequence[Start], budget: int) -> list[Proposal]:
     """Proposes generation 0, as much of it as the budget allows."""
     return [
-        Proposal(number, 0, start.genome, start.recipe, digest(start.recipe), (), start.name)
+        Proposal(number, 0, start.genome, start.recipe, recipe_hash(start.recipe), (), start.name)
         for number, start in enumerate(starts[:budget])
     ]
 

@@ -11,11 +11,13 @@ import datetime
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import RunError
-from evomerge.space.genome import Genome
+from evomerge.space.decode import active_genes, copies_layers
+from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, State
 
@@ -131,6 +133,58 @@ def times(candidate: Candidate) -> tuple[datetime.datetime, datetime.datetime]:
     return now - datetime.timedelta(seconds=float(candidate.seconds.get("total", 0.0))), now
 
 
+@lru_cache(maxsize=4)
+def distributions_of(space: SearchSpace) -> Mapping[str, BaseDistribution]:
+    """Optuna's distribution of every gene; a layer pattern becomes its length and a few genes per layer."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    distributions: dict[str, BaseDistribution] = {c.name: CategoricalDistribution(c.options) for c in space.choices}
+    distributions.update({gene.name: FloatDistribution(gene.low, gene.high) for gene in space.reals})
+    if space.pattern is not None:
+        distributions["layers"] = IntDistribution(space.pattern.min_layers, space.pattern.max_layers)
+        for index in range(space.pattern.max_layers):
+            distributions[f"layers.{index:02d}.source"] = CategoricalDistribution(space.pattern.models)
+            distributions[f"layers.{index:02d}.layer"] = IntDistribution(0, space.pattern.layer_count - 1)
+            if space.pattern.scale is not None:
+                low, high = space.pattern.scale
+                distributions[f"layers.{index:02d}.scale"] = FloatDistribution(min(low, 1.0), max(high, 1.0))
+    return distributions
+
+
+def params_of(space: SearchSpace, genome: Genome) -> dict[str, Any]:
+    """The active genes of a genome, as parameters of an Optuna trial."""
+    active = active_genes(space, genome)
+    params: dict[str, Any] = {name: value for name, value in genome.scalars if name in active}
+    if space.pattern is not None and copies_layers(space, genome):
+        params |= layer_params(space, genome.layers)
+    return params
+
+
+def layer_params(space: SearchSpace, layers: Sequence[LayerGene]) -> dict[str, Any]:
+    """A layer pattern as parameters of an Optuna trial: its length, and a few for each layer."""
+    params: dict[str, Any] = {"layers": len(layers)}
+    for index, gene in enumerate(layers):
+        params[f"layers.{index:02d}.source"] = gene.source
+        params[f"layers.{index:02d}.layer"] = gene.layer
+        if space.pattern is not None and space.pattern.scale is not None:
+            params[f"layers.{index:02d}.scale"] = gene.scale
+    return params
+
+
+def genome_of(space: SearchSpace, params: Mapping[str, Any]) -> Genome:
+    """The genome that an Optuna sampler suggests; genes left out (inactive ones) keep their default."""
+    start = space.default()
+    values = {name: params.get(name, value) for name, value in start.scalars}
+    layers = start.layers
+    if "layers" in params:
+        stems = [f"layers.{index:02d}" for index in range(params["layers"])]
+        layers = tuple(
+            LayerGene(params[f"{stem}.source"], params[f"{stem}.layer"], params.get(f"{stem}.scale", 1.0))
+            for stem in stems
+        )
+    return Genome.of(values, layers)
+
+
 class Parameters:
     """A space's genes as Optuna's parameters, in the journal's form.
 
@@ -146,8 +200,8 @@ class Parameters:
         """The active genes of a candidate: values and distributions."""
         if self._space is None:
             return {}, {}
-        params = self._space.params(candidate.genome)
-        known = self._space.distributions()
+        params = params_of(self._space, candidate.genome)
+        known = distributions_of(self._space)
         return params, {name: known[name] for name in params}
 
     def journalled(self, candidate: Candidate) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from evomerge.algorithms.proposals import generator
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
 from evomerge.space.build import build_space
-from evomerge.space.decode import active, copies
+from evomerge.space.decode import active_genes, copies_layers
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal
@@ -89,7 +89,7 @@ class Bowl:
             off = values[places] - targets
             score -= 0.5 * max(abs(float(off @ importance)) - 0.05, 0.0) ** 2
             score -= 0.15 * float(np.maximum(np.abs(off) - 0.1, 0.0) ** 2 @ importance)
-        used = active(self.space, genome)
+        used = active_genes(self.space, genome)
         for gene, value in zip(self.space.reals, values, strict=True):
             if gene.parameter == "density" and gene.name in used:
                 score -= 0.002 * max(0.4 - value, 0.0)
@@ -161,7 +161,7 @@ class Repair:
 
     def __call__(self, proposal: Proposal) -> Outcome:
         """The score with noise that depends on the recipe."""
-        if not copies(self.space, proposal.genome):
+        if not copies_layers(self.space, proposal.genome):
             return Outcome(0.0)
         rng = generator(int(proposal.phenotype[:8], 16), self.seed)
         return Outcome(self.truth(proposal.genome) + float(rng.normal(0.0, self.noise)))

@@ -19,6 +19,7 @@ from evomerge.algorithms.registry import (
 )
 from evomerge.errors import SpecError
 from evomerge.space.baselines import baselines
+from evomerge.space.decode import decode, genome_hash, why_invalid
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.interfaces import AlgorithmSettings
@@ -80,8 +81,8 @@ def test_proposals_are_new_numbered_and_within_the_space(algorithm: str, space_n
     proposals = ask(algorithm, space, history)
     assert len(proposals) == (2 if algorithm in COSTLY else 6)
     assert [p.number for p in proposals] == list(range(len(history), len(history) + len(proposals)))
-    assert all(space.contains(p.genome) and space.problem(p.genome) is None for p in proposals)
-    assert all(p.recipe == space.recipe(p.genome) and p.phenotype == space.phenotype(p.genome) for p in proposals)
+    assert all(space.contains(p.genome) and why_invalid(space, p.genome) is None for p in proposals)
+    assert all(p.recipe == decode(space, p.genome) and p.phenotype == genome_hash(space, p.genome) for p in proposals)
     phenotypes = [p.phenotype for p in proposals]
     assert len(set(phenotypes)) == len(phenotypes)
     assert not set(phenotypes) & {c.phenotype for c in history}

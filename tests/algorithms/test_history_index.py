@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from evomerge.algorithms.history_index import Reading
 from evomerge.space.baselines import baselines
+from evomerge.space.decode import decode, genome_hash
 from evomerge.study.candidate import Candidate, promising, sloped
 from tests.algorithms.landscapes import make_space
 
@@ -30,7 +31,7 @@ def history_of(rows: Any) -> tuple[Candidate, ...]:
     for number, (value, step, several) in enumerate(rows):
         start = STARTS[number] if number < len(STARTS) else None
         genome = start.genome if start else SPACE.sample(rng)
-        recipe = start.recipe if start else SPACE.recipe(genome)
+        recipe = start.recipe if start else decode(SPACE, genome)
         operator, parents = ("x", ()) if step is None else ("gradient", (step,))
         objectives = (value, 1.0 - value) if several and value is not None else None
         made = Candidate(number, 0 if start else 1, genome, recipe, f"{number}", parents, operator, "done", value)
@@ -43,8 +44,8 @@ def afresh(history: tuple[Candidate, ...]) -> dict[str, Any]:
     first = [c for c in history if c.generation == 0]
     asked = [sloped(c) for c in history]
     return {
-        "tried": {c.phenotype for c in history} | {SPACE.phenotype(c.genome) for c in first},
-        "unlike": {c.number for c in first if SPACE.phenotype(c.genome) != c.phenotype},
+        "tried": {c.phenotype for c in history} | {genome_hash(SPACE, c.genome) for c in first},
+        "unlike": {c.number for c in first if genome_hash(SPACE, c.genome) != c.phenotype},
         "steps": {number: asked.count(number) for number in asked if number is not None},
         "promising": promising(history),
         "three": promising(history, 3),

@@ -20,6 +20,7 @@ from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import Stop, search
+from evomerge.study.optuna_trials import distributions_of, genome_of
 from tests.algorithms.landscapes import COSTLY, Bowl, Memory, best_truth, make_space, pattern_space, plain
 
 SMALL = make_space(methods=("task_arithmetic",), layer_groups=2)
@@ -134,8 +135,8 @@ def test_every_gene_of_a_pattern_becomes_parameters_and_back() -> None:
     for seed in range(20):
         genome = space.sample(np.random.default_rng(seed))
         params = all_params(space, genome)
-        assert set(params) == set(space.distributions())
-        assert space.from_params(params) == genome
+        assert set(params) == set(distributions_of(space))
+        assert genome_of(space, params) == genome
 
 
 def test_the_archive_keeps_the_best_of_each_cell() -> None:

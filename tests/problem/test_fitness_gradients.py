@@ -20,7 +20,7 @@ from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.fitness_gradients import COST, fitness_slopes, genes_of_settings
 from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
-from evomerge.space.decode import active
+from evomerge.space.decode import active_genes, decode, decode_literally, why_invalid
 from evomerge.space.genome import Genome
 from evomerge.spec.load import parse_spec
 from evomerge.system.memory import available
@@ -57,7 +57,7 @@ def point(bench: Workbench, seed: int = 0) -> Genome:
 
 
 def found(bench: Workbench, genome: Genome, fitness: Fitness) -> dict[str, float]:
-    plan = bench.plan(bench.space.recipe(genome))
+    plan = bench.plan(decode(bench.space, genome))
     selection = bench.selections[SEARCH]
     scores, _ = bench.measure(plan, selection)
     slopes = fitness_slopes(bench, fitness, selection, genome, scores)
@@ -70,9 +70,9 @@ def differences(bench: Workbench, genome: Genome, fitness: Fitness) -> dict[str,
 
     def at(name: str, value: float) -> float:
         moved = Genome.of({**genome.values, name: value}, genome.layers)
-        return fitness(bench.measure(bench.plan(bench.space.recipe(moved)), bench.selections[SEARCH])[0])
+        return fitness(bench.measure(bench.plan(decode(bench.space, moved)), bench.selections[SEARCH])[0])
 
-    used = active(bench.space, genome)
+    used = active_genes(bench.space, genome)
     slopes = {}
     for gene in bench.space.reals:
         if gene.name in used:
@@ -111,7 +111,7 @@ def test_relative_goals_weighted_items_and_tensor_groups(family: dict[str, Path]
     groups = {"space__tensor_groups": ["attention", "mlp"]}
     bench = bench_of(family, "task_arithmetic", evaluation__scale="relative", **groups)
     genome = point(bench)
-    scores, _ = bench.measure(bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH])
+    scores, _ = bench.measure(bench.plan(decode(bench.space, genome)), bench.selections[SEARCH])
     items = {task: {item: 1.0 + k for k, item in enumerate(part.items)} for task, part in scores.items()}
     relative = bench.steering.relative_to([scores])
     fitness = Fitness(relative.goals, items)
@@ -142,14 +142,15 @@ def test_genes_of_a_frozen_range_and_of_other_methods_have_none(family: dict[str
     assert genome.values["method"] == "task_arithmetic"
     ours = found(bench, genome, bench.steering)
     assert {name.split(".")[0] for name in ours} == {"weight"}
-    effects = genes_of_settings(bench, genome, bench.plan(bench.space.recipe(genome)))
+    spelled_out = decode_literally(bench.space, genome)
+    effects = genes_of_settings(bench.space, genome, spelled_out, bench.plan(spelled_out.recipe))
     assert {factor for e in effects.values() for genes in e.values() for factor in genes.values()} == {1.0}
 
 
 def test_the_model_and_the_next_scores_are_as_before(family: dict[str, Path]) -> None:
     bench = bench_of(family, "task_arithmetic", evaluation__dtype="bfloat16")
     genome, other = point(bench), point(bench, 1)
-    plans = [bench.plan(bench.space.recipe(g)) for g in (genome, other)]
+    plans = [bench.plan(decode(bench.space, g)) for g in (genome, other)]
     selection = bench.selections[SEARCH]
     before = [bench.measure(plan, selection)[0] for plan in plans]
     model, _ = bench.resident.write(plans[0])
@@ -190,7 +191,7 @@ def test_where_nothing_changes_smoothly_there_are_none(family: dict[str, Path]) 
     metric = {"evaluation__fitness": "metric", "evaluation__splits": splits}
     bench = bench_of(family, "linear", evaluation__tasks=tasks, **metric)
     genome = point(bench)
-    plan, selection = bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH]
+    plan, selection = bench.plan(decode(bench.space, genome)), bench.selections[SEARCH]
     scores, _ = bench.measure(plan, selection)
     assert fitness_slopes(bench, bench.goals, selection, genome, scores) is None
     assert fitness_slopes(bench, bench.steering, selection, genome, scores) is None
@@ -201,7 +202,7 @@ def test_a_model_without_a_gradient_has_none_and_stays_as_it_is(
 ) -> None:
     bench = bench_of(family, "linear")
     genome = point(bench)
-    plan, selection = bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH]
+    plan, selection = bench.plan(decode(bench.space, genome)), bench.selections[SEARCH]
     scores, _ = bench.measure(plan, selection)
 
     def no_memory(*_: Any, **__: Any) -> None:
@@ -219,11 +220,11 @@ def test_without_memory_for_a_gradient_there_are_none(
 ) -> None:
     bench = bench_of(family, "task_arithmetic")
     genome = point(bench)
-    scores, _ = bench.measure(bench.plan(bench.space.recipe(genome)), bench.selections[SEARCH])
+    scores, _ = bench.measure(bench.plan(decode(bench.space, genome)), bench.selections[SEARCH])
     monkeypatch.setattr("evomerge.evaluation.backends.native.weight_gradients.available", lambda: 1000)
     assert fitness_slopes(bench, bench.steering, bench.selections[SEARCH], genome, scores) is None
     assert "a gradient takes 0.0 GB, and 0.0 GB are free" in caplog.text
-    ours = 12 * sum(p.numel() for p in bench.resident.write(bench.plan(bench.space.recipe(genome)))[0].parameters())
+    ours = 12 * sum(p.numel() for p in bench.resident.write(bench.plan(decode(bench.space, genome)))[0].parameters())
     monkeypatch.setattr(
         "evomerge.evaluation.backends.native.weight_gradients.available", lambda: ours
     )  # for one piece at a time
@@ -251,7 +252,7 @@ def test_a_run_finds_them_once(copied: RunFolder, monkeypatch: pytest.MonkeyPatc
     merged = next(c for c in done if c.genome.values["method"] != "frankenmerge")
     ours = scorer.slopes(merged)
     assert ours
-    assert set(ours) <= active(bench.space, merged.genome)
+    assert set(ours) <= active_genes(bench.space, merged.genome)
     assert scorer.slope_items == round(COST * sum(map(len, bench.selections[SEARCH].values())))
     monkeypatch.setattr("evomerge.problem.candidate_evaluator.fitness_slopes", lambda *_: pytest.fail("asked twice"))
     assert Scorer(bench, copied).slopes(merged) == ours
@@ -267,7 +268,7 @@ def test_who_has_none(copied: RunFolder) -> None:
     copies = next(c for c in found if c.recipe["merge_method"] == "frankenmerge")
     assert scorer.slopes(copies) is None
     by_name = {c.operator: c for c in found if c.generation == 0}
-    assert bench.space.problem(by_name["parent:base"].genome)  # no source has a weight: no recipe
+    assert why_invalid(bench.space, by_name["parent:base"].genome)  # no source has a weight: no recipe
     assert scorer.slopes(by_name["parent:base"]) is None
     arithmetic = next(c for name, c in by_name.items() if name.startswith("task_arithmetic λ"))
     assert scorer.slopes(replace(arithmetic, state="pruned")) is None

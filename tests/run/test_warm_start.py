@@ -16,7 +16,7 @@ from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.run.warm_start import AS_MANY, read_seeds, warm_starts
 from evomerge.space.baselines import baselines
-from evomerge.space.space import digest
+from evomerge.space.decode import genome_hash, recipe_hash
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import ranked
@@ -50,16 +50,16 @@ def test_generation_0_is_the_baselines_then_the_best_of_the_run_then_the_recipe(
     known = {candidate.number: candidate for candidate in RunFolder.existing(finished_run).candidates()}
     winner = RunFolder.existing(finished_run).winner(tuple(known.values()))
     order = [winner, *(c.number for c in ranked(known.values()) if c.number != winner)]
-    old = {digest(s.recipe) for s in first}
-    expected = [f"seed: tiny #{k}" for k in order if digest(known[k].recipe) not in old][:AS_MANY]
+    old = {recipe_hash(s.recipe) for s in first}
+    expected = [f"seed: tiny #{k}" for k in order if recipe_hash(known[k].recipe) not in old][:AS_MANY]
     assert [s.name for s in starts[len(first) :]] == [*expected, "seed: known-good.yaml"]
     for seed in starts[len(first) : -1]:
         candidate = known[int(seed.name.split("#")[1])]
-        assert (seed.recipe, bench.space.phenotype(seed.genome)) == (candidate.recipe, candidate.phenotype)
+        assert (seed.recipe, genome_hash(bench.space, seed.genome)) == (candidate.recipe, candidate.phenotype)
     assert starts[-1].recipe["parameters"] == {"normalize": True, "lambda": 0.8}
     assert starts[-1].genome.values["method"] == "task_arithmetic"
     assert all(bench.space.contains(s.genome) for s in starts)
-    assert len({digest(s.recipe) for s in starts}) == len(starts)
+    assert len({recipe_hash(s.recipe) for s in starts}) == len(starts)
 
 
 def test_a_run_goes_on_without_what_it_started_from(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from evomerge.space.baselines import baselines
+from evomerge.space.decode import recipe_hash
 from evomerge.space.genome import LayerGene
-from evomerge.space.space import digest
 from tests.algorithms.landscapes import make_space, pattern_space
 
 
@@ -52,7 +52,7 @@ def test_every_genome_is_in_the_space_and_no_recipe_twice() -> None:
     for space in (make_space(), make_space(base=None, methods=("linear", "slerp")), pattern_space()):
         starts = baselines(space)
         assert all(space.contains(start.genome) for start in starts)
-        assert len({digest(start.recipe) for start in starts}) == len(starts)
+        assert len({recipe_hash(start.recipe) for start in starts}) == len(starts)
 
 
 def test_genomes_are_the_nearest() -> None:

@@ -20,6 +20,7 @@ from evomerge.engine.resident import Resident
 from evomerge.methods.registry import METHODS
 from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
+from evomerge.space.decode import decode, why_invalid
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace
 from tests.space.test_canonical import LAYERS, OUTER, tiny_space
@@ -75,7 +76,7 @@ def check_layers(
     resident: Resident,
 ) -> None:
     """Every layer of a mixed merge is the layer of the merge by its method alone, or the copy that the pattern says."""
-    made = merged(space.recipe(genome), checkpoints, resident)
+    made = merged(decode(space, genome), checkpoints, resident)
     output = 0
     for group, (start, stop) in enumerate(space.groups):
         name = space.method(genome, group).name
@@ -110,7 +111,7 @@ def by_one(
         if not method.copies_layers:
             choices = {choice.name: method.name for choice in space.choices}
             found[method.name] = merged(
-                space.recipe(Genome.of({**genome.values, **choices}, genome.layers)), checkpoints, resident
+                decode(space, Genome.of({**genome.values, **choices}, genome.layers)), checkpoints, resident
             )
     return found
 
@@ -173,7 +174,7 @@ def test_patterns_of_any_length_with_repeats_and_gaps_between_merged_groups(
         values["method.g0"] = "linear"
     genome = Genome.of({**space.sample(np.random.default_rng(seed)).values, **values}, layers)
     assert space.contains(genome)
-    assume(space.problem(genome) is None)
+    assume(why_invalid(space, genome) is None)
     check_layers(space, genome, by_one(space, genome, checkpoints, resident), checkpoints, resident)
 
 
@@ -184,7 +185,7 @@ def test_a_pattern_alone_is_the_copies_in_its_order(
 ) -> None:
     space = mixed_space(tiny_family, methods=(COPYING,), method_scope="run")
     genome = space.sample(np.random.default_rng(seed))
-    made = merged(space.recipe(genome), checkpoints, resident)
+    made = merged(decode(space, genome), checkpoints, resident)
     for output, gene in enumerate(genome.layers):
         held = checkpoints[space.reference(gene.source)]
         loud = residual_writers(held.layout, held.tensors, gene.layer)

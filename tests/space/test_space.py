@@ -13,9 +13,11 @@ from evomerge.errors import SpecError
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
 from evomerge.space.baselines import baselines
+from evomerge.space.decode import decode, genome_hash, why_invalid
 from evomerge.space.genes import Pattern, layer_groups
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace, sample_layers
+from evomerge.study.optuna_trials import distributions_of, genome_of, params_of
 from tests.algorithms.landscapes import make_space, pattern_space
 
 OUTER = ("model.embed_tokens.weight", "model.norm.weight")
@@ -58,9 +60,9 @@ def test_parameters_of_a_mode_that_is_off_have_no_genes() -> None:
 def test_slerp_is_searched_on_deltas_by_weight_and_without_a_base_on_weights() -> None:
     space = make_space(methods=("slerp",), layer_groups=1)
     assert {gene.parameter for gene in space.reals} == {"weight"}
-    assert space.recipe(space.default())["parameters"] == {"on": "deltas"}
+    assert decode(space, space.default())["parameters"] == {"on": "deltas"}
     alone = make_space(methods=("slerp",), layer_groups=1, base=None)
-    recipe = alone.recipe(alone.default())
+    recipe = decode(alone, alone.default())
     assert "parameters" not in recipe
     assert "base_model" not in recipe
 
@@ -155,7 +157,7 @@ def test_recipe_by_hand() -> None:
     outer_density = [{"filter": name, "value": 0.5} for name in OUTER]
     # First match wins: outer tensors by name, then the tensor group, then the rest. Both slices need the outer values,
     # since the embeddings follow the first slice and the final norm the last. In g1 all weights are equal: one scalar.
-    assert space.recipe(genome) == {
+    assert decode(space, genome) == {
         "merge_method": "dare_ties",
         "base_model": "b",
         "dtype": "bfloat16",
@@ -197,14 +199,14 @@ def test_recipe_by_hand() -> None:
 
 def test_equal_neighbouring_groups_are_one_slice() -> None:
     space = make_space(methods=("linear",), layer_groups="per_layer")
-    slices = space.recipe(space.default())["slices"]
+    slices = decode(space, space.default())["slices"]
     assert [piece["sources"][0]["layer_range"] for piece in slices] == [[0, 12]]
 
 
 def test_a_method_for_each_layer_group() -> None:
     space = make_space(methods=("linear", "ties", "dare"), method_scope="layer_group", layer_groups=3, recipe_seed=7)
     genome = set_genes(space, {"method.g0": "linear", "method.g1": "dare", "method.g2": "ties"})
-    recipe = space.recipe(genome)
+    recipe = decode(space, genome)
     assert [piece["merge_method"] for piece in recipe["slices"]] == ["linear", "dare", "ties"]
     assert [len(piece["sources"]) for piece in recipe["slices"]] == [3, 4, 4]
     assert recipe["base_model"] == "models/base"
@@ -216,18 +218,18 @@ def test_inactive_genes_do_not_change_the_phenotype_and_are_not_recorded() -> No
     linear = set_genes(space, {"method": "linear", "density.math.g0": 0.1})
     other = set_genes(space, {"method": "linear", "density.math.g0": 0.9})
     assert linear != other
-    assert space.phenotype(linear) == space.phenotype(other)
-    assert space.phenotype(set_genes(space, {"method": "ties", "density.math.g0": 0.1})) != space.phenotype(
-        set_genes(space, {"method": "ties", "density.math.g0": 0.9})
+    assert genome_hash(space, linear) == genome_hash(space, other)
+    assert genome_hash(space, set_genes(space, {"method": "ties", "density.math.g0": 0.1})) != genome_hash(
+        space, set_genes(space, {"method": "ties", "density.math.g0": 0.9})
     )
-    assert not any(name.startswith("density") for name in space.params(linear))
+    assert not any(name.startswith("density") for name in params_of(space, linear))
 
 
 def test_frankenmerge_joins_what_follows_in_one_model_at_one_scale() -> None:
     space = pattern_space()
     layers = [LayerGene("base", 0), LayerGene("base", 1), LayerGene("math", 2, 0.8), LayerGene("math", 3, 0.8)]
     layers += [LayerGene("math", 4), LayerGene("math", 4), LayerGene("code", 5), LayerGene("code", 7)]
-    recipe = space.recipe(set_genes(space, {}, tuple(layers)))
+    recipe = decode(space, set_genes(space, {}, tuple(layers)))
     assert recipe == {
         "merge_method": "frankenmerge",
         "slices": [
@@ -249,7 +251,7 @@ def test_a_group_can_be_copied_while_the_others_are_merged() -> None:
         frankenmerge={"min_layers": 12, "max_layers": 12},
     )
     genome = set_genes(space, {"method.g0": "linear", "method.g1": "frankenmerge"})
-    slices = space.recipe(genome)["slices"]
+    slices = decode(space, genome)["slices"]
     assert [piece["merge_method"] for piece in slices] == ["linear", "frankenmerge"]
     assert slices[1]["sources"] == [{"model": "models/base", "layer_range": [6, 12]}]
 
@@ -257,8 +259,8 @@ def test_a_group_can_be_copied_while_the_others_are_merged() -> None:
 def test_weights_that_sum_to_zero_are_a_problem_only_where_they_count() -> None:
     space = make_space(methods=("linear",), layer_groups=2)
     zero = {f"weight.{source}.g1": 0.0 for source in space.sources}
-    assert space.problem(set_genes(space, zero)) == "the weights of g1 sum to 0"
-    assert space.problem(space.default()) is None
+    assert why_invalid(space, set_genes(space, zero)) == "the weights of g1 sum to 0"
+    assert why_invalid(space, space.default()) is None
 
 
 SUITED = tuple(name for name, method in METHODS.items() if method.max_sources is None)
@@ -276,7 +278,7 @@ everything = make_space(
 def test_random_genomes_are_in_bounds_and_have_recipes(seed: int) -> None:
     genome = everything.sample(np.random.default_rng(seed))
     assert everything.contains(genome)
-    recipe = everything.recipe(genome)
+    recipe = decode(everything, genome)
     assert recipe["slices"]
     assert genome.values["method"] == recipe["merge_method"]
 
@@ -293,11 +295,11 @@ def test_unit_and_back_is_the_same_genome(seed: int) -> None:
 @given(st.integers(0, 2**32))
 def test_optuna_parameters_are_within_their_distributions_and_lead_back_to_the_recipe(seed: int) -> None:
     genome = everything.sample(np.random.default_rng(seed))
-    params = everything.params(genome)
-    known = everything.distributions()
+    params = params_of(everything, genome)
+    known = distributions_of(everything)
     for name, value in params.items():
         assert known[name]._contains(known[name].to_internal_repr(value)), name
-    assert everything.phenotype(everything.from_params(params)) == everything.phenotype(genome)
+    assert genome_hash(everything, genome_of(everything, params)) == genome_hash(everything, genome)
 
 
 BY_GROUP = make_space(
@@ -312,8 +314,8 @@ BY_GROUP = make_space(
 @given(st.integers(0, 2**32), st.sampled_from([everything, BY_GROUP, pattern_space()]))
 def test_every_recipe_is_one_without_a_warning(seed: int, space: SearchSpace) -> None:
     genome = space.sample(np.random.default_rng(seed))
-    assume(space.problem(genome) is None)
-    assert parse_recipe(space.recipe(genome)).warnings == ()
+    assume(why_invalid(space, genome) is None)
+    assert parse_recipe(decode(space, genome)).warnings == ()
 
 
 @pytest.mark.parametrize("space", [everything, make_space(base=None, methods=("linear", "slerp")), pattern_space()])

@@ -22,6 +22,7 @@ from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.journal import repair
+from evomerge.study.optuna_trials import params_of
 from evomerge.study.record import Record
 from evomerge.system.quiet_optuna import quiet_optuna
 from tests.algorithms.landscapes import make_space
@@ -62,7 +63,7 @@ def test_the_study_is_an_ordinary_one(tmp_path: Path) -> None:
     states = [TrialState.COMPLETE] * 4 + [TrialState.FAIL, TrialState.PRUNED]
     assert [trial.state for trial in trials] == states
     assert [trial.value for trial in trials[:4]] == [0.0, 0.25, 0.5, 0.75]
-    assert trials[1].params == SPACE.params(PROPOSALS[1].genome)
+    assert trials[1].params == params_of(SPACE, PROPOSALS[1].genome)
     assert trials[1].user_attrs["operator"] == "parent:math"
 
 
@@ -252,7 +253,7 @@ def test_optuna_dashboard_shows_the_study(tmp_path: Path) -> None:
     assert finished.best is not None
     assert [trial["number"] for trial in detail["best_trials"]] == [finished.best.number]
     for trial, candidate in zip(detail["trials"], finished.candidates, strict=True):
-        assert {p["name"] for p in trial["params"]} == set(SPACE.params(candidate.genome))
+        assert {p["name"] for p in trial["params"]} == set(params_of(SPACE, candidate.genome))
         assert [(v["step"], v["value"]) for v in trial["intermediate_values"]] == list(candidate.estimates.items())
         shown = {item["key"]: item["value"] for item in trial["user_attrs"]}
         assert (shown["operator"], shown.get("failure")) == (candidate.operator, candidate.failure)

@@ -30,7 +30,7 @@ from evomerge.algorithms.ga.trust_region import Draws
 from evomerge.algorithms.history_index import Reading
 from evomerge.algorithms.proposals import Draw, distinct
 from evomerge.space.baselines import PARENT
-from evomerge.space.decode import copies
+from evomerge.space.decode import active_reals, copies_layers
 from evomerge.space.genes import OUTER
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import SLOPES, Candidate, Proposal, promising
@@ -174,7 +174,11 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         attraction,
         climbs,
         Draws(space, reading, seed) if options["draws"] and not only_copied and not reading.several else None,
-        [(c.genome.layers, c.fitness or 0.0) for c in order if space.pattern is not None and copies(space, c.genome)],
+        [
+            (c.genome.layers, c.fitness or 0.0)
+            for c in order
+            if space.pattern is not None and copies_layers(space, c.genome)
+        ],
     )
 
 
@@ -281,7 +285,7 @@ def _centroid(parents: Sequence[Parent], first: Parent, rng: np.random.Generator
 
 
 def _copies_layers(space: SearchSpace, parent: Parent) -> bool:
-    return copies(space, space.genome(parent.unit, parent.choices, parent.layers))
+    return copies_layers(space, space.genome(parent.unit, parent.choices, parent.layers))
 
 
 def _mutate(breeding: Breeding, parent: Parent, rng: np.random.Generator) -> tuple[Parent, str]:
@@ -294,7 +298,7 @@ def _mutate(breeding: Breeding, parent: Parent, rng: np.random.Generator) -> tup
         parent = replace(parent, choices=chosen)
         words.append("method")
     genome = space.genome(parent.unit, parent.choices, parent.layers)
-    if space.pattern is not None and copies(space, genome):
+    if space.pattern is not None and copies_layers(space, genome):
         layers = parent.layers
         moves = [name for name in patterns.MOVES if name != "scale" or space.pattern.scale is not None]
         for _ in range(int(rng.integers(1, 3))):
@@ -302,7 +306,7 @@ def _mutate(breeding: Breeding, parent: Parent, rng: np.random.Generator) -> tup
             layers = patterns.MOVES[name](layers, space.pattern, rng)
             words.append(name)
         parent = replace(parent, layers=layers)
-    mask = space.active_reals(genome)
+    mask = active_reals(space, genome)
     if mask.any() and (not words or rng.random() < 0.5):
         unit, word = _mutate_reals(breeding, parent.unit, mask, rng)
         parent = replace(parent, unit=unit)

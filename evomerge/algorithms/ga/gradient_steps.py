@@ -16,6 +16,7 @@ from evomerge.algorithms.ga.gaussian_process import Surface, Told
 from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.history_index import Reading
 from evomerge.algorithms.proposals import Draw
+from evomerge.space.decode import active_reals
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import SLOPES, Candidate, find, sloped
 from evomerge.study.interfaces import AlgorithmSettings
@@ -79,7 +80,7 @@ class Climbs:
         if first is None:
             return None
         parent = Parent.of(self._space, first)
-        mask = self._space.active_reals(first.genome)
+        mask = active_reals(self._space, first.genome)
         length = self._length(first, parent, mask)
         unit = parent.unit.copy()
         unit[mask] = self._surface(first, mask).best_within(length)

@@ -20,6 +20,7 @@ from evomerge.algorithms.ga.gaussian_process import likeliest
 from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.history_index import Reading
 from evomerge.algorithms.proposals import OWN, Draw, generator
+from evomerge.space.decode import active_reals
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import DRAW, Candidate
 from evomerge.system.arrays import FloatArray, Mask
@@ -84,7 +85,7 @@ class Draws:
         best = next((c for c in self._known if c.state == "done"), None)
         if best is None:
             return None
-        mask = self._space.active_reals(best.genome)
+        mask = active_reals(self._space, best.genome)
         if not mask.any():
             return None
         told = self._reading.nearest(best, mask, self._known, NEAREST)

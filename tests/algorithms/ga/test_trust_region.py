@@ -12,7 +12,7 @@ from evomerge.algorithms.ga.trust_region import FIRST, LARGER, SMALLER, SMALLEST
 from evomerge.algorithms.history_index import Reading
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
-from evomerge.space.decode import active
+from evomerge.space.decode import active_genes, decode
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import DRAW, Candidate, Outcome
 from evomerge.study.interfaces import AlgorithmSettings
@@ -27,7 +27,7 @@ def history_of(space: SearchSpace, values: list[float], generation: int = 1) -> 
     rng, found = np.random.default_rng(0), []
     for number, value in enumerate(values):
         genome = space.genome(rng.random(len(space.reals)), {"method": "task_arithmetic"})
-        recipe = space.recipe(genome)
+        recipe = decode(space, genome)
         made = Candidate(number, generation, genome, recipe, str(number), (), "x", "done", value)
         found.append(replace(made, estimates={100: value}))
     return tuple(found)
@@ -76,7 +76,7 @@ def test_an_estimate_of_a_few_items_counts_for_less() -> None:
 def test_a_draw_is_a_child_of_the_best_that_differs_in_what_counts() -> None:
     history = history_of(SPACE, [0.1, 0.5, 0.3])
     best = history[1].genome
-    names = active(SPACE, best)
+    names = active_genes(SPACE, best)
     for draw in drawn(history):
         assert draw is not None
         genome, parents, operator = draw
