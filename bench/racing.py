@@ -25,6 +25,7 @@ from typing import Any
 from evomerge.evaluation.splits import SEARCH, TEST
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import Workbench
+from evomerge.report.result import RunResult
 from evomerge.report.tables import table
 from evomerge.run.folder import RunFolder
 from evomerge.spec.load import load_spec
@@ -70,7 +71,7 @@ def compare(name: str, without: Path, raced: Path) -> tuple[list[str], list[floa
     items = [_items(folder, result) for folder, result in zip(folders, results, strict=True)]
     bench = Workbench(folders[0].spec)
     scores = [
-        folder.scores.load(bench.plan(result["winner"]["recipe"]).digest, TEST)
+        folder.scores.load(bench.plan(result.winner.recipe).digest, TEST)
         for folder, result in zip(folders, results, strict=True)
     ]
     if scores[0] is None or scores[1] is None:
@@ -80,16 +81,16 @@ def compare(name: str, without: Path, raced: Path) -> tuple[list[str], list[floa
     difference, stderr = fitness.difference(scores[1], scores[0])
     ratio = items[0] / items[1]
     line = [
-        *(name, str(items[0]), str(items[1]), f"{ratio:.2f} times", str(results[1]["candidates"]["pruned"])),
+        *(name, str(items[0]), str(items[1]), f"{ratio:.2f} times", str(results[1].candidates.pruned)),
         *(f"{values[0]:.4f}", f"{values[1]:.4f}", f"{difference:+.4f} ± {stderr:.4f}"),
     ]
     return line, [ratio, *values, difference]
 
 
-def _items(folder: RunFolder, result: dict[str, Any]) -> int:
+def _items(folder: RunFolder, result: RunResult) -> int:
     """Item evaluations of a search; of a run made before they were recorded, all items for every scored candidate."""
-    if "items" in result and result["items"]["evaluated"]:
-        return int(result["items"]["evaluated"])
+    if result.items.evaluated:
+        return result.items.evaluated
     scored = [candidate for candidate in folder.candidates() if candidate.state == "done"]
     return len(scored) * sum(metrics[min(metrics)]["n"] for metrics in scored[0].scores[SEARCH].values())
 

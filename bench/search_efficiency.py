@@ -13,8 +13,6 @@ runs are kept in the folder, and the same command goes on from there.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import os
@@ -126,7 +124,8 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.executors.in_process import InProcess
     from evomerge.problem.candidate_evaluator import Scorer
     from evomerge.problem.problem import Workbench, make_space
-    from evomerge.run.finalists import finish
+    from evomerge.report.result import Ending
+    from evomerge.run.finalists import choose_winner
     from evomerge.run.folder import RunFolder
     from evomerge.run.search import settings_of
     from evomerge.study.candidate import spent_items
@@ -151,12 +150,13 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         settings=settings_of(spec.search, scorer),
         starts=None if contender.baselines else (),
     )
-    with contextlib.redirect_stdout(io.StringIO()):
-        result = finish(bench, opened, scorer, ended.candidates, NullTracker())
+    ending = Ending(ended.reason, ended.message, extended_from=0)
+    result = choose_winner(bench, scorer, ended.candidates, NullTracker(), ending, where=str(folder))
+    opened.write_result(result)
     order = sorted(ended.candidates, key=lambda c: c.number)
     spent = list(spent_items(order, scorer.slope_items))
     track = _track(order, spent, lambda c: scorer.fitness.unweighted(scorer.scores(c.recipe, TEST)[0]))
-    winner, _ = scorer.scores(result["winner"]["recipe"], TEST)
+    winner, _ = scorer.scores(result.winner.recipe, TEST)
     found = {
         "name": name,
         "seed": seed,
@@ -166,8 +166,8 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         "reason": ended.reason,
         "track": track,
         "winner": {
-            "candidate": result["winner"]["candidate"],
-            "recipe": result["winner"]["recipe"],
+            "candidate": result.winner.candidate,
+            "recipe": result.winner.recipe,
             "fitness": scorer.fitness.unweighted(winner),
             "reported": scorer.reported(winner),
         },
@@ -260,7 +260,7 @@ def winners(folder: Path, default: str, seed: int) -> str:
             scorer.settle(NullTracker())
             result = opened.result()
             if result is not None:
-                read[name] = scorer, scorer.scores(result["winner"]["recipe"], TEST)[0]
+                read[name] = scorer, scorer.scores(result.winner.recipe, TEST)[0]
     scorer, best = read[default]
     rows = []
     for name, (_, scores) in read.items():

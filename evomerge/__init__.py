@@ -6,9 +6,13 @@ evomerge.evaluate("merged", ["arc_easy"]) score a model
 evomerge.merge_models("ties", base=..., models=[...], densities=[...])   a merge as a loaded model
 """
 
-from evomerge.api import evaluate, merge, search
-from evomerge.notebook import dare_merge_llama, merge_models, ties_merge_llama
-from evomerge.run.dare import DareConfig, DareMerger
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evomerge.api import evaluate, merge, search
+    from evomerge.notebook import dare_merge_llama, merge_models, ties_merge_llama
+    from evomerge.run.dare import DareConfig, DareMerger
 
 __all__ = [
     "DareConfig",
@@ -20,3 +24,27 @@ __all__ = [
     "search",
     "ties_merge_llama",
 ]
+
+_DEFINED_IN = {
+    "DareConfig": "evomerge.run.dare",
+    "DareMerger": "evomerge.run.dare",
+    "dare_merge_llama": "evomerge.notebook",
+    "evaluate": "evomerge.api",
+    "merge": "evomerge.api",
+    "merge_models": "evomerge.notebook",
+    "search": "evomerge.api",
+    "ties_merge_llama": "evomerge.notebook",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is asked for: the command line needs none of them."""
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module 'evomerge' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(_DEFINED_IN[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -123,7 +123,7 @@ def test_warnings_go_where_they_are_asked_to_go(tiny_family: dict[str, Path], tm
     write_documents(tmp_path / "data" / "docs.jsonl", documents(2))
     write_task(tmp_path / "tasks", "long", kind="mc", doc_to_text="{{text*40}}")
     told: list[str] = []
-    evomerge.evaluate(str(tiny_family["a"]), ["long"], include_path=tmp_path / "tasks", tell=told.append)
+    evomerge.evaluate(str(tiny_family["a"]), ["long"], include_path=tmp_path / "tasks", warn=told.append)
     assert len(told) == 1
     with pytest.warns(UserWarning, match="task 'long': 2 of 2 items are longer than the context of 512 tokens"):
         evomerge.evaluate(str(tiny_family["a"]), ["long"], include_path=tmp_path / "tasks")

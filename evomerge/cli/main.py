@@ -44,13 +44,15 @@ def run(
     workers: Workers = None,
 ) -> None:
     """Search for the best merge; on a run that exists already, go on with it."""
+    from evomerge.report.tables import result_table
     from evomerge.run.preflight import load_search
     from evomerge.run.search import start
     from evomerge.spec.load import find_search
 
     _interruptible()
     path = find_search(search)
-    start(load_search(path), candidates=candidates, folder=directory, source=path, workers=workers)
+    result = start(load_search(path), candidates=candidates, folder=directory, source=path, workers=workers)
+    typer.echo(result_table(result))
 
 
 @app.command()
@@ -60,10 +62,11 @@ def resume(
     workers: Workers = None,
 ) -> None:
     """Go on with a search from where it stopped."""
+    from evomerge.report.tables import result_table
     from evomerge.run.search import resume as resume_run
 
     _interruptible()
-    resume_run(run, candidates=candidates, workers=workers)
+    typer.echo(result_table(resume_run(run, candidates=candidates, workers=workers)))
 
 
 @app.command()
@@ -141,8 +144,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score any checkpoint with the same evaluator that a search uses."""
-    from evomerge.api import evaluate as evaluate_model
     from evomerge.report.tables import score_table
+    from evomerge.run.evaluate import evaluate as evaluate_model
 
     result = evaluate_model(
         model,
@@ -157,9 +160,9 @@ def evaluate(
         fewshot_as_multiturn=multiturn,
         system_instruction=system_instruction,
         backend=backend,
-        tell=lambda text: typer.echo(f"warning: {text}", err=True),
+        warn=lambda text: typer.echo(f"warning: {text}", err=True),
     )
-    typer.echo(json.dumps(result, indent=2) if as_json else score_table(result))
+    typer.echo(json.dumps(result.to_json(), indent=2) if as_json else score_table(result.tasks, result.groups))
 
 
 @app.command()

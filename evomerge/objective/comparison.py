@@ -11,26 +11,63 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.scores import Array, ItemScores, paired_difference
 from evomerge.objective.fitness import Fitness, Scores
 
 LEVEL = 0.95
+_LEFT_OUT = Field(exclude_if=lambda value: value is None)  # where a difference is written as JSON
 
 
-def compare(winner: Scores, baselines: Mapping[str, Scores], fitness: Fitness) -> dict[str, dict[str, Any]]:
-    """Subtracts each baseline from the winner on the same items, as JSON.
+@dataclass(frozen=True)
+class TaskDifference:
+    """The winner less a baseline on one task, by the task's own metric.
 
-    Returns:
-        Baseline -> `{"value", "stderr", "n", "interval", "joint_interval", "tasks"}`: the difference in fitness, its
-        standard error, its 95% interval by paired bootstrap, and one of intervals that hold for all baselines at once;
-        None where a goal is no mean or ratio of items. `tasks` has each goal's own difference, and for a metric that is
-        right or wrong the items that only one of the two has right, with McNemar's p-value.
+    Attributes:
+        metric: The metric.
+        value: The difference.
+        stderr: Its standard error, paired; None where none can be given.
+        wins: Items that only the winner has right; None, as the two below, for a metric that is not right or wrong.
+        losses: Items that only the baseline has right.
+        p: McNemar's p-value that both are equally likely.
     """
+
+    metric: str
+    value: float
+    stderr: float | None
+    wins: Annotated[int | None, _LEFT_OUT] = None
+    losses: Annotated[int | None, _LEFT_OUT] = None
+    p: Annotated[float | None, _LEFT_OUT] = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The winner less a baseline on the same items.
+
+    Attributes:
+        value: The difference in fitness.
+        stderr: Its standard error, paired; None where none can be given.
+        n: Items that the fitness is made of.
+        interval: Its 95% interval by paired bootstrap; None where a goal is no mean or ratio of items.
+        joint_interval: One of intervals that hold for all baselines at once.
+        tasks: The difference of each goal.
+    """
+
+    value: float
+    stderr: float | None
+    n: int
+    interval: tuple[float, float] | None
+    joint_interval: tuple[float, float] | None
+    tasks: Mapping[str, TaskDifference]
+
+
+def compare(winner: Scores, baselines: Mapping[str, Scores], fitness: Fitness) -> dict[str, Difference]:
+    """Subtracts each baseline from the winner on the same items."""
     if not baselines:
         return {}
     differences = {name: fitness.difference(winner, scores) for name, scores in baselines.items()}
@@ -39,28 +76,27 @@ def compare(winner: Scores, baselines: Mapping[str, Scores], fitness: Fitness) -
     if samples is not None and all(math.isfinite(stderr) for _, stderr in differences.values()):
         intervals = bootstrap_intervals([value for value, _ in differences.values()], samples[0] - samples[1:])
     return {
-        name: {
-            "value": differences[name][0],
-            "stderr": nan_to_none(differences[name][1]),
-            "n": fitness.count(winner),
-            "interval": None if interval is None else [interval.low, interval.high],
-            "joint_interval": None if interval is None else [interval.joint_low, interval.joint_high],
-            "tasks": {goal.task: _compare_task(winner, scores, goal.task, goal.metric) for goal in fitness.goals},
-        }
+        name: Difference(
+            value=differences[name][0],
+            stderr=nan_to_none(differences[name][1]),
+            n=fitness.count(winner),
+            interval=None if interval is None else (interval.low, interval.high),
+            joint_interval=None if interval is None else (interval.joint_low, interval.joint_high),
+            tasks={goal.task: _compare_task(winner, scores, goal.task, goal.metric) for goal in fitness.goals},
+        )
         for (name, scores), interval in zip(baselines.items(), intervals, strict=True)
     }
 
 
-def _compare_task(winner: Scores, baseline: Scores, task: str, metric: str) -> dict[str, Any]:
+def _compare_task(winner: Scores, baseline: Scores, task: str, metric: str) -> TaskDifference:
     a, b = winner[task], baseline[task]
     if not a.is_itemwise(metric):
-        return {"metric": metric, "value": a.score(metric).value - b.score(metric).value, "stderr": None}
+        return TaskDifference(metric, a.score(metric).value - b.score(metric).value, None)
     value, stderr = paired_difference(a, b, metric)
-    row: dict[str, Any] = {"metric": metric, "value": value, "stderr": stderr}
     discordant = mcnemar(a, b, metric)
-    if discordant is not None:
-        row |= {"wins": discordant.wins, "losses": discordant.losses, "p": discordant.p}
-    return row
+    if discordant is None:
+        return TaskDifference(metric, value, stderr)
+    return TaskDifference(metric, value, stderr, discordant.wins, discordant.losses, discordant.p)
 
 
 def nan_to_none(value: float) -> float | None:
@@ -68,13 +104,13 @@ def nan_to_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def within_noise(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def within_noise(differences: Mapping[str, Difference]) -> list[str]:
     """Lists the baselines that the winner is not surely better than: their own interval is unknown or reaches zero."""
-    intervals = {name: row["interval"] for name, row in differences.items()}
+    intervals = {name: difference.interval for name, difference in differences.items()}
     return [name for name, interval in intervals.items() if interval is None or interval[0] <= 0]
 
 
-def verdict(differences: Mapping[str, Mapping[str, Any]], test: Mapping[str, float]) -> str:
+def verdict(differences: Mapping[str, Difference], test: Mapping[str, float]) -> str:
     """Says in one sentence whether the winner is better than what a person would have tried first.
 
     It is better when every baseline's own interval is above zero: beating them all takes beating each of them,
@@ -89,7 +125,8 @@ def verdict(differences: Mapping[str, Mapping[str, Any]], test: Mapping[str, flo
         return "There was nothing to compare the winner with."
     best = max(test, key=lambda name: test[name])
     comparison = f"the best baseline ({best}): {_difference(differences[best])} on the test items"
-    if any(row["joint_interval"] is not None and row["joint_interval"][1] < 0 for row in differences.values()):
+    joint = [difference.joint_interval for difference in differences.values()]
+    if any(interval is not None and interval[1] < 0 for interval in joint):
         return f"The winner is worse than {comparison}."
     close = within_noise(differences)
     if not close:
@@ -101,11 +138,11 @@ def verdict(differences: Mapping[str, Mapping[str, Any]], test: Mapping[str, flo
     return f"The winner is within noise of {', '.join(others)}, though not of {comparison}."
 
 
-def _difference(row: Mapping[str, Any]) -> str:
-    if row["interval"] is None:
-        return f"fitness {row['value']:+.3f} (its noise is unknown)"
-    low, high = row["interval"]
-    return f"fitness {row['value']:+.3f} (95% interval {low:+.3f} to {high:+.3f}, paired)"
+def _difference(difference: Difference) -> str:
+    if difference.interval is None:
+        return f"fitness {difference.value:+.3f} (its noise is unknown)"
+    low, high = difference.interval
+    return f"fitness {difference.value:+.3f} (95% interval {low:+.3f} to {high:+.3f}, paired)"
 
 
 @dataclass(frozen=True)

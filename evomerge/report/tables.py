@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from evomerge.errors import BadInput, suggest
+from evomerge.evaluation.scores import Score, ScoreTable
+from evomerge.objective.comparison import Difference, TaskDifference
+from evomerge.report.result import Estimate, FrontEntry, GoalResult, InformativeItems, ResultRow, RunResult
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -19,159 +21,145 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
-def score_text(score: Mapping[str, Any]) -> str:
+def score_text(score: Score | Difference) -> str:
     """0.640 ± 0.048 (100)."""
-    spread = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
-    items = f" ({score['n']})" if "n" in score else ""
-    return f"{score['value']:.3f}{spread}{items}"
+    spread = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+    return f"{score.value:.3f}{spread} ({score.n})"
 
 
-def score_table(result: Mapping[str, Any]) -> str:
-    """The result of `evaluate` as a table."""
+def score_table(tasks: ScoreTable, groups: ScoreTable | None = None) -> str:
+    """The scores of a model, task by task, then those of groups of tasks."""
+    named = [*tasks.items(), *((f"group {name}", metrics) for name, metrics in (groups or {}).items())]
     rows = [
-        [
-            task,
-            metric,
-            f"{score['value']:.4f}",
-            "-" if score["stderr"] is None else f"{score['stderr']:.4f}",
-            str(score["n"]),
-        ]
-        for task, metrics in [*result["tasks"].items(), *_groups(result)]
+        [task, metric, f"{score.value:.4f}", "-" if score.stderr is None else f"{score.stderr:.4f}", str(score.n)]
+        for task, metrics in named
         for metric, score in metrics.items()
     ]
     return table(["task", "metric", "value", "standard error", "items"], rows)
 
 
-def _groups(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(f"group {name}", metrics) for name, metrics in result.get("groups", {}).items()]
+def gradients_text(candidates: int) -> str:
+    """What a search's count of item evaluations does not hold; empty where no gradients were taken."""
+    return f"Beside these, the fitness' slopes were taken at {candidates} candidates." if candidates else ""
 
 
-def slopes_text(items: Mapping[str, Any]) -> str:
-    """What a search's count of item evaluations does not hold; empty where it asked for no slopes."""
-    asked = items.get("gradients")
-    return f"Beside these, the fitness' slopes were taken at {asked} candidates." if asked else ""
-
-
-def result_table(result: Mapping[str, Any]) -> str:
-    """A finished run: everyone on the test items, the winner's three scores, the best baseline task by task.
-
-    What the result of an older run does not tell is left out.
-    """
-    winner = result["winner"]
-    goals = [(goal["task"], goal["metric"]) for goal in result["goals"]]
-    guards = [
-        (task, metric) for task, metrics in winner["scores"].get("guard", {}).items() for metric in list(metrics)[:1]
-    ]
-    header = ["test items", "fitness", "winner is better by", "95% interval"]
-    header += [f"{task} {metric}" for task, metric in goals] + [f"guard: {task} {metric}" for task, metric in guards]
-    rows = []
-    for name, row in [(f"winner: candidate {winner['candidate']}", winner), *result["baselines"].items()]:
-        difference = row.get("winner_less_this", {})
-        cells = [name, score_text(row["fitness"]["test"]), score_text(difference) if difference else ""]
-        cells.append(_interval(difference.get("interval")))
-        cells += [_cell(row, "test", task, metric) for task, metric in goals]
-        cells += [_cell(row, "guard", task, metric) for task, metric in guards]
-        rows.append(cells)
-    counts = result["candidates"]
-    share = result.get("items", {}).get("saved")
-    saved = f"; racing saved {share:.0%} of the item evaluations" if share else ""
+def result_table(result: RunResult) -> str:
+    """A finished run: everyone on the test items, the winner's three scores, the best baseline task by task."""
+    counts = result.candidates
+    saved = f"; racing saved {result.items.saved:.0%} of the item evaluations" if result.items.saved else ""
     parts = [
-        f"{result['run']}: {counts['done']} scored, {counts['failed']} failed, {counts['pruned']} pruned, "
-        f"budget {counts['budget']}{saved}",
-        slopes_text(result.get("items", {})),
-        _steering_text(result["goals"]),
-        table(header, rows),
+        f"{result.run}: {counts.done} scored, {counts.failed} failed, {counts.pruned} pruned, "
+        f"budget {counts.budget}{saved}",
+        gradients_text(result.items.gradients),
+        _steering_text(result.goals),
+        _test_table(result),
         _bias_table(result),
-        _duel_table(result),
+        _best_baseline_table(result),
         _front_table(result),
-        _informative_text(result.get("informative")),
-        result["verdict"],
+        _informative_text(result.informative),
+        result.verdict,
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _steering_text(goals: Sequence[Mapping[str, Any]]) -> str:
-    """Which metrics steered in place of those that are told here; empty where they are the same."""
-    changed = [
-        (goal["steered_by"], goal["metric"])
-        for goal in goals
-        if goal.get("steered_by", goal["metric"]) != goal["metric"]
+def _test_table(result: RunResult) -> str:
+    """The winner and its baselines on the test items, and on the first metric of each guard task."""
+    goals = [(goal.task, goal.metric) for goal in result.goals]
+    guards = [
+        (task, metric)
+        for task, metrics in result.winner.scores.get("guard", {}).items()
+        for metric in list(metrics)[:1]
     ]
+
+    def line(name: str, row: ResultRow, *cells: str) -> list[str]:
+        on_goals = [_cell(row, "test", task, metric) for task, metric in goals]
+        on_guards = [_cell(row, "guard", task, metric) for task, metric in guards]
+        return [name, score_text(row.fitness["test"]), *cells, *on_goals, *on_guards]
+
+    header = ["test items", "fitness", "winner is better by", "95% interval"]
+    header += [f"{task} {metric}" for task, metric in goals] + [f"guard: {task} {metric}" for task, metric in guards]
+    rows = [line(f"winner: candidate {result.winner.candidate}", result.winner, "", "")]
+    for name, row in result.baselines.items():
+        difference = row.winner_less_this
+        rows.append(line(name, row, score_text(difference), _interval(difference.interval)))
+    return table(header, rows)
+
+
+def _steering_text(goals: Sequence[GoalResult]) -> str:
+    """Which metrics steered in place of those that are told here; empty where they are the same."""
+    changed = [goal for goal in goals if goal.steered_by != goal.metric]
     if not changed:
         return ""
-    pairs = dict.fromkeys(f"{by} in place of {metric}" for by, metric in changed)
-    told = dict.fromkeys(metric for _, metric in changed)
-    return f"Steered by {', '.join(pairs)}, a smoother measure of the same; the numbers below are of {', '.join(told)}."
+    pairs = dict.fromkeys(f"{goal.steered_by} in place of {goal.metric}" for goal in changed)
+    reported = dict.fromkeys(goal.metric for goal in changed)
+    return (
+        f"Steered by {', '.join(pairs)}, a smoother measure of the same; the numbers below are of "
+        f"{', '.join(reported)}."
+    )
 
 
-def _bias_table(result: Mapping[str, Any]) -> str:
+def _bias_table(result: RunResult) -> str:
     """The winner on the items that steered, those that chose it, and those that did neither; and what that shows."""
-    winner = result["winner"]["fitness"]
     uses = {"search": "steered the search", "select": "chose it among the finalists", "test": "chose nothing"}
-    rows = [[f"{split} items, which {use}", score_text(winner[split])] for split, use in uses.items()]
-    if "selection_bias" in result:
-        rows.append(["selection bias: search - test", _signed(result["selection_bias"])])
+    rows = [[f"{split} items, which {use}", score_text(result.winner.fitness[split])] for split, use in uses.items()]
+    rows.append(["selection bias: search - test", _signed(result.selection_bias)])
     return table(["winner's fitness on", "value"], rows)
 
 
-def _duel_table(result: Mapping[str, Any]) -> str:
-    """The winner against the best baseline, task by task; empty without one, or without that being known."""
-    if not result["baselines"]:
+def _best_baseline_table(result: RunResult) -> str:
+    """The winner against the best baseline, task by task; empty without one."""
+    if not result.baselines:
         return ""
-    name, rival = max(result["baselines"].items(), key=lambda item: float(item[1]["fitness"]["test"]["value"]))
-    if "tasks" not in rival["winner_less_this"]:
-        return ""
-    rows = [
-        [
-            f"{task} {row['metric']}",
-            _signed(row),
-            *([str(row["wins"]), str(row["losses"]), _p_text(row["p"])] if "p" in row else ["", "", ""]),
-        ]
-        for task, row in rival["winner_less_this"]["tasks"].items()
-    ]
+    name, baseline = max(result.baselines.items(), key=lambda item: item[1].fitness["test"].value)
+    rows = []
+    for task, row in baseline.winner_less_this.tasks.items():
+        counts = ["", "", ""] if row.p is None else [str(row.wins), str(row.losses), _p_text(row.p)]
+        rows.append([f"{task} {row.metric}", _signed(row), *counts])
     return table([f"winner less {name}", "difference", "only winner right", "only it right", "McNemar p"], rows)
 
 
-def _front_table(result: Mapping[str, Any]) -> str:
+def _front_table(result: RunResult) -> str:
     """The candidates that none dominates, on the test items, and how the front grew; empty with one objective."""
-    if not result.get("front"):
+    if not result.front:
         return ""
-    goals = [(goal["task"], goal["metric"]) for goal in result["goals"]]
-    sizes = [name for name in result["objectives"] if name in result["front"][0]["sizes"]]
+    sizes = [name for name in result.objectives if name in result.front[0].sizes]
     rows = [
         [
-            f"candidate {row['candidate']}"
-            + (": the winner" if row["candidate"] == result["winner"]["candidate"] else ""),
-            score_text(row["fitness"]["test"]) if "test" in row["fitness"] else "-",
-            *(_cell(row, "test", task, metric) for task, metric in goals),
-            *(str(row["sizes"][name]) for name in sizes),
+            f"candidate {row.candidate}" + (": the winner" if row.candidate == result.winner.candidate else ""),
+            score_text(row.fitness["test"]) if "test" in row.fitness else "-",
+            *(_cell(row, "test", goal.task, goal.metric) for goal in result.goals),
+            *(str(row.sizes[name]) for name in sizes),
         ]
-        for row in result["front"]
+        for row in result.front
     ]
-    header = ["front, on the test items", "fitness", *(f"{task} {metric}" for task, metric in goals), *sizes]
+    goals = [f"{goal.task} {goal.metric}" for goal in result.goals]
     remark = (
         "Search and select items chose the front; whoever chooses from it by these test scores flatters the choice."
     )
-    parts = [table(header, rows), remark]
-    if result["hypervolume"]:
-        first, last = (result["hypervolume"]["generations"][k] for k in (0, -1))
+    parts = [table(["front, on the test items", "fitness", *goals, *sizes], rows), remark]
+    if result.hypervolume:
+        first, last = (result.hypervolume.generations[k] for k in (0, -1))
         parts.append(
-            f"Hypervolume on the items that steered: {first['hypervolume']:.4g} after generation 0, "
-            f"{last['hypervolume']:.4g} after generation {last['generation']}, of {last['front']} candidates."
+            f"Hypervolume on the items that steered: {first.hypervolume:.4g} after generation 0, "
+            f"{last.hypervolume:.4g} after generation {last.generation}, of {last.front} candidates."
         )
     return "\n\n".join(parts)
 
 
-def _informative_text(informative: Mapping[str, Any] | None) -> str:
+def _informative_text(informative: InformativeItems | None) -> str:
     """Which items steered, and how far that led from all search items; empty when all of them steered."""
-    if not informative:
+    if informative is None:
         return ""
     tasks = [
-        [t, str(row["items"]), str(row["of"]), f"{row['effective']:.1f}"] for t, row in informative["tasks"].items()
+        [task, str(drawn.items), str(drawn.of), f"{drawn.effective:.1f}"] for task, drawn in informative.tasks.items()
     ]
     finalists = [
-        [f"candidate {row['candidate']}", f"{row['estimate']:.4f}", f"{row['all_search_items']:.4f}"]
-        for row in informative["finalists"]
+        [
+            f"candidate {row.candidate}",
+            "-" if row.estimate is None else f"{row.estimate:.4f}",
+            f"{row.all_search_items:.4f}",
+        ]
+        for row in informative.finalists
     ]
     return "\n\n".join(
         [
@@ -181,21 +169,21 @@ def _informative_text(informative: Mapping[str, Any] | None) -> str:
     )
 
 
-def _signed(score: Mapping[str, Any]) -> str:
-    spread = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
-    return f"{score['value']:+.3f}{spread}"
+def _signed(score: Estimate | TaskDifference) -> str:
+    spread = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+    return f"{score.value:+.3f}{spread}"
 
 
 def _p_text(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def _interval(span: Sequence[float] | None) -> str:
+def _interval(span: tuple[float, float] | None) -> str:
     return f"{span[0]:+.3f} to {span[1]:+.3f}" if span else ""
 
 
-def _cell(row: Mapping[str, Any], split: str, task: str, metric: str) -> str:
-    score = row["scores"].get(split, {}).get(task, {}).get(metric)
+def _cell(row: ResultRow | FrontEntry, split: str, task: str, metric: str) -> str:
+    score = row.scores.get(split, {}).get(task, {}).get(metric)
     return score_text(score) if score else "-"
 
 
@@ -215,8 +203,8 @@ def method_table(name: str | None = None) -> str:
                 for m in METHODS.values()
             ],
         )
-    found = next((m for m in METHODS.values() if name == m.name or name in m.aliases), None)
-    if found is None:
+    method = next((m for m in METHODS.values() if name == m.name or name in m.aliases), None)
+    if method is None:
         raise BadInput(f"no method is called '{name}'{suggest(name, METHODS)}")
     rows = [
         [
@@ -227,7 +215,7 @@ def method_table(name: str | None = None) -> str:
             f"{p.gene[0]:g} to {p.gene[1]:g}" if p.gene else "",
             p.help,
         ]
-        for p in found.parameters
+        for p in method.parameters
     ]
     header = ["parameter", "recipe default", "paper", "one for", "searched", "meaning"]
-    return f"{found.name}: {found.summary}\n{found.paper}\n\n{table(header, rows)}"
+    return f"{method.name}: {method.summary}\n{method.paper}\n\n{table(header, rows)}"

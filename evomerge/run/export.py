@@ -19,6 +19,7 @@ from evomerge.recipe import expand_frankenmerge
 from evomerge.recipe.mergekit import to_mergekit_yaml
 from evomerge.report.lineage import ancestry
 from evomerge.report.model_card import licence_verdict, licences, merge_card
+from evomerge.report.result import RunResult
 from evomerge.report.tables import result_table, table
 from evomerge.run.folder import RunFolder
 from evomerge.run.samples import continuation, prompt_of
@@ -110,11 +111,11 @@ def export_candidate(
     return write_export(bench, folder, chosen, out, overwrite=overwrite, max_shard_size=max_shard_size)
 
 
-def keep_best(bench: Workbench, folder: RunFolder, result: Mapping[str, Any], tracker: Tracker) -> None:
+def keep_best(bench: Workbench, folder: RunFolder, result: RunResult, tracker: Tracker) -> None:
     """Keeps the best finalists as checkpoints in the run's `best/`, as many as the specification says."""
-    rest = sorted(result["finalists"], key=lambda f: (-f["pooled"], f["candidate"]))
-    best = [result["winner"], *result["front"], *rest]
-    numbers = list(dict.fromkeys(row["candidate"] for row in best))
+    rest = sorted(result.finalists, key=lambda finalist: (-finalist.pooled, finalist.candidate))
+    in_order = [result.winner.candidate, *(row.candidate for row in result.front), *(row.candidate for row in rest)]
+    numbers = list(dict.fromkeys(in_order))
     for number in numbers[: folder.spec.run.keep]:
         out = folder.root / "best" / f"candidate-{number}"
         if not out.exists():
@@ -221,7 +222,7 @@ def _card_body(
         + table(["task", "metric", "in the search", "this checkpoint"], rows)
         + f"\n\n{again.sentence()}\n",
     ]
-    if result is not None and result["winner"]["candidate"] == candidate.number:
+    if result is not None and result.winner.candidate == candidate.number:
         parts.append(f"## Beside its sources\n\n{result_table(result)}\n")
     parts.append(f"## Lineage\n\n```\n{ancestry(known, candidate.number)}\n```\n")
     source = next(iter(folder.spec.models.sources))

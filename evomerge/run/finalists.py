@@ -4,34 +4,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import EvoMergeError, RunError
+import numpy as np
+
+from evomerge.errors import CandidateError, EvoMergeError, RunError
+from evomerge.evaluation.scores import Score, ScoreTable, score_table
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
 from evomerge.objective.comparison import compare, nan_to_none, verdict, within_noise
-from evomerge.objective.fitness import Fitness
+from evomerge.objective.fitness import Fitness, Scores
 from evomerge.problem.problem import Workbench
-from evomerge.report.rows import Row, fitness_json, read_row, row_json
-from evomerge.run.tradeoff import best_first, front_json, hypervolume_json
+from evomerge.report.result import (
+    BaselineRow,
+    CandidateCounts,
+    DrawnItems,
+    Ending,
+    Estimate,
+    EstimatedFitness,
+    Finalist,
+    FrontEntry,
+    GoalResult,
+    Hypervolume,
+    InformativeItems,
+    ItemCounts,
+    RunResult,
+    Stratum,
+    WinnerRow,
+)
 from evomerge.space.baselines import PARENT
+from evomerge.spec.schema import SearchSpec
+from evomerge.study import pareto
 from evomerge.study.candidate import Candidate, count_items, count_states, ranked
 from evomerge.study.ranking import finalists as choose_finalists
+from evomerge.study.ranking import growth, reference_point
 
 if TYPE_CHECKING:
     from evomerge.problem.candidate_evaluator import Scorer
-    from evomerge.run.folder import RunFolder
     from evomerge.study.interfaces import Tracker
 
 
-def finish(
+@dataclass(frozen=True)
+class _Model:
+    """A model and its per-item scores by split.
+
+    `candidate` is None for one that is not of this search.
+    """
+
+    name: str
+    candidate: int | None
+    recipe: Mapping[str, Any]
+    splits: Mapping[str, Scores]
+
+
+def choose_winner(
     bench: Workbench,
-    folder: RunFolder,
     scorer: Scorer,
-    known: tuple[Candidate, ...],
+    history: tuple[Candidate, ...],
     tracker: Tracker,
-    baseline: tuple[Candidate, ...] = (),
-    ended: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    ended: Ending,
+    random_history: tuple[Candidate, ...] = (),
+    *,
+    where: str,
+) -> RunResult:
     """Chooses the winner and measures it.
 
     The best candidates on `search` are scored on `select`; the winner is the best over both, which are fresh items and
@@ -42,159 +77,253 @@ def finish(
 
     Args:
         bench: Models, tasks and splits.
-        folder: Where the result goes.
         scorer: Scores recipes.
-        known: The search's candidates.
+        history: The search's candidates.
         tracker: Where progress is shown.
-        baseline: The candidates of an equal-budget random search, whose winner is one more of those to beat.
-        ended: Why the search ended, for the result.
-
-    Returns:
-        The result, also written to result.json.
+        ended: Why the search ended.
+        random_history: The candidates of an equal-budget random search, whose winner is one more of those to beat.
+        where: What an error calls the run.
 
     Raises:
         RunError: When no candidate has a score.
     """
-    finalists = choose_finalists(known, folder.spec.search.finalists)
-    if not finalists:
-        reasons = sorted({c.failure_kind or "unknown" for c in known})
-        raise RunError(f"{folder.root}: none of {len(known)} candidates could be scored ({', '.join(reasons)})")
-    scored, pooled = _finals(finalists, scorer, tracker, "finalist")
+    spec = bench.spec
+    chosen = choose_finalists(history, spec.search.finalists)
+    if not chosen:
+        reasons = sorted({c.failure_kind or "unknown" for c in history})
+        raise RunError(f"{where}: none of {len(history)} candidates could be scored ({', '.join(reasons)})")
     steering, reported = scorer.fitness.unweighted, scorer.reported
-    in_order = best_first(scored, pooled, bench, steering)
-    winner = next(filter(None, (_complete(row, bench, scorer, tracker) for row in in_order)), None)
+    reader = _Reader(bench, scorer, tracker)
+    finalists = reader.finalists(chosen, "finalist")
+    winner = next(filter(None, map(reader.complete, reader.best_first(finalists))), None)
     if winner is None:
-        raise EvoMergeError(f"{folder.root}: none of the {len(finalists)} finalists could be scored on the new items")
-    wanted = _rivals(bench, known, winner.candidate) + _random_winner(folder, bench, scorer, baseline, tracker)
-    completed = [_complete(row, bench, scorer, tracker) for row in wanted]
-    rivals = {row.name: row for row in completed if row is not None}
-    candidate = next(c for c in finalists if c.number == winner.candidate)
-    differences = compare(winner.splits[TEST], {name: row.splits[TEST] for name, row in rivals.items()}, reported)
-    result = {
-        "run": folder.spec.name,
-        "state": "finished",
-        "ended": dict(ended or {}),
-        "candidates": {**count_states(known), "budget": folder.spec.search.candidates},
-        "items": count_items(known),
-        "scale": folder.spec.evaluation.scale,
-        "goals": _goals_json(reported, steering),
-        "winner": {
-            **row_json(winner, reported),
-            "generation": candidate.generation,
-            "operator": candidate.operator,
-            "parents": list(candidate.parents),
+        raise EvoMergeError(f"{where}: none of the {len(chosen)} finalists could be scored on the new items")
+    to_beat = _baselines(spec, history, winner.candidate) + _random_winner(spec, reader, random_history)
+    completed = [model for model in map(reader.complete, to_beat) if model is not None]
+    baselines = {model.name: model for model in completed}
+    differences = compare(
+        winner.splits[TEST], {name: model.splits[TEST] for name, model in baselines.items()}, reported
+    )
+    return RunResult(
+        run=spec.name,
+        state="finished",
+        ended=ended,
+        candidates=CandidateCounts(**count_states(history), budget=spec.search.candidates),
+        items=ItemCounts(**count_items(history)),
+        scale=spec.evaluation.scale,
+        goals=_goals(reported, steering),
+        winner=_winner_row(winner, next(c for c in chosen if c.number == winner.candidate), reported),
+        selection_bias=_selection_bias(winner, reported),
+        baselines={
+            name: BaselineRow(
+                model.candidate, model.recipe, _fitness(model, reported), _tables(model), differences[name]
+            )
+            for name, model in baselines.items()
         },
-        "selection_bias": _selection_bias(winner, reported),
-        "baselines": {
-            name: {**row_json(row, reported), "winner_less_this": differences[name]} for name, row in rivals.items()
-        },
-        "finalists": [
-            {
-                "candidate": row.candidate,
-                "pooled": pooled[row.candidate],
-                "winner_less_this": _on_all_choosing_items(winner, row, steering),
-                **fitness_json(row.splits, reported),
-            }
-            for row in scored
-        ],
-        "objectives": list(folder.spec.objectives),
-        "front": front_json(winner, scored, bench, scorer, tracker),
-        "hypervolume": hypervolume_json(folder, known),
-        "informative": _informative_json(scorer, {c.number: c.fitness for c in finalists}, scored),
-        "within_noise_of": within_noise(differences),
-        "verdict": verdict(differences, {name: reported(row.splits[TEST]) for name, row in rivals.items()}),
-    }
-    folder.write_result(result)
-    return result
+        finalists=tuple(
+            Finalist(
+                _number(model),
+                reader.pooled(model),
+                _pooled_difference(winner, model, steering),
+                _fitness(model, reported),
+            )
+            for model in finalists
+        ),
+        objectives=tuple(spec.objectives),
+        front=tuple(
+            FrontEntry(
+                _number(model),
+                reader.objectives_by_split(model),
+                bench.sizes(bench.plan(model.recipe)),
+                _fitness(model, reported),
+                _tables(model),
+            )
+            for model in reader.front(winner, finalists)
+        ),
+        hypervolume=_hypervolume(spec.objectives, history),
+        informative=_informative(scorer, {c.number: c.fitness for c in chosen}, finalists),
+        within_noise_of=tuple(within_noise(differences)),
+        verdict=verdict(differences, {name: reported(model.splits[TEST]) for name, model in baselines.items()}),
+    )
 
 
-def _finals(
-    finalists: Sequence[Candidate], scorer: Scorer, tracker: Tracker, what: str
-) -> tuple[list[Row], dict[int | None, float]]:
-    """The finalists that have scores on `select`, best on `search` first, and by number their fitness over both."""
-    measured = []
-    for place, candidate in enumerate(finalists, start=1):
-        tracker.report(f"scoring {what} {place} of {len(finalists)} on the select items")
-        row = Row(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
-        measured.append(read_row(row, (SEARCH, SELECT), scorer, tracker))
-    scored = [row for row in measured if row is not None]
-    steering = scorer.fitness.unweighted
-    pooled = {row.candidate: steering.pooled([row.splits[SEARCH], row.splits[SELECT]]) for row in scored}
-    return scored, pooled
+@dataclass(frozen=True)
+class _Reader:
+    """Reads models on splits, and ranks them by search and select items together."""
+
+    bench: Workbench
+    scorer: Scorer
+    tracker: Tracker
+
+    def read(self, model: _Model, splits: Sequence[str]) -> _Model | None:
+        """The model with its scores on these splits; None when they are not finite, which is said."""
+        try:
+            read = {split: self.scorer.scores(model.recipe, split)[0] for split in splits if split not in model.splits}
+        except CandidateError as error:
+            self.tracker.report(f"{model.name} is left out: {error}")
+            return None
+        return replace(model, splits={**model.splits, **read})
+
+    def finalists(self, chosen: Sequence[Candidate], what: str) -> list[_Model]:
+        """Those of the candidates that have scores on `select`, best on `search` first."""
+        models = []
+        for count, candidate in enumerate(chosen, start=1):
+            self.tracker.report(f"scoring {what} {count} of {len(chosen)} on the select items")
+            model = _Model(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
+            models.append(self.read(model, (SEARCH, SELECT)))
+        return [model for model in models if model is not None]
+
+    def complete(self, model: _Model) -> _Model | None:
+        """The model with its test and guard scores; None when it gives none."""
+        self.tracker.report(f"scoring {model.name} on the test items")
+        return self.read(model, [split for split in (SEARCH, TEST, GUARD) if self.bench.selections[split]])
+
+    def pooled(self, model: _Model) -> float:
+        """Its fitness over search and select items."""
+        return self.scorer.fitness.unweighted.pooled([model.splits[SEARCH], model.splits[SELECT]])
+
+    def best_first(self, models: Sequence[_Model]) -> list[_Model]:
+        """The finalists by what they are on `search` and `select` items together, best first.
+
+        With several objectives the knee of their front, then the knee of the front of the rest, and so on; otherwise by
+        their pooled fitness, and of equal ones the first.
+        """
+        fitness = np.array([self.pooled(model) for model in models])
+        if not models or not self.bench.spec.objectives:
+            return [models[k] for k in np.argsort(-fitness, kind="stable").tolist()]
+        return [models[k] for k in pareto.by_knee(self._pooled_objectives(models), fitness)]
+
+    def front(self, winner: _Model, finalists: Sequence[_Model]) -> list[_Model]:
+        """The finalists that none dominates on the items that chose, the winner first; none where one objective is.
+
+        The others than the winner are read on the test items here.
+        """
+        if not self.bench.spec.objectives:
+            return []
+        on_front = pareto.ranks(self._pooled_objectives(finalists), 1) == 0
+        others = [
+            model for model, on in zip(finalists, on_front, strict=True) if on and model.candidate != winner.candidate
+        ]
+        members = [winner]
+        for model in others:
+            self.tracker.report(f"scoring {model.name}, of the front, on the test items")
+            members.append(self.read(model, (TEST,)) or model)
+        return members
+
+    def objectives_by_split(self, model: _Model) -> dict[str, dict[str, float]]:
+        """Its objectives, by the metrics that steered, on each split that it was read on."""
+        choosing = {"pooled": (SEARCH, SELECT), **{s: (s,) for s in (SEARCH, SELECT, TEST) if s in model.splits}}
+        return {name: self._objectives(model, splits) for name, splits in choosing.items()}
+
+    def _pooled_objectives(self, models: Sequence[_Model]) -> pareto.Array:
+        """What chooses between finalists with several objectives, shape [models, objectives]."""
+        return np.array([[*self._objectives(model, (SEARCH, SELECT)).values()] for model in models])
+
+    def _objectives(self, model: _Model, splits: Sequence[str]) -> dict[str, float]:
+        """Its objectives by name, on the items of some splits together."""
+        tasks = self.scorer.fitness.unweighted.pooled_objectives([model.splits[split] for split in splits])
+        return {**tasks, **self.bench.smallness(self.bench.plan(model.recipe))}
 
 
-def _random_winner(
-    folder: RunFolder, bench: Workbench, scorer: Scorer, baseline: Sequence[Candidate], tracker: Tracker
-) -> list[Row]:
-    """The winner of the random search, by the same rule; its number is one of its own record, so the row has none."""
-    finalists = choose_finalists(baseline, folder.spec.search.finalists)
-    scored, pooled = _finals(finalists, scorer, tracker, "the random search's finalist")
-    chosen = best_first(scored, pooled, bench, scorer.fitness.unweighted)[:1]
-    return [Row(f"random search: its {row.name}", None, row.recipe, row.splits) for row in chosen]
+def _random_winner(spec: SearchSpec, reader: _Reader, history: Sequence[Candidate]) -> list[_Model]:
+    """The winner of the random search, by the same rule; its number is one of its own record, so it has none here."""
+    finalists = reader.finalists(choose_finalists(history, spec.search.finalists), "the random search's finalist")
+    best = reader.best_first(finalists)[:1]
+    return [replace(model, name=f"random search: its {model.name}", candidate=None) for model in best]
 
 
-def _rivals(bench: Workbench, known: Sequence[Candidate], winner: int | None) -> list[Row]:
+def _baselines(spec: SearchSpec, history: Sequence[Candidate], winner: int | None) -> list[_Model]:
     """Every source, the base, the uniform average, and the best of generation 0; the winner and the failed left out."""
-    first = [c for c in known if c.generation == 0 and c.state == "done"]
-    named = {c.operator: c for c in first}
+    first = [c for c in history if c.generation == 0 and c.state == "done"]
+    by_name = {c.operator: c for c in first}
     best = next((c for c in ranked(first)), None)
-    wanted = [*(f"{PARENT}{name}" for name in (*bench.spec.models.sources, "base")), "uniform average"]
-    rows = [Row(name, named[name].number, named[name].recipe, {}) for name in wanted if name in named]
-    if best is not None and best.operator not in wanted:
-        rows.append(Row(f"best of generation 0: {best.operator}", best.number, best.recipe, {}))
-    return [row for row in rows if row.candidate != winner]
+    names = [*(f"{PARENT}{name}" for name in (*spec.models.sources, "base")), "uniform average"]
+    models = [_Model(name, by_name[name].number, by_name[name].recipe, {}) for name in names if name in by_name]
+    if best is not None and best.operator not in names:
+        models.append(_Model(f"best of generation 0: {best.operator}", best.number, best.recipe, {}))
+    return [model for model in models if model.candidate != winner]
 
 
-def _complete(row: Row, bench: Workbench, scorer: Scorer, tracker: Tracker) -> Row | None:
-    """The row with its test and guard scores; None when it gives none."""
-    tracker.report(f"scoring {row.name} on the test items")
-    return read_row(row, [split for split in (SEARCH, TEST, GUARD) if bench.selections[split]], scorer, tracker)
+def _goals(reported: Fitness, steering: Fitness) -> tuple[GoalResult, ...]:
+    return tuple(
+        GoalResult(goal.task, goal.metric, goal.weight, goal.reference, steered_by=by.metric)
+        for goal, by in zip(reported.goals, steering.goals, strict=True)
+    )
 
 
-def _goals_json(reported: Fitness, steering: Fitness) -> list[dict[str, Any]]:
-    return [
-        {"task": g.task, "metric": g.metric, "weight": g.weight, "reference": g.reference, "steered_by": by.metric}
-        for g, by in zip(reported.goals, steering.goals, strict=True)
-    ]
+def _winner_row(model: _Model, candidate: Candidate, reported: Fitness) -> WinnerRow:
+    return WinnerRow(
+        candidate.number,
+        model.recipe,
+        _fitness(model, reported),
+        _tables(model),
+        candidate.generation,
+        candidate.operator,
+        candidate.parents,
+    )
 
 
-def _selection_bias(winner: Row, fitness: Fitness) -> dict[str, float | None]:
+def _fitness(model: _Model, fitness: Fitness) -> dict[str, Score]:
+    """Its fitness by split, but on the guard tasks, which have none."""
+    return {
+        split: Score(fitness(scores), nan_to_none(fitness.stderr(scores)), fitness.count(scores))
+        for split, scores in model.splits.items()
+        if split != GUARD
+    }
+
+
+def _tables(model: _Model) -> dict[str, ScoreTable]:
+    return {split: score_table(scores) for split, scores in model.splits.items()}
+
+
+def _number(model: _Model) -> int:
+    if model.candidate is None:
+        raise ValueError(f"{model.name} is not of this search")
+    return model.candidate
+
+
+def _selection_bias(winner: _Model, fitness: Fitness) -> Estimate:
     """What the fitness lost from the items that steered to those that chose nothing; other items, so not paired."""
     searched, tested = winner.splits[SEARCH], winner.splits[TEST]
     stderr = math.hypot(fitness.stderr(searched), fitness.stderr(tested))
-    return {"value": fitness(searched) - fitness(tested), "stderr": nan_to_none(stderr)}
+    return Estimate(fitness(searched) - fitness(tested), nan_to_none(stderr))
 
 
-def _on_all_choosing_items(winner: Row, row: Row, fitness: Fitness) -> dict[str, float | None]:
+def _pooled_difference(winner: _Model, model: _Model, fitness: Fitness) -> Estimate:
     """The winner less another finalist, by what chose it: `search` and `select` items together."""
-    ours, theirs = ([model.splits[split] for split in (SEARCH, SELECT)] for model in (winner, row))
-    value, stderr = fitness.pooled_difference(ours, theirs)
-    return {"value": value, "stderr": nan_to_none(stderr)}
+    parts = [[one.splits[split] for split in (SEARCH, SELECT)] for one in (winner, model)]
+    value, stderr = fitness.pooled_difference(*parts)
+    return Estimate(value, nan_to_none(stderr))
 
 
-def _informative_json(
-    scorer: Scorer, estimates: Mapping[int, float | None], rows: Sequence[Row]
-) -> dict[str, Any] | None:
+def _hypervolume(objectives: Sequence[str], history: Sequence[Candidate]) -> Hypervolume | None:
+    """How the front grew on the items that steered; None where there is one objective."""
+    reference = reference_point(history)
+    if not objectives or reference is None:
+        return None
+    return Hypervolume(dict(zip(objectives, reference.tolist(), strict=True)), tuple(growth(history)))
+
+
+def _informative(
+    scorer: Scorer, estimates: Mapping[int, float | None], models: Sequence[_Model]
+) -> InformativeItems | None:
     """The items that steered, and for the finalists what these said beside what all search items say."""
     if not scorer.samples:
         return None
     steering = scorer.fitness.unweighted
-    return {
-        "tasks": {
-            task: {
-                "items": len(sample.items),
-                "of": sum(size for size, _ in sample.strata),
-                "effective": sample.effective,
-                "strata": [{"items": size, "drawn": drawn} for size, drawn in sample.strata],
-            }
-            for task, sample in scorer.samples.items()
-        },
-        "finalists": [
-            {
-                "candidate": row.candidate,
-                "estimate": None if row.candidate is None else estimates[row.candidate],
-                "all_search_items": steering(row.splits[SEARCH]),
-            }
-            for row in rows
-        ],
+    tasks = {
+        task: DrawnItems(
+            items=len(sample.items),
+            of=sum(size for size, _ in sample.strata),
+            effective=sample.effective,
+            strata=tuple(Stratum(size, drawn) for size, drawn in sample.strata),
+        )
+        for task, sample in scorer.samples.items()
     }
+    return InformativeItems(
+        tasks,
+        tuple(
+            EstimatedFitness(_number(model), estimates[_number(model)], steering(model.splits[SEARCH]))
+            for model in models
+        ),
+    )

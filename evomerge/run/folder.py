@@ -16,6 +16,7 @@ import yaml
 
 from evomerge.errors import RunError
 from evomerge.evaluation.score_store import RunScores
+from evomerge.report.result import RunResult
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, best
 from evomerge.system.files import write_atomic
@@ -196,16 +197,20 @@ class RunFolder:
         """
         result = self.result()
         if result is not None:
-            return int(result["winner"]["candidate"])
+            return result.winner.candidate
         leader = best(known)
         if leader is None:
             raise RunError(f"{self.root}: no candidate has been scored yet")
         return leader.number
 
-    def result(self) -> dict[str, Any] | None:
-        """What the finished run found, or None."""
+    def result(self) -> RunResult | None:
+        """What the finished run found, or None.
+
+        Raises:
+            RunError: When another version wrote it.
+        """
         path = self.root / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return RunResult.from_json(json.loads(path.read_text()), str(path)) if path.is_file() else None
 
     def extended_from(self) -> int:
         """How many candidates there were when the run was last extended after it had ended before its budget did.
@@ -213,16 +218,16 @@ class RunFolder:
         0 for a run that never was. One that had spent its budget or its hours goes on as if it had never ended.
         """
         result = self.result()
-        ended = {} if result is None else result.get("ended", {})
-        if result is not None and ended.get("reason") in ("stale", "target"):
-            counts = result["candidates"]
-            if counts["budget"] < self.spec.search.candidates:
-                return sum(int(count) for state, count in counts.items() if state != "budget")
-        return int(ended.get("extended_from", 0))
+        if result is None:
+            return 0
+        counts = result.candidates
+        if result.ended.reason in ("stale", "target") and counts.budget < self.spec.search.candidates:
+            return counts.recorded
+        return result.ended.extended_from
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: RunResult) -> None:
         """Stores what the finished run found."""
-        write_atomic(self.root / "result.json", json.dumps(result, indent=2))
+        write_atomic(self.root / "result.json", json.dumps(result.to_json(), indent=2))
 
     def starts(self) -> tuple[Start, ...] | None:
         """Generation 0 of a warm start, as it was when the run began; None where it is not kept."""

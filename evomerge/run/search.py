@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.errors import EvoMergeError, RunError, SpecError
@@ -18,9 +17,9 @@ from evomerge.executors.in_process import InProcess
 from evomerge.executors.local import LocalWorkers
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import Workbench
-from evomerge.report.tables import result_table
+from evomerge.report.result import Ending, RunResult
 from evomerge.run.export import keep_best
-from evomerge.run.finalists import finish
+from evomerge.run.finalists import choose_winner
 from evomerge.run.folder import STARTS, RunFolder
 from evomerge.run.preflight import algorithm_problems, look_before
 from evomerge.run.warm_start import read_seeds, warm_starts
@@ -45,7 +44,7 @@ def start(
     candidates: int | None = None,
     folder: Path | None = None,
     workers: int | None = None,
-) -> dict[str, Any]:
+) -> RunResult:
     """Runs a search, or goes on with it when its folder exists.
 
     Args:
@@ -54,9 +53,6 @@ def start(
         candidates: Budget instead of the specification's. That of a run that exists can only grow.
         folder: Run folder instead of the specification's.
         workers: Processes that score candidates, instead of the specification's number.
-
-    Returns:
-        The result, as in result.json.
 
     Raises:
         BadInput: When anything named in the specification cannot be used; found before the search begins.
@@ -76,7 +72,7 @@ def start(
     return _go(opened, _with_workers(spec, workers))
 
 
-def resume(root: Path, *, candidates: int | None = None, workers: int | None = None) -> dict[str, Any]:
+def resume(root: Path, *, candidates: int | None = None, workers: int | None = None) -> RunResult:
     """Goes on with a run from where it stopped.
 
     Args:
@@ -104,7 +100,7 @@ def _with_workers(spec: SearchSpec, workers: int | None) -> SearchSpec:
     return spec.model_copy(update={"run": spec.run.model_copy(update={"workers": workers})})
 
 
-def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
+def _go(folder: RunFolder, spec: SearchSpec) -> RunResult:
     """Searches under `spec`, which is the folder's own but for what may change under a run."""
     budget = folder.spec.search.candidates
     if spec.search.candidates < budget:
@@ -154,15 +150,15 @@ def _go(folder: RunFolder, spec: SearchSpec) -> dict[str, Any]:
                     f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}"
                 )
             baseline = _baseline(folder, bench, scorer, executor, ended.candidates, tracker)
-        why = {"reason": ended.reason, "message": ended.message, "extended_from": stop.since}
-        result = finish(bench, folder, scorer, ended.candidates, tracker, baseline, why)
+        ending = Ending(ended.reason, ended.message, extended_from=stop.since)
+        result = choose_winner(bench, scorer, ended.candidates, tracker, ending, baseline, where=str(folder.root))
+        folder.write_result(result)
         if scorer.reused:
             tracker.report(f"{scorer.reused} item evaluations of this session came from the cache of earlier runs")
-        if result["within_noise_of"]:
-            tracker.report(result["verdict"], "warning")
+        if result.within_noise_of:
+            tracker.report(result.verdict, "warning")
         keep_best(bench, folder, result, tracker)
         tracker.report(f"peak memory {_peak(folder.spec.run.workers)}, the models' memory-mapped files included")
-    print(result_table(result))
     return result
 
 

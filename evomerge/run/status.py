@@ -7,7 +7,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from evomerge.report.tables import score_text, slopes_text, table
+from evomerge.evaluation.scores import Score, table_to_json
+from evomerge.report.result import ResultRow
+from evomerge.report.tables import gradients_text, score_text, table
 from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
 from evomerge.study.ranking import growth
@@ -23,44 +25,44 @@ def read_status(run: Path) -> dict[str, Any]:
         RunError: When there is no run.
     """
     folder = RunFolder.existing(run)
-    known = folder.candidates()
+    history = folder.candidates()
     result = folder.result()
     budget = folder.spec.search.candidates
-    finished = result is not None and result["candidates"]["budget"] >= budget
+    finished = result is not None and result.candidates.budget >= budget
     running = is_locked(folder.root / ".lock")
     state = "running" if running else ("finished" if finished else "stopped")
-    leader = best(known)
-    seconds = [c.seconds["total"] for c in known if c.state != "failed" and "total" in c.seconds]
+    leader = best(history)
+    seconds = [c.seconds["total"] for c in history if c.state != "failed" and "total" in c.seconds]
     rate = len(seconds) / sum(seconds) * 3600 * folder.spec.run.workers if seconds and sum(seconds) > 0 else None
     status: dict[str, Any] = {
         "run": folder.spec.name,
         "state": state,
-        "candidates": {**count_states(known), "budget": budget},
-        "items": count_items(known),
+        "candidates": {**count_states(history), "budget": budget},
+        "items": count_items(history),
         "best": None if leader is None else _entry(leader),
-        "front": _front(folder.spec.objectives, known),
-        "baselines": {c.operator: dict(c.scores) for c in known if c.generation == 0 and c.state == "done"},
+        "front": _front(folder.spec.objectives, history),
+        "baselines": {c.operator: dict(c.scores) for c in history if c.generation == 0 and c.state == "done"},
         "candidates_per_hour": rate,
-        "seconds_left": None if rate is None else max(0, budget - len(known)) / rate * 3600,
-        "verdict": result["verdict"] if result else None,
+        "seconds_left": None if rate is None else max(0, budget - len(history)) / rate * 3600,
+        "verdict": result.verdict if result else None,
     }
     if finished and result is not None:
-        winner = result["winner"]
+        winner = result.winner
         status["best"] = {
-            "candidate": winner["candidate"],
-            "fitness": winner["fitness"]["search"]["value"],
-            "scores": winner["scores"],
+            "candidate": winner.candidate,
+            "fitness": winner.fitness["search"].value,
+            "scores": _scores_json(winner),
         }
-        status["baselines"] |= {name: row["scores"] for name, row in result["baselines"].items()}
+        status["baselines"] |= {name: _scores_json(row) for name, row in result.baselines.items()}
     return status
 
 
-def _front(names: Sequence[str], known: Sequence[Candidate]) -> dict[str, Any] | None:
+def _front(names: Sequence[str], history: Sequence[Candidate]) -> dict[str, Any] | None:
     """The candidates that none dominates on the items that steer, the fittest first; None with one objective."""
     if not names:
         return None
-    members = ranked(pareto_front(known))
-    grown = growth(known)
+    members = ranked(pareto_front(history))
+    grown = growth(history)
     return {
         "size": len(members),
         "hypervolume": grown[-1].hypervolume if grown else None,
@@ -88,17 +90,17 @@ def render_status(status: Mapping[str, Any]) -> str:
             f"racing: {items['evaluated']} item evaluations instead of {items['without_racing']}, "
             f"{items['saved']:.0%} saved"
         )
-    if slopes := slopes_text(status["items"]):
-        lines.append(slopes)
+    if gradients := gradients_text(status["items"]["gradients"]):
+        lines.append(gradients)
     if status["candidates_per_hour"] and status["state"] != "finished":
         left = timedelta(seconds=round(status["seconds_left"]))
         lines.append(f"{status['candidates_per_hour']:.0f} candidates an hour, {left} left")
     if status["best"]:
-        found = status["best"]
-        lines.append(f"best: candidate {found['candidate']}, fitness {found['fitness']:.4f}")
+        best_so_far = status["best"]
+        lines.append(f"best: candidate {best_so_far['candidate']}, fitness {best_so_far['fitness']:.4f}")
         rows = [
-            [split, task, metric, score_text(score)]
-            for split, tasks in found["scores"].items()
+            [split, task, metric, score_text(Score.from_json(score))]
+            for split, tasks in best_so_far["scores"].items()
             for task, metrics in tasks.items()
             for metric, score in metrics.items()
         ]
@@ -120,6 +122,10 @@ def _front_lines(front: Mapping[str, Any]) -> list[str]:
         for row in shown
     ]
     return [f"front: {front['size']} candidates{volume}{more}", table(["candidate", "fitness", *names], rows)]
+
+
+def _scores_json(row: ResultRow) -> dict[str, Any]:
+    return {split: table_to_json(scores) for split, scores in row.scores.items()}
 
 
 def _entry(candidate: Candidate) -> dict[str, Any]:

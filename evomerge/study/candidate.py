@@ -243,7 +243,7 @@ def spent_items(history: Iterable[Candidate], slope_items: int) -> Iterator[int]
     return map(Spending(slope_items).add, history)
 
 
-def count_items(history: Iterable[Candidate]) -> dict[str, float]:
+def count_items(history: Iterable[Candidate]) -> dict[str, Any]:
     """Item evaluations of the search: how many, how many they would be without racing, the share saved; and slopes.
 
     What the slopes of a candidate cost is not among them (`spent_items` counts it in): ``gradients`` says of how many

@@ -5,7 +5,6 @@ Rows by hand, references by enumeration, coverage on data that is known.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from typing import Any
@@ -17,7 +16,15 @@ from hypothesis import strategies as st
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.scores import ItemScores, bootstrap_sums
-from evomerge.objective.comparison import bootstrap_intervals, compare, mcnemar, verdict, within_noise
+from evomerge.objective.comparison import (
+    Difference,
+    TaskDifference,
+    bootstrap_intervals,
+    compare,
+    mcnemar,
+    verdict,
+    within_noise,
+)
 from evomerge.objective.fitness import Fitness
 from evomerge.objective.goals import Goal
 from tests.objective.test_fitness import ACC, BPB, bits, corpus, mean
@@ -43,50 +50,42 @@ def test_differences_agree_with_the_delta_method() -> None:
     for name, baseline in (("low", low), ("middle", middle)):
         value, stderr = fitness.difference(high, baseline)
         row = rows[name]
-        assert (row["value"], row["stderr"], row["n"]) == (value, stderr, 500)
-        assert row["interval"] == pytest.approx([value - 1.96 * stderr, value + 1.96 * stderr], abs=0.3 * stderr)
+        assert (row.value, row.stderr, row.n) == (value, stderr, 500)
+        assert row.interval is not None
+        assert row.joint_interval is not None
+        assert row.interval == pytest.approx((value - 1.96 * stderr, value + 1.96 * stderr), abs=0.3 * stderr)
         # Two comparisons at once: wider than one, no wider than Bonferroni's (z = 2.24) but for the draws.
-        assert row["joint_interval"][0] < row["interval"][0] + 0.1 * stderr
-        assert row["joint_interval"][0] > value - 2.5 * stderr
-    json.dumps(rows)
+        assert row.joint_interval[0] < row.interval[0] + 0.1 * stderr
+        assert row.joint_interval[0] > value - 2.5 * stderr
 
 
 def test_tasks_are_compared_by_their_own_metric() -> None:
     """Right on 1, 2, 3 against right on 3, 4: two wins, one loss, p = 1; bits are no yes or no."""
     winner = {"mc": mean([1, 1, 1, 0]), "text": bits([-2.0, -1.0], [2, 1])}
     other = {"mc": mean([0, 0, 1, 1]), "text": bits([-4.0, -2.0], [2, 1])}
-    row = compare(winner, {"x": other}, Fitness((ACC, BPB)))["x"]["tasks"]
-    assert row["mc"] == {
-        "metric": "acc",
-        "value": 0.25,
-        "stderr": pytest.approx(math.sqrt((3 - 0.25) / 3 / 4)),
-        "wins": 2,
-        "losses": 1,
-        "p": 1.0,
-    }
-    assert row["text"] == {
-        "metric": "bits_per_byte",
-        "value": pytest.approx(-1 / math.log(2)),
-        "stderr": pytest.approx(0, abs=1e-12),
-    }
+    row = compare(winner, {"x": other}, Fitness((ACC, BPB)))["x"].tasks
+    assert row["mc"] == TaskDifference("acc", 0.25, pytest.approx(math.sqrt((3 - 0.25) / 3 / 4)), wins=2, losses=1, p=1)
+    assert row["text"] == TaskDifference("bits_per_byte", pytest.approx(-1 / math.log(2)), pytest.approx(0, abs=1e-12))
 
 
 def test_a_metric_that_is_no_mean_has_no_interval() -> None:
     goals = Fitness((Goal("f", "f1", 1.0, True),))
     row = compare({"f": corpus(0.75, 4)}, {"x": {"f": corpus(0.5, 4)}}, goals)["x"]
-    assert (row["value"], row["stderr"], row["interval"], row["joint_interval"]) == (0.25, None, None, None)
-    assert row["tasks"]["f"] == {"metric": "f1", "value": 0.25, "stderr": None}
+    assert (row.value, row.stderr, row.interval, row.joint_interval) == (0.25, None, None, None)
+    assert row.tasks["f"] == TaskDifference("f1", 0.25, None)
     assert "its noise is unknown" in verdict({"x": row}, {"x": 0.5})
     assert verdict({"x": row}, {"x": 0.5}).startswith("The winner is within noise of the best baseline (x):")
 
 
-def spans(value: float, alone: float, joint: float) -> dict[str, Any]:
-    return {
-        "value": value,
-        "stderr": alone / 1.96,
-        "interval": [value - alone, value + alone],
-        "joint_interval": [value - joint, value + joint],
-    }
+def spans(value: float, alone: float, joint: float) -> Difference:
+    return Difference(
+        value=value,
+        stderr=alone / 1.96,
+        n=10,
+        interval=(value - alone, value + alone),
+        joint_interval=(value - joint, value + joint),
+        tasks={},
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,8 +108,8 @@ def spans(value: float, alone: float, joint: float) -> dict[str, Any]:
         ({"a": spans(-0.4, 0.1, 0.3), "b": spans(0.4, 0.1, 0.3)}, "worse than the best baseline (a): fitness -0.400"),
     ],
 )
-def test_verdict(rows: dict[str, Any], sentence: str) -> None:
-    text = verdict(rows, {name: -row["value"] for name, row in rows.items()})
+def test_verdict(rows: dict[str, Difference], sentence: str) -> None:
+    text = verdict(rows, {name: -row.value for name, row in rows.items()})
     assert text.startswith("The winner is ")
     assert sentence in text
     assert ("better than every" in text) == (not within_noise(rows))

@@ -260,8 +260,8 @@ def test_an_asynchronous_search_of_two_workers(tiny_family: dict[str, Path], tmp
     found = folder.candidates()
     assert [c.number for c in found] == list(range(18))
     assert len({c.phenotype for c in found}) == 18
-    assert sum(result["candidates"][state] for state in ("done", "failed", "pruned")) == 18
-    assert any(name.startswith("random search") for name in result["baselines"])
+    assert result.candidates.recorded == 18
+    assert any(name.startswith("random search") for name in result.baselines)
     assert not list((folder.root / "scores").glob(".*.partial"))
     (tmp_path / "again" / "scores").mkdir(parents=True)
     bench = Workbench(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from evomerge.evaluation.splits import SEARCH
 from evomerge.problem.problem import Workbench
+from evomerge.report.result import Ending, RunResult
 from evomerge.report.tables import result_table
 from evomerge.run import export
 from evomerge.run.folder import RunFolder
@@ -56,9 +58,8 @@ def found(folder: Path) -> tuple[Candidate, ...]:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    result = RunFolder.existing(folder).result()
-    assert result is not None
-    return result
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
 
 
 def test_objectives_are_the_tasks_values_and_the_size(front_run: Path) -> None:
@@ -146,7 +147,7 @@ def test_what_is_told_of_the_front(front_run: Path, capsys: pytest.CaptureFixtur
     told = {row["candidate"]: row["objectives"] for row in status["front"]["candidates"]}
     assert told == {c.number: dict(zip(NAMES, c.objectives or (), strict=True)) for c in front}
     assert f"\nfront: {len(front)} candidates, hypervolume " in render_status(status)
-    text = result_table(result)
+    text = result_table(RunResult.from_json(result))
     assert "| front, on the test items" in text
     assert f"| candidate {result['winner']['candidate']}: the winner " in text
     assert "Hypervolume on the items that steered: " in text
@@ -204,19 +205,16 @@ def test_good_enough_ends_a_run_that_can_be_extended(tiny_family: dict[str, Path
     first = start(spec, folder=tmp_path / "run")
     count = len(found(tmp_path / "run"))
     assert count == 10
-    assert (first["ended"]["reason"], first["ended"]["extended_from"]) == ("target", 0)
+    assert (first.ended.reason, first.ended.extended_from) == ("target", 0)
     assert {c.generation for c in found(tmp_path / "run")} == {0}
     assert start(spec, folder=tmp_path / "run") == first
     assert read_status(tmp_path / "run")["state"] == "finished"
     more = resume(tmp_path / "run", candidates=12)
-    assert (more["ended"]["reason"], more["ended"]["extended_from"]) == ("budget", count)
+    assert (more.ended.reason, more.ended.extended_from) == ("budget", count)
     assert len(found(tmp_path / "run")) == 12
     assert resume(tmp_path / "run") == more
-    assert resume(tmp_path / "run", candidates=13)["ended"] == {
-        "reason": "budget",
-        "message": "the budget of 13 candidates is spent",
-        "extended_from": count,
-    }
+    ended = resume(tmp_path / "run", candidates=13).ended
+    assert ended == Ending("budget", "the budget of 13 candidates is spent", extended_from=count)
     # Without the target it would have been the same candidates.
     whole = parse_spec(search_spec(tiny_family, search__candidates=13, **changes))
     start(whole, folder=tmp_path / "whole")
@@ -227,11 +225,15 @@ def test_the_front_is_kept_before_what_is_behind_it(
     front_run: Path, tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Winner 4, then the front's 7 and 2, then 9, which has a better mean than they and is dominated."""
-    result = {
-        "winner": {"candidate": 4},
-        "front": [{"candidate": 4}, {"candidate": 7}, {"candidate": 2}],
-        "finalists": [{"candidate": n, "pooled": p} for n, p in ((9, 0.9), (4, 0.5), (7, 0.4), (2, 0.3), (1, 0.2))],
-    }
+    whole = RunFolder.existing(front_run).result()
+    assert whole is not None
+    pooled = ((9, 0.9), (4, 0.5), (7, 0.4), (2, 0.3), (1, 0.2))
+    result = replace(
+        whole,
+        winner=replace(whole.winner, candidate=4),
+        front=tuple(replace(whole.front[0], candidate=n) for n in (4, 7, 2)),
+        finalists=tuple(replace(whole.finalists[0], candidate=n, pooled=p) for n, p in pooled),
+    )
     kept: list[int] = []
     monkeypatch.setattr(export, "write_export", lambda bench, folder, candidate, out: kept.append(candidate.number))
     folder = RunFolder(tmp_path, pareto_spec(tiny_family, run__keep=4))

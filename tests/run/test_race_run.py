@@ -129,7 +129,7 @@ def test_a_second_run_measures_nothing(
     result = start(spec, folder=tmp_path / "again")
     assert sizes == []
     assert lasting(found(tmp_path / "again")) == lasting(found(raced))
-    assert result == json.loads((raced / "result.json").read_text())
+    assert result == RunFolder.existing(raced).result()
     assert dict(files(tmp_path / "again" / "scores")) == dict(files(raced / "scores"))
 
 
@@ -167,7 +167,7 @@ def test_without_the_cache_everything_is_measured_and_comes_out_the_same(
     result = resume(tmp_path / "run")
     for baseline in (False, True):
         assert lasting(found(tmp_path / "run", baseline=baseline)) == lasting(found(raced, baseline=baseline))
-    assert result == json.loads((raced / "result.json").read_text())
+    assert result == RunFolder.existing(raced).result()
     assert dict(files(tmp_path / "run" / "scores")) == dict(files(raced / "scores"))
 
 
@@ -188,16 +188,17 @@ def test_a_race_on_the_items_that_tell_candidates_apart(tiny_family: dict[str, P
     result = resume(tmp_path / "parts", candidates=16)
     start(parse_spec(search_spec(tiny_family, search__candidates=16, **changes)), folder=tmp_path / "whole")
     assert lasting(found(tmp_path / "parts")) == lasting(found(tmp_path / "whole"))
-    assert result == json.loads((tmp_path / "whole" / "result.json").read_text())
-    drawn = {task: row["items"] for task, row in result["informative"]["tasks"].items()}
+    assert result == RunFolder.existing(tmp_path / "whole").result()
+    assert result.informative is not None
+    drawn = {task: row.items for task, row in result.informative.tasks.items()}
     assert drawn == {"tiny_choice": 12, "tiny_text": 8}  # of 17 and 11
     candidates = found(tmp_path / "whole")
     assert {c.items for c in candidates if c.state == "done"} == {20}
     assert all(c.items < 20 for c in candidates if c.state == "pruned")
     assert {c.state for c in candidates} == {"done", "pruned"}
     fitness = {c.number: c.fitness for c in candidates}
-    assert all(f["estimate"] == fitness[f["candidate"]] for f in result["informative"]["finalists"])
-    assert result["winner"]["fitness"]["search"]["n"] == 28
+    assert all(row.estimate == fitness[row.candidate] for row in result.informative.finalists)
+    assert result.winner.fitness["search"].n == 28
 
 
 def test_the_cache_and_the_baseline_may_change_under_a_run_and_racing_may_not(spec: SearchSpec, raced: Path) -> None:

@@ -18,15 +18,16 @@ from evomerge.objective.item_sampling import Sample
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.planner import Planner
 from evomerge.problem.problem import Workbench
+from evomerge.report.result import CandidateCounts
 from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.run.status import read_status, render_status
-from evomerge.spec.load import load_spec, parse_spec
+from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.system.locks import exclusive
-from tests.frame import changed, files, search_spec
+from tests.frame import changed, files, invoke, search_spec
 from tests.models import write_tiny_llama
 
 
@@ -135,9 +136,10 @@ def test_accuracy_is_reported_whatever_steers(
     tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], fitness: str, steering: str
 ) -> None:
     changes: dict[str, Any] = {"search__candidates": 7, "search__finalists": 2, "run__keep": 0}
-    result = start(
-        parse_spec(search_spec(tiny_family, evaluation__fitness=fitness, **changes)), folder=tmp_path / "run"
-    )
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump(search_spec(tiny_family, evaluation__fitness=fitness, **changes)))
+    ended = invoke(capsys, "run", path, "--dir", tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert [(g["metric"], g["steered_by"]) for g in result["goals"]] == [
         ("acc", steering),
         ("bits_per_byte", "bits_per_byte"),
@@ -156,7 +158,7 @@ def test_accuracy_is_reported_whatever_steers(
     for split in (SEARCH, TEST):
         told = relative(result["winner"]["scores"][split], "acc")
         assert result["winner"]["fitness"][split]["value"] == pytest.approx(told)
-    assert "tiny_choice acc" in capsys.readouterr().out
+    assert "tiny_choice acc" in ended.out
 
 
 def test_relative_fitness_of_the_sources(finished_run: Path) -> None:
@@ -175,21 +177,18 @@ def test_relative_fitness_of_the_sources(finished_run: Path) -> None:
         assert candidate.fitness == pytest.approx((prob + 2 * bits) / 3)
 
 
-def test_items_that_tell_candidates_apart_steer(
-    tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_items_that_tell_candidates_apart_steer(tiny_family: dict[str, Path], tmp_path: Path) -> None:
     """Half of the search items are scored; the record has estimates, the finalists are scored on all of them."""
     changes: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__informative": 0.5}
     short = parse_spec(search_spec(tiny_family, search__candidates=5, **changes))
     start(short, folder=tmp_path / "parts")
-    capsys.readouterr()
     result = resume(tmp_path / "parts", candidates=7)
-    table = capsys.readouterr().out
     whole = parse_spec(search_spec(tiny_family, search__candidates=7, **changes))
     assert start(whole, folder=tmp_path / "whole") == result
     assert lasting(candidates(tmp_path / "parts")) == lasting(candidates(tmp_path / "whole"))
-    told = result["informative"]
-    assert {t: (row["items"], row["of"]) for t, row in told["tasks"].items()} == {
+    informative = result.informative
+    assert informative is not None
+    assert {task: (drawn.items, drawn.of) for task, drawn in informative.tasks.items()} == {
         "tiny_choice": (6, 12),
         "tiny_text": (4, 8),
     }
@@ -199,12 +198,12 @@ def test_items_that_tell_candidates_apart_steer(
     bench = Workbench(whole)
     for task, sample in samples.items():
         assert set(sample.items) < {bench.evaluator.items(task)[k] for k in bench.selections[SEARCH][task]}
-        assert sum(sample.weights) == pytest.approx(told["tasks"][task]["of"])
+        assert sum(sample.weights) == pytest.approx(informative.tasks[task].of)
     found = {c.number: c for c in candidates(tmp_path / "whole")}
     folder = RunFolder.existing(tmp_path / "whole")
-    for finalist in told["finalists"]:
-        candidate = found[finalist["candidate"]]
-        assert finalist["estimate"] == candidate.fitness
+    for finalist in informative.finalists:
+        candidate = found[finalist.candidate]
+        assert finalist.estimate == candidate.fitness
         assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
         kept = folder.scores.load(bench.plan(candidate.recipe).digest, SEARCH)
         assert kept is not None
@@ -219,8 +218,8 @@ def test_items_that_tell_candidates_apart_steer(
             assert kept is not None
             assert len(kept["tiny_choice"].items) == 12
         assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
-    assert "estimated from those drawn" in table
-    assert result["winner"]["scores"][SEARCH]["tiny_choice"]["acc"]["n"] == 12
+    assert "estimated from those drawn" in result_table(result)
+    assert result.winner.scores[SEARCH]["tiny_choice"]["acc"].n == 12
 
 
 def test_splits_are_disjoint(small: SearchSpec) -> None:
@@ -232,8 +231,8 @@ def test_splits_are_disjoint(small: SearchSpec) -> None:
     assert list(bench.selections["guard"]) == ["tiny_answer"]
 
 
-def test_a_run_of_an_older_version_is_shown_and_goes_on(finished_run: Path, tmp_path: Path) -> None:
-    """What this version added is missing from its specification and its result."""
+def test_a_run_of_an_older_version_goes_on(finished_run: Path, tmp_path: Path) -> None:
+    """What this version added is missing from its specification and its result, which is written anew."""
     root = Path(shutil.copytree(finished_run, tmp_path / "run"))
     resolved = yaml.safe_load((root / "resolved.yaml").read_text())
     for key in ("informative", "cache", "reuse_prefixes"):
@@ -241,18 +240,15 @@ def test_a_run_of_an_older_version_is_shown_and_goes_on(finished_run: Path, tmp_
     del resolved["search"]["baseline"]
     (root / "resolved.yaml").write_text(yaml.safe_dump(resolved))
     result = json.loads((root / "result.json").read_text())
-    for key in ("items", "selection_bias", "informative", "within_noise_of"):
-        del result[key]
-    for goal in result["goals"]:
-        del goal["steered_by"]
     for row in result["baselines"].values():
         row["winner_less_this"] = {key: row["winner_less_this"][key] for key in ("value", "stderr")}
     (root / "result.json").write_text(json.dumps(result))
-    status = read_status(root)
-    assert result["verdict"] in render_status(status)
-    assert "winner: candidate" in result_table(result)
-    assert len(candidates(root)) == 18
-    assert resume(root, candidates=19)["candidates"]["done"] == 19
+    with pytest.raises(RunError, match=r"winner_less_this\.interval: is missing") as raised:
+        read_status(root)
+    assert "without it, `evomerge resume` writes it" in raised.value.problems[-1]
+    (root / "result.json").unlink()
+    assert "stopped; 18 scored" in render_status(read_status(root))
+    assert resume(root, candidates=19).candidates.done == 19
 
 
 def test_rerun_of_a_finished_run_changes_nothing(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,12 +256,11 @@ def test_rerun_of_a_finished_run_changes_nothing(copied: Path, capsys: pytest.Ca
     before = {name: content for name, content in files(copied) if name not in volatile}
     path = copied.parent / "tiny.yaml"
     path.write_text((copied / "search.yaml").read_text())
-    capsys.readouterr()
-    first = start(load_spec(path), source=path, folder=copied)
-    table = capsys.readouterr().out
-    again = resume(copied)
-    assert capsys.readouterr().out == table
-    assert first == again == json.loads((copied / "result.json").read_text())
+    first = invoke(capsys, "run", path, "--dir", copied)
+    again = invoke(capsys, "resume", copied)
+    result = RunFolder.existing(copied).result()
+    assert result is not None
+    assert first.out == again.out == result_table(result) + "\n"
     assert {name: content for name, content in files(copied) if name not in volatile} == before
 
 
@@ -275,9 +270,9 @@ def test_a_run_in_two_parts_is_the_run_in_one(small: SearchSpec, finished_run: P
     assert len(candidates(tmp_path / "run")) == 7
     result = resume(tmp_path / "run", candidates=18)
     assert lasting(candidates(tmp_path / "run")) == lasting(candidates(finished_run))
-    assert result["candidates"]["budget"] == 18
+    assert result.candidates.budget == 18
     # The file still says 7: the run stays as it was extended.
-    assert start(small, folder=tmp_path / "run")["candidates"]["budget"] == 18
+    assert start(small, folder=tmp_path / "run").candidates.budget == 18
     with pytest.raises(RunError, match="the budget is 18; --candidates can only extend it"):
         resume(tmp_path / "run", candidates=9)
     with pytest.raises(RunError, match="the budget is 18; --candidates can only extend it"):
@@ -404,7 +399,7 @@ def test_a_failing_candidate_is_recorded_and_the_run_goes_on(
     assert failed
     assert {c.failure_kind for c in failed} == {kind}
     assert all(c.fitness is None for c in failed)
-    assert result["candidates"] == {"done": 7 - len(failed), "failed": len(failed), "pruned": 0, "budget": 7}
+    assert result.candidates == CandidateCounts(done=7 - len(failed), failed=len(failed), pruned=0, budget=7)
     assert lasting(candidates(tmp_path / "run")) == lasting(found)
 
 
@@ -464,8 +459,8 @@ def test_finalists_and_rivals_without_scores_are_left_out(
 
     _broken(monkeypatch, fails)
     result = start(small, folder=tmp_path / "run")
-    assert result["winner"]["candidate"] == runner_up
-    assert by_number[4].operator not in result["baselines"]
+    assert result.winner.candidate == runner_up
+    assert by_number[4].operator not in result.baselines
     assert f"candidate {winner} is left out: not finite" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -481,10 +476,10 @@ def test_raw_scale_and_random_search(tiny_family: dict[str, Path], tmp_path: Pat
     spec = parse_spec(changed(content, {"evaluation__tasks": ["tiny_text"], "run__keep": 0, "evaluation__guard": []}))
     result = start(spec, folder=tmp_path / "run")
     found = candidates(tmp_path / "run")
-    assert len(found) == result["candidates"]["done"] == 14
+    assert len(found) == result.candidates.done == 14
     for candidate in found:
         assert candidate.fitness == -candidate.scores[SEARCH]["tiny_text"]["bits_per_byte"]["value"]
-    assert "guard" not in result["winner"]["scores"]
+    assert "guard" not in result.winner.scores
 
 
 def test_what_is_wrong_is_told_together(tiny_family: dict[str, Path], tmp_path: Path) -> None:

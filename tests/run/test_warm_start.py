@@ -83,7 +83,7 @@ def test_a_run_goes_on_without_what_it_started_from(
     found = RunFolder.existing(root).candidates()
     assert [c.operator for c in found if c.generation == 0] == names
     assert [c.recipe for c in found if c.generation == 0] == [start.recipe for start in kept]
-    assert start(load_spec(path), source=path, folder=root)["candidates"]["budget"] == len(found)
+    assert start(load_spec(path), source=path, folder=root).candidates.budget == len(found)
     path.write_text(path.read_text().replace("warm_start: first", "warm_start: another"))
     with pytest.raises(RunError, match="warm_start"):
         start(load_spec(path), source=path, folder=root)

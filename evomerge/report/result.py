@@ -1,0 +1,281 @@
+"""What a finished run found: the types behind result.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from evomerge.errors import RunError
+from evomerge.evaluation.scores import Score, ScoreTable
+from evomerge.objective.comparison import Difference
+from evomerge.study.ranking import Growth
+
+_PLAIN = {
+    "missing": "is missing",
+    "unexpected_keyword_argument": "is no key that this version knows",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error, None where none can be given."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a search ended.
+
+    Attributes:
+        reason: In a word.
+        message: In a sentence.
+        extended_from: How many candidates there were when the run was extended after it had ended early, else 0.
+    """
+
+    reason: str
+    message: str
+    extended_from: int
+
+
+@dataclass(frozen=True)
+class CandidateCounts:
+    """How many candidates were scored, failed and were stopped early, of how many that were asked for."""
+
+    done: int
+    failed: int
+    pruned: int
+    budget: int
+
+    @property
+    def recorded(self) -> int:
+        """All candidates that the record has."""
+        return self.done + self.failed + self.pruned
+
+
+@dataclass(frozen=True)
+class ItemCounts:
+    """Item evaluations of a search, as `study.candidate.count_items` counts them."""
+
+    evaluated: int
+    without_racing: int
+    saved: float
+    gradients: int
+
+
+@dataclass(frozen=True)
+class GoalResult:
+    """One task's part in the fitness.
+
+    Attributes:
+        task: The task.
+        metric: The metric that is reported.
+        weight: Its weight in the mean.
+        reference: The best source's value; None on the raw scale.
+        steered_by: The metric that the search maximised in its place; often the same.
+    """
+
+    task: str
+    metric: str
+    weight: float
+    reference: float | None
+    steered_by: str
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A model and what it scored, by split.
+
+    Attributes:
+        candidate: Its number; None for one that is not of this search.
+        recipe: What was merged.
+        fitness: Split to fitness; the guard tasks have none.
+        scores: Split to the scores of every task and metric.
+    """
+
+    candidate: int | None
+    recipe: Mapping[str, Any]
+    fitness: Mapping[str, Score]
+    scores: Mapping[str, ScoreTable]
+
+
+@dataclass(frozen=True)
+class WinnerRow(ResultRow):
+    """The winner, and where it came from."""
+
+    candidate: int
+    generation: int
+    operator: str
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BaselineRow(ResultRow):
+    """What the winner has to beat, and how far it does on the test items."""
+
+    winner_less_this: Difference
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate that was scored on the select items.
+
+    Attributes:
+        candidate: Its number.
+        pooled: Its fitness over search and select items, which chose the winner.
+        winner_less_this: The winner's less its own, paired.
+        fitness: Split to fitness.
+    """
+
+    candidate: int
+    pooled: float
+    winner_less_this: Estimate
+    fitness: Mapping[str, Score]
+
+
+@dataclass(frozen=True)
+class FrontEntry:
+    """A finalist that no other dominates.
+
+    Attributes:
+        candidate: Its number.
+        objectives: Split, or "pooled" for search and select items together, to the objectives by name.
+        sizes: Its layers and parameters.
+        fitness: Split to fitness.
+        scores: Split to the scores of every task and metric.
+    """
+
+    candidate: int
+    objectives: Mapping[str, Mapping[str, float]]
+    sizes: Mapping[str, int]
+    fitness: Mapping[str, Score]
+    scores: Mapping[str, ScoreTable]
+
+
+@dataclass(frozen=True)
+class Hypervolume:
+    """How the front grew, above a reference point."""
+
+    reference: Mapping[str, float]
+    generations: tuple[Growth, ...]
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Items that tell candidates apart about equally well, and how many of them steered."""
+
+    items: int
+    drawn: int
+
+
+@dataclass(frozen=True)
+class DrawnItems:
+    """The items of a task that steered.
+
+    Attributes:
+        items: How many.
+        of: Of how many search items.
+        effective: How many they are worth if all counted alike.
+        strata: Where they were drawn from.
+    """
+
+    items: int
+    of: int
+    effective: float
+    strata: tuple[Stratum, ...]
+
+
+@dataclass(frozen=True)
+class EstimatedFitness:
+    """A finalist's fitness as the items that steered had it, beside that on all search items."""
+
+    candidate: int
+    estimate: float | None
+    all_search_items: float
+
+
+@dataclass(frozen=True)
+class InformativeItems:
+    """Which items steered where that was a part of the search items, and how far they led from all of them."""
+
+    tasks: Mapping[str, DrawnItems]
+    finalists: tuple[EstimatedFitness, ...]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run found.
+
+    Attributes:
+        run: The run's name.
+        state: "finished".
+        ended: Why the search ended.
+        candidates: How many there were.
+        items: How many items were evaluated.
+        scale: "relative" or "raw".
+        goals: What the fitness is made of.
+        winner: The winner.
+        selection_bias: What its fitness lost from the items that steered to those that chose nothing.
+        baselines: What it had to beat, by name.
+        finalists: Those it was chosen from, best on the search items first.
+        objectives: Names of the objectives; empty where there is one.
+        front: The finalists that none dominates, the winner first; empty with one objective.
+        hypervolume: How the front grew; None with one objective.
+        informative: The items that steered; None where all search items did.
+        within_noise_of: The baselines that the winner is not surely better than.
+        verdict: Whether it is better than what a person would have tried first, in a sentence.
+    """
+
+    run: str
+    state: str
+    ended: Ending
+    candidates: CandidateCounts
+    items: ItemCounts
+    scale: str
+    goals: tuple[GoalResult, ...]
+    winner: WinnerRow
+    selection_bias: Estimate
+    baselines: Mapping[str, BaselineRow]
+    finalists: tuple[Finalist, ...]
+    objectives: tuple[str, ...]
+    front: tuple[FrontEntry, ...]
+    hypervolume: Hypervolume | None
+    informative: InformativeItems | None
+    within_noise_of: tuple[str, ...]
+    verdict: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of result.json."""
+        content: dict[str, Any] = _adapter().dump_python(self, mode="json")
+        return content
+
+    @classmethod
+    def from_json(cls, content: Any, where: str = "result.json") -> RunResult:
+        """Reads what `to_json` gave.
+
+        Args:
+            content: The content of result.json.
+            where: What an error calls it.
+
+        Raises:
+            RunError: With every key that is missing, unknown or of the wrong type.
+        """
+        try:
+            return _adapter().validate_python(content, extra="forbid")
+        except ValidationError as error:
+            problems = [
+                f"{where}: {'.'.join(map(str, problem['loc'])) or 'its content'}: "
+                f"{_PLAIN.get(problem['type'], problem['msg'])}"
+                for problem in error.errors(include_url=False)
+            ]
+        raise RunError([*problems, f"{where}: not the result of this version; without it, `evomerge resume` writes it"])
+
+
+@cache
+def _adapter() -> TypeAdapter[RunResult]:
+    return TypeAdapter(RunResult)
