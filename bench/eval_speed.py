@@ -163,7 +163,7 @@ def flips(evaluator: Evaluator, task: str, indices: Sequence[int], ours: Sequenc
 
 def agreement(model: Any, evaluator: Evaluator, tokenizer: Any, task: str, indices: Sequence[int]) -> str:
     """How far the answers are from HFLM's in float32, on some items."""
-    backend: Any = evaluator._backend
+    backend: Any = evaluator.backend
     requests = evaluator.requests(task)
     instances = [instance for index in indices for instance in requests.by_item[index]]
     ours = flat(backend.respond(model, requests, indices))
@@ -193,7 +193,7 @@ def write_generation(folder: Path, data: Path) -> None:
 
 def native_backend(evaluator: Evaluator) -> native.NativeBackend:
     """The evaluator's backend, which the bench calls past the tasks' metrics."""
-    backend = evaluator._backend
+    backend = evaluator.backend
     assert isinstance(backend, native.NativeBackend)
     return backend
 
@@ -227,18 +227,18 @@ def measure(args: argparse.Namespace, model: Any, wide: Any, evaluator: Evaluato
     if isinstance(answers["ours"][0], str):
         tokens = sum(len(evaluator.encoder.tok_encode(instance.args[0])) for instance in instances)
         return Line(task, count, tokens, tokens, 0, 0.0, seconds["ours"], seconds["hflm"], size, changed, same)
-    layout = backend.layout(requests, indices)
-    scored = sum(len(batch.scored) for batch in layout.batches)
+    packed = backend.packed(requests, indices)
+    scored = sum(len(batch.scored) for batch in packed.batches)
     head = model.get_output_embeddings().weight.numel()
-    floor = (2 * parameters * layout.tokens + 2 * head * scored) / rate
-    line = (task, count, layout.unshared, layout.tokens, scored, floor, seconds["ours"], seconds["hflm"], size)
+    floor = (2 * parameters * packed.tokens + 2 * head * scored) / rate
+    line = (task, count, packed.unshared, packed.tokens, scored, floor, seconds["ours"], seconds["hflm"], size)
     return Line(*line, changed, same)
 
 
 def share_in_model(model: Any, evaluator: Evaluator, selection: dict[str, tuple[int, ...]]) -> tuple[float, float]:
     """Seconds of a second candidate, and the share of them inside the model and what is read off its logits."""
-    scorer, inside = native_backend(evaluator).scorer, 0.0
-    original = scorer.score
+    scorer, inside = native_backend(evaluator).logprobs, 0.0
+    original = scorer.compute
 
     def timed(*given: Any) -> Any:
         nonlocal inside
@@ -247,11 +247,11 @@ def share_in_model(model: Any, evaluator: Evaluator, selection: dict[str, tuple[
         inside += time.perf_counter() - start
         return scored
 
-    scorer.score = timed  # type: ignore[method-assign]
+    scorer.compute = timed  # type: ignore[method-assign]
     start = time.perf_counter()
     evaluator.score(model, selection)
     total = time.perf_counter() - start
-    scorer.score = original  # type: ignore[method-assign]
+    scorer.compute = original  # type: ignore[method-assign]
     return total, inside / total
 
 
@@ -267,7 +267,7 @@ def run(args: argparse.Namespace, title: str, path: Path, names: Sequence[str], 
         evaluator = Evaluator(tasks, tokenizer, model.config, batch_tokens=args.batch_tokens)
         selection = {name: tuple(range(count)) for name, count in zip(names, counts, strict=True)}
         evaluator.prepare(model)
-        evaluator.layout_digest(selection)
+        evaluator.batch_digest(selection)
     startup = time.perf_counter() - start
     wide = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     lines = []

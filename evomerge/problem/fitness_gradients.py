@@ -140,7 +140,7 @@ def _of_settings(
         log.warning("no slopes: the parameters of %s are not the tensors of its checkpoints", type(model).__name__)
         return None
     names = [op.output for op, _ in work if op.output in parameters]
-    gradient = bench.evaluator.gradient(model, selection, pulls, names)
+    gradient = bench.evaluator.weight_gradient(model, selection, pulls, names)
     return None if gradient is None else slopes(work, gradient, bench.resident.store, plan.family)
 
 

@@ -82,7 +82,7 @@ class Measurer:
     def _content(self, part: Selection) -> Mapping[str, Any]:
         """The items themselves, their tasks' settings, and the batches they come in."""
         evaluator = self._bench.evaluator
-        layout = evaluator.layout_digest(part)
+        layout = evaluator.batch_digest(part)
         if layout not in self._contents:
             self._contents[layout] = {
                 "layout": layout,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from evomerge.evaluation.backends.native.hidden_state_cache import Depths, arrange
+from evomerge.evaluation.backends.native.hidden_state_cache import LayerDigests, order_by_shared_layers
 from evomerge.planning.plan import Plan
 from evomerge.problem.problem import Workbench
 from evomerge.study.candidate import Proposal
@@ -21,7 +21,7 @@ class _Planned:
     """A proposal's plan, its digests by depth, and the seconds that both took."""
 
     plan: Plan
-    depths: Depths
+    depths: LayerDigests
     seconds: float
 
 
@@ -35,7 +35,7 @@ class Planner:
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
         self._waiting: dict[str, _Planned] = {}  # by phenotype
-        self._next: dict[str, Depths] = {}  # phenotype to the digests of the one that is scored after it
+        self._next: dict[str, LayerDigests] = {}  # phenotype to the digests of the one that is scored after it
 
     def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
         """An order of the proposals, as positions: those that share their first layers follow each other.
@@ -49,7 +49,7 @@ class Planner:
             except Exception as error:  # raised again, and recorded, when its turn comes
                 log.info("candidate %d is not arranged: %s", proposal.number, error)
         depths = [self._depths(proposal) for proposal in proposals]
-        order = arrange(depths)
+        order = order_by_shared_layers(depths)
         self._next = {proposals[one].phenotype: depths[other] for one, other in pairwise(order)}
         return order
 
@@ -60,7 +60,7 @@ class Planner:
             RecipeError: When its recipe is not possible.
         """
         planned = self._waiting.pop(proposal.phenotype, None) or self._plan(proposal)
-        self._bench.evaluator.expect(self._next.pop(proposal.phenotype, ()))
+        self._bench.evaluator.announce_next(self._next.pop(proposal.phenotype, ()))
         return planned.plan, planned.seconds
 
     def _plan(self, proposal: Proposal) -> _Planned:
@@ -69,6 +69,6 @@ class Planner:
         depths = self._bench.depths(plan)
         return _Planned(plan, depths, time.perf_counter() - started)
 
-    def _depths(self, proposal: Proposal) -> Depths:
+    def _depths(self, proposal: Proposal) -> LayerDigests:
         planned = self._waiting.get(proposal.phenotype)
         return planned.depths if planned else ()

@@ -104,7 +104,7 @@ class Workbench:
         # What steers is some or all of the search items.
         chosen = [selection for split, selection in self.selections.items() if selection and split != STEER]
         tasks = dict.fromkeys(task for selection in chosen for task in selection)
-        together = {task: [k for selection in chosen for k in selection.get(task, ())] for task in tasks}
+        together = {task: tuple(k for selection in chosen for k in selection.get(task, ())) for task in tasks}
         return self.evaluator.check(together)
 
     def plan(self, recipe: Mapping[str, Any]) -> Plan:

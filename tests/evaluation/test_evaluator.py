@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.backends.native.forward import forwarding
-from evomerge.evaluation.backends.native.logprobs import honours_trees
+from evomerge.evaluation.backends.native.forward import forward_pass
+from evomerge.evaluation.backends.native.logprobs import supports_tree_masks
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from tests.evaluation.conftest import CONFIGS, Bench, documents, write_documents, write_task
@@ -41,16 +41,16 @@ def test_scoring_again_gives_the_same_bits_without_building_anything_anew(bench:
     selection = {name: tuple(range(0, 24, 2)) for name in CONFIGS}
     first, again = evaluator.score(bench.model, selection), evaluator.score(bench.model, selection)
     assert {t: s.scores() for t, s in first.items()} == {t: s.scores() for t, s in again.items()}
-    backend: Any = evaluator._backend
+    backend: Any = evaluator.backend
     requests = evaluator.requests("mc")
-    assert backend.layout(requests, selection["mc"]) is backend.layout(requests, selection["mc"])
+    assert backend.packed(requests, selection["mc"]) is backend.packed(requests, selection["mc"])
 
 
 def test_smooth_metrics_by_hand(bench: Bench) -> None:
     evaluator = bench.evaluator("mc", "ll")
     scores = evaluator.score(bench.model, {"mc": [2], "ll": [2]})
     doc = documents()[2]
-    backend: Any = evaluator._backend
+    backend: Any = evaluator.backend
     lls = np.array([answer[0][0] for answer in backend.respond(bench.model, evaluator.requests("mc"), [2])[0]])
     shares = np.exp(lls) / np.exp(lls).sum()
     assert scores["mc"].score("prob").value == pytest.approx(shares[doc["label"]])
@@ -67,15 +67,15 @@ def test_smooth_metrics_by_hand(bench: Bench) -> None:
 def test_digests_follow_what_they_name(bench: Bench) -> None:
     evaluator = bench.evaluator("mc", "gen")
     evaluator.prepare(bench.model)
-    first = evaluator.layout_digest({"mc": (0, 1, 2)})
-    assert first == bench.evaluator("mc").layout_digest({"mc": (0, 1, 2)})
+    first = evaluator.batch_digest({"mc": (0, 1, 2)})
+    assert first == bench.evaluator("mc").batch_digest({"mc": (0, 1, 2)})
     others = [
-        evaluator.layout_digest({"mc": (0, 1, 3)}),
-        evaluator.layout_digest({"gen": (0, 1, 2)}),
-        bench.evaluator("mc", backend="hf").layout_digest({"mc": (0, 1, 2)}),
+        evaluator.batch_digest({"mc": (0, 1, 3)}),
+        evaluator.batch_digest({"gen": (0, 1, 2)}),
+        bench.evaluator("mc", backend="hf").batch_digest({"mc": (0, 1, 2)}),
     ]
     assert len({first, *others}) == 4
-    digests = {bench.evaluator("mc", batch_tokens=tokens).layout_digest() for tokens in (64, 4096)}
+    digests = {bench.evaluator("mc", batch_tokens=tokens).batch_digest() for tokens in (64, 4096)}
     assert len(digests) == 2
     hashes = [evaluator.item_hash("mc", k) for k in range(24)]
     assert len(set(hashes)) == 24
@@ -190,16 +190,16 @@ class Deaf(torch.nn.Module):
 def test_other_architectures_get_the_numbers_of_one_sequence_a_row(bench: Bench, name: str) -> None:
     models = {"gpt2": gpt2, "wide window": lambda: mistral(4096), "narrow window": lambda: mistral(12)}
     model = Deaf(bench.model) if name == "deaf" else models[name]()
-    with torch.inference_mode(), forwarding(model) as forward:
-        assert honours_trees(forward) is (name in ("gpt2", "wide window"))
+    with torch.inference_mode(), forward_pass(model) as forward:
+        assert supports_tree_masks(forward) is (name in ("gpt2", "wide window"))
     evaluator = bench.evaluator("mc", "rolling")
     plain = bench.evaluator("mc", "rolling")
-    backend: Any = plain._backend
-    backend.scorer.trees = False
-    ours, theirs = evaluator.score(model), plain.score(model)
-    np.testing.assert_allclose(ours["mc"].values("loss"), theirs["mc"].values("loss"), atol=1e-3)
-    expected = theirs["rolling"].values("bits_per_byte")
-    np.testing.assert_allclose(ours["rolling"].values("bits_per_byte"), expected, rtol=1e-4)
+    backend: Any = plain.backend
+    backend.logprobs.tree_masks = False
+    scores, reference = evaluator.score(model), plain.score(model)
+    np.testing.assert_allclose(scores["mc"].values("loss"), reference["mc"].values("loss"), atol=1e-3)
+    expected = reference["rolling"].values("bits_per_byte")
+    np.testing.assert_allclose(scores["rolling"].values("bits_per_byte"), expected, rtol=1e-4)
 
 
 def test_a_soft_cap_after_the_head_counts(bench: Bench) -> None:
@@ -216,8 +216,8 @@ def test_a_soft_cap_after_the_head_counts(bench: Bench) -> None:
     assert scores.score("loss").value != pytest.approx(plain.score("loss").value, rel=0.01)
 
 
-def test_bfloat16_models_are_found_to_honour_trees(bench: Bench) -> None:
+def test_bfloat16_models_support_tree_masks(bench: Bench) -> None:
     model = AutoModelForCausalLM.from_pretrained(bench.checkpoint, dtype=torch.bfloat16).eval()
-    with torch.inference_mode(), forwarding(model) as forward:
-        assert honours_trees(forward)
+    with torch.inference_mode(), forward_pass(model) as forward:
+        assert supports_tree_masks(forward)
     assert AutoTokenizer.from_pretrained(bench.checkpoint).bos_token_id == 0

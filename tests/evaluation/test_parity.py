@@ -29,7 +29,7 @@ def responses(evaluator: Evaluator, bench: Bench, task: str) -> list[Any]:
     """What the native backend answers to every request of a task."""
     evaluator.prepare(bench.model)
     requests = evaluator.requests(task)
-    answers = evaluator._backend.respond(bench.model, requests, range(len(requests.by_item)))
+    answers = evaluator.backend.respond(bench.model, requests, range(len(requests.by_item)))
     return [answer[0] for group in answers for answer in group]
 
 
@@ -69,12 +69,12 @@ def test_generated_text_is_batched_for_the_threads_of_the_run(bench: Bench) -> N
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(bench.evaluator("gen", threads=3).layout_digest())
-        alone = bench.evaluator("gen").layout_digest()
+            found.append(bench.evaluator("gen", threads=3).batch_digest())
+        alone = bench.evaluator("gen").batch_digest()
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == alone
-    assert found[0] != bench.evaluator("gen", threads=1).layout_digest()
+    assert found[0] != bench.evaluator("gen", threads=1).batch_digest()
 
 
 @pytest.mark.parametrize("max_length", [None, 50])
@@ -117,7 +117,7 @@ def test_generations_by_transformers_equal_hflm(bench: Bench) -> None:
     """The path for models that do not take part in our own loop."""
     evaluator = bench.evaluator("gen")
     instances = [i for group in evaluator.requests("gen").by_item for i in group]
-    ours = evaluator._backend.generator.respond(bench.model, instances, own_loop=False)  # type: ignore[attr-defined]
+    ours = evaluator.backend.generator.respond(bench.model, instances, own_loop=False)  # type: ignore[attr-defined]
     assert [texts[0] for texts in ours] == reference(evaluator, hflm(bench), "gen")
 
 

@@ -173,7 +173,7 @@ def test_threads_and_the_size_of_pieces(family: dict[str, Path], monkeypatch: py
     bench = bench_of(family, "task_arithmetic")
     genome = point(bench)
     one = found(bench, genome, bench.steering)
-    monkeypatch.setattr(backward, "MOST_TOKENS", 64)
+    monkeypatch.setattr(backward, "MAX_TOKENS", 64)
     small = found(bench, genome, bench.steering)
     assert apart(small, one) < 1e-4
     threads = torch.get_num_threads()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evomerge.errors import RecipeError
-from evomerge.evaluation.backends.native.hidden_state_cache import Prefixes
+from evomerge.evaluation.backends.native.hidden_state_cache import HiddenStateCache
 from evomerge.problem.planner import Planner
 from evomerge.problem.problem import Workbench
 from evomerge.run.folder import RunFolder
@@ -45,7 +45,7 @@ def test_those_that_share_layers_follow_each_other_and_announce_the_next(
         return plan(recipe)
 
     monkeypatch.setattr(bench, "plan", counting)
-    monkeypatch.setattr(bench.evaluator, "expect", announced.append)
+    monkeypatch.setattr(bench.evaluator, "announce_next", announced.append)
     proposals = [stacked(tiny_family, k, pattern) for k, pattern in enumerate(["aabb", "bbbb", "aaba"])]
     nothing = Proposal(3, 1, Genome({}), {"merge_method": "linear"}, "nothing", (), "by hand")
     planner = Planner(bench)
@@ -72,14 +72,14 @@ def test_a_run_that_starts_behind_shared_layers_is_the_run_that_does_not(
 ) -> None:
     """The same candidates, result and kept scores, bit for bit, with racing too; and some passes do start behind."""
     starts = []
-    find = Prefixes.find
+    get = HiddenStateCache.get
 
-    def noting(self: Prefixes, *place: Any) -> Any:
-        found = find(self, *place)
+    def noting(self: HiddenStateCache, *place: Any) -> Any:
+        found = get(self, *place)
         starts.append(found[0])
         return found
 
-    monkeypatch.setattr(Prefixes, "find", noting)
+    monkeypatch.setattr(HiddenStateCache, "get", noting)
     changes: dict[str, Any] = {
         "evaluation__racing": True,
         "space__methods": ["frankenmerge"],

@@ -1,4 +1,4 @@
-"""The other backend: lm-eval's own HFLM around the resident model, for whatever the native one does not do."""
+"""The HF backend: lm-eval's own HFLM around the resident model, for whatever the native one does not do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 
 from evomerge.errors import CandidateError
+from evomerge.evaluation.backends.registry import Backend, BackendOptions
 from evomerge.evaluation.tasks.requests import Requests
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
@@ -17,19 +18,18 @@ PROBE = Requests("probe", ((Instance("loglikelihood", {}, ("1 2 3", " 4"), 0, ("
 """One log-likelihood of nothing in particular, which shows whether a model's numbers are finite."""
 
 
-class HFBackend:
+class HFBackend(Backend):
     """Answers requests with lm-eval's HFLM.
 
     Args:
-        tokenizer: The models' tokenizer.
-        max_length: Longest input in tokens.
-        batch_tokens: HFLM batches by rows; a batch has as many as would fill this with 128 tokens each (None: 32 rows).
+        options: As for every backend. HFLM batches by rows; a batch has as many as would fill `batch_tokens` with 128
+            tokens each (None: 32 rows).
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, batch_tokens: int | None) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.batch_size = max(1, (batch_tokens or 4096) // 128)
+    def __init__(self, options: BackendOptions) -> None:
+        self.tokenizer = options.encoder.tokenizer
+        self.max_length = options.encoder.max_length
+        self.batch_size = max(1, (options.batch_tokens or 4096) // 128)
 
     def prepare(self, model: Any) -> None:
         """Asks for one log-likelihood: generated text does not show that it was drawn from NaN.
@@ -38,18 +38,18 @@ class HFBackend:
             CandidateError: It is not finite.
         """
         with quiet():
-            ask(self._lm(model), PROBE, [0])
+            ask_lm(self._lm(model), PROBE, [0])
 
     def respond(
-        self, model: Any, requests: Requests, indices: Sequence[int], depths: Sequence[str] = ()
+        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: Sequence[str] = ()
     ) -> list[list[list[Any]]]:
-        """The model's responses: for each item, for each instance, one per repeat.
+        """Returns the model's responses: for each item, for each instance, one per repeat.
 
         Raises:
             CandidateError: A log-likelihood is not finite.
         """
         with quiet():
-            return ask(self._lm(model), requests, indices)
+            return ask_lm(self._lm(model), requests, indices)
 
     def _lm(self, model: Any) -> Any:
         from lm_eval.models.huggingface import HFLM
@@ -62,13 +62,13 @@ class HFBackend:
         )
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
-        """Identity of the batches."""
+        """Returns the identity of the batches."""
         text = repr(("hf", self.batch_size, self.max_length, tuple(indices)))
         return digest(text)
 
 
-def ask(lm: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
-    """What one of lm-eval's own models answers: for each item, for each instance, one per repeat.
+def ask_lm(lm: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
+    """Asks one of lm-eval's own models: returns for each item, for each instance, one per repeat.
 
     Raises:
         CandidateError: A log-likelihood is not finite.

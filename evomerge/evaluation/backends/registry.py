@@ -1,8 +1,106 @@
-"""What can answer requests, by name. Imports nothing, because a search.yaml and the command line need the names."""
+"""What answers the requests of tasks, by name. Light, because the command line needs the names."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evomerge.evaluation.tasks.requests import Encoder, Requests, Responses
 
 BackendName = Literal["native", "hf", "vllm"]
-"""`native` is our own scorer; `hf` is lm-eval's HFLM; `vllm` is lm-eval's VLLM on a live engine (an extra, on GPUs)."""
+"""`native` is our own; `hf` is lm-eval's HFLM; `vllm` is lm-eval's VLLM on a live engine (an extra, on GPUs)."""
+
+ResponseDerivative = Callable[[Sequence[int], "Responses"], Sequence[Sequence[float]]]
+"""(positions of items, their responses) -> for each item, the derivatives with respect to its log-likelihoods."""
+
+
+class Backend(Protocol):
+    """Answers requests with a live model."""
+
+    def prepare(self, model: Any) -> None:
+        """Gets to know the model as it is now; called before every score.
+
+        Raises:
+            CandidateError: The model's logits are not finite.
+        """
+
+    def respond(
+        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: Sequence[str] = ()
+    ) -> Responses:
+        """Returns the responses of the model to what some items ask.
+
+        Args:
+            model: The model, prepared.
+            requests: What the task asks.
+            indices: The items.
+            layer_digests: For each layer the identity of the hidden states before it, if they may be reused.
+
+        Raises:
+            CandidateError: A log-likelihood is not finite.
+            TaskError: A request that no model can answer.
+        """
+        raise NotImplementedError
+
+    def digest(self, requests: Requests, indices: Sequence[int]) -> str:
+        """Returns the identity of everything that decides how responses are rounded, apart from the model."""
+        raise NotImplementedError
+
+    def announce_next(self, layer_digests: Sequence[str]) -> None:
+        """Announces the model that will be scored after the next one; nothing where no hidden states are reused."""
+
+    def weight_gradient(
+        self,
+        model: Any,
+        parts: Sequence[tuple[Requests, Sequence[int], ResponseDerivative]],
+        names: Sequence[str],
+    ) -> Mapping[str, Tensor] | None:
+        """Differentiates a number made of log-likelihoods with respect to weights; None where that cannot be done.
+
+        Args:
+            model: The model; as before afterwards.
+            parts: For each task its requests, the items, and the derivative of the number.
+            names: The parameters.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a backend is made from.
+
+    Attributes:
+        encoder: Turns texts into tokens; has the tokenizer and the longest input.
+        vocabulary: Size of the models' vocabulary.
+        batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
+        reuse_prefixes: Whether hidden states of layers that candidates share are kept.
+        threads: How many threads of a CPU the batches of generated text are cut for; None for all that torch has.
+    """
+
+    encoder: Encoder
+    vocabulary: int
+    batch_tokens: int | None = None
+    reuse_prefixes: bool = True
+    threads: int | None = None
+
+
+_BACKENDS: dict[str, str] = {
+    "native": "evomerge.evaluation.backends.native.backend:NativeBackend",
+    "hf": "evomerge.evaluation.backends.hf:HFBackend",
+    "vllm": "evomerge.evaluation.backends.vllm:VLLMBackend",
+}
+"""Name to the class, which takes `BackendOptions`."""
+
+
+def make_backend(name: BackendName, options: BackendOptions) -> Backend:
+    """Makes a backend.
+
+    Raises:
+        BadInput: What it needs is not installed.
+    """
+    backend: Backend = resolve_name(_BACKENDS[name])(options)
+    return backend

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import BadInput
-from evomerge.evaluation.backends.hf import PROBE, ask
+from evomerge.evaluation.backends.hf import PROBE, ask_lm
+from evomerge.evaluation.backends.registry import Backend, BackendOptions
 from evomerge.evaluation.tasks.requests import Requests
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
@@ -44,12 +45,12 @@ class Weights:
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Yields (name, tensor). Layers that share a tensor each name it; a tied head is left out, as in a file."""
-        embedding, told = self.model.get_input_embeddings().weight, False
+        embedding, yielded = self.model.get_input_embeddings().weight, False
         for name, tensor in self.model.named_parameters(remove_duplicate=False):
             if tensor is embedding:
-                if told:
+                if yielded:
                     continue
-                told = True
+                yielded = True
             yield name, tensor.detach()
 
 
@@ -99,23 +100,22 @@ Connect = Callable[[Path, Weights, int], Engine]
 """(folder with config and tokenizer, weights, longest input) to an engine."""
 
 
-class VLLMBackend:
+class VLLMBackend(Backend):
     """Answers requests with lm-eval's VLLM.
 
     Args:
-        tokenizer: The models' tokenizer.
-        max_length: Longest input in tokens.
+        options: As for every backend; the tokenizer and the longest input are used.
         connect: Starts an engine; vLLM's own unless given.
 
     Raises:
         BadInput: vLLM is not installed.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, connect: Connect | None = None) -> None:
+    def __init__(self, options: BackendOptions, connect: Connect | None = None) -> None:
         if connect is None and importlib.util.find_spec("vllm") is None:
             raise BadInput('backend vllm: vLLM is not installed; run pip install "evomerge[vllm]"')
-        self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.tokenizer = options.encoder.tokenizer
+        self.max_length = options.encoder.max_length
         self._connect = connect or connect_vllm
         self._version = importlib.metadata.version("vllm") if connect is None else ""
         self._engine: Engine | None = None
@@ -133,12 +133,12 @@ class VLLMBackend:
         engine.send()
         engine.llm.reset_prefix_cache()  # it holds what the last candidate made of the prompts
         with quiet():
-            ask(engine.lm, PROBE, [0])
+            ask_lm(engine.lm, PROBE, [0])
 
     def respond(
-        self, model: Any, requests: Requests, indices: Sequence[int], depths: Sequence[str] = ()
+        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: Sequence[str] = ()
     ) -> list[list[list[Any]]]:
-        """The responses of the model that was prepared last: for each item, for each instance, one per repeat.
+        """Returns the responses of the model that was prepared last: for each item, for each instance, one per repeat.
 
         Raises:
             CandidateError: A log-likelihood is not finite.
@@ -147,10 +147,10 @@ class VLLMBackend:
             self.prepare(model)
         assert self._engine is not None
         with quiet():
-            return ask(self._engine.lm, requests, indices)
+            return ask_lm(self._engine.lm, requests, indices)
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
-        """Identity of what is asked together; vLLM, of some version, makes its batches of that itself."""
+        """Returns the identity of what is asked together; vLLM, of some version, makes its batches of that itself."""
         text = repr(("vllm", self._version, self.max_length, tuple(indices)))
         return digest(text)
 

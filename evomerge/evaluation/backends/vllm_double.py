@@ -1,4 +1,4 @@
-"""A double of a live vLLM engine, for tests without a GPU: `VLLMBackend(tokenizer, max_length, connect_double)`.
+"""A double of a live vLLM engine, for tests without a GPU: `VLLMBackend(options, connect_double)`.
 
 It starts with random weights, takes new ones by the same four calls in the same order, and is asked through lm-eval.
 What stands in for vLLM's kernels is a model of transformers.
@@ -48,10 +48,10 @@ class DoubleLLM:
 
         if self._missing is None:
             raise RuntimeError("weights come between the start and the finish of an update")
-        known = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in request["update_info"]["weights"]:
-                known[name].copy_(tensor)
+                parameters[name].copy_(tensor)
                 self._missing.discard(name)
         self.calls.append("update")
 

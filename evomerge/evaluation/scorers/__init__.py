@@ -1,0 +1,1 @@
+"""Gets responses and gives per-item values of metrics; never sees a model."""

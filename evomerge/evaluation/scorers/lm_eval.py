@@ -1,10 +1,10 @@
-"""From the responses to a task's requests to per-item values of its metrics, by lm-eval's own code."""
+"""Values the responses to a task's requests by lm-eval's own code: per-item metrics, and their derivatives."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lm_eval.api.metrics as lm
@@ -12,6 +12,7 @@ import numpy as np
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.scores import BITS, EXP, MEAN, Array, ItemScores
+from evomerge.evaluation.tasks.requests import Requests, Responses
 from evomerge.evaluation.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,57 @@ def item_scores(task: Task, indices: Sequence[int], instances: Sequence[Sequence
                     values.setdefault(full, [None] * len(indices))[position] = value
     # A class may make its choices itself; which of them is right, only its own code knows.
     unknown = task.output_type == "multiple_choice" and task.lm_eval_task.get_config("doc_to_choice") is None
-    return _collect(task, indices, values, {} if unknown else _smooth(task, indices, instances))
+    return _collect(task, indices, values, {} if unknown else _smooth_metrics(task, indices, instances))
+
+
+_STEP = 1e-4
+"""Nats. In float64 the truncation (its square) and the rounding of central differences are both below 1e-8."""
+
+
+def loglikelihood_derivatives(
+    task: Task,
+    requests: Requests,
+    indices: Sequence[int],
+    responses: Responses,
+    score_gradients: Mapping[str, Array],
+) -> list[list[float]]:
+    """Differentiates Σ score gradient · numerator with respect to every log-likelihood, by central differences.
+
+    It goes through the metrics' own code, so it knows nothing of how they are defined. Items are independent of each
+    other: the k-th request of all of them is moved at once.
+
+    Args:
+        task: The task.
+        requests: What it asks.
+        indices: The items.
+        responses: The log-likelihoods.
+        score_gradients: Metric to one number per item: the derivative with respect to the item's numerator.
+
+    Returns:
+        For each item, one number per instance.
+    """
+
+    def total(moved: int, by: float) -> Array:
+        instances = requests.fresh(indices)
+        for group, given in zip(instances, responses, strict=True):
+            for k, (instance, values) in enumerate(zip(group, given, strict=True)):
+                instance.resps.extend(_moved(value, by) if k == moved else value for value in values)
+        metrics = item_scores(task, indices, instances).metrics
+        value: Array = np.sum([gradient * metrics[metric][0] for metric, gradient in score_gradients.items()], axis=0)
+        return value
+
+    derivatives: list[list[float]] = [[] for _ in indices]
+    for k in range(max(map(len, responses))):
+        differences = (total(k, _STEP) - total(k, -_STEP)) / (2 * _STEP)
+        for row, given, derivative in zip(derivatives, responses, differences.tolist(), strict=True):
+            if k < len(given):
+                row.append(derivative)
+    return derivatives
+
+
+def _moved(response: Any, by: float) -> Any:
+    """A response with another log-likelihood: a number, or (log-likelihood, whether it is greedy)."""
+    return (response[0] + by, *response[1:]) if isinstance(response, tuple) else response + by
 
 
 def _process(task: Task, index: int, results: list[Any]) -> dict[str, Any]:
@@ -65,13 +116,13 @@ def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth
     directions = task.higher_is_better
     for name, rows in values.items():
         aggregate = task.lm_eval_task.aggregation().get(name.partition(",")[0], lm.mean)
-        known = _columns(rows, aggregate)
-        if known is None:
+        columns = _columns(rows, aggregate)
+        if columns is None:
             corpus[name] = _aggregate(task, name, aggregate, rows)
             continue
-        metrics[name] = known[0], known[1]
-        if known[2] != MEAN:
-            transforms[name] = known[2]
+        metrics[name] = columns[0], columns[1]
+        if columns[2] != MEAN:
+            transforms[name] = columns[2]
     metrics |= {name: (column, ones) for name, column in smooth.items() if name not in values}
     for name, (numerators, _) in metrics.items():
         if not np.all(np.isfinite(numerators)):
@@ -109,8 +160,8 @@ def _aggregate(task: Task, name: str, aggregate: Callable[[Any], Any], rows: Row
         raise TaskError(f"task {task.name!r}: {name} cannot be aggregated: {reason}") from error
 
 
-def _smooth(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> dict[str, Array]:
-    """What varies smoothly where accuracy jumps.
+def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> dict[str, Array]:
+    """Metrics that vary smoothly where accuracy jumps.
 
     multiple_choice: `prob`, the right choice's share of the choices' total probability, and `loss`, minus its log;
     `prob_norm`, the same share by log-likelihoods per character (as `acc_norm` compares them) times the choices' mean

@@ -1,4 +1,4 @@
-"""What a task asks of a model, as the very token sequences that lm-eval's HFLM would feed it."""
+"""Builds what a task asks of a model, as the very token sequences that lm-eval's HFLM would feed it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.tasks.task import Task
+from evomerge.system.quiet import quiet, seeded
 
 log = logging.getLogger(__name__)
 
 Pair = tuple[list[int], list[int]]
 """Tokens of a context and of the continuation to score."""
+
+Responses = Sequence[Sequence[Sequence[Any]]]
+"""For each item, for each of its instances, one response per repeat, as lm-eval's models give them."""
 
 
 class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
@@ -65,7 +70,7 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
         return str(self.tokenizer.decode(self.prefix_token_id))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text, with the tokenizer's own special tokens unless the text already starts with BOS."""
+        """Encodes a text, with the tokenizer's own special tokens unless the text already starts with BOS."""
         if add_special_tokens is None and has_bos_prefix(string, self._prefix):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -75,7 +80,7 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
         return [(context, continuation) for _, context, continuation in requests]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """The windows of each text: every token is predicted once, with all the context that fits."""
+        """Cuts each text into windows: every token is predicted once, with all the context that fits."""
         return [
             [
                 make_disjoint_window(window)
@@ -90,11 +95,11 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
         ]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """The tokens of each prompt."""
+        """Encodes each prompt."""
         return [self.tok_encode(request.args[0]) for request in requests]
 
     def pairs(self, instance: Any) -> list[Pair]:
-        """The (context, continuation) tokens of one log-likelihood request; several for a text in windows.
+        """Encodes the (context, continuation) of one log-likelihood request; several for a text in windows.
 
         Requests of equal texts are encoded once.
 
@@ -122,7 +127,7 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
         return [pair]
 
     def is_cut(self, instance: Any) -> bool:
-        """Whether a request's context loses its beginning, because all of it is longer than the model's context.
+        """Checks whether a request's context loses its beginning, because all of it is longer than the model's context.
 
         A text in windows loses nothing.
 
@@ -154,7 +159,7 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
             raise TaskError("apply_chat_template is on, but the tokenizer has no chat template; turn it off")
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        """A conversation as text, as HFLM renders it: without the system role where the template has none."""
+        """Renders a conversation as HFLM does: without the system role where the template has none."""
         import jinja2
 
         options = {
@@ -186,7 +191,7 @@ class Requests:
     by_item: tuple[tuple[Any, ...], ...]
 
     def fresh(self, indices: Sequence[int]) -> list[list[Any]]:
-        """Copies of the instances of some items, ready to take responses; the originals stay as they are."""
+        """Copies the instances of some items, ready to take responses; the originals stay as they are."""
         return [
             [dataclasses.replace(instance, resps=[], filtered_resps={}) for instance in self.by_item[index]]
             for index in indices
@@ -209,7 +214,7 @@ class Prompting:
     system_instruction: str | None = None
 
     def options(self, encoder: Encoder) -> dict[str, Any]:
-        """Arguments of lm-eval's `build_all_requests`."""
+        """Returns the arguments of lm-eval's `build_all_requests`."""
         chat, multiturn = self.apply_chat_template, self.fewshot_as_multiturn
         return {
             "apply_chat_template": chat,
@@ -219,19 +224,17 @@ class Prompting:
         }
 
 
-def build_requests(task: Any, encoder: Encoder, prompting: Prompting) -> Requests:
+def build_requests(task: Task, encoder: Encoder, prompting: Prompting) -> Requests:
     """Builds the requests of every document of a task with lm-eval's own code.
 
     Args:
-        task: A `Task`.
+        task: The task.
         encoder: Renders the chat template.
         prompting: How prompts are put together.
 
     Raises:
         TaskError: The task has no documents, or its templates do not fit them.
     """
-    from evomerge.system.quiet import quiet, seeded
-
     task.lm_eval_task.set_fewshot_seed(seed=task.fewshot_seed)
     try:
         with quiet(), seeded():
@@ -241,8 +244,8 @@ def build_requests(task: Any, encoder: Encoder, prompting: Prompting) -> Request
     except Exception as error:  # a task's templates and functions can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "larger than population" in reason:
-            wanted = task.lm_eval_task.get_config("num_fewshot")
-            reason = f"it wants {wanted} examples before a question, more than the split that they come from has"
+            shots = task.lm_eval_task.get_config("num_fewshot")
+            reason = f"it wants {shots} examples before a question, more than the split that they come from has"
         raise TaskError(f"task {task.name!r}: its requests cannot be built: {reason}") from error
     grouped: dict[int, list[Any]] = {}
     for instance in task.lm_eval_task.instances:

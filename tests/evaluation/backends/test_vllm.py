@@ -12,14 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from evomerge.errors import BadInput, CandidateError
+from evomerge.evaluation.backends.registry import BackendOptions
 from evomerge.evaluation.backends.vllm import Engine, VLLMBackend, Weights, connect_vllm
 from evomerge.evaluation.backends.vllm_double import DoubleLLM, connect_double
+from evomerge.evaluation.tasks.requests import Encoder
 from tests.evaluation.conftest import CONFIGS, Bench
+from tests.models import VOCABULARY
 
 
 @pytest.fixture
 def backend(bench: Bench) -> VLLMBackend:
-    return VLLMBackend(bench.tokenizer, 512, connect_double)
+    return VLLMBackend(BackendOptions(Encoder(bench.tokenizer, 512), VOCABULARY), connect_double)
 
 
 def double(backend: VLLMBackend) -> DoubleLLM:
@@ -31,7 +34,7 @@ def double(backend: VLLMBackend) -> DoubleLLM:
 
 def evaluator(bench: Bench, backend: VLLMBackend) -> Any:
     made = bench.evaluator()
-    made._backend = backend
+    made.backend = backend
     return made
 
 
@@ -42,10 +45,12 @@ def test_scores_are_the_candidates_and_every_candidate_is_handed_over(bench: Ben
     selection = {name: [3, 0, 7] for name in CONFIGS}
     made, native = evaluator(bench, backend), bench.evaluator()
     for model in (bench.model, other, bench.model):
-        ours, theirs = made.score(model, selection), native.score(model, selection)
+        scores, expected = made.score(model, selection), native.score(model, selection)
         for task in CONFIGS:
-            for metric in theirs[task].metrics:
-                np.testing.assert_allclose(ours[task].values(metric), theirs[task].values(metric), rtol=1e-4, atol=1e-5)
+            for metric in expected[task].metrics:
+                np.testing.assert_allclose(
+                    scores[task].values(metric), expected[task].values(metric), rtol=1e-4, atol=1e-5
+                )
     round_ = ["start", "update", "finish", "reset"]
     assert double(backend).calls == ["init", *round_ * 3]  # one engine, three candidates
 
@@ -73,8 +78,8 @@ def test_a_model_of_other_layers_gets_an_engine_of_its_own(bench: Bench, backend
         longer.model.layers[k] = copy.copy(bench.model.model.layers[max(0, k - 2)])
     backend.prepare(longer)
     assert double(backend) is not first
-    for mine, theirs in zip(double(backend).model.model.layers, longer.model.layers, strict=True):
-        torch.testing.assert_close(mine.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+    for layer, expected in zip(double(backend).model.model.layers, longer.model.layers, strict=True):
+        torch.testing.assert_close(layer.mlp.up_proj.weight, expected.mlp.up_proj.weight)
 
 
 def test_weights_have_a_checkpoints_names(bench: Bench) -> None:
@@ -97,7 +102,7 @@ def test_a_model_that_is_not_finite_has_no_score(bench: Bench, backend: VLLMBack
 def test_digests_tell_backends_and_items_apart(bench: Bench, backend: VLLMBackend) -> None:
     requests = bench.evaluator("mc").requests("mc")
     assert backend.digest(requests, [0, 1]) != backend.digest(requests, [1, 0])
-    assert bench.evaluator("mc", backend="hf")._backend.digest(requests, [0, 1]) != backend.digest(requests, [0, 1])
+    assert bench.evaluator("mc", backend="hf").backend.digest(requests, [0, 1]) != backend.digest(requests, [0, 1])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

@@ -4,181 +4,189 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from torch import Tensor
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.backends.native.generation import Generator
-from evomerge.evaluation.backends.native.hidden_state_cache import Depths, Prefixes
-from evomerge.evaluation.backends.native.logprobs import TreeScorer
-from evomerge.evaluation.backends.native.prefix_trees import Layout
-from evomerge.evaluation.backends.native.weight_gradients import Piece, piece_tokens
-from evomerge.evaluation.scorers.derivatives import Answers
-from evomerge.evaluation.tasks.requests import Encoder, Pair, Requests
+from evomerge.evaluation.backends.native.hidden_state_cache import HiddenStateCache, LayerDigests
+from evomerge.evaluation.backends.native.logprobs import TreeLogprobs
+from evomerge.evaluation.backends.native.prefix_trees import PackedTrees
+from evomerge.evaluation.backends.native.weight_gradients import GradientChunk, chunk_tokens, weight_gradient
+from evomerge.evaluation.backends.registry import Backend, BackendOptions, ResponseDerivative
+from evomerge.evaluation.scores import Array
+from evomerge.evaluation.tasks.requests import Pair, Requests
 from evomerge.system.hashing import digest
 
 log = logging.getLogger(__name__)
 
-Place = tuple[int, int]
+InstanceKey = tuple[int, int]
 """Position of an item, and of an instance in it."""
 
-Sensitivities = Callable[[Sequence[int], Answers], Sequence[Sequence[float]]]
-"""(which items, their responses) -> for each item, what the log-likelihood of each of its instances counts."""
-
-_LAYOUTS = 512
-"""Layouts kept: enough for every task's blocks of items and its splits in a search of some twenty tasks."""
+_MAX_PACKED = 512
+"""Selections whose packed trees are kept: every task's blocks of items and its splits in a search of some 20 tasks."""
 
 
-class NativeBackend:
+class NativeBackend(Backend):
     """Answers requests with the resident model itself.
 
     Args:
-        encoder: Turns texts into tokens.
-        vocabulary: Size of the models' vocabulary.
-        batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
-        prefixes: Keeps hidden states between candidates; None to start from the tokens.
-        threads: As for `Evaluator`.
+        options: As for every backend.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        vocabulary: int,
-        batch_tokens: int | None,
-        prefixes: Prefixes | None = None,
-        threads: int | None = None,
-    ) -> None:
-        self.encoder = encoder
-        self.scorer = TreeScorer(vocabulary, encoder.max_length, batch_tokens, prefixes)
-        self.generator = Generator(encoder, batch_tokens, threads)
+    def __init__(self, options: BackendOptions) -> None:
+        self.encoder = options.encoder
+        self.hidden_states = HiddenStateCache() if options.reuse_prefixes else None
+        self.logprobs = TreeLogprobs(
+            options.vocabulary, self.encoder.max_length, options.batch_tokens, self.hidden_states
+        )
+        self.generator = Generator(self.encoder, options.batch_tokens, options.threads)
         self._pairs: dict[tuple[str, int], list[list[Pair]]] = {}
-        self._layouts: OrderedDict[tuple[str, tuple[int, ...], bool | None], Layout] = OrderedDict()
+        self._packed: OrderedDict[tuple[str, tuple[int, ...], bool | None], PackedTrees] = OrderedDict()
 
     def prepare(self, model: Any) -> None:
-        """Finds out how the model can be scored.
+        """Finds out how log-likelihoods of the model can be computed.
 
         Raises:
             CandidateError: The model's logits are not finite.
         """
-        self.scorer.prepare(model)
+        self.logprobs.prepare(model)
+
+    def announce_next(self, layer_digests: LayerDigests) -> None:
+        """Announces the model that will be scored after the next one: the hidden states that both share are kept."""
+        if self.hidden_states is not None:
+            self.hidden_states.announce_next(layer_digests)
 
     def respond(
-        self, model: Any, requests: Requests, indices: Sequence[int], depths: Depths = ()
+        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: LayerDigests = ()
     ) -> list[list[list[Any]]]:
-        """The model's responses: for each item, for each instance, one per repeat.
+        """Returns the model's responses: for each item, for each instance, one per repeat.
 
         Raises:
             CandidateError: The model's logits are not finite.
             TaskError: A request that no model can answer.
         """
-        asked = [(index, k) for index in indices for k in range(len(requests.by_item[index]))]
-        answers = self._loglikelihoods(model, requests, indices, depths) | self._generated(model, requests, asked)
-        return [[answers[index, k] for k in range(len(requests.by_item[index]))] for index in indices]
+        keys = [(index, k) for index in indices for k in range(len(requests.by_item[index]))]
+        responses = self._loglikelihoods(model, requests, indices, layer_digests)
+        responses |= self._generations(model, requests, keys)
+        return [[responses[index, k] for k in range(len(requests.by_item[index]))] for index in indices]
 
     def _loglikelihoods(
-        self, model: Any, requests: Requests, indices: Sequence[int], depths: Depths
-    ) -> dict[Place, Any]:
-        answers: dict[Place, Any] = {}
-        if not any(_scores(instance) for index in indices for instance in requests.by_item[index]):
-            return answers
-        scored = self.scorer.score(model, self.layout(requests, indices), depths)
+        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: LayerDigests
+    ) -> dict[InstanceKey, Any]:
+        responses: dict[InstanceKey, Any] = {}
+        if not any(_is_loglikelihood(instance) for index in indices for instance in requests.by_item[index]):
+            return responses
+        computed = self.logprobs.compute(model, self.packed(requests, indices), layer_digests)
         start = 0
         for index in indices:
             pairs = self._encoded(requests, index)
             for k, instance in enumerate(requests.by_item[index]):
-                if not _scores(instance):
+                if not _is_loglikelihood(instance):
                     continue
                 stop = start + len(pairs[k])
-                total = float(scored.loglikelihoods[start:stop].sum())
-                answers[index, k] = _response(instance, total, greedy=bool(scored.greedy[start]))
+                total = float(computed.loglikelihoods[start:stop].sum())
+                responses[index, k] = _response(instance, total, greedy=bool(computed.greedy[start]))
                 start = stop
-        return answers
+        return responses
 
-    def _generated(self, model: Any, requests: Requests, asked: Sequence[Place]) -> dict[Place, Any]:
-        places = [(index, k) for index, k in asked if not _scores(requests.by_item[index][k])]
-        if not places:
+    def _generations(self, model: Any, requests: Requests, keys: Sequence[InstanceKey]) -> dict[InstanceKey, Any]:
+        keys = [(index, k) for index, k in keys if not _is_loglikelihood(requests.by_item[index][k])]
+        if not keys:
             return {}
-        instances = [requests.by_item[index][k] for index, k in places]
-        own_loop = self.scorer.trees is True and self.scorer.window is None
-        return dict(zip(places, self.generator.respond(model, instances, own_loop=own_loop), strict=True))
+        instances = [requests.by_item[index][k] for index, k in keys]
+        own_loop = self.logprobs.tree_masks is True and self.logprobs.attention_window is None
+        return dict(zip(keys, self.generator.respond(model, instances, own_loop=own_loop), strict=True))
 
-    def layout(self, requests: Requests, indices: Sequence[int]) -> Layout:
-        """The batches for some items, the same every time."""
-        key = (requests.task, tuple(indices), self.scorer.trees)
-        if key not in self._layouts:
+    def packed(self, requests: Requests, indices: Sequence[int]) -> PackedTrees:
+        """Packs what some items ask into batches, the same every time."""
+        key = (requests.task, tuple(indices), self.logprobs.tree_masks)
+        if key not in self._packed:
             items = [[pair for pairs in self._encoded(requests, k) for pair in pairs] for k in indices]
-            self._layouts[key] = self.scorer.layout(items)
-            if len(self._layouts) > _LAYOUTS:
-                self._layouts.popitem(last=False)
-        self._layouts.move_to_end(key)
-        return self._layouts[key]
+            self._packed[key] = self.logprobs.pack(items)
+            if len(self._packed) > _MAX_PACKED:
+                self._packed.popitem(last=False)
+        self._packed.move_to_end(key)
+        return self._packed[key]
 
-    def pieces(
-        self, model: Any, requests: Requests, indices: Sequence[int], sensitivities: Sensitivities
-    ) -> list[Piece] | None:
-        """The items in pieces to be run forward and backward, those of similar length together.
-
-        Args:
-            model: The model, prepared.
-            requests: What the task asks.
-            indices: The items.
-            sensitivities: (positions in `indices`, their responses) -> what each response's log-likelihood counts.
+    def weight_gradient(
+        self,
+        model: Any,
+        parts: Sequence[tuple[Requests, Sequence[int], ResponseDerivative]],
+        names: Sequence[str],
+    ) -> dict[str, Tensor] | None:
+        """Differentiates a number made of log-likelihoods with respect to weights.
 
         Returns:
-            The pieces; None where items ask for generated text.
-        """
-        if not all(_scores(instance) for index in indices for instance in requests.by_item[index]):
-            return None
-        sizes = [self.layout(requests, [index]).tokens for index in indices]
-        limit, total = piece_tokens(model), 0
-        pieces: list[list[int]] = [[]]
-        for place in sorted(range(len(indices)), key=lambda place: -sizes[place]):
-            if pieces[-1] and total + sizes[place] > limit:
-                pieces, total = [*pieces, []], 0
-            pieces[-1].append(place)
-            total += sizes[place]
-        return [self._piece(requests, indices, places, limit, sensitivities) for places in pieces]
+            Name to float32 tensor, without the parameters that do not matter after all. None where no task is scored by
+            log-likelihoods alone; other tasks are left out.
 
-    def _piece(
+        Raises:
+            CandidateError: A number is not finite.
+        """
+        self.prepare(model)
+        chunks = [chunk for part in parts for chunk in self._gradient_chunks(model, *part)]
+        return weight_gradient(model, chunks, names, head_is_last=self.logprobs.head_is_last) if chunks else None
+
+    def _gradient_chunks(
+        self, model: Any, requests: Requests, indices: Sequence[int], derivative: ResponseDerivative
+    ) -> list[GradientChunk]:
+        """The items in chunks to be run forward and backward, those of similar length together.
+
+        Empty where items ask for generated text.
+        """
+        if not all(_is_loglikelihood(instance) for index in indices for instance in requests.by_item[index]):
+            return []
+        sizes = [self.packed(requests, [index]).tokens for index in indices]
+        limit, total = chunk_tokens(model), 0
+        chunks: list[list[int]] = [[]]
+        for position in sorted(range(len(indices)), key=lambda position: -sizes[position]):
+            if chunks[-1] and total + sizes[position] > limit:
+                chunks, total = [*chunks, []], 0
+            chunks[-1].append(position)
+            total += sizes[position]
+        return [self._gradient_chunk(requests, indices, positions, limit, derivative) for positions in chunks]
+
+    def _gradient_chunk(
         self,
         requests: Requests,
         indices: Sequence[int],
-        places: Sequence[int],
+        positions: Sequence[int],
         limit: int,
-        sensitivities: Sensitivities,
-    ) -> Piece:
-        encoded = [self._encoded(requests, indices[place]) for place in places]
+        derivative: ResponseDerivative,
+    ) -> GradientChunk:
+        encoded = [self._encoded(requests, indices[position]) for position in positions]
 
-        def counts(loglikelihoods: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        def by_request(loglikelihoods: Array) -> Array:
             rest = iter(loglikelihoods.tolist())
-            answers = []
-            for place, pairs in zip(places, encoded, strict=True):
-                instances = requests.by_item[indices[place]]
+            responses = []
+            for position, pairs in zip(positions, encoded, strict=True):
+                instances = requests.by_item[indices[position]]
                 totals = [sum(next(rest) for _ in pair) for pair in pairs]
-                answers.append([_response(i, t, greedy=False) for i, t in zip(instances, totals, strict=True)])
-            found = sensitivities(places, answers)
+                responses.append([_response(i, t, greedy=False) for i, t in zip(instances, totals, strict=True)])
+            by_item = derivative(positions, responses)
             return np.array(
                 [
-                    slope
-                    for slopes, pairs in zip(found, encoded, strict=True)
-                    for slope, pair in zip(slopes, pairs, strict=True)
+                    value
+                    for values, pairs in zip(by_item, encoded, strict=True)
+                    for value, pair in zip(values, pairs, strict=True)
                     for _ in pair
                 ]
             )
 
-        layout = self.scorer.layout([[pair for pairs in item for pair in pairs] for item in encoded], limit)
-        return Piece(layout, counts)
+        packed = self.logprobs.pack([[pair for pairs in item for pair in pairs] for item in encoded], limit)
+        return GradientChunk(packed, by_request)
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
-        """Identity of the batches."""
+        """Returns the identity of the batches."""
         instances = [instance for index in indices for instance in requests.by_item[index]]
         parts = [repr(tuple(indices))]
-        if any(_scores(instance) for instance in instances):
-            parts.append(self.layout(requests, indices).digest)
-        if not all(_scores(instance) for instance in instances):  # each thread decodes rows of its own
+        if any(_is_loglikelihood(instance) for instance in instances):
+            parts.append(self.packed(requests, indices).digest)
+        if not all(_is_loglikelihood(instance) for instance in instances):  # each thread decodes rows of its own
             parts.append(repr((self.generator.batch_tokens, self.generator.threads)))
         return digest(*parts)
 
@@ -187,21 +195,21 @@ class NativeBackend:
         key = (requests.task, index)
         if key not in self._pairs:
             instances = requests.by_item[index]
-            found = [self.encoder.pairs(instance) if _scores(instance) else [] for instance in instances]
-            if any(_scores(instance) for instance in instances) and not any(found):
+            pairs = [self.encoder.pairs(instance) if _is_loglikelihood(instance) else [] for instance in instances]
+            if any(_is_loglikelihood(instance) for instance in instances) and not any(pairs):
                 raise TaskError(
                     f"task {requests.task!r}, item {index}: its text is empty, so there is nothing to score"
                 )
-            self._pairs[key] = found
+            self._pairs[key] = pairs
         return self._pairs[key]
 
 
 def _response(instance: Any, loglikelihood: float, *, greedy: bool) -> list[Any]:
-    """What lm-eval takes for the answer to a request, once for each repeat."""
+    """What lm-eval takes for the response to a request, once for each repeat."""
     rolling = instance.request_type == "loglikelihood_rolling"
     return [loglikelihood if rolling else (loglikelihood, greedy)] * int(instance.repeats)
 
 
-def _scores(instance: Any) -> bool:
+def _is_loglikelihood(instance: Any) -> bool:
     """Whether a request asks for a log-likelihood rather than for text."""
     return bool(instance.request_type != "generate_until")

@@ -1,4 +1,4 @@
-"""Generated text, the same that lm-eval's HFLM generates, for fewer forward passes.
+"""Generates the same text that lm-eval's HFLM generates, with fewer forward passes.
 
 HFLM decodes a batch until its last row has stopped. Here a row that has stopped leaves the batch, and its keys and
 values leave the cache. Whatever is not plain greedy decoding goes to transformers' own `generate`.
@@ -23,14 +23,14 @@ from lm_eval.models.utils import (
 )
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.backends.native.forward import Forward, forwarding
+from evomerge.evaluation.backends.native.forward import Forward, forward_pass
 from evomerge.evaluation.tasks.requests import Encoder
 
 BATCH_TOKENS = 4096
 """Tokens of prompts in a batch where nobody says how many."""
 MAX_ROWS = 128
 """Rows decoded together at most."""
-MIN_SHARED = 32
+MIN_SHARED_TOKENS = 32
 """Tokens that the prompts of a batch must start with for these to be read on their own."""
 MIN_ROWS = 8
 """Rows decoded together at least, if there are as many: every step reads all the weights, however few the rows."""
@@ -108,17 +108,17 @@ class Generator:
             TaskError: A prompt leaves no room for what should be generated.
         """
         prompts = [self._prompt(instance) for instance in instances]
-        own_loop = own_loop and _plain(model.generation_config)
-        ours = [k for k, prompt in enumerate(prompts) if prompt.greedy and own_loop]
-        batches = self._batches(prompts, ours, self._rows(model, len(ours)))
-        with forwarding(model) as forward:
-            work = [partial(self._greedy, forward, [prompts[k] for k in batch]) for batch in batches]
-            texts = zip(batches, forward.spread(work), strict=True)
+        own_loop = own_loop and _is_plain(model.generation_config)
+        greedy = [k for k, prompt in enumerate(prompts) if prompt.greedy and own_loop]
+        batches = self._batches(prompts, greedy, self._rows(model, len(greedy)))
+        with forward_pass(model) as forward:
+            jobs = [partial(self._greedy, forward, [prompts[k] for k in batch]) for batch in batches]
+            texts = zip(batches, forward.run_all(jobs), strict=True)
         answers: list[list[str]] = [[] for _ in instances]
-        for batch, found in texts:
-            for k, text in zip(batch, found, strict=True):
+        for batch, written in texts:
+            for k, text in zip(batch, written, strict=True):
                 answers[k] = [text] * instances[k].repeats
-        others = [k for k in range(len(prompts)) if k not in set(ours)]
+        others = [k for k in range(len(prompts)) if k not in set(greedy)]
         for batch in self._batches(prompts, others, MAX_ROWS):
             # A greedy answer is the same every time; a sampled one is drawn for each repeat.
             again = {k: 1 if prompts[k].greedy else instances[k].repeats for k in batch}
@@ -194,7 +194,7 @@ class Generator:
         device, model = forward.device, forward.model
         shared = _shared_prefix(prompts)
         ids, mask = (part.to(device) for part in self._pad(prompts, shared))
-        places = shared + (mask.cumsum(dim=1) - 1).clamp(min=0)
+        positions = shared + (mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.config)
         given = {_cache_name(model): cache, "use_cache": True}
         if shared:
@@ -208,7 +208,7 @@ class Generator:
         rows = list(range(len(prompts)))
         for _ in range(prompts[0].limit):
             last = torch.arange(1, len(rows) + 1, device=device) * inputs.shape[1] - 1
-            logits = forward.logits(last, input_ids=inputs, attention_mask=mask, position_ids=places, **given)
+            logits = forward.logits(last, input_ids=inputs, attention_mask=mask, position_ids=positions, **given)
             best = logits.max(dim=-1)
             if not bool(torch.isfinite(best.values).all()):
                 raise CandidateError("the model's logits are not finite, so it has no score")
@@ -226,7 +226,7 @@ class Generator:
                 tokens, mask, position = tokens[index], mask[index], position[index]
                 rows = [rows[k] for k in keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            inputs, places = tokens[:, None], position
+            inputs, positions = tokens[:, None], position
             position = position + 1
         return [self._finish(tokens, until) for tokens in written]
 
@@ -243,10 +243,10 @@ class Generator:
             mask[row, length - len(text) :] = 1
         return ids, mask
 
-    def _stops(self, model: Any, until: Sequence[str]) -> _Stops:
+    def _stops(self, model: Any, until: Sequence[str]) -> _StopCondition:
         eos = model.generation_config.eos_token_id
         ends = {self.encoder.eot_token_id} if eos is None else set(eos if isinstance(eos, list) else [eos])
-        return _Stops(self.encoder.tokenizer, until, ends)
+        return _StopCondition(self.encoder.tokenizer, until, ends)
 
     def _generate(self, model: Any, prompts: Sequence[Prompt]) -> list[str]:
         """Transformers' own `generate`, called as HFLM calls it."""
@@ -284,15 +284,15 @@ def _shared_prefix(prompts: Sequence[Prompt]) -> int:
     first, last = min(prompt.tokens for prompt in prompts), max(prompt.tokens for prompt in prompts)
     shortest = min(len(prompt.tokens) for prompt in prompts)
     shared = next((k for k in range(shortest - 1) if first[k] != last[k]), shortest - 1)
-    return shared if len(prompts) > 1 and shared >= MIN_SHARED else 0
+    return shared if len(prompts) > 1 and shared >= MIN_SHARED_TOKENS else 0
 
 
-def _plain(config: Any) -> bool:
+def _is_plain(config: Any) -> bool:
     """Whether a model's generation_config leaves greedy decoding alone."""
     return all(getattr(config, name, None) in neutral for name, neutral in _CHANGES_GREEDY.items())
 
 
-class _Stops:
+class _StopCondition:
     """Whether a row has stopped."""
 
     def __init__(self, tokenizer: Any, until: Sequence[str], ends: set[int]) -> None:
@@ -304,7 +304,7 @@ class _Stops:
         self.tail = max(sizes, default=0) + 2
 
     def after(self, tokens: list[int]) -> bool:
-        """Whether the row ends with its last token. The tail is looked at first, the whole text decides."""
+        """Checks whether the row ends with its last token. The tail is read first, the whole text decides."""
         if tokens[-1] in self.ends:
             return True
         tail = self.tokenizer.decode(tokens[-self.tail :])

@@ -1,8 +1,8 @@
-"""Hidden states kept between candidates that share their first layers, so that scoring starts behind these.
+"""Keeps hidden states of candidates that share their first layers, so that a pass resumes behind these.
 
-A candidate comes with an opaque digest per depth: equal digests at depth k mean equal hidden states before layer k. The
+A candidate comes with one opaque digest a layer: equal digests of layer k mean equal hidden states before it. The
 model's own forward pass runs all the same, masks, rotary embeddings and final norm included; only the layers before the
-entrance hand on what they are given. Numbers are the same bit for bit.
+one that is resumed at hand on what they are given. Numbers are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-Depths = Sequence[str]
+LayerDigests = Sequence[str]
 """For each layer, the identity of the hidden states before it."""
 
-BUDGET = 2**30
+MAX_BYTES = 2**30
 """Bytes of hidden states kept."""
 
 
-def common_depth(a: Depths, b: Depths) -> int:
-    """The deepest layer before which both have the same hidden states; 0 where they share nothing worth keeping."""
+def first_difference(a: LayerDigests, b: LayerDigests) -> int:
+    """Returns the last layer before which both have the same hidden states; 0 where they share nothing to keep."""
     return max((k for k, (one, other) in enumerate(zip(a, b, strict=False)) if one == other), default=0)
 
 
-def arrange(candidates: Sequence[Depths]) -> list[int]:
-    """An order of candidates in which those that share their first layers follow each other.
+def order_by_shared_layers(candidates: Sequence[LayerDigests]) -> list[int]:
+    """Orders candidates so that those that share their first layers follow each other.
 
     Args:
         candidates: The digests of each one.
@@ -46,78 +46,88 @@ def arrange(candidates: Sequence[Depths]) -> list[int]:
         Positions: the tree of shared beginnings, depth first, branches in the order of their first candidate.
     """
     first: dict[tuple[int, str], int] = {}
-    for number, depths in enumerate(candidates):
-        for place in enumerate(depths):
-            first.setdefault(place, number)
-    keys = [[first[place] for place in enumerate(depths)] for depths in candidates]
+    for number, layer_digests in enumerate(candidates):
+        for node in enumerate(layer_digests):
+            first.setdefault(node, number)
+    keys = [[first[node] for node in enumerate(layer_digests)] for layer_digests in candidates]
     return sorted(range(len(candidates)), key=lambda number: (keys[number], number))
 
 
-class Prefixes:
-    """Hidden states within a budget.
+class HiddenStateCache:
+    """Keeps hidden states within a budget.
 
-    What is kept of a candidate is decided by its neighbours alone: the states at the depth that it shares with the one
-    before it and with the one announced to come next.
+    What is kept of a candidate is decided by its neighbours alone: the states before the first layer that differs from
+    the candidate before it, and from the one announced to come next.
 
     Args:
-        budget: Bytes.
+        max_bytes: Bytes of hidden states.
+
+    Attributes:
+        bytes: Of the states that are kept now.
     """
 
-    def __init__(self, budget: int = BUDGET) -> None:
-        self.budget = budget
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
         self.bytes = 0
-        self._held: OrderedDict[tuple[str, str, int], Tensor] = OrderedDict()
-        self._before: Depths = ()
-        self._now: Depths = ()
-        self._next: Depths = ()
+        self._states: OrderedDict[tuple[str, str, int], Tensor] = OrderedDict()
+        self._previous: LayerDigests = ()
+        self._current: LayerDigests = ()
+        self._next: LayerDigests = ()
 
-    def expect(self, depths: Depths) -> None:
-        """Announces the candidate that comes after the next call of `meet`."""
-        self._next = tuple(depths)
+    def announce_next(self, layer_digests: LayerDigests) -> None:
+        """Announces the candidate that comes after the next call of `start_candidate`."""
+        self._next = tuple(layer_digests)
 
-    def meet(self, depths: Depths) -> frozenset[int]:
-        """The depths worth keeping of a candidate, which is the present one from now on."""
-        if tuple(depths) != self._now:
-            self._before, self._now = self._now, tuple(depths)
-            if self._now == self._next:  # it has come
+    def start_candidate(self, layer_digests: LayerDigests) -> frozenset[int]:
+        """Makes a candidate the current one and returns the layers whose inputs are worth keeping."""
+        if tuple(layer_digests) != self._current:
+            self._previous, self._current = self._current, tuple(layer_digests)
+            if self._current == self._next:  # it has come
                 self._next = ()
-        return frozenset({common_depth(depths, self._before), common_depth(depths, self._next)} - {0})
+        neighbours = (self._previous, self._next)
+        return frozenset({first_difference(layer_digests, other) for other in neighbours} - {0})
 
-    def find(self, depths: Depths, layout: str, batch: int) -> tuple[int, Tensor | None]:
-        """The deepest layer whose input is held for a batch, and that input; (0, None) if there is none."""
-        for k in range(len(depths) - 1, 0, -1):
-            held = self._held.get((depths[k], layout, batch))
-            if held is not None:
-                self._held.move_to_end((depths[k], layout, batch))
-                return k, held
+    def get(self, layer_digests: LayerDigests, packed: str, batch: int) -> tuple[int, Tensor | None]:
+        """Returns the last layer whose input is kept for a batch, and that input; (0, None) if there is none.
+
+        Args:
+            layer_digests: The candidate's.
+            packed: The digest of the packed requests.
+            batch: The number of the batch in them.
+        """
+        for k in range(len(layer_digests) - 1, 0, -1):
+            state = self._states.get((layer_digests[k], packed, batch))
+            if state is not None:
+                self._states.move_to_end((layer_digests[k], packed, batch))
+                return k, state
         return 0, None
 
-    def keep(self, depths: Depths, layout: str, batch: int, states: Mapping[int, Tensor]) -> None:
+    def put(self, layer_digests: LayerDigests, packed: str, batch: int, states: Mapping[int, Tensor]) -> None:
         """Keeps inputs of layers, in place of what was used longest ago and does not belong to the same candidate."""
         for k, state in sorted(states.items()):
-            key, size = (depths[k], layout, batch), state.nbytes
-            if key in self._held or not self._make_room(size, frozenset(depths)):
+            key, size = (layer_digests[k], packed, batch), state.nbytes
+            if key in self._states or not self._make_room(size, frozenset(layer_digests)):
                 continue
-            self._held[key] = state
+            self._states[key] = state
             self.bytes += size
 
-    def _make_room(self, size: int, spared: frozenset[str]) -> bool:
-        while self.bytes + size > self.budget:
-            old = next((key for key in self._held if key[0] not in spared), None)
+    def _make_room(self, size: int, protected: frozenset[str]) -> bool:
+        while self.bytes + size > self.max_bytes:
+            old = next((key for key in self._states if key[0] not in protected), None)
             if old is None:
                 return False
-            self.bytes -= self._held.pop(old).nbytes
+            self.bytes -= self._states.pop(old).nbytes
         return True
 
 
-class _Layer(nn.Module):
-    """A layer that can be passed over, entered, or looked into, differently in each thread."""
+class _ResumableLayer(nn.Module):
+    """A layer that each thread can skip, resume at, or capture the input of."""
 
-    def __init__(self, inner: nn.Module, number: int, mine: threading.local) -> None:
+    def __init__(self, inner: nn.Module, number: int, local: threading.local) -> None:
         super().__init__()
         self.inner = inner
         self.number = number
-        self.mine = mine
+        self.local = local
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -126,72 +136,72 @@ class _Layer(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's result; its input where the entrance is further on."""
-        mine = self.mine
-        if self.number < mine.start:
+        """Runs the layer, or hands its input on where the pass resumes at a later one."""
+        local = self.local
+        if self.number < local.start:
             return hidden_states
-        if self.number == mine.start and mine.state is not None:
-            hidden_states = mine.state
-        if self.number in mine.wanted:
-            mine.seen[self.number] = hidden_states
+        if self.number == local.start and local.state is not None:
+            hidden_states = local.state
+        if self.number in local.capture:
+            local.captured[self.number] = hidden_states
         return self.inner(hidden_states, *args, **kwargs)
 
 
-class Entrance:
-    """Where each thread enters a model's layers, and which inputs of layers it wants."""
+class ResumablePasses:
+    """Where each thread's forward passes resume, and which inputs of layers they capture."""
 
     def __init__(self) -> None:
-        self.mine = threading.local()
+        self.local = threading.local()
 
     @contextmanager
-    def at(self, start: int, state: Tensor | None, wanted: frozenset[int]) -> Iterator[dict[int, Tensor]]:
-        """This thread's passes start at a layer with a state; gives the inputs wanted of layers that are run."""
-        self.mine.start, self.mine.state, self.mine.wanted, self.mine.seen = start, state, wanted, {}
-        yield self.mine.seen
+    def from_layer(self, start: int, state: Tensor | None, capture: frozenset[int]) -> Iterator[dict[int, Tensor]]:
+        """Resumes this thread's passes at a layer with a state; gives the captured inputs of layers that are run."""
+        self.local.start, self.local.state, self.local.capture, self.local.captured = start, state, capture, {}
+        yield self.local.captured
 
 
 @contextmanager
-def opened(model: Any) -> Iterator[Entrance]:
-    """The model with an entrance at every layer, for as long as the block lasts."""
-    decoder, name = _stack(model)
-    layers, entrance = getattr(decoder, name), Entrance()
-    setattr(decoder, name, nn.ModuleList(_Layer(layer, k, entrance.mine) for k, layer in enumerate(layers)))
+def resumable(model: Any) -> Iterator[ResumablePasses]:
+    """Makes the model's passes resumable at every layer, for as long as the block lasts."""
+    decoder, name = _layer_list(model)
+    layers, passes = getattr(decoder, name), ResumablePasses()
+    setattr(decoder, name, nn.ModuleList(_ResumableLayer(layer, k, passes.local) for k, layer in enumerate(layers)))
     try:
-        yield entrance
+        yield passes
     finally:
         setattr(decoder, name, layers)
 
 
-def score_from(
-    prefixes: Prefixes, forward: Forward, depths: Depths, layout: str, pieces: Sequence[Callable[[], T]]
+def run_from_cache(
+    cache: HiddenStateCache, forward: Forward, layer_digests: LayerDigests, packed: str, jobs: Sequence[Callable[[], T]]
 ) -> list[T]:
-    """Does the pieces of work of a layout's batches, each from the deepest layer whose input is held.
+    """Runs the jobs of a candidate's batches, each from the last layer whose input is cached.
 
     Args:
-        prefixes: What is held; takes what this candidate leaves.
+        cache: The states that are kept; takes what this candidate leaves.
         forward: The model's forward pass.
-        depths: The candidate's digests.
-        layout: Identity of the layout.
-        pieces: One for each batch, always in the same order.
+        layer_digests: The candidate's digests.
+        packed: The digest of the packed requests.
+        jobs: One for each batch, always in the same order.
     """
-    wanted = prefixes.meet(depths)
-    found = [prefixes.find(depths, layout, k) for k in range(len(pieces))]
-    if not wanted and not any(start for start, _ in found):
-        return forward.spread(pieces)
+    capture = cache.start_candidate(layer_digests)
+    resumed = [cache.get(layer_digests, packed, k) for k in range(len(jobs))]
+    if not capture and not any(start for start, _ in resumed):
+        return forward.run_all(jobs)
 
-    def enter(piece: Callable[[], T], start: int, state: Tensor | None) -> tuple[T, dict[int, Tensor]]:
-        with entrance.at(start, state, wanted) as seen:
-            return piece(), seen
+    def resume(job: Callable[[], T], start: int, state: Tensor | None) -> tuple[T, dict[int, Tensor]]:
+        with passes.from_layer(start, state, capture) as captured:
+            return job(), captured
 
-    with opened(forward.model) as entrance:
-        results = forward.spread([partial(enter, piece, *place) for piece, place in zip(pieces, found, strict=True)])
-    for k, (_, seen) in enumerate(results):
-        prefixes.keep(depths, layout, k, seen)
+    with resumable(forward.model) as passes:
+        results = forward.run_all([partial(resume, job, *at) for job, at in zip(jobs, resumed, strict=True)])
+    for k, (_, captured) in enumerate(results):
+        cache.put(layer_digests, packed, k, captured)
     return [result for result, _ in results]
 
 
-def _stack(model: Any) -> tuple[nn.Module, str]:
-    """The module that holds the layers, and the name of their list.
+def _layer_list(model: Any) -> tuple[nn.Module, str]:
+    """The module that has the layers, and the name of their list.
 
     Raises:
         ValueError: There is not exactly one list with as many modules as the config has layers.
@@ -205,24 +215,24 @@ def _stack(model: Any) -> tuple[nn.Module, str]:
     return decoder, names[0]
 
 
-def can_be_entered(model: Any) -> bool:
-    """Whether entering the layers half-way, with the hidden states of a whole pass, gives the logits of that pass."""
+def can_be_resumed(model: Any) -> bool:
+    """Checks whether resuming half-way, with the hidden states of a whole pass, gives the logits of that pass."""
     vocabulary = model.get_input_embeddings().num_embeddings
     device = next(model.parameters()).device
     inputs = {"input_ids": torch.arange(1, 17, device=device).reshape(2, 8) % vocabulary, "use_cache": False}
     try:
         with torch.inference_mode():
             plain = model(**inputs).logits
-            with opened(model) as entrance:
+            with resumable(model) as passes:
                 middle = model.config.get_text_config().num_hidden_layers // 2
-                with entrance.at(0, None, frozenset({middle})) as seen:
+                with passes.from_layer(0, None, frozenset({middle})) as captured:
                     whole = model(**inputs).logits
-                with entrance.at(middle, seen[middle], frozenset()):
+                with passes.from_layer(middle, captured[middle], frozenset()):
                     half = model(**inputs).logits
     except Exception as error:  # whatever a model does with a layer that it does not know
-        log.info("no hidden states are kept: %s cannot be entered half-way (%s)", type(model).__name__, error)
+        log.info("no hidden states are kept: %s cannot be resumed half-way (%s)", type(model).__name__, error)
         return False
     same = torch.equal(plain, whole) and torch.equal(plain, half)
     if not same:
-        log.info("no hidden states are kept: %s gives other numbers when entered half-way", type(model).__name__)
+        log.info("no hidden states are kept: %s gives other numbers when resumed half-way", type(model).__name__)
     return same

@@ -1,4 +1,4 @@
-"""Log-likelihoods of a resident model, with HFLM's numbers and as little computation as they need."""
+"""Computes log-likelihoods with a resident model: HFLM's numbers, with as little computation as they need."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ import numpy.typing as npt
 import torch
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.backends.native.forward import Forward, forwarding, head_is_last
-from evomerge.evaluation.backends.native.hidden_state_cache import Depths, Prefixes, can_be_entered, score_from
-from evomerge.evaluation.backends.native.prefix_trees import Batch, Layout, pack, tree_of
+from evomerge.evaluation.backends.native.forward import Forward, forward_pass, head_is_last
+from evomerge.evaluation.backends.native.hidden_state_cache import (
+    HiddenStateCache,
+    LayerDigests,
+    can_be_resumed,
+    run_from_cache,
+)
+from evomerge.evaluation.backends.native.prefix_trees import Batch, PackedTrees, build_tree, pack_trees
 from evomerge.evaluation.tasks.requests import Pair
 
 log = logging.getLogger(__name__)
@@ -29,7 +34,7 @@ _CHUNK_LOGITS = 2**19
 
 
 @dataclass(frozen=True)
-class Scored:
+class RequestLogprobs:
     """Log-likelihoods of some requests.
 
     Attributes:
@@ -41,51 +46,51 @@ class Scored:
     greedy: npt.NDArray[np.bool_]
 
 
-class TreeScorer:
-    """Scores token sequences as prefix trees, in batches that stay the same for every model.
+class TreeLogprobs:
+    """Computes log-likelihoods of token sequences as prefix trees, in batches that stay the same for every model.
 
     Args:
         vocabulary: Size of the model's vocabulary.
         max_length: The longest input; a longer one loses tokens on its left, as in HFLM.
         batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
-        prefixes: Keeps hidden states between models that share their first layers; None to start from the tokens.
+        cache: Hidden states of models that share their first layers; None to start from the tokens.
     """
 
     def __init__(
-        self, vocabulary: int, max_length: int, batch_tokens: int | None, prefixes: Prefixes | None = None
+        self, vocabulary: int, max_length: int, batch_tokens: int | None, cache: HiddenStateCache | None = None
     ) -> None:
         self.max_length = max_length
         self.batch_tokens = batch_tokens
-        self.batch_scored = max(1, MAX_LOGITS // vocabulary)
-        self.prefixes = prefixes
-        self.trees: bool | None = None
+        self.max_scored = max(1, MAX_LOGITS // vocabulary)
+        self.cache = cache
+        self.tree_masks: bool | None = None
         self.head_is_last = False
-        self.most_tokens = CPU_TOKENS[0]
-        self.window: int | None = None
+        self.default_tokens = CPU_TOKENS[0]
+        self.attention_window: int | None = None
 
     def prepare(self, model: Any) -> None:
-        """Finds out whether the model honours tree masks; afterwards layouts are final. Cheap when already known.
+        """Finds out whether the model supports tree masks; afterwards batches are final. Cheap when already known.
 
         Raises:
             CandidateError: The model's logits are not finite.
         """
-        if self.trees is None:
-            self.window = _attention_window(model.config)
-            self.most_tokens = _most_tokens(model)
-            with forwarding(model) as forward:
-                probes = [partial(head_is_last, forward), partial(honours_trees, forward)]
-                self.head_is_last, self.trees = forward.spread(probes)
-                if self.prefixes is not None and not forward.spread([partial(can_be_entered, model)])[0]:
-                    self.prefixes = None
+        if self.tree_masks is None:
+            self.attention_window = _attention_window(model.config)
+            self.default_tokens = _default_tokens(model)
+            with forward_pass(model) as forward:
+                probes = [partial(head_is_last, forward), partial(supports_tree_masks, forward)]
+                self.head_is_last, self.tree_masks = forward.run_all(probes)
+                if self.cache is not None and not forward.run_all([partial(can_be_resumed, model)])[0]:
+                    self.cache = None
 
-    def layout(self, items: Sequence[Sequence[Pair]], batch_tokens: int | None = None) -> Layout:
-        """Lays out the requests of some items: one list of (context, continuation) tokens per item.
+    def pack(self, items: Sequence[Sequence[Pair]], batch_tokens: int | None = None) -> PackedTrees:
+        """Packs the requests of some items into batches: one list of (context, continuation) tokens per item.
 
         Requests are numbered through all items, in order.
 
         Args:
             items: The requests of each item.
-            batch_tokens: Tokens in a batch, padding counted; None for what suits scoring.
+            batch_tokens: Tokens in a batch, padding counted; None for what suits log-likelihoods.
         """
         inputs, targets = [], []
         for context, continuation in (pair for pairs in items for pair in pairs):
@@ -93,52 +98,52 @@ class TreeScorer:
             targets.append(continuation)
         if not inputs:
             raise TaskError("no requests to score")
-        trees = self.trees is not False and max(map(len, inputs)) <= (self.window or self.max_length)
+        share = self.tree_masks is not False and max(map(len, inputs)) <= (self.attention_window or self.max_length)
         groups: list[list[int]] = []
-        if trees:
+        if share:
             start = 0
             for pairs in items:
                 groups += _groups(inputs, range(start, start + len(pairs)))
                 start += len(pairs)
         else:
             groups = [[k] for k in range(len(inputs))]
-        grown = [tree_of([inputs[k] for k in group], [targets[k] for k in group], group) for group in groups]
-        return pack(
-            grown,
-            share_rows=trees,
-            batch_tokens=batch_tokens or self._batch_tokens(sum(tree.size for tree in grown)),
-            batch_scored=self.batch_scored,
+        trees = [build_tree([inputs[k] for k in group], [targets[k] for k in group], group) for group in groups]
+        return pack_trees(
+            trees,
+            share_rows=share,
+            batch_tokens=batch_tokens or self._batch_tokens(sum(tree.size for tree in trees)),
+            max_scored=self.max_scored,
         )
 
     def _batch_tokens(self, tokens: int) -> int:
         """Tokens in a batch: as many as suit the device, but not so few batches that a core has none."""
-        return self.batch_tokens or min(self.most_tokens, max(128, tokens // 4))
+        return self.batch_tokens or min(self.default_tokens, max(128, tokens // 4))
 
-    def score(self, model: Any, layout: Layout, depths: Depths = ()) -> Scored:
-        """Runs the model over a layout.
+    def compute(self, model: Any, packed: PackedTrees, layer_digests: LayerDigests = ()) -> RequestLogprobs:
+        """Runs the model over packed requests.
 
         Args:
             model: The model.
-            layout: From `layout`.
-            depths: For each layer the identity of the hidden states before it, if they may be kept and used again.
+            packed: From `pack`.
+            layer_digests: For each layer the identity of the hidden states before it, if they may be reused.
 
         Raises:
             CandidateError: A logit that is needed is not finite.
         """
-        sums = np.zeros(layout.requests)
-        greedy = np.ones(layout.requests, dtype=np.bool_)
-        with forwarding(model) as forward:
+        sums = np.zeros(packed.requests)
+        greedy = np.ones(packed.requests, dtype=np.bool_)
+        with forward_pass(model) as forward:
             # The largest start first, so that the threads end together.
-            batches = sorted(layout.batches, key=lambda batch: -batch.input_ids.size)
-            pieces = [partial(score_batch, forward, batch, head_is_last=self.head_is_last) for batch in batches]
-            if self.prefixes is not None and depths:
-                results = score_from(self.prefixes, forward, depths, layout.digest, pieces)
+            batches = sorted(packed.batches, key=lambda batch: -batch.input_ids.size)
+            jobs = [partial(batch_logprobs, forward, batch, head_is_last=self.head_is_last) for batch in batches]
+            if self.cache is not None and layer_digests:
+                results = run_from_cache(self.cache, forward, layer_digests, packed.digest, jobs)
             else:
-                results = forward.spread(pieces)
+                results = forward.run_all(jobs)
         for batch, (log_probs, best) in zip(batches, results, strict=True):
-            sums += np.bincount(batch.requests, weights=log_probs, minlength=layout.requests)
+            sums += np.bincount(batch.requests, weights=log_probs, minlength=packed.requests)
             greedy[batch.requests[~best]] = False
-        return Scored(sums, greedy)
+        return RequestLogprobs(sums, greedy)
 
 
 def _groups(inputs: Sequence[Sequence[int]], requests: range) -> list[list[int]]:
@@ -149,7 +154,7 @@ def _groups(inputs: Sequence[Sequence[int]], requests: range) -> list[list[int]]
     return list(by_first.values())
 
 
-def _most_tokens(model: Any) -> int:
+def _default_tokens(model: Any) -> int:
     """Tokens in a batch.
 
     On a CPU every core computes a batch of its own: large enough for the products to be fast, small enough for their
@@ -172,10 +177,10 @@ def _attention_window(config: Any) -> int | None:
 
 
 def batch_inputs(batch: Batch, model: Any) -> dict[str, Any]:
-    """What the model is called with for a batch."""
+    """Builds the inputs of the model for a batch."""
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.input_ids).to(device), "use_cache": False}
-    if not batch.plain:
+    if not batch.causal:
         inputs["position_ids"] = torch.from_numpy(batch.position_ids).to(device)
         inputs["attention_mask"] = _mask(torch.from_numpy(batch.ends).to(device), model.dtype)
     return inputs
@@ -189,26 +194,26 @@ def _mask(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def score_batch(
+def batch_logprobs(
     forward: Forward, batch: Batch, *, head_is_last: bool
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Log-probability of every scored token of a batch, and whether greedy decoding would give it.
+    """Computes the log-probability of every scored token of a batch, and whether greedy decoding would give it.
 
     Raises:
         CandidateError: A logit that is needed is not finite.
     """
     positions = torch.from_numpy(batch.scored).to(forward.device)
-    found, greedy, start = [], [], 0
-    for logits in forward.chunks(positions, head_is_last=head_is_last, **batch_inputs(batch, forward.model)):
+    log_probs, greedy, start = [], [], 0
+    for logits in forward.logit_chunks(positions, head_is_last=head_is_last, **batch_inputs(batch, forward.model)):
         span = slice(*np.searchsorted(batch.rows, (start, start + len(logits))))
         rows = torch.from_numpy(batch.rows[span] - start).to(forward.device)
         targets = torch.from_numpy(batch.targets[span]).to(forward.device)
-        log_probs, best = _log_probs(logits, rows, targets)
+        part, best = _log_probs(logits, rows, targets)
         _break_ties(logits, rows, targets, best, batch.requests[span])
-        found.append(log_probs)
+        log_probs.append(part)
         greedy.append(best)
         start += len(logits)
-    return np.concatenate(found), np.concatenate(greedy)
+    return np.concatenate(log_probs), np.concatenate(greedy)
 
 
 def _log_probs(
@@ -241,13 +246,13 @@ def _break_ties(
     requests: npt.NDArray[np.int64],
 ) -> None:
     """Of equally likely tokens, greedy decoding takes the first: looks where a request is still greedy."""
-    open_ = torch.from_numpy(np.flatnonzero(best & ~np.isin(requests, requests[~best]))).to(logits.device)
-    if len(open_):
-        best[open_.cpu().numpy()] = (logits[rows[open_]].argmax(dim=-1) == targets[open_]).cpu().numpy()
+    undecided = torch.from_numpy(np.flatnonzero(best & ~np.isin(requests, requests[~best]))).to(logits.device)
+    if len(undecided):
+        best[undecided.cpu().numpy()] = (logits[rows[undecided]].argmax(dim=-1) == targets[undecided]).cpu().numpy()
 
 
-def honours_trees(forward: Forward) -> bool:
-    """Whether the model gives a tree in a shared row the logits that its sequences have one by one.
+def supports_tree_masks(forward: Forward) -> bool:
+    """Checks whether the model gives a tree in a shared row the logits that its sequences have one by one.
 
     Models that have no attention mask (state-space models), that count positions themselves (ALiBi), or whose
     attention kernel takes no mask of ours do not; they are scored one sequence a row.
@@ -261,12 +266,12 @@ def honours_trees(forward: Forward) -> bool:
     stem, long, short, other = draw[:8], draw[8:30], draw[30:41], draw[41:64]
     inputs = [stem + long, stem + short, other]
     targets = [tokens[1:] + tokens[:1] for tokens in inputs]
-    tree = tree_of(inputs[:2], targets[:2], [0, 1])
-    lone = [tree_of([inputs[k]], [targets[k]], [k]) for k in range(3)]
-    bounds = {"batch_tokens": 1024, "batch_scored": 1024}
-    plain = _all_log_probs(forward, pack(lone, share_rows=False, **bounds))
+    tree = build_tree(inputs[:2], targets[:2], [0, 1])
+    lone = [build_tree([inputs[k]], [targets[k]], [k]) for k in range(3)]
+    bounds = {"batch_tokens": 1024, "max_scored": 1024}
+    plain = _all_log_probs(forward, pack_trees(lone, share_rows=False, **bounds))
     try:
-        shared = _all_log_probs(forward, pack([lone[2], tree], share_rows=True, **bounds))
+        shared = _all_log_probs(forward, pack_trees([lone[2], tree], share_rows=True, **bounds))
     except CandidateError:
         raise
     except Exception as error:  # whatever a model does to a mask it cannot take
@@ -274,17 +279,17 @@ def honours_trees(forward: Forward) -> bool:
         return False
     errors = np.abs(plain - shared)
     exact = model.dtype == torch.float32
-    honoured = bool(errors.max() < 1e-3) if exact else bool(errors.mean() < 0.05 and errors.max() < 0.5)
-    if not honoured:
+    supported = bool(errors.max() < 1e-3) if exact else bool(errors.mean() < 0.05 and errors.max() < 0.5)
+    if not supported:
         log.info("no shared prefixes: %s does not honour tree masks (off by %.2g)", type(model).__name__, errors.max())
-    return honoured
+    return supported
 
 
-def _all_log_probs(forward: Forward, layout: Layout) -> npt.NDArray[np.float64]:
+def _all_log_probs(forward: Forward, packed: PackedTrees) -> npt.NDArray[np.float64]:
     """Log-probability of every target, by request and then by position in it."""
-    found: list[tuple[int, int, float]] = []
-    for batch in layout.batches:
-        log_probs, _ = score_batch(forward, batch, head_is_last=False)
-        depths = batch.position_ids.reshape(-1)[batch.scored[batch.rows]]
-        found += zip(batch.requests.tolist(), depths.tolist(), log_probs.tolist(), strict=True)
-    return np.array([value for _, _, value in sorted(found)])
+    rows: list[tuple[int, int, float]] = []
+    for batch in packed.batches:
+        log_probs, _ = batch_logprobs(forward, batch, head_is_last=False)
+        positions = batch.position_ids.reshape(-1)[batch.scored[batch.rows]]
+        rows += zip(batch.requests.tolist(), positions.tolist(), log_probs.tolist(), strict=True)
+    return np.array([value for _, _, value in sorted(rows)])

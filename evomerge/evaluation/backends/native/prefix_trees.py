@@ -1,8 +1,8 @@
-"""Token sequences as prefix trees, and the trees in batches.
+"""Builds prefix trees of token sequences and packs them into batches.
 
 The inputs of one question share their context, and often part of their continuations: each shared token is computed
 once. A tree lies in a row in depth-first order; ``end[k]`` is the position after the last descendant of position k, so
-that position q may attend to position k exactly when ``k <= q < end[k]``. A plain sequence is a tree without branches,
+that position q may attend to position k exactly when ``k <= q < end[k]``. A causal sequence is a tree without branches,
 for which that is the causal mask. Several small trees lie in one row, none seeing another, so hardly anything is
 padding. Which batch a tree lies in depends only on the trees given, so it is the same for every candidate.
 """
@@ -22,7 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Tree:
+class PrefixTree:
     """The prefix tree of some inputs, in depth-first order.
 
     Attributes:
@@ -54,12 +54,12 @@ class Batch:
     Attributes:
         input_ids: [B, L]
         position_ids: [B, L]
-        ends: [B, L] as in `Tree`, in row positions. Padding sees itself only.
+        ends: [B, L] as in `PrefixTree`, in row positions. Padding sees itself only.
         scored: [r] flat positions (row * L + column) at which the head is needed, ascending.
         rows: [p] index into `scored` of each scored token, ascending.
         targets: [p] scored tokens.
         requests: [p] their requests.
-        plain: Every row is one sequence without branches, so that ordinary causal attention is right.
+        causal: Whether every row is one sequence without branches, so that ordinary causal attention is right.
     """
 
     input_ids: Ints
@@ -69,12 +69,12 @@ class Batch:
     rows: Ints
     targets: Ints
     requests: Ints
-    plain: bool
+    causal: bool
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The batches of some requests, fixed for the whole run.
+class PackedTrees:
+    """The prefix trees of some requests in batches, fixed for the whole run.
 
     Attributes:
         batches: In the order in which they run, the largest rows first.
@@ -104,7 +104,9 @@ class Layout:
         return digest(*parts)
 
 
-def tree_of(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], requests: Sequence[int]) -> Tree:
+def build_tree(
+    inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], requests: Sequence[int]
+) -> PrefixTree:
     """Builds the prefix tree of some inputs.
 
     Args:
@@ -122,7 +124,7 @@ def tree_of(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], r
     paths: dict[int, Ints] = {}
     path, previous, size = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0
     for k in order:
-        shared = _common(previous, arrays[k])
+        shared = _common_prefix(previous, arrays[k])
         new = len(arrays[k]) - shared
         ends[path[shared:]] = size
         path = np.concatenate([path[:shared], np.arange(size, size + new)])
@@ -131,18 +133,18 @@ def tree_of(inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], r
         size += new
         paths[k], previous = path, arrays[k]
     ends[path] = size
-    wanted = range(len(arrays))
-    return Tree(
+    inputs_in_order = range(len(arrays))
+    return PrefixTree(
         np.concatenate(tokens),
         np.concatenate(depths),
         ends[:size],
-        np.concatenate([paths[k][len(paths[k]) - len(targets[k]) :] for k in wanted]),
-        np.concatenate([np.asarray(targets[k], dtype=np.int64) for k in wanted]),
-        np.repeat(np.asarray(requests, dtype=np.int64), [len(targets[k]) for k in wanted]),
+        np.concatenate([paths[k][len(paths[k]) - len(targets[k]) :] for k in inputs_in_order]),
+        np.concatenate([np.asarray(targets[k], dtype=np.int64) for k in inputs_in_order]),
+        np.repeat(np.asarray(requests, dtype=np.int64), [len(targets[k]) for k in inputs_in_order]),
     )
 
 
-def _common(a: Ints, b: Ints) -> int:
+def _common_prefix(a: Ints, b: Ints) -> int:
     """Length of the common prefix."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
@@ -151,41 +153,43 @@ def _common(a: Ints, b: Ints) -> int:
 
 ROW_TOKENS = (32, 64, 96, 128, 192, 256)
 """Lengths of shared rows to choose from."""
-_ATTENTION = 1 / 800
+_ATTENTION_COST = 1 / 800
 """Cost of attention in a row of L tokens, per token and unit of L, against all else a token costs (a small model)."""
-_BATCH = 24
+_BATCH_COST = 24
 """Cost of starting a batch, in tokens."""
 
 
-def pack(trees: Sequence[Tree], *, share_rows: bool, batch_tokens: int, batch_scored: int, pad: int = 0) -> Layout:
-    """Lays trees into rows and rows into batches.
+def pack_trees(
+    trees: Sequence[PrefixTree], *, share_rows: bool, batch_tokens: int, max_scored: int, pad: int = 0
+) -> PackedTrees:
+    """Packs trees into rows and rows into batches.
 
     Args:
         trees: At least one.
         share_rows: Whether small trees are put together into rows, of the length that makes the whole cheapest;
             otherwise every tree gets its own row.
         batch_tokens: Upper bound of B * L, unless a single row is longer.
-        batch_scored: Upper bound of scored positions in a batch, unless a single row has more.
+        max_scored: Upper bound of scored positions in a batch, unless a single row has more.
         pad: Token for padding.
     """
     scored = [len(np.unique(tree.positions)) for tree in trees]
     plans = []
     for capacity in ROW_TOKENS if share_rows else (0,):
-        rows = _rows([tree.size for tree in trees], capacity)
+        rows = _fill_rows([tree.size for tree in trees], capacity)
         rows.sort(key=lambda row: (-sum(trees[k].size for k in row), row))
         lengths = [sum(trees[k].size for k in row) for row in rows]
-        cost, cuts = _cuts(lengths, [sum(scored[k] for k in row) for row in rows], batch_tokens, batch_scored)
+        cost, cuts = _cut_batches(lengths, [sum(scored[k] for k in row) for row in rows], batch_tokens, max_scored)
         plans.append((cost, capacity, rows, cuts))
     _, _, rows, cuts = min(plans, key=lambda plan: plan[:2])
-    return Layout(
+    return PackedTrees(
         tuple(_batch([[trees[k] for k in row] for row in rows[start:stop]], pad) for start, stop in cuts),
         1 + max(int(tree.requests.max()) for tree in trees),
         sum(tree.size for tree in trees),
-        sum(_unshared(tree) for tree in trees),
+        sum(_unshared_tokens(tree) for tree in trees),
     )
 
 
-def _unshared(tree: Tree) -> int:
+def _unshared_tokens(tree: PrefixTree) -> int:
     """Tokens of the tree's inputs, each counted in full: the depth of each request's last position."""
     last: dict[int, int] = {}
     for position, request in zip(tree.positions.tolist(), tree.requests.tolist(), strict=True):
@@ -193,11 +197,11 @@ def _unshared(tree: Tree) -> int:
     return sum(last.values())
 
 
-def _branches(tree: Tree) -> bool:
+def _branches(tree: PrefixTree) -> bool:
     return bool(np.any(tree.ends != tree.size))
 
 
-def _rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+def _fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: every tree goes to the fullest row that still has room for it."""
     rows: list[list[int]] = []
     room: dict[int, list[int]] = {}
@@ -214,24 +218,24 @@ def _rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _cuts(
-    lengths: Sequence[int], scored: Sequence[int], batch_tokens: int, batch_scored: int
+def _cut_batches(
+    lengths: Sequence[int], scored: Sequence[int], batch_tokens: int, max_scored: int
 ) -> tuple[float, list[tuple[int, int]]]:
-    """The cheapest way to cut rows, longest first, into batches within both bounds, and its cost in tokens.
+    """Finds the cheapest way to cut rows, longest first, into batches within both bounds, and its cost in tokens.
 
     Every row of a batch is padded to its first. Dynamic programming: the best cut of the rows from k on.
     """
     best: list[tuple[float, int]] = [(0.0, len(lengths))] * (len(lengths) + 1)
     for start in range(len(lengths) - 1, -1, -1):
         length, total, stop = lengths[start], 0, start
-        row = length * (1 + length * _ATTENTION)
+        row = length * (1 + length * _ATTENTION_COST)
         options = []
         while stop < len(lengths):
             total += scored[stop]
             stop += 1
-            if stop - start > 1 and ((stop - start) * length > batch_tokens or total > batch_scored):
+            if stop - start > 1 and ((stop - start) * length > batch_tokens or total > max_scored):
                 break
-            options.append((_BATCH + (stop - start) * row + best[stop][0], stop))
+            options.append((_BATCH_COST + (stop - start) * row + best[stop][0], stop))
         best[start] = min(options, key=lambda option: (option[0], -option[1]))
     cuts, start = [], 0
     while start < len(lengths):
@@ -240,7 +244,7 @@ def _cuts(
     return best[0][0], cuts
 
 
-def _batch(rows: Sequence[Sequence[Tree]], pad: int) -> Batch:
+def _batch(rows: Sequence[Sequence[PrefixTree]], pad: int) -> Batch:
     length = max(sum(tree.size for tree in row) for row in rows)
     input_ids = np.full((len(rows), length), pad, dtype=np.int64)
     position_ids = np.zeros((len(rows), length), dtype=np.int64)
@@ -268,5 +272,5 @@ def _batch(rows: Sequence[Sequence[Tree]], pad: int) -> Batch:
         index.astype(np.int64),
         np.concatenate(targets)[order],
         np.concatenate(requests)[order],
-        plain=all(len(row) == 1 and not _branches(row[0]) for row in rows),
+        causal=all(len(row) == 1 and not _branches(row[0]) for row in rows),
     )

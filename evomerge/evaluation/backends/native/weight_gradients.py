@@ -1,8 +1,8 @@
-"""The derivative of a number with respect to a resident model's weights: one pass forward, one backward.
+"""Differentiates a number with respect to a resident model's weights: one pass forward, one backward.
 
-The number is a function of log-likelihoods. Items come in pieces of a bounded size; each is run forward, the function
-says what its log-likelihoods count, and it is run backward. Like a score, a piece is computed by one thread alone, and
-pieces are added up in their order, so that the result does not depend on how many threads there are.
+The number is a function of log-likelihoods. Items come in chunks of a bounded size; each is run forward, the function
+is differentiated with respect to its log-likelihoods, and it is run backward. Like a score, a chunk is computed by one
+thread alone, and chunks are added up in their order, so that the result does not depend on how many threads there are.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation.backends.native.forward import Forward, forwarding
+from evomerge.evaluation.backends.native.forward import Forward, forward_pass
 from evomerge.evaluation.backends.native.logprobs import batch_inputs
-from evomerge.evaluation.backends.native.prefix_trees import Batch, Layout
+from evomerge.evaluation.backends.native.prefix_trees import Batch, PackedTrees
 from evomerge.evaluation.scores import Array
 from evomerge.system.memory import available
 from evomerge.system.threads import run_all
 
-STATES, LEAST_TOKENS, MOST_TOKENS = 2**19, 128, 1024
-"""Numbers in one layer's hidden state of a piece, and the bounds of its tokens: all layers' states are held at once."""
-_LANES = 4
-"""Pieces under way at a time: each holds gradients of the whole model."""
-_SHARE = 0.7
-"""Of the free memory that gradients may take; a piece's own states take some as well."""
+CHUNK_STATES, MIN_TOKENS, MAX_TOKENS = 2**19, 128, 1024
+"""Numbers in one layer's hidden state of a chunk, and the bounds of its tokens: all layers' states are held at once."""
+_MAX_PARALLEL = 4
+"""Chunks under way at a time: each holds gradients of the whole model."""
+_MEMORY_SHARE = 0.7
+"""Of the free memory that gradients may take; a chunk's own states take some as well."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some requests, and what they count.
+class GradientChunk:
+    """Some requests, and the derivative of the number with respect to their log-likelihoods.
 
     Attributes:
-        layout: Their batches.
-        counts: (log-likelihoods [q]) -> derivative of the number with respect to each, [q].
+        packed: Their batches.
+        derivative: (log-likelihoods [q]) -> derivative of the number with respect to each, [q].
     """
 
-    layout: Layout
-    counts: Callable[[Array], Array]
+    packed: PackedTrees
+    derivative: Callable[[Array], Array]
 
 
-def piece_tokens(model: Any) -> int:
-    """How many tokens a piece has."""
+def chunk_tokens(model: Any) -> int:
+    """Returns how many tokens a chunk has."""
     width = int(model.get_input_embeddings().weight.shape[-1])
-    return min(MOST_TOKENS, max(LEAST_TOKENS, STATES // width))
+    return min(MAX_TOKENS, max(MIN_TOKENS, CHUNK_STATES // width))
 
 
 def weight_gradient(
-    model: Any, pieces: Sequence[Piece], names: Sequence[str], *, head_is_last: bool
+    model: Any, chunks: Sequence[GradientChunk], names: Sequence[str], *, head_is_last: bool
 ) -> dict[str, Tensor]:
-    """The derivative of the number with respect to some parameters.
+    """Differentiates the number with respect to some parameters.
 
     Args:
         model: A causal language model of transformers, in evaluation mode; as before afterwards.
-        pieces: The requests.
+        chunks: The requests.
         names: Names of the parameters.
-        head_is_last: As in `Forward.chunks`.
+        head_is_last: As in `Forward.logit_chunks`.
 
     Returns:
         Name to float32 tensor, in the parameter's shape; a parameter that the number does not depend on is left out.
@@ -71,43 +71,43 @@ def weight_gradient(
         CandidateError: A log-likelihood or a derivative is not finite, or torch cannot go back through the model: for
             want of memory, or of a derivative of what it does.
     """
-    known = dict(model.named_parameters())
-    parameters = [known[name] for name in names]
+    by_name = dict(model.named_parameters())
+    parameters = [by_name[name] for name in names]
     total: list[Tensor | None] = [None] * len(names)
-    with _differentiable(parameters), forwarding(model) as forward:
-        work = [partial(_backward, forward, piece, parameters, head_is_last) for piece in pieces]
-        lanes = _lanes(forward, parameters)
-        for start in range(0, len(work), lanes):
-            part = work[start : start + lanes]
+    with _differentiable(parameters), forward_pass(model) as forward:
+        jobs = [partial(_backward, forward, chunk, parameters, head_is_last) for chunk in chunks]
+        parallel = _parallel_chunks(forward, parameters)
+        for start in range(0, len(jobs), parallel):
+            part = jobs[start : start + parallel]
             try:
-                found = run_all(part, forward.threads) if forward.threads else [piece() for piece in part]
+                computed = run_all(part, forward.threads) if forward.threads else [job() for job in part]
             except RuntimeError as error:  # torch has no narrower one for either
                 reason = " ".join(str(error).split())[:300]
                 raise CandidateError(f"{type(model).__name__} cannot be differentiated: {reason}") from error
-            for gradients in found:
+            for gradients in computed:
                 _add(total, gradients)
-    result = {name: held for name, held in zip(names, total, strict=True) if held is not None}
-    if not all(bool(torch.isfinite(held).all()) for held in result.values()):
+    result = {name: part for name, part in zip(names, total, strict=True) if part is not None}
+    if not all(bool(torch.isfinite(part).all()) for part in result.values()):
         raise CandidateError("the gradient of the model's weights is not finite")
     return result
 
 
-def _lanes(forward: Forward, parameters: Sequence[Tensor]) -> int:
-    """How many pieces may be under way at a time.
+def _parallel_chunks(forward: Forward, parameters: Sequence[Tensor]) -> int:
+    """Returns how many chunks may be under way at a time.
 
     Raises:
         CandidateError: There is no memory for one. The kernel would end the process instead of saying so.
     """
-    wanted = max(1, min(forward.threads, _LANES))
+    most = max(1, min(forward.threads, _MAX_PARALLEL))
     free = available() if forward.device.type == "cpu" else None
     if free is None:
-        return wanted
+        return most
     sums = sum(4 * parameter.numel() for parameter in parameters)
     each = sum(parameter.element_size() * parameter.numel() for parameter in parameters)
-    lanes = min(wanted, int((_SHARE * free - sums) / max(each, 1)))
-    if lanes < 1:
+    parallel = min(most, int((_MEMORY_SHARE * free - sums) / max(each, 1)))
+    if parallel < 1:
         raise CandidateError(f"a gradient takes {(sums + each) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-    return lanes
+    return parallel
 
 
 @contextmanager
@@ -124,58 +124,58 @@ def _differentiable(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 def _add(total: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
     for k, gradient in enumerate(gradients):
-        held = total[k]
+        before = total[k]
         if gradient is None:
             continue
-        if held is None:
+        if before is None:
             total[k] = gradient.float()
         else:
-            held.add_(gradient)
+            before.add_(gradient)
 
 
 def _backward(
-    forward: Forward, piece: Piece, parameters: Sequence[Tensor], head_is_last: bool
+    forward: Forward, chunk: GradientChunk, parameters: Sequence[Tensor], head_is_last: bool
 ) -> tuple[Tensor | None, ...]:
-    """One piece forward and backward."""
-    sums = torch.zeros(piece.layout.requests, dtype=torch.float64, device=forward.device)
-    for batch in piece.layout.batches:
+    """One chunk forward and backward."""
+    sums = torch.zeros(chunk.packed.requests, dtype=torch.float64, device=forward.device)
+    for batch in chunk.packed.batches:
         requests = torch.from_numpy(batch.requests).to(forward.device)
         sums = sums.index_add(0, requests, _log_probs(forward, batch, head_is_last).double())
     values = sums.detach().cpu().numpy()
     if not np.all(np.isfinite(values)):
         raise CandidateError("the model's logits are not finite, so its score has no gradient")
-    counts = torch.from_numpy(piece.counts(values)).to(forward.device)
-    return torch.autograd.grad((sums * counts).sum(), parameters, allow_unused=True)
+    derivative = torch.from_numpy(chunk.derivative(values)).to(forward.device)
+    return torch.autograd.grad((sums * derivative).sum(), parameters, allow_unused=True)
 
 
 def _log_probs(forward: Forward, batch: Batch, head_is_last: bool) -> Tensor:
     """Log-probability of every scored token of a batch, [p], float32.
 
-    Logits are not held: they are computed again on the way back, part by part.
+    Logits are not kept: they are computed again on the way back, part by part.
     """
     positions = torch.from_numpy(batch.scored).to(forward.device)
     inputs = batch_inputs(batch, forward.model)
     whole = not head_is_last
-    parts = [forward.logits(positions, **inputs)] if whole else forward.hidden(positions, **inputs)
-    found, start = [], 0
+    parts = [forward.logits(positions, **inputs)] if whole else forward.hidden_chunks(positions, **inputs)
+    log_probs, start = [], 0
     for part in parts:
         span = slice(*np.searchsorted(batch.rows, (start, start + len(part))))
         rows = torch.from_numpy(batch.rows[span] - start).to(forward.device)
         targets = torch.from_numpy(batch.targets[span]).to(forward.device)
         if whole:
-            found.append(_of_targets(part, rows, targets))
+            log_probs.append(_target_log_probs(part, rows, targets))
         else:
-            again = partial(_of_hidden, forward.head)
-            found.append(checkpoint(again, part, rows, targets, use_reentrant=False, preserve_rng_state=False))
+            again = partial(_hidden_log_probs, forward.head)
+            log_probs.append(checkpoint(again, part, rows, targets, use_reentrant=False, preserve_rng_state=False))
         start += len(part)
-    return torch.cat(found)
+    return torch.cat(log_probs)
 
 
-def _of_hidden(head: Any, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    return _of_targets(head(hidden[None])[0], rows, targets)
+def _hidden_log_probs(head: Any, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    return _target_log_probs(head(hidden[None])[0], rows, targets)
 
 
-def _of_targets(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def _target_log_probs(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities, in float32, of some targets in some rows of logits."""
     wide = logits.float()
     return wide[rows, targets] - torch.logsumexp(wide, dim=-1)[rows]

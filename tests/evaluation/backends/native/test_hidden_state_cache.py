@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.engine.resident import Resident
 from evomerge.evaluation.backends.native.hidden_state_cache import (
-    Prefixes,
-    arrange,
-    can_be_entered,
-    common_depth,
-    opened,
+    HiddenStateCache,
+    can_be_resumed,
+    first_difference,
+    order_by_shared_layers,
+    resumable,
 )
 from evomerge.planning.layer_digests import depth_digests
 from tests.engine.recipes import layers, plan_of
@@ -33,7 +33,7 @@ from tests.evaluation.test_evaluator import Deaf, gpt2, mistral
 LAYERS = 4
 
 
-def depths(*names: str) -> list[str]:
+def digests(*names: str) -> list[str]:
     """Digests of a candidate whose layers have these names, each over all that is below."""
     return ["".join(names[:k]) for k in range(len(names))]
 
@@ -51,38 +51,38 @@ def layer_runs(model: Any) -> Iterator[list[int]]:
 @pytest.fixture
 def models(bench: Bench) -> dict[str, Any]:
     """Models by the names of their layers: `aabb` has the third and fourth layer of another model."""
-    found = {}
+    models = {}
     for name in ("aaaa", "aabb", "aabc", "bbbb"):
         model = AutoModelForCausalLM.from_pretrained(bench.checkpoint, dtype=torch.float32).eval()
         for layer, kind in zip(model.model.layers, name, strict=True):
             layer.mlp.down_proj.weight.data.mul_({"a": 1.0, "b": 0.5, "c": 0.25}[kind])
-        found[name] = model
-    return found
+        models[name] = model
+    return models
 
 
 @pytest.mark.parametrize("budget", [2**30, 20_000, 0])
 def test_scores_are_the_same_bits_with_and_without(bench: Bench, models: dict[str, Any], budget: int) -> None:
     reusing, plain = bench.evaluator("mc", "rolling"), bench.evaluator("mc", "rolling", reuse_prefixes=False)
     chosen = {"mc": range(6), "rolling": range(4)}
-    assert reusing.prefixes is not None
-    reusing.prefixes.budget = budget
+    assert reusing.backend.hidden_states is not None
+    reusing.backend.hidden_states.max_bytes = budget
     for name in ("aaaa", "aabb", "aabc", "bbbb"):
-        ours, theirs = reusing.score(models[name], chosen, depths(*name)), plain.score(models[name], chosen)
-        for task, scores in theirs.items():
+        reused, expected = reusing.score(models[name], chosen, digests(*name)), plain.score(models[name], chosen)
+        for task, scores in expected.items():
             for metric in scores.names:
-                assert ours[task].score(metric) == scores.score(metric), (name, task, metric)
-        assert 0 <= reusing.prefixes.bytes <= budget
-    assert (reusing.prefixes.bytes > 0) is (budget > 0)
+                assert reused[task].score(metric) == scores.score(metric), (name, task, metric)
+        assert 0 <= reusing.backend.hidden_states.bytes <= budget
+    assert (reusing.backend.hidden_states.bytes > 0) is (budget > 0)
 
 
 def test_layers_that_are_shared_are_not_run_again(bench: Bench, models: dict[str, Any]) -> None:
     evaluator = bench.evaluator("mc")
     evaluator.prepare(models["aaaa"])
-    evaluator.expect(depths(*"aabb"))
+    evaluator.announce_next(digests(*"aabb"))
     counts = {}
     for name in ("aaaa", "aabb", "aabc", "bbbb"):
         with layer_runs(models[name]) as runs:
-            evaluator.score(models[name], depths=depths(*name))
+            evaluator.score(models[name], digests=digests(*name))
         counts[name] = [runs.count(k) for k in range(LAYERS)]
     whole = counts["aaaa"][0]
     assert whole > 0
@@ -91,17 +91,17 @@ def test_layers_that_are_shared_are_not_run_again(bench: Bench, models: dict[str
     assert counts["aabb"] == counts["aabc"] == [0, 0, whole, whole]
 
 
-def test_without_depths_nothing_is_kept(bench: Bench, models: dict[str, Any]) -> None:
+def test_without_digests_nothing_is_kept(bench: Bench, models: dict[str, Any]) -> None:
     evaluator = bench.evaluator("mc")
     for name in ("aaaa", "aabb", "aabc"):
         evaluator.score(models[name])
-    assert evaluator.prefixes is not None
-    assert evaluator.prefixes.bytes == 0
+    assert evaluator.backend.hidden_states is not None
+    assert evaluator.backend.hidden_states.bytes == 0
 
 
 def test_the_layers_are_put_back(bench: Bench) -> None:
     names = [name for name, _ in bench.model.named_parameters()]
-    with contextlib.suppress(RuntimeError), opened(bench.model):
+    with contextlib.suppress(RuntimeError), resumable(bench.model):
         assert [name for name, _ in bench.model.named_parameters()] != names
         raise RuntimeError("stopped by the user")
     assert [name for name, _ in bench.model.named_parameters()] == names
@@ -119,7 +119,7 @@ class Writing(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "deaf", "writing"])
-def test_models_are_entered_or_left_alone(bench: Bench, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_models_are_resumed_or_left_alone(bench: Bench, name: str, caplog: pytest.LogCaptureFixture) -> None:
     model: Any = {"gpt2": gpt2, "mistral": lambda: mistral(12)}.get(
         name, lambda: AutoModelForCausalLM.from_pretrained(bench.checkpoint, dtype=torch.float32).eval()
     )()
@@ -128,14 +128,14 @@ def test_models_are_entered_or_left_alone(bench: Bench, name: str, caplog: pytes
     if name == "writing":
         model.model.layers[2] = Writing(model.model.layers[2])
     with caplog.at_level(logging.INFO):
-        entered = can_be_entered(model)
-    assert entered is (name in ("llama", "gpt2", "mistral"))
-    assert ("no hidden states are kept" in caplog.text) is not entered
+        resumed = can_be_resumed(model)
+    assert resumed is (name in ("llama", "gpt2", "mistral"))
+    assert ("no hidden states are kept" in caplog.text) is not resumed
 
 
-@given(st.lists(st.lists(st.sampled_from("ab"), min_size=2, max_size=5).map(lambda names: depths(*names)), max_size=8))
-def test_arranged_candidates_with_a_shared_beginning_follow_each_other(candidates: list[list[str]]) -> None:
-    order = arrange(candidates)
+@given(st.lists(st.lists(st.sampled_from("ab"), min_size=2, max_size=5).map(lambda names: digests(*names)), max_size=8))
+def test_ordered_candidates_with_a_shared_beginning_follow_each_other(candidates: list[list[str]]) -> None:
+    order = order_by_shared_layers(candidates)
     assert sorted(order) == list(range(len(candidates)))
     for k in range(1, 5):
         beginnings = [candidates[n][k] for n in order if len(candidates[n]) > k]
@@ -143,31 +143,31 @@ def test_arranged_candidates_with_a_shared_beginning_follow_each_other(candidate
         assert changes <= max(0, len(set(beginnings)) - 1)
 
 
-def test_arranging_by_hand() -> None:
+def test_ordering_by_hand() -> None:
     # bb came first; then aa with a branch ab before it in time.
-    candidates = [depths(*"bbx"), depths(*"abx"), depths(*"bax"), depths(*"aax"), depths(*"abx")]
-    assert arrange(candidates) == [0, 2, 1, 4, 3]
-    assert common_depth(candidates[0], candidates[2]) == 1
-    assert common_depth(candidates[1], candidates[4]) == 2
-    assert common_depth(candidates[0], []) == 0
+    candidates = [digests(*"bbx"), digests(*"abx"), digests(*"bax"), digests(*"aax"), digests(*"abx")]
+    assert order_by_shared_layers(candidates) == [0, 2, 1, 4, 3]
+    assert first_difference(candidates[0], candidates[2]) == 1
+    assert first_difference(candidates[1], candidates[4]) == 2
+    assert first_difference(candidates[0], []) == 0
 
 
 def test_the_budget_spares_the_present_candidate() -> None:
     # Each state has 4 float32, 16 bytes: room for two.
-    prefixes, state = Prefixes(budget=40), torch.zeros(4)
-    old, new = depths(*"aaa"), depths(*"bbb")
-    prefixes.keep(old, "layout", 0, {1: state, 2: state})
-    prefixes.keep(new, "layout", 0, {2: state})
-    assert prefixes.find(old, "layout", 0)[0] == 2  # depth 1 was the oldest
-    prefixes.keep(new, "layout", 1, {2: state})
-    prefixes.keep(new, "layout", 2, {2: state})  # nothing left that is not its own
-    assert [prefixes.find(new, "layout", batch)[0] for batch in range(3)] == [2, 2, 0]
-    assert prefixes.find(old, "layout", 0) == (0, None)
-    assert prefixes.bytes == 32
+    cache, state = HiddenStateCache(max_bytes=40), torch.zeros(4)
+    old, new = digests(*"aaa"), digests(*"bbb")
+    cache.put(old, "packed", 0, {1: state, 2: state})
+    cache.put(new, "packed", 0, {2: state})
+    assert cache.get(old, "packed", 0)[0] == 2  # layer 1 was the oldest
+    cache.put(new, "packed", 1, {2: state})
+    cache.put(new, "packed", 2, {2: state})  # nothing left that is not its own
+    assert [cache.get(new, "packed", batch)[0] for batch in range(3)] == [2, 2, 0]
+    assert cache.get(old, "packed", 0) == (0, None)
+    assert cache.bytes == 32
 
 
 def test_plans_that_share_layers_start_behind_them(bench: Bench, tiny_family: dict[str, Path]) -> None:
-    """From recipes to scores: the engine names the depths, the resident model changes, the bits stay."""
+    """From recipes to scores: the engine names the digests, the resident model changes, the bits stay."""
     a, b = tiny_family["a"], tiny_family["b"]
     recipes = [layers((a, 0, 4)), layers((a, 0, 2), (b, 2, 4)), layers((a, 0, 2), (b, 1, 4)), layers((b, 0, 4))]
     checkpoints = checkpoints_of([str(a), str(b)])
@@ -180,8 +180,8 @@ def test_plans_that_share_layers_start_behind_them(bench: Bench, tiny_family: di
         reusing.prepare(model)
         expected = plain.score(model, chosen)["mc"].values("loss").tolist()
         with layer_runs(model) as run:
-            found = reusing.score(model, chosen, depth_digests(plan))["mc"].values("loss").tolist()
-        assert found == expected
+            reused = reusing.score(model, chosen, depth_digests(plan))["mc"].values("loss").tolist()
+        assert reused == expected
         runs.append(sorted(set(run)))
     # The second keeps what it shares with the first, the input of layer 2; the third has five layers.
     assert runs == [[0, 1, 2, 3], [0, 1, 2, 3], [2, 3, 4], [0, 1, 2, 3]]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from evomerge.errors import CandidateError
-from evomerge.evaluation.backends.native import forward as passes
-from evomerge.evaluation.backends.native import logprobs as scorer
-from evomerge.evaluation.backends.native.forward import forwarding, head_is_last
-from evomerge.evaluation.backends.native.prefix_trees import pack, tree_of
+from evomerge.evaluation.backends.native import forward as forward_module
+from evomerge.evaluation.backends.native import logprobs
+from evomerge.evaluation.backends.native.forward import forward_pass, head_is_last
+from evomerge.evaluation.backends.native.prefix_trees import build_tree, pack_trees
 from tests.evaluation.conftest import Bench
 from tests.evaluation.test_evaluator import Deaf
 
@@ -20,15 +20,15 @@ from tests.evaluation.test_evaluator import Deaf
 def test_log_probabilities_are_those_of_a_softmax(
     dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorer, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(logprobs, "_CHUNK_LOGITS", chunk)
     logits = (torch.randn(9, 300, generator=torch.Generator().manual_seed(1)) * 20).to(dtype)
     rows, targets = torch.tensor([0, 2, 2, 5, 8]), torch.tensor([7, 299, 1, 0, 30])
     logits[5, 0] = 90.0
-    found, best = scorer._log_probs(logits, rows, targets)
+    log_probs, best = logprobs._log_probs(logits, rows, targets)
     wide = logits.double().numpy()
     top = wide.max(axis=1, keepdims=True)
     softmax = wide - top - np.log(np.exp(wide - top).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(found, softmax[rows, targets], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(log_probs, softmax[rows, targets], rtol=1e-6, atol=1e-5)
     assert best.tolist() == [False, False, False, True, False]
 
 
@@ -37,28 +37,28 @@ def test_logits_that_are_not_finite_are_no_score(bad: float) -> None:
     logits = torch.zeros(3, 50)
     logits[1, 4] = bad
     with pytest.raises(CandidateError, match="not finite"):
-        scorer._log_probs(logits, torch.tensor([1]), torch.tensor([0]))
+        logprobs._log_probs(logits, torch.tensor([1]), torch.tensor([0]))
 
 
 def test_of_equal_logits_greedy_decoding_takes_the_first() -> None:
     logits = torch.zeros(4, 5)
     logits[:, 1] = logits[:, 3] = 1.0
     rows, targets, requests = torch.arange(4), torch.tensor([1, 3, 3, 0]), np.array([0, 1, 2, 2])
-    _, best = scorer._log_probs(logits, rows, targets)
+    _, best = logprobs._log_probs(logits, rows, targets)
     assert best.tolist() == [True, True, True, False]
-    scorer._break_ties(logits, rows, targets, best, requests)
+    logprobs._break_ties(logits, rows, targets, best, requests)
     # Request 2 is not greedy anyway, so nobody looks at its other token.
     assert best.tolist() == [True, False, True, False]
 
 
 def test_the_head_in_parts_gives_what_the_model_gives(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [[5, 9, 30, 7, 20, 8], [40, 3, 9]]
-    trees = [tree_of([text], [[*text[1:], 6]], [k]) for k, text in enumerate(texts)]
-    (batch,) = pack(trees, share_rows=True, batch_tokens=64, batch_scored=64).batches
-    monkeypatch.setattr(passes, "HEAD_LOGITS", 2 * 259)  # two rows of 259 tokens at a time
-    with torch.inference_mode(), forwarding(bench.model) as forward:
-        whole, _ = scorer.score_batch(forward, batch, head_is_last=False)
-        parts, _ = scorer.score_batch(forward, batch, head_is_last=True)
+    trees = [build_tree([text], [[*text[1:], 6]], [k]) for k, text in enumerate(texts)]
+    (batch,) = pack_trees(trees, share_rows=True, batch_tokens=64, max_scored=64).batches
+    monkeypatch.setattr(forward_module, "HEAD_LOGITS", 2 * 259)  # two rows of 259 tokens at a time
+    with torch.inference_mode(), forward_pass(bench.model) as forward:
+        whole, _ = logprobs.batch_logprobs(forward, batch, head_is_last=False)
+        parts, _ = logprobs.batch_logprobs(forward, batch, head_is_last=True)
         monkeypatch.undo()
         assert head_is_last(forward)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
@@ -72,5 +72,5 @@ def test_a_head_is_not_called_alone_where_something_follows_it(bench: Bench) -> 
             output.logits = torch.tanh(output.logits / 30) * 30
             return output
 
-    with torch.inference_mode(), forwarding(Capped(bench.model)) as forward:
+    with torch.inference_mode(), forward_pass(Capped(bench.model)) as forward:
         assert not head_is_last(forward)
