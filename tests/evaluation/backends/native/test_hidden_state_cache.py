@@ -82,7 +82,7 @@ def test_layers_that_are_shared_are_not_run_again(bench: Bench, models: dict[str
     counts = {}
     for name in ("aaaa", "aabb", "aabc", "bbbb"):
         with layer_runs(models[name]) as runs:
-            evaluator.score(models[name], digests=digests(*name))
+            evaluator.score(models[name], layer_digests=digests(*name))
         counts[name] = [runs.count(k) for k in range(LAYERS)]
     whole = counts["aaaa"][0]
     assert whole > 0
