@@ -102,7 +102,7 @@ def evaluate(
         system_instruction=system_instruction,
         backend=cast(BackendName, backend),
     )
-    selection = {name: indices[:limit] for name, indices in evaluator.everything.items()}
+    selection = {name: indices[:limit] for name, indices in evaluator.all_items.items()}
     for text in evaluator.check(selection):
         warn(text)
     plan = make_plan(parse_recipe(single_model(reference)), {reference: checkpoint})
