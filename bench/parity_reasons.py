@@ -22,7 +22,7 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.methods.arcee_fusion import divergence, quartile_ranks, relative
 from evomerge.methods.arithmetic import participants
 from evomerge.methods.contract import Settings
-from evomerge.methods.topk import band_counts, cutoff, kept_count
+from evomerge.methods.topk import band_counts, cutoff, keep_count
 from evomerge.planning.operation import Input, Operation
 
 ROUNDING = 1e-6
@@ -68,7 +68,7 @@ def _ties(base: Tensor, deltas: Sequence[Tensor], settings: Settings) -> Reasons
     for i in indices:
         delta, density = deltas[i].reshape(-1), float(settings.sources[i]["density"])
         if density < 1.0:
-            threshold, _ = cutoff(delta.abs(), kept_count(delta.numel(), density))
+            threshold, _ = cutoff(delta.abs(), keep_count(delta.numel(), density))
             hair |= delta.abs() == threshold
             delta = delta * (delta.abs() > threshold)
         kept.append(delta)
@@ -106,7 +106,7 @@ def _sce(base: Tensor, deltas: Sequence[Tensor], settings: Settings) -> Reasons:
     hair = torch.zeros(base.numel(), dtype=torch.bool)
     if fraction < 1.0:
         spread = wide.var(0, unbiased=False).float()
-        wanted = kept_count(int(spread.count_nonzero()), fraction)
+        wanted = keep_count(int(spread.count_nonzero()), fraction)
         threshold, _ = cutoff(spread, wanted)
         hair = (spread - threshold).abs() <= 10 * ROUNDING * threshold
         if int((spread >= threshold).sum()) > wanted:  # which of the equals stay moves the weights of all models

@@ -1,1 +1,1 @@
-"""The merge engine: a recipe becomes a plan, a plan becomes weights, on disk or in memory."""
+"""Gets a plan and gives weights, on disk or in memory; never sees a recipe, a genome or a score."""

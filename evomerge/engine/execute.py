@@ -1,7 +1,8 @@
 """Carries out one operation, block by block: float32 inside the block, rounded once on the way out.
 
-A compiled kernel does the work where there is one (`compiled`); otherwise the method's own function does, on float32
-blocks. On another device it always does: blocks are sent there one by one, facts about whole tensors come from here.
+A compiled kernel does the work where there is one (`find_kernel`); otherwise the method's own function does, on
+float32 blocks. On another device it always does: blocks are sent there one by one, and statistics of whole tensors
+come from here.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evomerge.engine.statistics.operation_statistics import OperationFacts
-from evomerge.engine.statistics.tensor_statistics import CHUNK, FactStore, chunks
+from evomerge.engine.statistics.operation_statistics import OperationStatistics
+from evomerge.engine.statistics.tensor_statistics import CHUNK, StatisticsStore, chunks
 from evomerge.errors import BadInput
 from evomerge.methods.contract import Block, Granularity
 from evomerge.methods.registry import get_method
@@ -25,7 +26,7 @@ from evomerge.planning.operation import COPY, Family, Input, Operation
 from evomerge.system.threads import run_all
 
 if TYPE_CHECKING:
-    from evomerge.engine.kernel_dispatch import Work
+    from evomerge.engine.kernel_dispatch import KernelCall
 
 _PIECE = 1 << 21  # elements: large enough that handing a piece to a thread costs nothing
 _SENT = 1 << 24  # elements of a block that is sent to a device: 64 MB in float32
@@ -57,13 +58,13 @@ def find_device(name: str) -> torch.device | None:
 
 
 def execute(
-    operation: Operation, store: FactStore, out: Tensor, family: Family = (), device: torch.device | None = None
+    operation: Operation, store: StatisticsStore, out: Tensor, family: Family = (), device: torch.device | None = None
 ) -> None:
     """Writes the operation's result into `out`, rounding once to `out`'s dtype.
 
     Args:
         operation: What to compute.
-        store: Facts and tensors of the open checkpoints.
+        store: Statistics and tensors of the open checkpoints.
         out: Contiguous tensor of the operation's shape.
         family: The inputs that together make the model, for `scope: model`.
         device: Where the method's own function computes; None for compiled kernels where there are some.
@@ -91,7 +92,7 @@ class Part:
 
 
 def parts(
-    operation: Operation, store: FactStore, family: Family = (), device: torch.device | None = None
+    operation: Operation, store: StatisticsStore, family: Family = (), device: torch.device | None = None
 ) -> Iterator[Part]:
     """An operation's result in independent parts.
 
@@ -129,7 +130,7 @@ class Piece:
 
 
 def pieces(
-    operation: Operation, store: FactStore, out: Tensor, family: Family = (), device: torch.device | None = None
+    operation: Operation, store: StatisticsStore, out: Tensor, family: Family = (), device: torch.device | None = None
 ) -> Iterator[Piece]:
     """The work of `execute` in independent pieces of a bounded size, for several threads."""
     flat = out.view(-1)
@@ -156,7 +157,7 @@ def execute_all(work: Iterable[Callable[[], None]], threads: int) -> None:
 
 def materialise(
     operation: Operation,
-    store: FactStore,
+    store: StatisticsStore,
     dtype: torch.dtype,
     family: Family = (),
     device: torch.device | None = None,
@@ -172,7 +173,7 @@ class _Task:
     """One operation, and what is found out about it once for all its parts."""
 
     operation: Operation
-    store: FactStore
+    store: StatisticsStore
     family: Family
     device: torch.device | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -182,10 +183,10 @@ class _Task:
         return get_method(self.operation.method).granularity(self.operation.settings)
 
     @functools.cached_property
-    def facts(self) -> OperationFacts:
+    def statistics(self) -> OperationStatistics:
         op = self.operation
         columns = math.prod(op.shape[1:] if len(op.shape) > 1 else op.shape)
-        return OperationFacts(
+        return OperationStatistics(
             self.store,
             op.base,
             op.sources,
@@ -198,13 +199,13 @@ class _Task:
         )
 
     @functools.cached_property
-    def kernel(self) -> Work | None:
+    def kernel(self) -> KernelCall | None:
         """The compiled work, if there is one."""
         if self.device is not None:
             return None
-        from evomerge.engine.kernel_dispatch import compiled
+        from evomerge.engine.kernel_dispatch import find_kernel
 
-        return compiled(self.operation.method, self.operation.settings, self.facts)
+        return find_kernel(self.operation.method, self.operation.settings, self.statistics)
 
     def run(self, start: int, stop: int, out: Tensor) -> None:
         """Computes elements start..stop into `out`."""
@@ -217,7 +218,7 @@ class _Task:
             self._call(start, stop, out)
             return
         result = torch.empty(CHUNK)
-        for at, inputs in self.store.rows(self.facts.inputs(kernel.inputs), start, stop):
+        for at, inputs in self.store.rows(self.statistics.inputs(kernel.inputs), start, stop):
             merged = result[: inputs.shape[1]]
             kernel.run(inputs, at, merged.numpy())
             out[at - start : at - start + merged.numel()] = merged
@@ -239,7 +240,7 @@ class _Task:
         for at, shape in _extents(op.shape, self.granularity, start, stop, limit):
             base = None if op.base is None else self._part(op.base, at, shape)
             sources = [self._part(source, at, shape) for source in op.sources]
-            merged = merge(Block(base, sources, at, self.facts.at(at, shape)), op.settings)
+            merged = merge(Block(base, sources, at, self.statistics.at(at, shape)), op.settings)
             out[at - start : at - start + merged.numel()] = merged.reshape(-1)
 
     def _part(self, tensor: Input, start: int, shape: tuple[int, ...]) -> Tensor:

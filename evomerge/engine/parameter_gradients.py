@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evomerge.engine.execute import Part, parts
-from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.methods.contract import Settings
 from evomerge.planning.operation import Family, Operation
 from evomerge.system.threads import run_all
@@ -39,7 +39,7 @@ def entries(settings: Settings) -> dict[Entry, float]:
 def slopes(
     work: Sequence[tuple[Operation, Mapping[Entry, Bounds]]],
     gradient: Mapping[str, Tensor],
-    store: FactStore,
+    store: StatisticsStore,
     family: Family = (),
 ) -> dict[str, dict[Entry, float]]:
     """How a number changes with the settings of operations, given how it changes with the weights.
@@ -47,7 +47,7 @@ def slopes(
     Args:
         work: Operations, with the settings to look at and the range of each.
         gradient: Output to the derivative of the number with respect to it, float32; a missing one counts as 0.
-        store: Facts and tensors of the open checkpoints.
+        store: Statistics and tensors of the open checkpoints.
         family: The inputs that together make the model, for `scope: model`.
 
     Returns:
@@ -61,14 +61,14 @@ def slopes(
 
 
 def _slopes(
-    operation: Operation, bounds: Mapping[Entry, Bounds], gradient: Tensor, store: FactStore, family: Family
+    operation: Operation, bounds: Mapping[Entry, Bounds], gradient: Tensor, store: StatisticsStore, family: Family
 ) -> dict[Entry, float]:
     flat = gradient.reshape(-1).cpu()
     return {entry: _slope(operation, entry, bounds[entry], flat, store, family) for entry in bounds}
 
 
 def _slope(
-    operation: Operation, entry: Entry, bounds: Bounds, gradient: Tensor, store: FactStore, family: Family
+    operation: Operation, entry: Entry, bounds: Bounds, gradient: Tensor, store: StatisticsStore, family: Family
 ) -> float:
     value, step = entries(operation.settings)[entry], STEP * (bounds[1] - bounds[0])
     low, high = max(value - step, min(value, bounds[0])), min(value + step, max(value, bounds[1]))
@@ -94,7 +94,7 @@ def _changed(operation: Operation, entry: Entry, value: float) -> Operation:
 
 
 def _differences(
-    one: Operation, other: Operation, store: FactStore, family: Family
+    one: Operation, other: Operation, store: StatisticsStore, family: Family
 ) -> Iterator[tuple[int, int, Tensor]]:
     """One result minus the other, neither rounded: (start, stop, elements start..stop) part by part."""
     left, right = list(parts(one, store, family)), list(parts(other, store, family))

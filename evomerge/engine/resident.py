@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.engine.execute import execute_all, materialise, pieces
-from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import CandidateError
 from evomerge.planning.operation import COPY, Family, Operation
 from evomerge.planning.plan import Plan
@@ -63,7 +63,7 @@ class Resident:
         *,
         private: bool = False,
     ) -> None:
-        self.store = FactStore(checkpoints, room=_ROOM)
+        self.store = StatisticsStore(checkpoints, room=_ROOM)
         self._dtype = dtype
         self._device = torch.device(device)
         self._private = private

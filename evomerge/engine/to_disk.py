@@ -22,7 +22,7 @@ from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.engine.execute import execute_all, find_device, parts
-from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput, CheckpointError, RecipeError
 from evomerge.planning.operation import Operation, inputs_of
 from evomerge.planning.plan import Plan
@@ -82,12 +82,12 @@ def _write_weights(
     A thread holds one part of its tensor and no more: where what is found out about a tensor serves no other one, it
     is forgotten with it, and the inputs' pages are given back.
     """
-    whole = FactStore(checkpoints) if any(_looks_at_model(op) for op in plan.operations) else None
+    whole = StatisticsStore(checkpoints) if any(_looks_at_model(op) for op in plan.operations) else None
     order = sorted(plan.operations, key=lambda operation: -math.prod(operation.shape))
     done = itertools.count(1)
 
     def one(operation: Operation) -> None:
-        store = whole or FactStore(checkpoints)
+        store = whole or StatisticsStore(checkpoints)
         for part in parts(operation, store, plan.family, device):
             values = _buffer(part.size, TORCH_DTYPES[operation.dtype])
             part.compute(values)

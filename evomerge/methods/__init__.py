@@ -1,1 +1,1 @@
-"""Merge methods: pure maths on tensors, one file each."""
+"""Gets tensors and settings and gives a tensor, one method a file; never reads, writes or draws globally."""

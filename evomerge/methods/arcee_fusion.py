@@ -58,7 +58,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     import torch
 
     base, (source,) = base_of(block), block.sources
-    factors, least = block.facts.importance(0)
+    factors, least = block.statistics.importance(0)
     return torch.where((source - base).abs_().mul_(factors) >= least, source, base)
 
 

@@ -43,7 +43,7 @@ def zero_sum_problem(method: str, weights: Sequence[float]) -> list[str]:
     return [f"{method}: the weights sum to zero ({got}) and the merge divides by their sum; change a weight"]
 
 
-def shares(method: str, weights: Sequence[float]) -> list[float]:
+def normalized_weights(method: str, weights: Sequence[float]) -> list[float]:
     """Weights over their sum.
 
     Raises:
@@ -115,7 +115,7 @@ def add_deltas(
     return affine(tensors, [1.0 - total, *coefficients], anchor)
 
 
-def add_up(block: Block, terms: Iterable[tuple[Tensor, float]]) -> Tensor:
+def add_edited_deltas(block: Block, terms: Iterable[tuple[Tensor, float]]) -> Tensor:
     """θ0 + Σ ci δi, added in order; the deltas are used up."""
     result = base_of(block).clone()
     for delta, factor in terms:
@@ -123,9 +123,9 @@ def add_up(block: Block, terms: Iterable[tuple[Tensor, float]]) -> Tensor:
     return result
 
 
-def spanned(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+def linear_combination(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """Σ ci xi; where the coefficients sum to one but for float64 rounding, as exact as `affine`."""
-    if whole(math.fsum(coefficients)) == 1.0:
+    if snap_to_one(math.fsum(coefficients)) == 1.0:
         return affine(tensors, coefficients)
     return weighted_sum(tensors, coefficients)
 
@@ -133,24 +133,24 @@ def spanned(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
 def from_origin(block: Block, indices: Sequence[int], coefficients: Sequence[float]) -> Tensor:
     """Σ ci xi, xi the weights of the sources; with a base θ0 + Σ ci δi."""
     if block.base is not None:
-        return add_deltas(block, indices, coefficients, whole(math.fsum(coefficients)))
+        return add_deltas(block, indices, coefficients, snap_to_one(math.fsum(coefficients)))
     if not indices:
         return weighted_sum(block.sources, [0.0] * len(block.sources))
-    return spanned([block.sources[i] for i in indices], coefficients)
+    return linear_combination([block.sources[i] for i in indices], coefficients)
 
 
 def origin_dot(block: Block, left: int, right: int) -> float:
     """Inner product of two sources of `from_origin`: of their deltas where there is a base."""
-    return block.facts.dot(min(left, right), max(left, right), "weights" if block.base is None else "deltas")
+    return block.statistics.dot(min(left, right), max(left, right), "weights" if block.base is None else "deltas")
 
 
-def to_unit(lengths: Sequence[float]) -> list[float]:
+def unit_factors(lengths: Sequence[float]) -> list[float]:
     """The factors that make vectors unit vectors, from their lengths; 0 for those that have no direction."""
     least = SMALLEST_LENGTH * max(lengths, default=0.0)
     return [1.0 / length if length > least else 0.0 for length in lengths]
 
 
-def whole(total: float) -> float:
+def snap_to_one(total: float) -> float:
     """A sum of float64 coefficients, free of rounding where the maths has it one."""
     return 1.0 if abs(total - 1.0) <= ROUNDING else total
 
@@ -160,7 +160,7 @@ def as_float32(weight: float) -> float:
     return float(struct.unpack("f", struct.pack("f", weight))[0])
 
 
-def land(block: Block, indices: Sequence[int], update: Tensor) -> Tensor:
+def apply_update(block: Block, indices: Sequence[int], update: Tensor) -> Tensor:
     """θ0 + update; where the update is exactly a source's delta, exactly that source.
 
     In float32 θ0 + (θi − θ0) need not be θi: the difference is rounded to the precision of the larger of the two.

@@ -13,11 +13,18 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.arithmetic import (
+    add_deltas,
+    add_edited_deltas,
+    base_of,
+    normalized_weights,
+    participants,
+    zero_sum_problem,
+)
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
-from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_add
-from evomerge.methods.topk import kept, shrink
+from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_merge
+from evomerge.methods.topk import cutoff_mask, trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,35 +51,35 @@ def merge(block: Block, settings: Settings) -> Tensor:
         scale = float(settings.shared["lambda"])
         total = scale if settings.shared["normalize"] else scale * math.fsum(participants(settings)[1])
         return add_deltas(block, [i for i, _ in parts], [factor for _, factor in parts], total)
-    return add_up(block, ((crumbs(block, i, settings), factor) for i, factor in parts))
+    return add_edited_deltas(block, ((sparse_delta(block, i, settings), factor) for i, factor in parts))
 
 
 def terms(settings: Settings) -> list[tuple[int, float]]:
     """(source, factor of what is kept of its delta) of the sources that take part."""
     indices, weights = participants(settings)
     if settings.shared["normalize"]:
-        weights = shares("breadcrumbs", weights)
+        weights = normalized_weights("breadcrumbs", weights)
     scale = float(settings.shared["lambda"])
     return [(i, scale * weight) for i, weight in zip(indices, weights, strict=True)]
 
 
-def crumbs(block: Block, source: int, settings: Settings) -> Tensor:
+def sparse_delta(block: Block, source: int, settings: Settings) -> Tensor:
     """δ̂: the delta of one source with its smallest and its largest elements set to 0."""
     delta = block.sources[source] - base_of(block)
     own = settings.sources[source]
     if own["density"] >= 1.0:
         return delta
-    outliers, rest = block.facts.band(source, float(own["density"]), float(own["gamma"]))
-    delta = shrink(delta, *rest, block.start)
-    return delta.masked_fill_(kept(delta.abs(), *outliers, block.start), 0.0)
+    outliers, rest = block.statistics.band(source, float(own["density"]), float(own["gamma"]))
+    delta = trim(delta, *rest, block.start)
+    return delta.masked_fill_(cutoff_mask(delta.abs(), *outliers, block.start), 0.0)
 
 
-def merge_agreeing(block: Block, settings: Settings) -> Tensor:
+def merge_ties(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ wi δ̂i [agrees], divided by Σ abs(wi) [agrees] under `normalize`."""
     indices, weights = participants(settings)
     if not indices:
         return base_of(block).clone()
-    return elect_and_add(block, indices, [crumbs(block, i, settings) for i in indices], weights, settings)
+    return elect_and_merge(block, indices, [sparse_delta(block, i, settings) for i in indices], weights, settings)
 
 
 def check(settings: Settings) -> list[str]:
@@ -108,6 +115,6 @@ TIES = replace(
         AVERAGE,
         INT8_MASK,
     ),
-    merge=merge_agreeing,
+    merge=merge_ties,
     check=lambda settings: [],
 )

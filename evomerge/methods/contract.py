@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Value = float | int | bool | str
 Granularity = Literal["element", "row", "tensor"]
 Scope = Literal["tensor", "model"]
-Cut = tuple[float, int]
+Cutoff = tuple[float, int]
 """(threshold, last): scores above the threshold are kept, and those equal to it at a flat index of at most `last`."""
 
 
@@ -85,37 +85,37 @@ class Settings:
         return [source.get(name) for source in self.sources]
 
 
-class Facts(Protocol):
-    """Whole-tensor facts that a method may need while it sees one block of a tensor at a time.
+class Statistics(Protocol):
+    """Whole-tensor statistics that a method may need while it sees one block of a tensor at a time.
 
     Source i is counted as in `Block.sources`. `scope` "model" means the flattened whole model instead of this tensor.
     All sums are accumulated in float64. What is said element by element is on the block's device; inner products and
     variances, of which coefficients are made, are in memory.
     """
 
-    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:
+    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cutoff:
         """What keeps exactly the top floor(density · n) magnitudes of delta `source` (at least 1 when density > 0).
 
         A density of 0 gives (inf, -1).
         """
         ...
 
-    def band(self, source: int, density: float, gamma: float) -> tuple[Cut, Cut]:
+    def band(self, source: int, density: float, gamma: float) -> tuple[Cutoff, Cutoff]:
         """As `trim`, after the floor(gamma · n) largest have been left out: (what is left out, that and what is kept).
 
         Fewer are left out where the density does not leave so many.
         """
         ...
 
-    def levels(self, source: int) -> Tensor:
-        """Rank of each magnitude of delta `source` within its row, as `evomerge.methods.della.levels`: uint8."""
+    def rank_levels(self, source: int) -> Tensor:
+        """Rank of each magnitude of delta `source` within its row, as `evomerge.methods.della.rank_levels`: uint8."""
         ...
 
     def field(self, source: int) -> Tensor:
         """The source's random numbers for this block, shaped like it: int32, uniform on 0 .. 65535."""
         ...
 
-    def selection(self, fraction: float) -> tuple[Cut, list[float]]:
+    def selection(self, fraction: float) -> tuple[Cutoff, list[float]]:
         """What keeps the top `fraction` of the elements whose deltas vary across sources, by that variance.
 
         Returns:
@@ -153,7 +153,7 @@ class Facts(Protocol):
         """
         ...
 
-    def keep(self, source: int, density: float) -> Tensor:
+    def keep_mask(self, source: int, density: float) -> Tensor:
         """DARE's mask for this block, shaped like it: True with probability `density`, nested in density."""
         ...
 
@@ -166,7 +166,7 @@ class Block:
         base: The base's part, or None when the recipe has no base.
         sources: The sources' parts, in recipe order.
         start: Flat index of the block's first element within its tensor.
-        facts: Facts about the whole tensor.
+        statistics: Statistics of the whole tensor.
 
     The shape is [n] for methods that work by element, [rows, columns] for methods that work by row, and the tensor's
     own for methods that need the whole tensor.
@@ -175,7 +175,7 @@ class Block:
     base: Tensor | None
     sources: Sequence[Tensor]
     start: int
-    facts: Facts
+    statistics: Statistics
 
     @property
     def deltas(self) -> list[Tensor]:
@@ -197,7 +197,7 @@ class Method:
         merge: (block, settings) -> merged block, float32. Pure. None for the methods that copy layers.
         needs_base: A recipe without ``base_model`` is refused; the base is no source. Ask `base_needed` instead, which
             also knows the methods where it depends.
-        stochastic: Draws from the random field (`Facts.keep`).
+        stochastic: Draws from the random field (`Statistics.keep_mask`).
         min_sources: Fewer are refused.
         max_sources: More are refused; None for any number.
         granularity: What the function has to see at once, given its settings.
@@ -252,10 +252,11 @@ class Method:
             RecipeError: A parameter that the method does not know, or a required one that is missing.
         """
         shared = dict(shared or {})
-        known = {p.name for p in self.parameters}
+        declared = {p.name for p in self.parameters}
         own = {name for source in sources for name in source}
         problems = [
-            f"{self.name}: unknown parameter '{n}'{suggest(n, known)}" for n in sorted((own | set(shared)) - known)
+            f"{self.name}: unknown parameter '{n}'{suggest(n, declared)}"
+            for n in sorted((own | set(shared)) - declared)
         ]
         problems += [
             f"{self.name}: '{p.name}' is one for all sources, not a source's own"

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.methods.arithmetic import add_deltas, add_up, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.arithmetic import (
+    add_deltas,
+    add_edited_deltas,
+    base_of,
+    normalized_weights,
+    participants,
+    zero_sum_problem,
+)
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.random_field import keep_threshold
 from evomerge.methods.shared_parameters import DENSITY, DROP_RATE, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
@@ -30,14 +37,14 @@ def keep_probability(source: Mapping[str, Any]) -> float:
     return probability if keep_threshold(probability) > 0 else 0.0
 
 
-def dropped(block: Block, source: int, probability: float, rescale: bool) -> Tensor:
+def drop_and_rescale(block: Block, source: int, probability: float, rescale: bool) -> Tensor:
     """δ̃ (equation 1 of the paper): the delta with elements kept at `probability`, and divided by it under `rescale`."""
     delta = block.sources[source] - base_of(block)
     if probability >= 1.0:
         return delta
     if probability <= 0.0:
         return delta.zero_()
-    delta.mul_(block.facts.keep(source, probability))
+    delta.mul_(block.statistics.keep_mask(source, probability))
     return delta.mul_(1.0 / probability) if rescale else delta
 
 
@@ -48,8 +55,9 @@ def merge(block: Block, settings: Settings) -> Tensor:
     parts = terms(settings)
     if all(chance >= 1.0 for _, _, chance in parts):
         return add_deltas(block, [i for i, _, _ in parts], [factor for _, factor, _ in parts], total)
-    return add_up(
-        block, ((dropped(block, i, chance, rescale=False), factor) for i, factor, chance in parts if chance > 0.0)
+    return add_edited_deltas(
+        block,
+        ((drop_and_rescale(block, i, chance, rescale=False), factor) for i, factor, chance in parts if chance > 0.0),
     )
 
 
@@ -57,12 +65,14 @@ def terms(settings: Settings) -> list[tuple[int, float, float]]:
     """(source, factor of what is kept of its delta, probability to keep) of the sources that take part."""
     indices, weights = participants(settings)
     scale, rescale = float(settings.shared["lambda"]), settings.shared["rescale"]
-    found = []
-    for i, share in zip(indices, shares("dare", weights) if settings.shared["normalize"] else weights, strict=True):
+    triples = []
+    for i, share in zip(
+        indices, normalized_weights("dare", weights) if settings.shared["normalize"] else weights, strict=True
+    ):
         chance = keep_probability(settings.sources[i])
         factor = scale * share
-        found.append((i, factor / chance if rescale and chance > 0.0 else factor, chance))
-    return found
+        triples.append((i, factor / chance if rescale and chance > 0.0 else factor, chance))
+    return triples
 
 
 def check(settings: Settings, name: str = "dare") -> list[str]:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.methods.arithmetic import base_of, participants
 from evomerge.methods.contract import Block, Granularity, Method, Settings
-from evomerge.methods.dare import PAPER, dropped, keep_probability
+from evomerge.methods.dare import PAPER, drop_and_rescale, keep_probability
 from evomerge.methods.shared_parameters import DENSITY, DROP_RATE, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
-from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_add
-from evomerge.methods.topk import top
+from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_merge
+from evomerge.methods.topk import density_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,32 +28,32 @@ def merge(block: Block, settings: Settings) -> Tensor:
     indices, weights = participants(settings)
     if not indices:
         return base_of(block).clone()
-    deltas = [survivors(block, i, settings) for i in indices]
-    return elect_and_add(block, indices, deltas, weights, settings)
+    deltas = [drop_and_trim(block, i, settings) for i in indices]
+    return elect_and_merge(block, indices, deltas, weights, settings)
 
 
-def survivors(block: Block, source: int, settings: Settings) -> Tensor:
+def drop_and_trim(block: Block, source: int, settings: Settings) -> Tensor:
     """δ̃ of one source, trimmed to its top `density` where `drop_rate` is given."""
     own, rescale = settings.sources[source], settings.shared["rescale"]
     chance = keep_probability(own)
-    delta = dropped(block, source, chance, rescale)
-    if not trims(own) or chance <= 0.0:
+    delta = drop_and_rescale(block, source, chance, rescale)
+    if not trims_after_drop(own) or chance <= 0.0:
         return delta
     if chance >= 1.0:
-        return delta.mul_(top(delta.abs(), own["density"]))
-    stays = block.facts.keep(source, chance).clone()
-    stays[stays.clone()] = top(delta.abs()[stays], own["density"])
+        return delta.mul_(density_mask(delta.abs(), own["density"]))
+    stays = block.statistics.keep_mask(source, chance).clone()
+    stays[stays.clone()] = density_mask(delta.abs()[stays], own["density"])
     return delta.mul_(stays)
 
 
-def trims(source: Mapping[str, Any]) -> bool:
+def trims_after_drop(source: Mapping[str, Any]) -> bool:
     """Whether a source's settings ask for a trim after the drop."""
     return source["drop_rate"] is not None and float(source["density"]) < 1.0
 
 
 def granularity(settings: Settings) -> Granularity:
     """A trim over survivors has to see the tensor; the rest works by element."""
-    return "tensor" if any(trims(source) for source in settings.sources) else "element"
+    return "tensor" if any(trims_after_drop(source) for source in settings.sources) else "element"
 
 
 METHOD = Method(

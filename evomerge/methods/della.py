@@ -16,11 +16,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.methods.arithmetic import add_deltas, add_up, as_float32, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.arithmetic import (
+    add_deltas,
+    add_edited_deltas,
+    as_float32,
+    base_of,
+    normalized_weights,
+    participants,
+    zero_sum_problem,
+)
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.random_field import STEPS
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
-from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_add
+from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_merge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +51,7 @@ EPSILON = Parameter(
 )
 
 
-def levels(magnitudes: Tensor) -> Tensor:
+def rank_levels(magnitudes: Tensor) -> Tensor:
     """The rank of each element within its row, from 0 to `TOP`: uint8, shaped like `magnitudes`, [rows, columns].
 
     Equal elements share the mean of their ranks; the level is that rank over the largest, rounded half down.
@@ -76,7 +84,7 @@ def keeps_all(source: Mapping[str, Any]) -> bool:
     return float(source["density"]) >= 1.0
 
 
-def pruned(block: Block, source: int, settings: Settings, scale: float = 1.0) -> Tensor:
+def magprune(block: Block, source: int, settings: Settings, scale: float = 1.0) -> Tensor:
     """δ̃: the delta of one source after MAGPRUNE, times `scale`."""
     import torch
 
@@ -84,8 +92,8 @@ def pruned(block: Block, source: int, settings: Settings, scale: float = 1.0) ->
     if keeps_all(settings.sources[source]):
         return delta.mul_(scale)
     first, step = line(settings.sources[source])
-    limit = block.facts.levels(source).float().mul_(step).add_(first).floor_()
-    kept = block.facts.field(source).float() < limit
+    limit = block.statistics.rank_levels(source).float().mul_(step).add_(first).floor_()
+    kept = block.statistics.field(source).float() < limit
     if settings.shared["rescale"]:
         delta.mul_(limit.mul_(1.0 / STEPS).reciprocal_().mul_(scale))
     else:
@@ -98,7 +106,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     indices, weights = participants(settings)
     if not indices:
         return base_of(block).clone()
-    return elect_and_add(block, indices, [pruned(block, i, settings) for i in indices], weights, settings)
+    return elect_and_merge(block, indices, [magprune(block, i, settings) for i in indices], weights, settings)
 
 
 def merge_linear(block: Block, settings: Settings) -> Tensor:
@@ -108,14 +116,14 @@ def merge_linear(block: Block, settings: Settings) -> Tensor:
         scale = float(settings.shared["lambda"])
         total = scale if settings.shared["normalize"] else scale * math.fsum(participants(settings)[1])
         return add_deltas(block, [i for i, _ in parts], [factor for _, factor in parts], total)
-    return add_up(block, ((pruned(block, i, settings, factor), 1.0) for i, factor in parts))
+    return add_edited_deltas(block, ((magprune(block, i, settings, factor), 1.0) for i, factor in parts))
 
 
 def terms(settings: Settings) -> list[tuple[int, float]]:
     """(source, factor of its pruned delta) of the sources that take part."""
     indices, weights = participants(settings)
     if settings.shared["normalize"]:
-        weights = shares("della_linear", weights)
+        weights = normalized_weights("della_linear", weights)
     scale = float(settings.shared["lambda"])
     return [(i, scale * weight) for i, weight in zip(indices, weights, strict=True)]
 

@@ -19,10 +19,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evomerge.methods.arithmetic import add_deltas, affine, base_of, land, participants, shares, zero_sum_problem
-from evomerge.methods.contract import Block, Facts, Granularity, Method, Parameter, Settings
+from evomerge.methods.arithmetic import (
+    add_deltas,
+    affine,
+    apply_update,
+    base_of,
+    normalized_weights,
+    participants,
+    zero_sum_problem,
+)
+from evomerge.methods.contract import Block, Granularity, Method, Parameter, Settings, Statistics
 from evomerge.methods.shared_parameters import DENSITY, LAMBDA, WEIGHT
-from evomerge.methods.topk import top
+from evomerge.methods.topk import density_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +47,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     if settings.shared["mode"] == "position":
         return merge_positions(block, settings)
     indices, scale = participants(settings)[0], float(settings.shared["lambda"])
-    alphas = scaled_alphas(block.facts, settings)
+    alphas = scaled_alphas(block.statistics, settings)
     if settings.shared["scope"] == "tensor":
         return add_deltas(block, indices, [float(alpha[0]) for alpha in alphas], scale)
     base = base_of(block)
@@ -47,12 +55,12 @@ def merge(block: Block, settings: Settings) -> Tensor:
     return add_deltas(block, indices, columns, scale, row_anchor(scale))
 
 
-def scaled_alphas(facts: Facts, settings: Settings) -> list[np.ndarray]:
+def scaled_alphas(statistics: Statistics, settings: Settings) -> list[np.ndarray]:
     """λ αk of each source that takes part: one entry, or one for each row of the block; float64."""
     indices, weights = participants(settings)
-    shares("dfs", weights)  # refuses weights that sum to zero
+    normalized_weights("dfs", weights)  # refuses weights that sum to zero
     scope, scale = settings.shared["scope"], float(settings.shared["lambda"])
-    variances = [facts.variance(i, scope).double().cpu().numpy().reshape(-1) for i in indices]
+    variances = [statistics.variance(i, scope).double().cpu().numpy().reshape(-1) for i in indices]
     alphas = inverse_variance(variances, weights, float(settings.shared["gamma"]))
     return [scale * alpha for alpha in alphas]
 
@@ -83,14 +91,14 @@ def merge_positions(block: Block, settings: Settings) -> Tensor:
     indices, weights = participants(settings)
     base = base_of(block)
     deltas = [block.sources[i] - base for i in indices]
-    mean = affine(deltas, shares("dfs", weights))
+    mean = affine(deltas, normalized_weights("dfs", weights))
     certainty = shrinkage(deltas, mean, float(settings.shared["tau"]))
     density = float(settings.shared["density"])
     update = mean.mul_(certainty)
     if density < 1.0:
-        update.mul_(top(certainty, density))
+        update.mul_(density_mask(certainty, density))
     scale = float(settings.shared["lambda"])
-    return land(block, indices, update) if scale == 1.0 else update.mul_(scale).add_(base)
+    return apply_update(block, indices, update) if scale == 1.0 else update.mul_(scale).add_(base)
 
 
 def shrinkage(deltas: Sequence[Tensor], mean: Tensor, tau: float) -> Tensor:
@@ -102,11 +110,11 @@ def shrinkage(deltas: Sequence[Tensor], mean: Tensor, tau: float) -> Tensor:
 
     count = len(deltas)
     centre = affine(deltas, [1.0 / count] * count)
-    spread = torch.zeros_like(mean)
+    variance = torch.zeros_like(mean)
     for delta in deltas:
         ratio = (delta - centre).div_(mean).clamp_(-FAR, FAR)
-        spread.add_(ratio.mul_(ratio).mul_(1.0 / count))
-    certainty = spread.mul_(tau / count).add_(1.0).reciprocal_()
+        variance.add_(ratio.mul_(ratio).mul_(1.0 / count))
+    certainty = variance.mul_(tau / count).add_(1.0).reciprocal_()
     return certainty.masked_fill_(mean == 0, 0.0)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import add_deltas, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.arithmetic import add_deltas, base_of, normalized_weights, participants, zero_sum_problem
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import LAMBDA, SPECTRAL, WEIGHT
 from evomerge.methods.spectral import right_vectors, tall, times
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def merge(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ σ̄ U Vᵀ with U Σ Vᵀ = Σ ri δi; of what is no matrix θ0 + λ Σ wi δi / Σ wi."""
     indices, weights = participants(settings)
-    parts, scale = shares("iso_c", weights), float(settings.shared["lambda"])
+    parts, scale = normalized_weights("iso_c", weights), float(settings.shared["lambda"])
     base = base_of(block)
     if not settings.shared["spectral"] or base.dim() != 2:
         return add_deltas(block, indices, [scale * part for part in parts], scale)

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.methods.arithmetic import participants, shares, spanned, to_unit, zero_sum_problem
+from evomerge.methods.arithmetic import (
+    linear_combination,
+    normalized_weights,
+    participants,
+    unit_factors,
+    zero_sum_problem,
+)
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
 
@@ -35,10 +41,10 @@ OPPOSITE = -1.0 + 1e-12
 def merge(block: Block, settings: Settings) -> Tensor:
     """The weighted mean length times the Karcher mean of the directions."""
     indices, weights = participants(settings)
-    alphas = np.array(shares("karcher", weights))
-    gram = np.array([[block.facts.dot(min(i, j), max(i, j), "weights") for j in indices] for i in indices])
+    alphas = np.array(normalized_weights("karcher", weights))
+    gram = np.array([[block.statistics.dot(min(i, j), max(i, j), "weights") for j in indices] for i in indices])
     coefficients = karcher_coefficients(gram, alphas, int(settings.shared["max_iter"]), float(settings.shared["tol"]))
-    return spanned([block.sources[i] for i in indices], coefficients.tolist())
+    return linear_combination([block.sources[i] for i in indices], coefficients.tolist())
 
 
 def karcher_coefficients(gram: Floats, alphas: Floats, max_iter: int, tol: float) -> Floats:
@@ -51,10 +57,10 @@ def karcher_coefficients(gram: Floats, alphas: Floats, max_iter: int, tol: float
         tol: A step shorter than this (in radians) is the last.
     """
     lengths = np.sqrt(np.diagonal(gram))
-    inverse = np.array(to_unit(lengths.tolist()))
+    inverse = np.array(unit_factors(lengths.tolist()))
     cosines = np.clip(gram * inverse[:, None] * inverse, -1.0, 1.0)
-    known = np.where(inverse > 0.0, alphas, 0.0)  # a tensor of zeros has no direction
-    mean = mean_direction(cosines, known / known.sum(), max_iter, tol) if known.any() else None
+    directed = np.where(inverse > 0.0, alphas, 0.0)  # a tensor of zeros has no direction
+    mean = mean_direction(cosines, directed / directed.sum(), max_iter, tol) if directed.any() else None
     return alphas if mean is None else mean * inverse * (alphas @ lengths)
 
 

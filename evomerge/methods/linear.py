@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import affine, participants, shares, weighted_sum, zero_sum_problem
+from evomerge.methods.arithmetic import affine, normalized_weights, participants, weighted_sum, zero_sum_problem
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import NORMALIZE, WEIGHT
 
@@ -21,7 +21,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     indices, weights = participants(settings)
     tensors = [block.sources[i] for i in indices]
     if settings.shared["normalize"]:
-        return affine(tensors, shares("linear", weights))
+        return affine(tensors, normalized_weights("linear", weights))
     if math.fsum(weights) == 1.0:
         return affine(tensors, weights)
     return weighted_sum(block.sources, settings.column("weight"))

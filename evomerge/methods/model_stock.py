@@ -46,14 +46,14 @@ def merge(block: Block, settings: Settings) -> Tensor:
     import torch
 
     indices = range(len(block.sources))
-    count, facts = len(indices), block.facts
+    count, statistics = len(indices), block.statistics
     if not settings.shared["filter_wise"]:
-        t = float(interpolation(count, lambda i, j: np.array(facts.dot(i, j, "deltas"))))
+        t = float(interpolation(count, lambda i, j: np.array(statistics.dot(i, j, "deltas"))))
         return add_deltas(block, indices, [t / count] * count, t)
-    found = interpolation(count, lambda i, j: facts.products(i, j, "deltas", "rows").cpu().numpy())
+    t_of_rows = interpolation(count, lambda i, j: statistics.products(i, j, "deltas", "rows").cpu().numpy())
     base = base_of(block)
-    t_rows = torch.from_numpy(found).to(base.device)  # [rows, vectors, 1]
-    vectors = [tensor.reshape(*found.shape[:2], -1) for tensor in (base, *block.sources)]
+    t_rows = torch.from_numpy(t_of_rows).to(base.device)  # [rows, vectors, 1]
+    vectors = [tensor.reshape(*t_of_rows.shape[:2], -1) for tensor in (base, *block.sources)]
     mean = affine(vectors[1:], [1.0 / count] * count)
     return mean.mul_(t_rows).add_(vectors[0] * (1.0 - t_rows)).reshape(base.shape)
 

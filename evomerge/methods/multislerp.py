@@ -19,7 +19,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import from_origin, origin_dot, participants, shares, to_unit, zero_sum_problem
+from evomerge.methods.arithmetic import (
+    from_origin,
+    normalized_weights,
+    origin_dot,
+    participants,
+    unit_factors,
+    zero_sum_problem,
+)
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
 
@@ -31,7 +38,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     """(Σ wi |xi|) · Σ wi ui / |Σ wi ui|."""
     indices, weights = participants(settings)
     if settings.shared["normalize_weights"]:
-        weights = shares("multislerp", weights)
+        weights = normalized_weights("multislerp", weights)
     gram = [[origin_dot(block, i, j) for j in indices] for i in indices]
     return from_origin(block, indices, directions_mean(gram, weights, float(settings.shared["eps"])))
 
@@ -45,7 +52,7 @@ def directions_mean(gram: Sequence[Sequence[float]], weights: Sequence[float], e
         eps: A mean direction shorter than this is none: the coefficients are the weights.
     """
     lengths = [math.sqrt(gram[i][i]) for i in range(len(gram))]
-    parts = [w * unit for w, unit in zip(weights, to_unit(lengths), strict=True)]
+    parts = [w * unit for w, unit in zip(weights, unit_factors(lengths), strict=True)]
     squared = math.fsum(a * b * gram[i][j] for i, a in enumerate(parts) for j, b in enumerate(parts))
     mean = math.sqrt(max(squared, 0.0))
     if mean <= eps:

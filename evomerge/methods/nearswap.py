@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import affine, as_float32, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.arithmetic import affine, as_float32, base_of, normalized_weights, participants, zero_sum_problem
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
 
@@ -29,7 +29,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     import torch
 
     indices, weights = participants(settings)
-    other = affine([block.sources[i] for i in indices], shares("nearswap", weights))
+    other = affine([block.sources[i] for i in indices], normalized_weights("nearswap", weights))
     base, reach = base_of(block), reach_of(settings)
     delta = other - base
     return torch.where(delta.abs() <= reach, other, delta.clamp_(-reach, reach).add_(base))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from evomerge.errors import RecipeError
 from evomerge.methods.arithmetic import ROUNDING, from_origin, origin_dot, participants, zero_sum_problem
-from evomerge.methods.contract import Block, Facts, Granularity, Method, Parameter, Settings
+from evomerge.methods.contract import Block, Granularity, Method, Parameter, Settings, Statistics
 from evomerge.methods.shared_parameters import WEIGHT
 from evomerge.methods.slerp import PARALLEL
 
@@ -45,7 +45,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     if problems := check(settings):
         raise RecipeError(problems)
     if not settings.shared["nuslerp_flatten"]:
-        return merge_vectors(block, vector_terms(block.facts, block.base is not None, settings))
+        return merge_vectors(block, vector_terms(block.statistics, block.base is not None, settings))
     indices, weights = participants(settings)
     gram = [[np.array(origin_dot(block, i, j)) for j in indices] for i in indices]
     return from_origin(block, indices, [float(c) for c in folded(gram, steps_of(weights))])
@@ -94,7 +94,7 @@ class VectorTerms:
         pivot: Index of the source xa.
         of_pivot: Its coefficient, where the sum is of xa and of differences to it.
         others: (index of a source or −1 for the base, coefficient of xi − xa).
-        along: What the vectors are, as in `Facts.products`; the coefficients have the shape that it gives.
+        along: What the vectors are, as in `Statistics.products`; the coefficients have the shape that it gives.
     """
 
     pivot: int
@@ -103,11 +103,11 @@ class VectorTerms:
     along: Literal["rows", "columns"]
 
 
-def vector_terms(facts: Facts, based: bool, settings: Settings) -> VectorTerms:
+def vector_terms(statistics: Statistics, based: bool, settings: Settings) -> VectorTerms:
     """What `merge_vectors` adds up, for the vectors of a block.
 
     Args:
-        facts: Those of the block.
+        statistics: Those of the block.
         based: Whether there is a base, whose deltas are interpolated.
         settings: Weights of which no sum is zero.
     """
@@ -116,7 +116,7 @@ def vector_terms(facts: Facts, based: bool, settings: Settings) -> VectorTerms:
     of: Literal["weights", "deltas"] = "deltas" if based else "weights"
 
     def products(i: int, j: int) -> Floats:
-        return facts.products(min(i, j), max(i, j), of, along).cpu().numpy()
+        return statistics.products(min(i, j), max(i, j), of, along).cpu().numpy()
 
     gram = [[products(i, j) for j in indices] for i in indices]
     coefficients = folded(gram, steps_of(weights))

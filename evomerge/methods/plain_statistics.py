@@ -1,4 +1,4 @@
-"""Merging whole tensors: the plain implementation of `Facts`, for Python callers and as the reference for faster ones.
+"""Merging whole tensors: plain `Statistics`, for Python callers and as the reference for faster ones.
 
 Everything is computed on demand from the tensors themselves, exactly, and remembered for the life of the object.
 """
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import RecipeError
 from evomerge.methods import arcee_fusion, della, sce
-from evomerge.methods.contract import Block, Cut, Granularity, Method, Scope, Settings
+from evomerge.methods.contract import Block, Cutoff, Granularity, Method, Scope, Settings
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
-from evomerge.methods.topk import band_counts, cutoff, kept, kept_count
+from evomerge.methods.topk import band_counts, cutoff, cutoff_mask, keep_count
 from evomerge.system.hashing import digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TensorFacts:
-    """Facts about one tensor, seen from one block of it. The "model" of scope "model" is this tensor alone.
+class PlainStatistics:
+    """Statistics of one tensor, seen from one block of it. The "model" of scope "model" is this tensor alone.
 
     Args:
         base: The base's tensor in float32, or None.
@@ -38,7 +38,7 @@ class TensorFacts:
         self._shape: tuple[int, ...] = tuple(self._sources[0].shape)
 
     def block(self, granularity: Granularity = "element", start: int = 0, count: int | None = None) -> Block:
-        """A block of the tensor with these facts.
+        """A block of the tensor with these statistics.
 
         Args:
             granularity: Gives the shape: [count], [rows, columns] (a tensor with no rows is one row), or the tensor's
@@ -54,7 +54,7 @@ class TensorFacts:
             "row": (count // columns if columns else 0, columns),
             "tensor": tuple(whole.shape),
         }
-        view = TensorFacts(self._base, self._sources, self._keys)
+        view = PlainStatistics(self._base, self._sources, self._keys)
         view._deltas = self._deltas
         view._start, view._shape = start, shapes[granularity]
 
@@ -64,39 +64,39 @@ class TensorFacts:
         base = None if self._base is None else part(self._base)
         return Block(base, [part(source) for source in self._sources], start, view)
 
-    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:
-        """See `Facts.trim`."""
+    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cutoff:
+        """See `Statistics.trim`."""
         sizes = self._delta(source).abs().reshape(-1)
-        return cutoff(sizes, kept_count(sizes.numel(), density))
+        return cutoff(sizes, keep_count(sizes.numel(), density))
 
-    def band(self, source: int, density: float, gamma: float) -> tuple[Cut, Cut]:
-        """See `Facts.band`."""
+    def band(self, source: int, density: float, gamma: float) -> tuple[Cutoff, Cutoff]:
+        """See `Statistics.band`."""
         sizes = self._delta(source).abs().reshape(-1)
         outliers, inside = band_counts(sizes.numel(), density, gamma)
         return cutoff(sizes, outliers), cutoff(sizes, inside)
 
-    def levels(self, source: int) -> Tensor:
-        """See `Facts.levels`."""
-        return self._part(della.levels(self._rows(self._delta(source).abs())))
+    def rank_levels(self, source: int) -> Tensor:
+        """See `Statistics.rank_levels`."""
+        return self._part(della.rank_levels(self._rows(self._delta(source).abs())))
 
     def field(self, source: int) -> Tensor:
-        """See `Facts.field`."""
+        """See `Statistics.field`."""
         import torch
 
         numbers = uniform16(self._key(source), self._start, math.prod(self._shape)).astype("int32")
         return torch.from_numpy(numbers).to(self._sources[source].device).reshape(self._shape)
 
-    def selection(self, fraction: float) -> tuple[Cut, list[float]]:
-        """See `Facts.selection`."""
+    def selection(self, fraction: float) -> tuple[Cutoff, list[float]]:
+        """See `Statistics.selection`."""
         deltas = [self._delta(source).reshape(-1) for source in range(len(self._sources))]
         if fraction >= 1.0:
             return cutoff(deltas[0], deltas[0].numel()), [float(d.double().square().sum()) for d in deltas]
-        spread = sce.spread(deltas)
-        cut = cutoff(spread, kept_count(int((spread > 0).sum()), fraction))
-        return cut, [float(delta[kept(spread, *cut)].double().square().sum()) for delta in deltas]
+        variances = sce.element_variance(deltas)
+        cut = cutoff(variances, keep_count(int((variances > 0).sum()), fraction))
+        return cut, [float(delta[cutoff_mask(variances, *cut)].double().square().sum()) for delta in deltas]
 
     def importance(self, source: int) -> tuple[Tensor, float]:
-        """See `Facts.importance`."""
+        """See `Statistics.importance`."""
         rows = self._rows(self._tensor(source))
         factors = arcee_fusion.relative(arcee_fusion.divergence(rows, self._rows(self._tensor(-1))))
         scores = self._rows(self._delta(source)).abs().mul_(factors).reshape(-1)
@@ -105,7 +105,7 @@ class TensorFacts:
         return self._rows_here(factors), arcee_fusion.threshold(quartiles)
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
-        """See `Facts.dot`."""
+        """See `Statistics.dot`."""
         if of == "deltas" and -1 in (left, right):
             return 0.0
         a, b = ((self._delta(i) if of == "deltas" else self._tensor(i)).reshape(-1).double() for i in (left, right))
@@ -114,7 +114,7 @@ class TensorFacts:
     def products(
         self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
     ) -> Tensor:
-        """See `Facts.products`."""
+        """See `Statistics.products`."""
         if of == "deltas" and -1 in (left, right):
             raise ValueError("the base has no delta")
         a, b = ((self._delta(i) if of == "deltas" else self._tensor(i)).double() for i in (left, right))
@@ -122,22 +122,22 @@ class TensorFacts:
         shape = whole if len(whole) > 1 else (1, whole.numel())
         if along == "columns" and len(whole) > 1:
             return (a * b).reshape(shape[0], -1).sum(0).view(1, -1, 1)
-        found = (a * b).reshape(shape[0], math.prod(shape[1:-1]), shape[-1]).sum(2, keepdim=True)
-        return self._rows_here(found)
+        products = (a * b).reshape(shape[0], math.prod(shape[1:-1]), shape[-1]).sum(2, keepdim=True)
+        return self._rows_here(products)
 
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
-        """See `Facts.variance`; float64."""
+        """See `Statistics.variance`; float64."""
         delta = self._delta(source).double()
         if scope == "tensor":
             return delta.reshape(1, -1).var(dim=1, correction=0)
         return self._rows_here(self._rows(delta).var(dim=1, keepdim=True, correction=0))
 
     def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """See `Facts.remember`; nothing is kept."""
+        """See `Statistics.remember`; nothing is kept."""
         return compute()
 
-    def keep(self, source: int, density: float) -> Tensor:
-        """See `Facts.keep`."""
+    def keep_mask(self, source: int, density: float) -> Tensor:
+        """See `Statistics.keep_mask`."""
         import torch
 
         mask = kept_elements(self._key(source), self._start, math.prod(self._shape), density)
@@ -214,7 +214,7 @@ def merge_tensors(
     keys: list[tuple[int, int]] = []
     if method.stochastic:
         keys = [field_key(seed, name, print_) for print_ in fingerprints or map(tensor_fingerprint, sources)]
-    block = TensorFacts(base, sources, keys).block(method.granularity(settings))
+    block = PlainStatistics(base, sources, keys).block(method.granularity(settings))
     return method.merge(block, settings).reshape(sources[0].shape)
 
 

@@ -13,17 +13,17 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import base_of, land
+from evomerge.methods.arithmetic import apply_update, base_of
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import INT8_MASK
-from evomerge.methods.ties import agreeing, elected_sign
-from evomerge.methods.topk import kept
+from evomerge.methods.ties import disjoint_merge, elect_sign
+from evomerge.methods.topk import cutoff_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def spread(deltas: Sequence[Tensor]) -> Tensor:
+def element_variance(deltas: Sequence[Tensor]) -> Tensor:
     """The population variance of each element across the models, computed in float64 and rounded to float32.
 
     In float64 the sum of a few float32 numbers hardly rounds: equal deltas have variance 0, and the order of the models
@@ -53,17 +53,17 @@ def coefficients(energies: Sequence[float]) -> tuple[list[int], list[float]]:
 def merge(block: Block, settings: Settings) -> Tensor:
     """θ0 + Σ ηi δ̂i [agrees] / Σ ηi [agrees]."""
     fraction = float(settings.shared["select_topk"])
-    cut, energies = block.facts.selection(fraction)
+    cut, energies = block.statistics.selection(fraction)
     indices, weights = coefficients(energies)
     if not indices:
         return base_of(block).clone()
     deltas = block.deltas
     if fraction < 1.0:
-        mask = kept(spread(deltas), *cut, block.start)
+        mask = cutoff_mask(element_variance(deltas), *cut, block.start)
         deltas = [delta.mul_(mask) for delta in deltas]
-    sign = elected_sign(deltas, [1.0] * len(deltas), "mass")
-    update = agreeing(sign, [deltas[i] for i in indices], weights, normalize=True, average="agreeing").mul_(sign)
-    return land(block, indices, update)
+    sign = elect_sign(deltas, [1.0] * len(deltas), "mass")
+    update = disjoint_merge(sign, [deltas[i] for i in indices], weights, normalize=True, average="agreeing").mul_(sign)
+    return apply_update(block, indices, update)
 
 
 METHOD = Method(

@@ -34,7 +34,7 @@ PARALLEL = 0.9995
 """Above this cosine (of either sign) the arc is replaced by the chord: sin Ω is too small to divide by."""
 
 BASE = -1
-"""Index of the base among the operands, as in `Facts.dot`."""
+"""Index of the base among the operands, as in `Statistics.dot`."""
 
 
 def arc(aa: float, ab: float, bb: float, t: float) -> tuple[float, float, bool]:
@@ -88,7 +88,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
         left, right = indices[i], indices[j]
         if on == "deltas" and BASE in (left, right):
             return 0.0
-        return block.facts.dot(min(left, right), max(left, right), on, scope)
+        return block.statistics.dot(min(left, right), max(left, right), on, scope)
 
     coefficients, chords = fold(len(indices), steps, dot)
     if on == "deltas":

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import add_deltas, participants, shares, zero_sum_problem
+from evomerge.methods.arithmetic import add_deltas, normalized_weights, participants, zero_sum_problem
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
 
@@ -22,7 +22,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     indices, weights = participants(settings)
     scale = float(settings.shared["lambda"])
     if settings.shared["normalize"]:
-        return add_deltas(block, indices, [scale * w for w in shares("task_arithmetic", weights)], scale)
+        return add_deltas(block, indices, [scale * w for w in normalized_weights("task_arithmetic", weights)], scale)
     return add_deltas(block, indices, [scale * w for w in weights], scale * math.fsum(weights))
 
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import as_float32, base_of, land, participants
+from evomerge.methods.arithmetic import apply_update, as_float32, base_of, participants
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, SCOPE, WEIGHT
-from evomerge.methods.topk import shrink
+from evomerge.methods.topk import trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     if not indices:
         return base_of(block).clone()
     deltas = [trimmed(block, i, settings.sources[i]["density"], settings) for i in indices]
-    return elect_and_add(block, indices, deltas, weights, settings)
+    return elect_and_merge(block, indices, deltas, weights, settings)
 
 
 def trimmed(block: Block, source: int, density: float, settings: Settings) -> Tensor:
@@ -50,14 +50,14 @@ def trimmed(block: Block, source: int, density: float, settings: Settings) -> Te
     delta = block.sources[source] - base_of(block)
     if density >= 1.0:
         return delta
-    threshold, last = block.facts.trim(source, density, settings.shared["scope"])
-    return shrink(delta, threshold, last, block.start)
+    threshold, last = block.statistics.trim(source, density, settings.shared["scope"])
+    return trim(delta, threshold, last, block.start)
 
 
-def elect_and_add(
+def elect_and_merge(
     block: Block, indices: Sequence[int], deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings
 ) -> Tensor:
-    """θ0 plus λ times what the deltas agree on.
+    """θ0 plus λ times the disjoint merge of the deltas.
 
     Args:
         block: Where the base and the sources are.
@@ -66,15 +66,15 @@ def elect_and_add(
         weights: Their weights, none of them 0.
         settings: For consensus, normalize, average and lambda.
     """
-    sign = elected_sign(deltas, weights, settings.shared["consensus"])
-    update = agreeing(sign, deltas, weights, settings.shared["normalize"], settings.shared["average"]).mul_(sign)
+    sign = elect_sign(deltas, weights, settings.shared["consensus"])
+    update = disjoint_merge(sign, deltas, weights, settings.shared["normalize"], settings.shared["average"]).mul_(sign)
     scale = float(settings.shared["lambda"])
     if scale == 1.0:
-        return land(block, indices, update)
+        return apply_update(block, indices, update)
     return update.mul_(scale).add_(base_of(block))
 
 
-def elected_sign(deltas: Sequence[Tensor], weights: Sequence[float], consensus: str) -> Tensor:
+def elect_sign(deltas: Sequence[Tensor], weights: Sequence[float], consensus: str) -> Tensor:
     """The sign of each element, +1 or -1: of Σ wi δ̂i (mass) or of the majority (count); 0 elects +.
 
     The mass is added up in float64, where float32 products are exact: sums that cancel (common among fine-tunes
@@ -96,7 +96,9 @@ def elected_sign(deltas: Sequence[Tensor], weights: Sequence[float], consensus: 
     return torch.copysign(torch.ones((), device=mass.device), mass.float())
 
 
-def agreeing(sign: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool, average: str) -> Tensor:
+def disjoint_merge(
+    sign: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool, average: str
+) -> Tensor:
     """The magnitude of what agrees: Σ abs(wi) mi, where mi is abs(δ̂i) if wi δ̂i has the elected sign, else 0.
 
     Under `normalize` it is a weighted mean, updated one source at a time (mean += share · (value − mean)), so that

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def kept_count(size: int, density: float) -> int:
+def keep_count(size: int, density: float) -> int:
     """floor(density · size), at least 1 when density > 0 and there is an element."""
     if density <= 0.0:
         return 0
@@ -26,9 +26,9 @@ def kept_count(size: int, density: float) -> int:
 def band_counts(size: int, density: float, gamma: float) -> tuple[int, int]:
     """(how many of the largest are left out, how many come before the first that is too small).
 
-    floor(gamma · size) are left out, but never so many that fewer than `kept_count` of the rest would stay.
+    floor(gamma · size) are left out, but never so many that fewer than `keep_count` of the rest would stay.
     """
-    keep = kept_count(size, density)
+    keep = keep_count(size, density)
     outliers = min(math.floor(gamma * size), size - keep)
     return outliers, outliers + keep
 
@@ -45,12 +45,12 @@ def cutoff(scores: Tensor, count: int) -> tuple[float, int]:
     if count >= scores.numel():
         return -1.0, -1
     threshold = scores.kthvalue(scores.numel() - count + 1).values
-    wanted = count - int((scores > threshold).sum())
+    rank = count - int((scores > threshold).sum())
     equal = (scores == threshold).nonzero()
-    return float(threshold), int(equal[wanted - 1])
+    return float(threshold), int(equal[rank - 1])
 
 
-def kept(scores: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
+def cutoff_mask(scores: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
     """The mask of a block whose first element has flat index `start`: bool, shaped like `scores`."""
     mask = scores > threshold
     flat, ties = mask.view(-1), scores.reshape(-1)
@@ -59,8 +59,8 @@ def kept(scores: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
     return mask
 
 
-def shrink(delta: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
-    """A block of a delta with what is not kept set to 0: the same as multiplying by the mask of `kept`, in one pass."""
+def trim(delta: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
+    """A block of a delta with what is not kept set to 0: the same as multiplying by `cutoff_mask`, in one pass."""
     import torch
 
     if threshold < 0.0:
@@ -73,7 +73,7 @@ def shrink(delta: Tensor, threshold: float, last: int, start: int = 0) -> Tensor
     return result
 
 
-def top(scores: Tensor, density: float) -> Tensor:
+def density_mask(scores: Tensor, density: float) -> Tensor:
     """The mask of exactly the top floor(density · n) of a whole tensor of scores, shaped like it."""
     flat = scores.reshape(-1)
-    return kept(scores.contiguous(), *cutoff(flat, kept_count(flat.numel(), density)))
+    return cutoff_mask(scores.contiguous(), *cutoff(flat, keep_count(flat.numel(), density)))

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import add_deltas, base_of, participants, shares, zero_sum_problem
+from evomerge.methods.arithmetic import add_deltas, base_of, normalized_weights, participants, zero_sum_problem
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import LAMBDA, SPECTRAL, WEIGHT
 from evomerge.methods.spectral import orthogonal, right_vectors, tall, times
@@ -32,7 +32,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     import torch
 
     indices, weights = participants(settings)
-    parts, scale = shares("tsv_merge", weights), float(settings.shared["lambda"])
+    parts, scale = normalized_weights("tsv_merge", weights), float(settings.shared["lambda"])
     base = base_of(block)
     if not settings.shared["spectral"] or base.dim() != 2 or base.numel() == 0:
         return add_deltas(block, indices, [scale * part for part in parts], scale)
@@ -41,7 +41,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     leaders = tuple(indices[task[0]] for task in tasks)
     if len(tasks) == 1:
         return add_deltas(block, leaders, [scale * relative[0]], scale * relative[0])
-    left, right, values, owner = block.facts.remember(
+    left, right, values, owner = block.statistics.remember(
         ("tsv_merge", leaders), lambda: task_vectors((tall(block.sources[i] - base) for i in leaders), len(leaders))
     )
     factor = torch.tensor(relative, dtype=torch.float64, device=base.device).mul_(scale)[owner]
@@ -53,7 +53,7 @@ def distinct(block: Block, indices: Sequence[int]) -> list[list[int]]:
     """Positions in `indices`, those of equal deltas together."""
 
     def dot(i: int, j: int) -> float:
-        return block.facts.dot(min(i, j), max(i, j), "deltas")
+        return block.statistics.dot(min(i, j), max(i, j), "deltas")
 
     groups: list[list[int]] = []
     for position, i in enumerate(indices):

@@ -15,7 +15,7 @@ COPY = "copy"
 class Input(NamedTuple):
     """A tensor of a checkpoint: the model's reference, the tensor's name, and the model's content fingerprint.
 
-    A tuple, because facts are looked up by it tens of thousands of times for each candidate.
+    A tuple, because statistics are looked up by it tens of thousands of times for each candidate.
     """
 
     model: str

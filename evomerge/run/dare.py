@@ -222,10 +222,10 @@ class DareMerger:
     def _largest(
         self, checkpoints: Mapping[str, Checkpoint], operations: Sequence[Operation]
     ) -> dict[str, dict[str, float]]:
-        from evomerge.engine.statistics.tensor_statistics import FactStore
+        from evomerge.engine.statistics.tensor_statistics import StatisticsStore
         from evomerge.run.plain_files import largest_deltas
 
-        store = FactStore(checkpoints)
+        store = StatisticsStore(checkpoints)
         return {
             op.output: dict(zip((source.model for source in op.sources), largest_deltas(op, store), strict=True))
             for op in operations

@@ -14,7 +14,7 @@ from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.compatible import check_compatible, mixed_architectures, not_finite
 from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.checkpoints.reference import resolve_reference
-from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import Input
@@ -99,7 +99,7 @@ def measure(opened: Mapping[str, Checkpoint]) -> Geometry:
     names = [name for name, info in first.tensors.items() if info.dtype in FLOATS]
     total = sum(first.tensors[name].numel for name in names)
     chosen = names[:: max(1, math.ceil(total / _LOOK_AT))] if names else []
-    store = FactStore(opened)
+    store = StatisticsStore(opened)
 
     def inputs(model: str) -> list[Input]:
         return [Input(model, name, opened[model].fingerprint) for name in chosen]

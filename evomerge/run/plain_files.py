@@ -14,7 +14,7 @@ import numpy as np
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.checkpoints.header import name_some, shape_text
-from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.engine.to_disk import Progress, write_checkpoint
 from evomerge.errors import CheckpointError, OutputError
 from evomerge.methods.contract import Settings
@@ -88,7 +88,7 @@ def _fit(base: Checkpoint, name: str, file: Checkpoint) -> tuple[list[str], list
     return problems, notes
 
 
-def largest_deltas(operation: Operation, store: FactStore) -> list[float]:
+def largest_deltas(operation: Operation, store: StatisticsStore) -> list[float]:
     """The largest magnitude of each source's delta, read chunk by chunk; NaN where an element is."""
     largest = np.zeros(len(operation.sources))
     if operation.base is None or math.prod(operation.shape) == 0:

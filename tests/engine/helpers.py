@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.methods.contract import Settings
 from evomerge.planning.operation import Input, Operation
 
@@ -26,9 +26,9 @@ class Held:
         return self.tensors[name]
 
 
-def store_of(models: Mapping[str, Mapping[str, Tensor]], **more: Any) -> FactStore:
+def store_of(models: Mapping[str, Mapping[str, Tensor]], **more: Any) -> StatisticsStore:
     """A store over tensors: {model: {name: tensor}}."""
-    return FactStore({name: cast(Checkpoint, Held(tensors)) for name, tensors in models.items()}, **more)
+    return StatisticsStore({name: cast(Checkpoint, Held(tensors)) for name, tensors in models.items()}, **more)
 
 
 def inputs(count: int, tensor: str = "tensor") -> tuple[Input, tuple[Input, ...]]:
@@ -36,7 +36,7 @@ def inputs(count: int, tensor: str = "tensor") -> tuple[Input, tuple[Input, ...]
     return Input("base", tensor, "base"), tuple(Input(f"m{i}", tensor, PRINTS[i]) for i in range(count))
 
 
-def store_for(base: Tensor, sources: Sequence[Tensor], **more: Any) -> FactStore:
+def store_for(base: Tensor, sources: Sequence[Tensor], **more: Any) -> StatisticsStore:
     """A store over one tensor of a base and its sources."""
     return store_of({"base": {"tensor": base}} | {f"m{i}": {"tensor": s} for i, s in enumerate(sources)}, **more)
 

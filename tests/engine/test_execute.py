@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.engine import execute as engine
-from evomerge.engine import kernel_dispatch as compiled
+from evomerge.engine import kernel_dispatch
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
 from evomerge.engine.statistics import exact_topk as selection
-from evomerge.engine.statistics import tensor_statistics as facts
-from evomerge.engine.statistics.operation_statistics import OperationFacts
+from evomerge.engine.statistics import tensor_statistics as statistics
+from evomerge.engine.statistics.operation_statistics import OperationStatistics
 from evomerge.methods.contract import Method, Settings
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
@@ -94,7 +94,7 @@ def cases(draw: st.DrawFn, method: Method, mode: dict[str, Any]) -> tuple[Tensor
 def test_kernels_give_the_bits_of_the_method(method: Method, mode: dict[str, Any], data: st.DataObject) -> None:
     base, sources, chosen, dtype = data.draw(cases(method, mode))
     merged = got(method, base, sources, chosen, dtype)
-    with mock.patch.dict(compiled.KERNELS, clear=True):
+    with mock.patch.dict(kernel_dispatch.KERNELS, clear=True):
         called = got(method, base, sources, chosen, dtype)
     torch.testing.assert_close(merged, called, rtol=0.0, atol=0.0, equal_nan=True)
 
@@ -145,12 +145,12 @@ def test_pieces_and_chunks_change_nothing(
             shared["density"] = 0.55
     chosen = method.settings(own, shared, paper=not trimmed)
     whole = got(method, base, sources, chosen, torch.bfloat16)
-    for module in (engine, facts):
+    for module in (engine, statistics):
         monkeypatch.setattr(module, "CHUNK", 96)
-    monkeypatch.setattr(facts.chunks, "__defaults__", (96,))
+    monkeypatch.setattr(statistics.chunks, "__defaults__", (96,))
     monkeypatch.setattr(engine, "_PIECE", 320)
-    monkeypatch.setattr(compiled, "CHUNK", 96)
-    monkeypatch.setattr(selection, "_HELD", 0)
+    monkeypatch.setattr(kernel_dispatch, "CHUNK", 96)
+    monkeypatch.setattr(selection, "_IN_MEMORY", 0)
     monkeypatch.setattr(selection, "_PART", 50)
     assert torch.equal(got(method, base, sources, chosen, torch.bfloat16), whole)
 
@@ -197,8 +197,8 @@ def test_vectors_of_any_shape_and_without_a_base(shape: tuple[int, ...], mode: d
     whole = merge_tensors(method, base if based else None, sources, chosen)
     operation = operation_for("nuslerp", chosen, shape)
     operation = operation if based else replace(operation, base=None)
-    for kernels in (compiled.KERNELS, {}):
-        with mock.patch.dict(compiled.KERNELS, kernels, clear=True):
+    for kernels in (kernel_dispatch.KERNELS, {}):
+        with mock.patch.dict(kernel_dispatch.KERNELS, kernels, clear=True):
             merged = materialise(operation, store_for(base, sources), torch.float32)
         torch.testing.assert_close(merged, whole, rtol=1e-6, atol=1e-6)
 
@@ -220,7 +220,10 @@ def test_without_a_base_the_weights_themselves_are_merged(name: str) -> None:
     chosen = method.settings([{"weight": 0.5}, {"weight": 0.8}])
     operation = replace(operation_for(name, chosen, base.shape), base=None)
     store = store_for(base, sources)
-    assert compiled.compiled(name, chosen, OperationFacts(store, None, operation.sources, 5, "t", 0)) is not None
+    assert (
+        kernel_dispatch.find_kernel(name, chosen, OperationStatistics(store, None, operation.sources, 5, "t", 0))
+        is not None
+    )
     merged = materialise(operation, store, torch.float32)
     torch.testing.assert_close(merged, merge_tensors(method, None, sources, chosen), rtol=1e-6, atol=1e-6)
 

@@ -10,7 +10,7 @@ import torch
 from evomerge.checkpoints.dtypes import TORCH_DTYPES
 from evomerge.engine import execute as engine
 from evomerge.engine.execute import execute, find_device, materialise
-from evomerge.engine.statistics.tensor_statistics import FactStore
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput
 from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
@@ -30,7 +30,7 @@ def test_the_torch_path_gives_the_same(
     monkeypatch.setattr(engine, "_SENT", block)
     checkpoints = opened(str(folder) for folder in tiny_family.values())
     plan = plan_of(recipe_for(method, tiny_family), checkpoints)
-    store = FactStore(checkpoints)
+    store = StatisticsStore(checkpoints)
     for operation in plan.operations[:: 5 if block > 500 else 20]:
         dtype = TORCH_DTYPES[operation.dtype]
         here = materialise(operation, store, dtype, plan.family)
@@ -46,7 +46,7 @@ def test_every_tensor_goes_to_the_device(tiny_family: dict[str, Path], name: str
     """The meta device computes nothing, and refuses to be mixed with tensors that lie elsewhere."""
     checkpoints = opened(str(folder) for folder in tiny_family.values())
     plan = plan_of(recipe_for(METHODS[name], tiny_family), checkpoints)
-    store = FactStore(checkpoints)
+    store = StatisticsStore(checkpoints)
     for operation in plan.operations[::6]:
         out = torch.empty(operation.shape, dtype=torch.float32, device="meta")
         execute(operation, store, out, plan.family, torch.device("meta"))

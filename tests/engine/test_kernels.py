@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.engine.kernels import jit
+from evomerge.engine.kernels import jit, reductions
 from evomerge.engine.kernels import random_field as field
-from evomerge.engine.kernels import reductions as looking
 from evomerge.methods.random_field import LANES, uniform16
 
 FEW = settings(max_examples=40, deadline=None)
@@ -50,13 +49,13 @@ def test_magnitudes_are_counted_by_upper_and_lower_bits(
     ours, theirs, delta = pair
     magnitudes = delta.view(np.uint32) & 0x7FFFFFFF
     counts, low = np.zeros(1 << (31 - shift), np.int64), np.zeros(1 << (31 - shift), np.uint16)
-    looking.count_magnitudes(ours, theirs, shift, counts, low)
+    reductions.count_magnitudes(ours, theirs, shift, counts, low)
     np.testing.assert_array_equal(counts, np.bincount(magnitudes >> shift, minlength=counts.size))
     for upper in np.unique(magnitudes >> shift)[::40]:
         within = magnitudes[magnitudes >> shift == upper] & ((1 << shift) - 1)
         assert low[upper] == np.bitwise_or.reduce(within)
         inside = np.zeros(1 << shift, np.int64)
-        looking.count_low_bits(ours, theirs, shift, int(upper), inside)
+        reductions.count_low_bits(ours, theirs, shift, int(upper), inside)
         np.testing.assert_array_equal(inside, np.bincount(within, minlength=inside.size))
 
 
@@ -64,20 +63,20 @@ def test_an_equal_element_is_found_by_its_rank(pair: tuple[np.ndarray, np.ndarra
     ours, theirs, delta = pair
     zeros = np.flatnonzero(delta == 0)
     for rank in (1, 2, len(zeros) // 2, len(zeros)):
-        assert looking.find_equal(ours, theirs, 0, rank) == (zeros[rank - 1], 0)
-    assert looking.find_equal(ours, theirs, 0, len(zeros) + 5) == (-1, 5)
+        assert reductions.find_equal(ours, theirs, 0, rank) == (zeros[rank - 1], 0)
+    assert reductions.find_equal(ours, theirs, 0, len(zeros) + 5) == (-1, 5)
 
 
 def test_inner_products_and_moments_are_float64(pair: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     ours, theirs, delta = pair
     other = stored(np.linspace(-1.0, 1.0, delta.size), 8 * ours.itemsize)
     apart = other[1] - (delta * 0 + stored_values(ours))
-    sums = np.zeros((3, looking.PARTIAL))
-    looking.add_gram(ours, theirs, other[0], True, sums)
+    sums = np.zeros((3, reductions.PARTIAL))
+    reductions.add_gram(ours, theirs, other[0], True, sums)
     mine, others = delta.astype(np.float64), apart.astype(np.float64)
     assert sums.sum(1) == pytest.approx([mine @ mine, mine @ others, others @ others], rel=1e-12)
-    weights = np.zeros((3, looking.PARTIAL))
-    looking.add_gram(ours, theirs, other[0], False, weights)
+    weights = np.zeros((3, reductions.PARTIAL))
+    reductions.add_gram(ours, theirs, other[0], False, weights)
     whole, rest = (stored_values(bits).astype(np.float64) for bits in (theirs, other[0]))
     assert weights.sum(1) == pytest.approx([whole @ whole, whole @ rest, rest @ rest], rel=1e-12)
 
@@ -93,8 +92,8 @@ def test_moments_of_rows_come_together_from_parts(rows: int, columns: int, cut: 
     values = (generator.normal(size=rows * columns) + mean).astype(np.float32)
     zero, bits, edge = np.zeros(values.size, np.uint32), values.view(np.uint32), int(cut * values.size)
     means, squares = np.zeros(rows), np.zeros(rows)
-    looking.add_moments(zero[:edge], bits[:edge], 0, columns, means, squares)
-    looking.add_moments(zero[edge:], bits[edge:], edge, columns, means, squares)
+    reductions.add_moments(zero[:edge], bits[:edge], 0, columns, means, squares)
+    reductions.add_moments(zero[edge:], bits[edge:], edge, columns, means, squares)
     wide = values.reshape(rows, columns).astype(np.float64)
     np.testing.assert_allclose(means, wide.mean(1), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(squares / columns, wide.var(1), rtol=1e-9, atol=1e-12)

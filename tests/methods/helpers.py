@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.methods.contract import Method, Settings
-from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
+from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors
 from evomerge.methods.registry import METHODS
 
 FINGERPRINTS = ("f0", "f1", "f2", "f3", "f4")
@@ -103,7 +103,7 @@ def in_pieces(
 
     assert method.merge is not None
     keys = [field_key(0, "tensor", print_) for print_ in FINGERPRINTS[: len(sources)]]
-    facts = TensorFacts(base, sources, keys)
+    statistics = PlainStatistics(base, sources, keys)
     granularity = method.granularity(settings)
     step = {"element": 1, "row": base.shape[-1] if base.dim() > 1 else base.numel(), "tensor": base.numel()}[
         granularity
@@ -111,7 +111,7 @@ def in_pieces(
     edges = sorted({0, base.numel(), *(cut // step * step for cut in cuts if cut < base.numel())})
     parts = []
     for start, end in itertools.pairwise(edges):
-        block = facts.block(granularity, start, end - start)
+        block = statistics.block(granularity, start, end - start)
         parts.append(method.merge(block, settings).reshape(-1))
     return torch.cat(parts).reshape(base.shape)
 

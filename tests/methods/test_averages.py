@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.methods.arithmetic import affine, land, zero_sum_problem
+from evomerge.methods.arithmetic import affine, apply_update, zero_sum_problem
 from evomerge.methods.contract import Method
-from evomerge.methods.plain_statistics import TensorFacts, merge_tensors, tensor_fingerprint
+from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors, tensor_fingerprint
 from evomerge.methods.random_field import field_key, kept_elements
 from evomerge.methods.registry import METHODS
 from tests.methods.helpers import family
@@ -81,7 +81,7 @@ def test_the_default_fingerprint_is_the_content() -> None:
 
 def test_masks_need_keys() -> None:
     with pytest.raises(ValueError, match="give the sources' keys"):
-        TensorFacts(torch.zeros(3), [torch.ones(3)]).keep(0, 0.5)
+        PlainStatistics(torch.zeros(3), [torch.ones(3)]).keep_mask(0, 0.5)
 
 
 @given(
@@ -99,9 +99,9 @@ def test_affine_is_the_linear_combination(values: list[float], raw: list[float])
 
 def test_adding_a_delta_in_float32_may_miss_the_source_but_landing_does_not() -> None:
     base, source = torch.tensor([1.0]), torch.tensor([2.0**-30])
-    block = TensorFacts(base, [source]).block()
+    block = PlainStatistics(base, [source]).block()
     assert float(base + (source - base)) == 0.0  # 1 − 2^-30 rounds to 1
-    assert torch.equal(land(block, [0], block.deltas[0]), source)
+    assert torch.equal(apply_update(block, [0], block.deltas[0]), source)
 
 
 def test_a_sum_is_zero_relative_to_its_weights() -> None:

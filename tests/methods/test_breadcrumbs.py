@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
+from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors
 from evomerge.methods.registry import METHODS
-from evomerge.methods.topk import band_counts, kept
+from evomerge.methods.topk import band_counts, cutoff_mask
 
 CRUMBS, TIES = METHODS["breadcrumbs"], METHODS["breadcrumbs_ties"]
 
@@ -51,11 +51,11 @@ def test_what_is_left_is_added_up_or_elected() -> None:
 )
 def test_the_band_is_exact_and_nested(steps: list[int], density: float, gamma: float) -> None:
     delta = torch.tensor(steps, dtype=torch.float32)
-    facts = TensorFacts(torch.zeros_like(delta), [delta])
+    statistics = PlainStatistics(torch.zeros_like(delta), [delta])
 
     def band(density: float) -> torch.Tensor:
-        outliers, inside = facts.band(0, density, gamma)
-        return kept(delta.abs(), *inside) & ~kept(delta.abs(), *outliers)
+        outliers, inside = statistics.band(0, density, gamma)
+        return cutoff_mask(delta.abs(), *inside) & ~cutoff_mask(delta.abs(), *outliers)
 
     n, mask = len(steps), band(density)
     keep = 0 if density == 0 else max(1, math.floor(density * n))

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.methods.della import TOP, levels, line
-from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
+from evomerge.methods.della import TOP, line, rank_levels
+from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors
 from evomerge.methods.random_field import STEPS
 from evomerge.methods.registry import METHODS
 
@@ -18,17 +18,17 @@ LINEAR = METHODS["della_linear"]
 def test_levels_by_hand() -> None:
     # ranks 0, 2, 1 of 0 .. 2 are 0, 254, 127; equals share the mean rank: 0, (1 + 2) / 2 = 1.5 of 0 .. 2 -> 190.5, down
     rows = torch.tensor([[0.1, 0.9, 0.5], [0.0, 7.0, 7.0], [3.0, 3.0, 3.0]])
-    assert levels(rows).tolist() == [[0, 254, 127], [0, 190, 190], [127, 127, 127]]
-    assert levels(torch.tensor([[5.0], [0.0]])).tolist() == [[127], [127]]
+    assert rank_levels(rows).tolist() == [[0, 254, 127], [0, 190, 190], [127, 127, 127]]
+    assert rank_levels(torch.tensor([[5.0], [0.0]])).tolist() == [[127], [127]]
 
 
 @settings(max_examples=50, deadline=None)
 @given(row=st.lists(st.integers(0, 6), min_size=2, max_size=30), order=st.randoms())
 def test_levels_follow_the_magnitude_alone(row: list[int], order: object) -> None:
     values = torch.tensor([row], dtype=torch.float32)
-    found = levels(values)
+    found = rank_levels(values)
     shuffled = torch.randperm(len(row), generator=torch.Generator().manual_seed(len(row)))
-    assert torch.equal(levels(values[:, shuffled]), found[:, shuffled])
+    assert torch.equal(rank_levels(values[:, shuffled]), found[:, shuffled])
     by_level = sorted(zip(found[0].tolist(), row, strict=True))
     assert [value for _, value in by_level] == sorted(row)
     assert found.double().mean().item() == pytest.approx(TOP / 2, abs=0.51)
@@ -53,7 +53,7 @@ def test_the_mean_over_seeds_is_the_delta() -> None:
     merged = torch.stack(
         [merge_tensors(LINEAR, base, [source], chosen, seed=seed, fingerprints=["f"]) for seed in range(draws)]
     ).double()
-    chance = density - epsilon + 2 * epsilon * levels(source.abs()).double() / TOP
+    chance = density - epsilon + 2 * epsilon * rank_levels(source.abs()).double() / TOP
     # each element: kept with its own probability, mean δ, variance δ² (1 − p) / p; five standard errors
     error = source.abs() * ((1 - chance) / chance / draws).sqrt()
     assert ((merged.mean(0) - source).abs() <= 5 * error + 1e-6).all()
@@ -71,4 +71,4 @@ def test_without_epsilon_it_drops_as_dare_does() -> None:
 
 def test_a_vector_is_one_row() -> None:
     values = torch.tensor([3.0, 1.0, 2.0])
-    assert TensorFacts(torch.zeros(3), [values]).block().facts.levels(0).tolist() == [254, 0, 127]
+    assert PlainStatistics(torch.zeros(3), [values]).block().statistics.rank_levels(0).tolist() == [254, 0, 127]

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
+from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors
 from evomerge.methods.registry import METHODS
-from evomerge.methods.sce import spread
+from evomerge.methods.sce import element_variance
 
 SCE = METHODS["sce"]
 
@@ -55,11 +55,11 @@ def test_small_deltas_are_weighed_like_large_ones() -> None:
 
 @given(value=st.floats(-1e4, 1e4, width=32), count=st.integers(1, 7))
 def test_equal_deltas_have_no_variance(value: float, count: int) -> None:
-    assert spread([torch.tensor([value])] * count).tolist() == [0.0]
+    assert element_variance([torch.tensor([value])] * count).tolist() == [0.0]
 
 
 def test_the_selection_weighs_what_it_keeps() -> None:
     sources = [torch.tensor([2.0, 1.0, 3.0]), torch.tensor([0.0, 1.0, 2.0])]
-    cut, squares = TensorFacts(torch.zeros(3), sources).selection(0.5)  # variances 1, 0, 0.25: one of two
+    cut, squares = PlainStatistics(torch.zeros(3), sources).selection(0.5)  # variances 1, 0, 0.25: one of two
     assert cut == (1.0, 0)
     assert squares == [4.0, 0.0]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.methods.plain_statistics import TensorFacts, merge_tensors
+from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors
 from evomerge.methods.random_field import field_key
 from evomerge.methods.registry import METHODS
 
@@ -117,7 +117,7 @@ def test_dare_ties_with_drop_rate_trims_the_survivors(drop_rate: float, density:
     n = 501
     source = torch.randn(n, generator=torch.Generator().manual_seed(1))
     key = field_key(0, "tensor", "f")
-    alive = TensorFacts(torch.zeros(n), [source], [key]).keep(0, 1 - drop_rate)
+    alive = PlainStatistics(torch.zeros(n), [source], [key]).keep_mask(0, 1 - drop_rate)
     chosen = DARE_TIES.settings([{"weight": 1.0, "drop_rate": drop_rate, "density": density}])
     merged = merge_tensors(DARE_TIES, torch.zeros(n), [source], chosen, fingerprints=["f"])
     kept = merged != 0

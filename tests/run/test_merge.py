@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import evomerge
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
-from evomerge.engine import kernel_dispatch as compiled
+from evomerge.engine import kernel_dispatch
 from evomerge.engine import to_disk as disk
 from evomerge.errors import BadInput, CheckpointError, OutputError, RecipeError
 from evomerge.recipe import parse_recipe
@@ -221,7 +221,7 @@ def test_a_device_computes_every_step(
     recipe = parse_recipe(chain(tiny_family))
     here = load_file(merge_to_folder(recipe, tmp_path / "here") / "model.safetensors")
     monkeypatch.setattr(disk, "find_device", torch.device)  # the processor as a device: no compiled kernels
-    monkeypatch.setattr(compiled, "compiled", None)
+    monkeypatch.setattr(kernel_dispatch, "find_kernel", None)
     there = load_file(merge_to_folder(recipe, tmp_path / "there", device="cpu") / "model.safetensors")
     for name, value in here.items():
         torch.testing.assert_close(there[name], value, rtol=2e-6, atol=1e-7, msg=name)

@@ -1,4 +1,4 @@
-"""Kernels that drop elements at random, and that look at what survives."""
+"""Kernels of dropout: elements dropped at random, and counts and magnitudes of what is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVERY_BYTE, EVERY_BIT = np.uint64(0x0101010101010101), np.uint64(0x8040201008040
 
 @part
 def drop(delta: Array, keep: int, key: Array, start: int, factor: np.float32, field: Array, words: Array) -> None:
-    """`evomerge.methods.dare.dropped` in place: elements whose number in the field is below `keep` stay."""
+    """`evomerge.methods.dare.drop_and_rescale` in place: elements whose number in the field is below `keep` stay."""
     if keep <= 0:
         for j in range(delta.size):
             delta[j] = np.float32(0.0)
@@ -31,7 +31,7 @@ def drop(delta: Array, keep: int, key: Array, start: int, factor: np.float32, fi
 
 @part
 def drop_unmarked(delta: Array, marks: Array, factor: np.float32, words: Array) -> None:
-    """The same where the field was looked at before: a bit for every element, uint16 [n / 16] from the first on."""
+    """The same where the field was drawn before: a bit for every element, uint16 [n / 16] from the first on."""
     _unpack(marks, words, delta.size)
     stays = words.view(np.uint8)
     for j in range(delta.size):
@@ -64,16 +64,16 @@ def _scale(delta: Array, factor: np.float32) -> None:
 
 
 @part
-def _sizes(base: Array, source: Array, factor: np.float32, sizes: Array, ours: Array) -> None:
+def _sizes(base: Array, source: Array, factor: np.float32, sizes: Array, base_bits: Array) -> None:
     """Bits of the magnitudes of a tile's delta times a factor."""
-    delta_bits(base, source, sizes, ours)
+    delta_bits(base, source, sizes, base_bits)
     values = sizes.view(np.float32)
     for j in range(base.size):
         values[j] = abs(values[j] * factor)
 
 
 @kernel
-def look_at_survivors(
+def mark_kept(
     base: Array,
     source: Array,
     start: int,
@@ -83,7 +83,7 @@ def look_at_survivors(
     bounds: Array,
     marks: Array,
     equals: Array,
-    places: Array,
+    indices: Array,
     sizes: Array,
 ) -> tuple[int, int, int]:
     """Marks the elements of a delta that the drop leaves, and counts their magnitudes around one of them.
@@ -94,12 +94,12 @@ def look_at_survivors(
         keep, key, factor: As for `drop`; something is kept.
         bounds: Bits of three magnitudes, ascending, uint32: low, middle and high.
         marks: Filled with a bit for every element, uint16 [n / 16].
-        equals: Filled with how many survivors of each tile have the middle magnitude, int64 [n / `TILE`].
-        places: Indices of the other survivors from low to high, int64 [n], ascending.
+        equals: Filled with how many kept elements of each tile have the middle magnitude, int64 [n / `TILE`].
+        indices: Indices of the other kept elements from low to high, int64 [n], ascending.
         sizes: Bits of their magnitudes, uint32 [n].
 
     Returns:
-        How many survivors are numbers, how many of those are larger than high, and how many places were found.
+        How many kept elements are numbers, how many of those are larger than high, and how many indices there are.
     """
     words, eight, eighths = (
         np.zeros(TILE // 4, np.uint64),
@@ -108,13 +108,13 @@ def look_at_survivors(
     )
     field, stays, inside = words.view(np.uint16), eight.view(np.uint8), eighths.view(np.uint8)
     bits = marks.view(np.uint8)
-    here, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    here, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     low, middle, high, infinity = bounds[0], bounds[1], bounds[2], np.uint32(0x7F800000)
-    numbers, larger, found = 0, 0, 0
+    numbers, larger, near_count = 0, 0, 0
     for tile in range((base.size + TILE - 1) // TILE):
         at = tile * TILE
         n = min(TILE, base.size - at)
-        _sizes(base[at : at + n], source[at : at + n], factor, here, ours)
+        _sizes(base[at : at + n], source[at : at + n], factor, here, base_bits)
         if keep < STEPS:
             philox(key[0], key[1], (start + at) // LANES, words)
         for j in range(TILE):
@@ -141,40 +141,40 @@ def look_at_survivors(
             if eighths[group]:
                 for j in range(8 * group, min(n, 8 * group + 8)):
                     if inside[j]:
-                        places[found] = at + j
-                        sizes[found] = here[j]
-                        found += 1
-    return numbers, larger, found
+                        indices[near_count] = at + j
+                        sizes[near_count] = here[j]
+                        near_count += 1
+    return numbers, larger, near_count
 
 
 @kernel
-def find_survivor(base: Array, source: Array, factor: np.float32, marks: Array, magnitude: int, wanted: int) -> int:
-    """Index of the `wanted`-th survivor (from 1) of exactly this magnitude, in a tile that has as many.
+def find_kept(base: Array, source: Array, factor: np.float32, marks: Array, magnitude: int, rank: int) -> int:
+    """Index of the `rank`-th kept element (from 1) of exactly this magnitude, in a tile that has as many.
 
     Args:
         base, source: Bits, [n], one dtype, n at most `TILE`.
-        factor, marks: As for `look_at_survivors`.
+        factor, marks: As for `mark_kept`.
         magnitude: Its bits.
         wanted: Its rank.
     """
-    sizes, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
-    _sizes(base, source, factor, sizes, ours)
+    sizes, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    _sizes(base, source, factor, sizes, base_bits)
     for j in range(base.size):
         marked = (np.uint32(marks[j // LANES]) >> np.uint32(j % LANES)) & np.uint32(1)
-        wanted -= (sizes[j] == np.uint32(magnitude)) & (marked == np.uint32(1))
-        if wanted == 0:
+        rank -= (sizes[j] == np.uint32(magnitude)) & (marked == np.uint32(1))
+        if rank == 0:
             return j
     return -1
 
 
 @kernel
-def survivors(base: Array, source: Array, factor: np.float32, marks: Array, out: Array) -> None:
-    """A delta after the drop, NaN where it is dropped: float32 [n]; arguments as for `look_at_survivors`."""
-    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+def delta_after_drop(base: Array, source: Array, factor: np.float32, marks: Array, out: Array) -> None:
+    """A delta after the drop, NaN where it is dropped: float32 [n]; arguments as for `mark_kept`."""
+    bits, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     values, gone = bits.view(np.float32), np.float32(np.nan)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, base_bits)
         for j in range(n):
             marked = (np.uint32(marks[(at + j) // LANES]) >> np.uint32((at + j) % LANES)) & np.uint32(1)
             out[at + j] = values[j] * factor if marked else gone

@@ -1,4 +1,4 @@
-"""Kernels that merge: float32 in, float32 out."""
+"""Kernels that merge edited deltas (trimmed, dropped, pruned) and shrunk ones: float32 in, float32 out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Edits(NamedTuple):
         lines: For elements with levels (`evomerge.methods.della`), float32 [sources, 4]: a and b of the line, a factor,
             and whether that is over the probability to keep. Without levels, [0, 4].
         factors: The delta is multiplied by this after the drop, float32.
-        thresholds, lasts: What is kept of what was not dropped (`Facts.trim`), float32 and int64; -1 keeps all.
-        outliers, outlier_lasts: What of that is left out again (`Facts.band`); inf leaves out nothing.
+        thresholds, lasts: What is kept of what was not dropped (`Statistics.trim`), float32 and int64; -1 keeps all.
+        outliers, outlier_lasts: What of that is left out again (`Statistics.band`); inf leaves out nothing.
         marked: Whether what is kept by the field was marked before, bool.
         marks: Then a bit for every element of the tensor (`drop_unmarked`), uint16 [sources, elements / 16].
     """
@@ -40,7 +40,7 @@ class Edits(NamedTuple):
 
 
 @part
-def _shrink(delta: Array, bound: np.float32) -> None:
+def _zero_up_to(delta: Array, bound: np.float32) -> None:
     """Sets magnitudes of at most `bound` to 0."""
     zero = np.float32(0.0)
     for j in range(delta.size):
@@ -49,26 +49,26 @@ def _shrink(delta: Array, bound: np.float32) -> None:
 
 @part
 def _trim(delta: Array, threshold: np.float32, last: int, start: int) -> None:
-    """`evomerge.methods.topk.shrink` in place."""
+    """`evomerge.methods.topk.trim` in place."""
     if threshold < np.float32(0.0):
         return
     equals = min(max(last - start + 1, 0), delta.size)
-    _shrink(delta[:equals], np.nextafter(threshold, np.float32(0.0)))
-    _shrink(delta[equals:], threshold)
+    _zero_up_to(delta[:equals], np.nextafter(threshold, np.float32(0.0)))
+    _zero_up_to(delta[equals:], threshold)
 
 
 @part
-def _trimmed(theirs: Array, ours: Array, bound: np.float32, delta: Array) -> None:
+def _trimmed_delta(source_tile: Array, base_tile: Array, bound: np.float32, delta: Array) -> None:
     """The delta, its magnitudes of at most `bound` set to 0."""
     zero = np.float32(0.0)
     for j in range(delta.size):
-        d = theirs[j] - ours[j]
+        d = source_tile[j] - base_tile[j]
         delta[j] = d if abs(d) > bound else zero
 
 
 @part
-def _leave_out(delta: Array, threshold: np.float32, last: int, start: int) -> None:
-    """Sets to 0 what `evomerge.methods.topk.kept` keeps."""
+def _drop_outliers(delta: Array, threshold: np.float32, last: int, start: int) -> None:
+    """Sets to 0 what `evomerge.methods.topk.cutoff_mask` keeps."""
     if threshold == np.float32(np.inf):
         return
     zero = np.float32(0.0)
@@ -80,27 +80,29 @@ def _leave_out(delta: Array, threshold: np.float32, last: int, start: int) -> No
 
 
 @part
-def _prune(delta: Array, levels: Array, line: Array, key: Array, start: int, field: Array, words: Array) -> None:
-    """`evomerge.methods.della.pruned` in place."""
+def _magprune(
+    delta: Array, rank_levels: Array, line: Array, key: Array, start: int, field: Array, words: Array
+) -> None:
+    """`evomerge.methods.della.magprune` in place."""
     philox(key[0], key[1], start // LANES, words)
     zero, one, unit = np.float32(0.0), np.float32(1.0), np.float32(1.0 / STEPS)
     first, step, scale, rescale = line[0], line[1], line[2], line[3] > zero
     if rescale:
         for j in range(delta.size):
-            limit = np.floor(np.float32(levels[j]) * step + first)
+            limit = np.floor(np.float32(rank_levels[j]) * step + first)
             pruned = delta[j] * (one / (limit * unit) * scale)
             delta[j] = pruned if np.float32(field[j]) < limit else zero
     else:
         for j in range(delta.size):
-            limit = np.floor(np.float32(levels[j]) * step + first)
+            limit = np.floor(np.float32(rank_levels[j]) * step + first)
             delta[j] = delta[j] * scale if np.float32(field[j]) < limit else zero
 
 
 @part
 def _edit(
-    theirs: Array,
-    ours: Array,
-    levels: Array,
+    source_tile: Array,
+    base_tile: Array,
+    rank_levels: Array,
     at: int,
     start: int,
     edits: Edits,
@@ -114,25 +116,27 @@ def _edit(
     whole = edits.keeps[k] == STEPS and edits.factors[k] == np.float32(1.0)
     if whole and edits.lines.shape[0] == 0 and threshold >= np.float32(0.0):
         equals = min(max(last - start + 1, 0), delta.size)
-        _trimmed(theirs[:equals], ours[:equals], np.nextafter(threshold, np.float32(0.0)), delta[:equals])
-        _trimmed(theirs[equals:], ours[equals:], threshold, delta[equals:])
-        _leave_out(delta, edits.outliers[k], edits.outlier_lasts[k], start)
+        _trimmed_delta(
+            source_tile[:equals], base_tile[:equals], np.nextafter(threshold, np.float32(0.0)), delta[:equals]
+        )
+        _trimmed_delta(source_tile[equals:], base_tile[equals:], threshold, delta[equals:])
+        _drop_outliers(delta, edits.outliers[k], edits.outlier_lasts[k], start)
         return
     for j in range(delta.size):
-        delta[j] = theirs[j] - ours[j]
+        delta[j] = source_tile[j] - base_tile[j]
     if edits.lines.shape[0] > 0:
-        _prune(delta, levels[k, at : at + delta.size], edits.lines[k], edits.keys[k], start, field, words)
+        _magprune(delta, rank_levels[k, at : at + delta.size], edits.lines[k], edits.keys[k], start, field, words)
     elif edits.marked[k]:
         drop_unmarked(delta, edits.marks[k, start // LANES :], edits.factors[k], words)
     else:
         drop(delta, edits.keeps[k], edits.keys[k], start, edits.factors[k], field, words)
     _trim(delta, edits.thresholds[k], edits.lasts[k], start)
-    _leave_out(delta, edits.outliers[k], edits.outlier_lasts[k], start)
+    _drop_outliers(delta, edits.outliers[k], edits.outlier_lasts[k], start)
 
 
 @part
-def elect(deltas: Array, weights: Array, count: bool, mass: Array, sign: Array) -> None:
-    """`evomerge.methods.ties.elected_sign` of one tile."""
+def elect_sign(deltas: Array, weights: Array, count: bool, mass: Array, sign: Array) -> None:
+    """`evomerge.methods.ties.elect_sign` of one tile."""
     n = sign.size
     one, zero = np.float32(1.0), np.float32(0.0)
     for j in range(n):
@@ -152,16 +156,18 @@ def elect(deltas: Array, weights: Array, count: bool, mass: Array, sign: Array) 
         first, positive = deltas[0, :n], weights[0] > zero
         for j in range(n):
             majority = np.float32(mass[j])
-            mine = first[j] if positive else -first[j]
-            sign[j] = np.copysign(one, (mine if majority == zero else majority) + zero)
+            tie_break = first[j] if positive else -first[j]
+            sign[j] = np.copysign(one, (tie_break if majority == zero else majority) + zero)
     else:
         for j in range(n):
             sign[j] = np.copysign(one, np.float32(mass[j]))
 
 
 @part
-def agree(deltas: Array, weights: Array, shares: Array, mode: int, sign: Array, total: Array, result: Array) -> None:
-    """`evomerge.methods.ties.agreeing` of one tile. mode 0: sums; 1: mean of all; 2: mean of those that agree."""
+def disjoint_merge(
+    deltas: Array, weights: Array, shares: Array, mode: int, sign: Array, total: Array, result: Array
+) -> None:
+    """`evomerge.methods.ties.disjoint_merge` of one tile. mode 0: sums; 1: mean of all; 2: mean of those that agree."""
     n = sign.size
     zero = np.float32(0.0)
     for j in range(n):
@@ -190,15 +196,15 @@ def agree(deltas: Array, weights: Array, shares: Array, mode: int, sign: Array, 
 
 
 @part
-def land(base: Array, sources: Array, at: int, update: Array, result: Array) -> None:
-    """`evomerge.methods.arithmetic.land` of one tile."""
+def apply_update(base: Array, sources: Array, at: int, update: Array, result: Array) -> None:
+    """`evomerge.methods.arithmetic.apply_update` of one tile."""
     for j in range(base.size):
         result[j] = base[j] + update[j]
     for i in range(sources.shape[0]):
         k = sources.shape[0] - 1 - i
-        theirs = sources[k, at : at + base.size]
+        source_tile = sources[k, at : at + base.size]
         for j in range(base.size):
-            result[j] = theirs[j] if theirs[j] - base[j] == update[j] else result[j]
+            result[j] = source_tile[j] if source_tile[j] - base[j] == update[j] else result[j]
 
 
 @kernel
@@ -207,7 +213,7 @@ def ties(
     sources: Array,
     start: int,
     edits: Edits,
-    levels: Array,
+    rank_levels: Array,
     weights: Array,
     shares: Array,
     scale: np.float32,
@@ -227,7 +233,7 @@ def ties(
         shares: Each weight's part of those up to it, float32, for mode 1.
         scale: λ, float32.
         count: Elect by the majority of signs.
-        mode: As for `agree`.
+        mode: As for `disjoint_merge`.
         out: The result, float32 [n].
     """
     deltas = np.empty((sources.shape[0], TILE), np.float32)
@@ -237,64 +243,39 @@ def ties(
     total, update = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        ours = base[at : at + n]
+        base_tile = base[at : at + n]
         for k in range(sources.shape[0]):
-            _edit(sources[k, at : at + n], ours, levels, at, start + at, edits, k, field, words, deltas[k, :n])
-        elect(deltas, weights, count, mass, sign[:n])
-        agree(deltas, weights, shares, mode, sign[:n], total, update)
+            _edit(
+                sources[k, at : at + n], base_tile, rank_levels, at, start + at, edits, k, field, words, deltas[k, :n]
+            )
+        elect_sign(deltas, weights, count, mass, sign[:n])
+        disjoint_merge(deltas, weights, shares, mode, sign[:n], total, update)
         result = out[at : at + n]
         for j in range(n):
             update[j] *= sign[j]
         if scale == np.float32(1.0):
-            land(ours, sources, at, update, result)
+            apply_update(base_tile, sources, at, update, result)
         else:
             for j in range(n):
-                result[j] = update[j] * scale + ours[j]
+                result[j] = update[j] * scale + base_tile[j]
 
 
 @kernel
-def add(base: Array, sources: Array, start: int, edits: Edits, levels: Array, scales: Array, out: Array) -> None:
+def add(base: Array, sources: Array, start: int, edits: Edits, rank_levels: Array, scales: Array, out: Array) -> None:
     """θ0 + Σ ci δ̃i over edited deltas; arguments as for `ties`, `scales` being the ci, float32."""
     delta = np.empty(TILE, np.float32)
     words = np.empty(TILE // 4, np.uint64)
     field = words.view(np.uint16)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        ours, result = base[at : at + n], out[at : at + n]
+        base_tile, result = base[at : at + n], out[at : at + n]
         for j in range(n):
-            result[j] = ours[j]
+            result[j] = base_tile[j]
         for k in range(sources.shape[0]):
-            _edit(sources[k, at : at + n], ours, levels, at, start + at, edits, k, field, words, delta[:n])
+            _edit(sources[k, at : at + n], base_tile, rank_levels, at, start + at, edits, k, field, words, delta[:n])
             scale = scales[k]
             for j in range(n):
                 result[j] += delta[j] * scale
-
-
-@kernel
-def affine(pivot: Array, others: Array, coefficients: Array, out: Array) -> None:
-    """`evomerge.methods.arithmetic.affine`: xa + Σ ci (xi − xa), with the pivot xa left out of `others`."""
-    for at in range(0, pivot.size, TILE):
-        n = min(TILE, pivot.size - at)
-        ours, result = pivot[at : at + n], out[at : at + n]
-        for j in range(n):
-            result[j] = ours[j]
-        for k in range(others.shape[0]):
-            theirs, coefficient = others[k, at : at + n], coefficients[k]
-            for j in range(n):
-                result[j] += (theirs[j] - ours[j]) * coefficient
-
-
-@kernel
-def weighted_sum(tensors: Array, coefficients: Array, out: Array) -> None:
-    """`evomerge.methods.arithmetic.weighted_sum`: Σ ci xi, added in order."""
-    for at in range(0, out.size, TILE):
-        result = out[at : min(out.size, at + TILE)]
-        for j in range(result.size):
-            result[j] = np.float32(-0.0)  # so that a first term of -0 stays -0
-        for k in range(tensors.shape[0]):
-            theirs, coefficient = tensors[k, at : at + result.size], coefficients[k]
-            for j in range(result.size):
-                result[j] += theirs[j] * coefficient
 
 
 @part
@@ -307,9 +288,9 @@ def _certainty(
     tau: np.float32,
     mean: Array,
     centre: Array,
-    spread: Array,
+    variance: Array,
 ) -> None:
-    """`evomerge.methods.dfs`, mode `position`, of one tile: the mean delta, and in `spread` its certainty."""
+    """`evomerge.methods.dfs`, mode `position`, of one tile: the mean delta, and in `variance` its certainty."""
     zero, one, far = np.float32(0.0), np.float32(1.0), np.float32(1e18)
     count = sources.shape[0]
     equal = np.float32(1.0 / count)
@@ -318,25 +299,25 @@ def _certainty(
     for j in range(n):
         mean[j] = pivot[j] - base[j]
         centre[j] = first[j] - base[j]
-        spread[j] = zero
+        variance[j] = zero
     for k in range(count):
-        theirs, share = sources[k, at : at + n], shares[k]
+        source_tile, share = sources[k, at : at + n], shares[k]
         if k != anchor:
             for j in range(n):
-                mean[j] += ((theirs[j] - base[j]) - (pivot[j] - base[j])) * share
+                mean[j] += ((source_tile[j] - base[j]) - (pivot[j] - base[j])) * share
         if k != 0:
             for j in range(n):
-                centre[j] += ((theirs[j] - base[j]) - (first[j] - base[j])) * equal
+                centre[j] += ((source_tile[j] - base[j]) - (first[j] - base[j])) * equal
     for k in range(count):
-        theirs = sources[k, at : at + n]
+        source_tile = sources[k, at : at + n]
         for j in range(n):
-            ratio = ((theirs[j] - base[j]) - centre[j]) / mean[j]
+            ratio = ((source_tile[j] - base[j]) - centre[j]) / mean[j]
             ratio = far if ratio > far else ratio
             ratio = -far if ratio < -far else ratio
-            spread[j] += ratio * ratio * equal
+            variance[j] += ratio * ratio * equal
     for j in range(n):
-        certain = one / (spread[j] * tau + one)
-        spread[j] = zero if mean[j] == zero else certain
+        certain = one / (variance[j] * tau + one)
+        variance[j] = zero if mean[j] == zero else certain
 
 
 @kernel
@@ -374,85 +355,21 @@ def positions(
         scale: λ.
         out: float32 [n].
     """
-    mean, centre, spread = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    mean, centre, certain = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        ours, result = base[at : at + n], out[at : at + n]
-        _certainty(ours, sources, at, shares, anchor, tau, mean, centre, spread)
+        base_tile, result = base[at : at + n], out[at : at + n]
+        _certainty(base_tile, sources, at, shares, anchor, tau, mean, centre, certain)
         for j in range(n):
-            mean[j] *= spread[j]
+            mean[j] *= certain[j]
         if threshold >= np.float32(0.0):
             equals = min(max(last - start - at + 1, 0), n)
             for j in range(equals):
-                mean[j] *= np.float32(spread[j] >= threshold)
+                mean[j] *= np.float32(certain[j] >= threshold)
             for j in range(equals, n):
-                mean[j] *= np.float32(spread[j] > threshold)
+                mean[j] *= np.float32(certain[j] > threshold)
         if scale == np.float32(1.0):
-            land(ours, sources, at, mean, result)
+            apply_update(base_tile, sources, at, mean, result)
         else:
             for j in range(n):
-                result[j] = mean[j] * scale + ours[j]
-
-
-@kernel
-def by_row(
-    pivot: Array, others: Array, start: int, length: int, of_pivot: Array, coefficients: Array, out: Array
-) -> None:
-    """ca xa + Σ ci (xi − xa) with coefficients of its own for each vector along the last dimension.
-
-    Args:
-        pivot: xa, float32 [n].
-        others: The xi, float32 [others, n].
-        start: Flat index of the first element.
-        length: Of a vector.
-        of_pivot: ca, float32 [vectors].
-        coefficients: ci, float32 [others, vectors].
-        out: float32 [n].
-    """
-    at = 0
-    while at < pivot.size:
-        vector = (start + at) // length
-        n = min(TILE, pivot.size - at, (vector + 1) * length - start - at)
-        ours, result, own = pivot[at : at + n], out[at : at + n], of_pivot[vector]
-        for j in range(n):
-            result[j] = ours[j] * own
-        for k in range(others.shape[0]):
-            theirs, coefficient = others[k, at : at + n], coefficients[k, vector]
-            for j in range(n):
-                result[j] += (theirs[j] - ours[j]) * coefficient
-        at += n
-
-
-@kernel
-def by_column(pivot: Array, others: Array, start: int, of_pivot: Array, coefficients: Array, out: Array) -> None:
-    """As `by_row`, with coefficients for each vector along the first dimension: [vectors] and [others, vectors]."""
-    at, columns = 0, of_pivot.size
-    while at < pivot.size:
-        first = (start + at) % columns
-        n = min(TILE, pivot.size - at, columns - first)
-        ours, result, own = pivot[at : at + n], out[at : at + n], of_pivot[first : first + n]
-        for j in range(n):
-            result[j] = ours[j] * own[j]
-        for k in range(others.shape[0]):
-            theirs, coefficient = others[k, at : at + n], coefficients[k, first : first + n]
-            for j in range(n):
-                result[j] += (theirs[j] - ours[j]) * coefficient[j]
-        at += n
-
-
-@kernel
-def nearswap(base: Array, pivot: Array, others: Array, coefficients: Array, reach: np.float32, out: Array) -> None:
-    """`evomerge.methods.nearswap`: towards xa + Σ ci (xi − xa), by at most `reach`.
-
-    Args:
-        base, pivot: θ0 and xa, float32 [n].
-        others: The xi, float32 [others, n].
-        coefficients: ci, float32.
-        reach: float32, not negative.
-        out: float32 [n].
-    """
-    affine(pivot, others, coefficients, out)
-    for j in range(base.size):
-        delta = out[j] - base[j]
-        near = base[j] + min(max(delta, -reach), reach)
-        out[j] = out[j] if abs(delta) <= reach else near
+                result[j] = mean[j] * scale + base_tile[j]

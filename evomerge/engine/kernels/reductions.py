@@ -1,4 +1,4 @@
-"""Kernels that look at stored elements: magnitudes counted, products and moments added up."""
+"""Reduction kernels over stored elements: magnitudes counted, products and moments added up."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def _widen(stored: Array, bits: Array) -> None:
 
 
 @part
-def delta_bits(base: Array, source: Array, bits: Array, ours: Array) -> None:
-    """The delta of one tile, as float32 bits; the base's are left in `ours`."""
-    _widen(base, ours)
+def delta_bits(base: Array, source: Array, bits: Array, base_bits: Array) -> None:
+    """The delta of one tile, as float32 bits; the base's are left in `base_bits`."""
+    _widen(base, base_bits)
     _widen(source, bits)
-    theirs, mine = bits.view(np.float32), ours.view(np.float32)
+    delta, base_values = bits.view(np.float32), base_bits.view(np.float32)
     for j in range(base.size):
-        theirs[j] -= mine[j]
+        delta[j] -= base_values[j]
 
 
 @kernel
@@ -37,11 +37,11 @@ def count_magnitudes(base: Array, source: Array, shift: int, counts: Array, low:
         counts: int64 [2^(31 - shift)], added to.
         low: uint16 [2^(31 - shift)]: or-ed with the lower bits of what falls into the bin.
     """
-    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    bits, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     by, magnitude, below = np.uint32(shift), np.uint32(0x7FFFFFFF), np.uint32((1 << shift) - 1)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, base_bits)
         for j in range(n):
             upper = (bits[j] & magnitude) >> by
             counts[upper] += 1
@@ -51,16 +51,16 @@ def count_magnitudes(base: Array, source: Array, shift: int, counts: Array, low:
 @kernel
 def count_low_bits(base: Array, source: Array, shift: int, upper: int, counts: Array) -> None:
     """Counts the magnitudes of the delta within one bin by their lower bits, into `counts`: int64 [2^shift]."""
-    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    bits, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     inside = np.zeros(TILE, np.uint8)
     eight = inside.view(np.uint64)
     by, magnitude, below = np.uint32(shift), np.uint32(0x7FFFFFFF), np.uint32((1 << shift) - 1)
-    wanted = np.uint32(upper)
+    upper_bits = np.uint32(upper)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, base_bits)
         for j in range(n):
-            inside[j] = np.uint8((bits[j] & magnitude) >> by == wanted)
+            inside[j] = np.uint8((bits[j] & magnitude) >> by == upper_bits)
         for word in range((n + 7) // 8):
             if eight[word]:
                 for j in range(8 * word, min(n, 8 * word + 8)):
@@ -69,28 +69,28 @@ def count_low_bits(base: Array, source: Array, shift: int, upper: int, counts: A
 
 
 @kernel
-def find_equal(base: Array, source: Array, magnitude: int, wanted: int) -> tuple[int, int]:
-    """Index of the `wanted`-th element (from 1) whose delta has exactly these magnitude bits.
+def find_equal(base: Array, source: Array, magnitude: int, rank: int) -> tuple[int, int]:
+    """Index of the `rank`-th element (from 1) whose delta has exactly these magnitude bits.
 
     Returns:
         (index, wanted), or (-1, how many of the wanted are still to be found) when there are too few.
     """
-    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    bits, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     exactly = np.uint32(magnitude)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, base_bits)
         equal = np.uint32(0)
         for j in range(n):
             equal += np.uint32((bits[j] & np.uint32(0x7FFFFFFF)) == exactly)
-        if equal < wanted:
-            wanted -= int(equal)
+        if equal < rank:
+            rank -= int(equal)
             continue
         for j in range(n):
-            wanted -= (bits[j] & np.uint32(0x7FFFFFFF)) == exactly
-            if wanted == 0:
+            rank -= (bits[j] & np.uint32(0x7FFFFFFF)) == exactly
+            if rank == 0:
                 return at + j, 0
-    return -1, wanted
+    return -1, rank
 
 
 @kernel
@@ -102,14 +102,14 @@ def add_gram(base: Array, left: Array, right: Array, based: bool, sums: Array) -
         based: Whether the base is subtracted; where not, it is not read.
         sums: float64 [3, `PARTIAL`], added to: left · left, left · right, right · right in partial sums.
     """
-    bits, other, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    bits, other, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     a, b = bits.view(np.float32), other.view(np.float32)
-    own, cross, their = np.zeros(PARTIAL), np.zeros(PARTIAL), np.zeros(PARTIAL)
+    own, cross, others = np.zeros(PARTIAL), np.zeros(PARTIAL), np.zeros(PARTIAL)
     for at in range(0, left.size, TILE):
         n = min(TILE, left.size - at)
         if based:
-            delta_bits(base[at : at + n], left[at : at + n], bits, ours)
-            delta_bits(base[at : at + n], right[at : at + n], other, ours)
+            delta_bits(base[at : at + n], left[at : at + n], bits, base_bits)
+            delta_bits(base[at : at + n], right[at : at + n], other, base_bits)
         else:
             _widen(left[at : at + n], bits)
             _widen(right[at : at + n], other)
@@ -121,11 +121,11 @@ def add_gram(base: Array, left: Array, right: Array, based: bool, sums: Array) -
                 x, y = np.float64(a[j]), np.float64(b[j])
                 own[lane] += x * x
                 cross[lane] += x * y
-                their[lane] += y * y
+                others[lane] += y * y
     for lane in range(PARTIAL):
         sums[0, lane] += own[lane]
         sums[1, lane] += cross[lane]
-        sums[2, lane] += their[lane]
+        sums[2, lane] += others[lane]
 
 
 @kernel
@@ -140,14 +140,14 @@ def add_moments(base: Array, source: Array, start: int, columns: int, means: Arr
         columns: Length of a row.
         means, squares: float64 [rows].
     """
-    bits, ours = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    bits, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     delta = bits.view(np.float32)
     sums = np.empty(PARTIAL, np.float64)
     at = 0
     while at < base.size:
         row, before = (start + at) // columns, (start + at) % columns
         n = min(TILE, base.size - at, columns - before)
-        delta_bits(base[at : at + n], source[at : at + n], bits, ours)
+        delta_bits(base[at : at + n], source[at : at + n], bits, base_bits)
         for lane in range(PARTIAL):
             sums[lane] = 0.0
         for group in range(n // PARTIAL):
@@ -160,11 +160,11 @@ def add_moments(base: Array, source: Array, start: int, columns: int, means: Arr
             sums[lane] = 0.0
         for group in range(n // PARTIAL):
             for lane in range(PARTIAL):
-                apart = np.float64(delta[PARTIAL * group + lane]) - mean
-                sums[lane] += apart * apart
+                deviation = np.float64(delta[PARTIAL * group + lane]) - mean
+                sums[lane] += deviation * deviation
         for j in range(n // PARTIAL * PARTIAL, n):
-            apart = np.float64(delta[j]) - mean
-            sums[0] += apart * apart
+            deviation = np.float64(delta[j]) - mean
+            sums[0] += deviation * deviation
         step = mean - means[row]
         squares[row] += sums.sum() + step * step * before * n / (before + n)
         means[row] += step * n / (before + n)

@@ -6,27 +6,27 @@ import numpy as np
 
 from evomerge.engine.kernels.dropout import TO_BITS, unpack
 from evomerge.engine.kernels.jit import TILE, Array, kernel, part
-from evomerge.engine.kernels.merge import agree, elect, land
+from evomerge.engine.kernels.merge import apply_update, disjoint_merge, elect_sign
 from evomerge.methods.random_field import LANES
 
 
 @part
-def _spread(base: Array, sources: Array, at: int, mean: Array, total: Array, out: Array) -> None:
-    """`evomerge.methods.sce.spread` of one tile: float32 [n]."""
+def _element_variance(base: Array, sources: Array, at: int, mean: Array, total: Array, out: Array) -> None:
+    """`evomerge.methods.sce.element_variance` of one tile: float32 [n]."""
     n, count = base.size, np.float64(sources.shape[0])
     for j in range(n):
         mean[j] = total[j] = 0.0
     for k in range(sources.shape[0]):
-        theirs = sources[k, at : at + n]
+        source_tile = sources[k, at : at + n]
         for j in range(n):
-            mean[j] += np.float64(theirs[j] - base[j])
+            mean[j] += np.float64(source_tile[j] - base[j])
     for j in range(n):
         mean[j] /= count
     for k in range(sources.shape[0]):
-        theirs = sources[k, at : at + n]
+        source_tile = sources[k, at : at + n]
         for j in range(n):
-            apart = np.float64(theirs[j] - base[j]) - mean[j]
-            total[j] += apart * apart
+            deviation = np.float64(source_tile[j] - base[j]) - mean[j]
+            total[j] += deviation * deviation
     for j in range(n):
         out[j] = np.float32(total[j] / count)
 
@@ -40,7 +40,7 @@ def _add_squares(base: Array, sources: Array, at: int, j: int, squares: Array) -
 
 
 @kernel
-def count_spread(base: Array, sources: Array, shift: int, counts: Array, squares: Array) -> int:
+def count_variances(base: Array, sources: Array, shift: int, counts: Array, squares: Array) -> int:
     """Counts the elements by the upper bits of their variance, and adds up the squares of their deltas.
 
     Args:
@@ -56,59 +56,59 @@ def count_spread(base: Array, sources: Array, shift: int, counts: Array, squares
     mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
     bits, by, positive = variance.view(np.uint32), np.uint32(shift), 0
     for at in range(0, base.size, TILE):
-        ours = base[at : min(base.size, at + TILE)]
-        _spread(ours, sources, at, mean, total, variance)
-        for j in range(ours.size):
+        base_tile = base[at : min(base.size, at + TILE)]
+        _element_variance(base_tile, sources, at, mean, total, variance)
+        for j in range(base_tile.size):
             upper = bits[j] >> by
             counts[upper] += 1
             positive += bits[j] > 0
-            _add_squares(ours, sources, at, j, squares[upper])
+            _add_squares(base_tile, sources, at, j, squares[upper])
     return positive
 
 
 @kernel
-def count_spread_within(
-    base: Array, sources: Array, shift: int, upper: int, counts: Array, squares: Array, found: Array
+def count_variances_within(
+    base: Array, sources: Array, shift: int, upper: int, counts: Array, squares: Array, variance_bits: Array
 ) -> None:
-    """As `count_spread` by the lower bits, of the variances with these upper bits: arrays of 2^shift.
+    """As `count_variances` by the lower bits, of the variances with these upper bits: arrays of 2^shift.
 
-    `found`, uint32 [n], is filled with the bits of all variances.
+    `variance_bits`, uint32 [n], is filled with the bits of all variances.
     """
     mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
     bits, by, below = variance.view(np.uint32), np.uint32(shift), np.uint32((1 << shift) - 1)
-    wanted = np.uint32(upper)
+    upper_bits = np.uint32(upper)
     inside = np.zeros(TILE, np.uint8)
     eight = inside.view(np.uint64)
     for at in range(0, base.size, TILE):
-        ours = base[at : min(base.size, at + TILE)]
-        n = ours.size
-        _spread(ours, sources, at, mean, total, variance)
+        base_tile = base[at : min(base.size, at + TILE)]
+        n = base_tile.size
+        _element_variance(base_tile, sources, at, mean, total, variance)
         for j in range(n):
-            found[at + j] = bits[j]
-            inside[j] = np.uint8(bits[j] >> by == wanted)
+            variance_bits[at + j] = bits[j]
+            inside[j] = np.uint8(bits[j] >> by == upper_bits)
         for word in range((n + 7) // 8):
             if eight[word]:
                 for j in range(8 * word, min(n, 8 * word + 8)):
                     if inside[j]:
                         lower = bits[j] & below
                         counts[lower] += 1
-                        _add_squares(ours, sources, at, j, squares[lower])
+                        _add_squares(base_tile, sources, at, j, squares[lower])
 
 
 @kernel
-def look_up_levels(base: Array, sources: Array, shift: int, table: Array, levels: Array) -> None:
-    """The level of each element's variance, uint8 [n], by its upper bits; arguments as for `count_spread`."""
+def look_up_variance_levels(base: Array, sources: Array, shift: int, table: Array, levels: Array) -> None:
+    """The level of each element's variance, uint8 [n], by its upper bits; arguments as for `count_variances`."""
     mean, total, variance = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float32)
     bits, by = variance.view(np.uint32), np.uint32(shift)
     for at in range(0, base.size, TILE):
-        ours = base[at : min(base.size, at + TILE)]
-        _spread(ours, sources, at, mean, total, variance)
-        for j in range(ours.size):
+        base_tile = base[at : min(base.size, at + TILE)]
+        _element_variance(base_tile, sources, at, mean, total, variance)
+        for j in range(base_tile.size):
             levels[at + j] = table[bits[j] >> by]
 
 
 @kernel
-def split_levels(levels: Array, level: int, marks: Array, places: Array) -> int:
+def split_levels(levels: Array, level: int, marks: Array, indices: Array) -> int:
     """Marks what is above a level, and finds what is at it.
 
     Args:
@@ -122,7 +122,7 @@ def split_levels(levels: Array, level: int, marks: Array, places: Array) -> int:
     """
     above, equal = np.zeros(TILE // 8, np.uint64), np.zeros(TILE // 8, np.uint64)
     over, at_it, bits = above.view(np.uint8), equal.view(np.uint8), marks.view(np.uint8)
-    exactly, found = np.uint8(level), 0
+    exactly, equal_count = np.uint8(level), 0
     for at in range(0, levels.size, TILE):
         here = levels[at : at + TILE]
         for j in range(here.size):
@@ -135,17 +135,17 @@ def split_levels(levels: Array, level: int, marks: Array, places: Array) -> int:
             if equal[group]:
                 for j in range(8 * group, 8 * group + 8):
                     if at_it[j]:
-                        places[found] = at + j
-                        found += 1
-    return found
+                        indices[equal_count] = at + j
+                        equal_count += 1
+    return equal_count
 
 
 @kernel
-def mark(places: Array, marks: Array) -> None:
+def mark(indices: Array, marks: Array) -> None:
     """Marks the elements at these places."""
     bits = marks.view(np.uint8)
-    for place in places:
-        bits[place >> 3] |= np.uint8(1 << (place & 7))
+    for index in indices:
+        bits[index >> 3] |= np.uint8(1 << (index & 7))
 
 
 @kernel
@@ -179,42 +179,42 @@ def sce(
         out: float32 [n].
     """
     count = sources.shape[0]
-    deltas, ranked = np.empty((count, TILE), np.float32), np.empty((chosen.size, TILE), np.float32)
-    landing = np.empty((chosen.size, TILE), np.float32)
+    deltas, chosen_deltas = np.empty((count, TILE), np.float32), np.empty((chosen.size, TILE), np.float32)
+    chosen_sources = np.empty((chosen.size, TILE), np.float32)
     mass, words, stays = np.empty(TILE, np.float64), np.empty(TILE // 8, np.uint64), np.empty(TILE, np.float32)
     sign, weight, update = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for at in range(0, base.size, TILE):
         n = min(TILE, base.size - at)
-        ours = base[at : at + n]
+        base_tile = base[at : at + n]
         for k in range(count):
-            theirs, delta = sources[k, at : at + n], deltas[k, :n]
+            source_tile, delta = sources[k, at : at + n], deltas[k, :n]
             for j in range(n):
-                delta[j] = theirs[j] - ours[j]
+                delta[j] = source_tile[j] - base_tile[j]
         if marks.size > 0:
             unpack(marks[(start + at) // LANES :], words, stays[:n])
             for k in range(count):
                 delta = deltas[k, :n]
                 for j in range(n):
                     delta[j] *= stays[j]
-        elect(deltas, votes, False, mass, sign[:n])
+        elect_sign(deltas, votes, False, mass, sign[:n])
         if chosen.size == count:
-            agree(deltas, weights, weights, 2, sign[:n], weight, update)
+            disjoint_merge(deltas, weights, weights, 2, sign[:n], weight, update)
         else:
             for k in range(chosen.size):
-                ranked[k, :n] = deltas[chosen[k], :n]
-                landing[k, :n] = sources[chosen[k], at : at + n]
-            agree(ranked, weights, weights, 2, sign[:n], weight, update)
+                chosen_deltas[k, :n] = deltas[chosen[k], :n]
+                chosen_sources[k, :n] = sources[chosen[k], at : at + n]
+            disjoint_merge(chosen_deltas, weights, weights, 2, sign[:n], weight, update)
         for j in range(n):
             update[j] *= sign[j]
         if chosen.size == count:
-            land(ours, sources, at, update, out[at : at + n])
+            apply_update(base_tile, sources, at, update, out[at : at + n])
         else:
-            land(ours, landing, 0, update, out[at : at + n])
+            apply_update(base_tile, chosen_sources, 0, update, out[at : at + n])
 
 
 @kernel
 def rank_levels(magnitudes: Array, order: Array, top: int, out: Array) -> None:
-    """`evomerge.methods.della.levels`, given the order of each row.
+    """`evomerge.methods.della.rank_levels`, given the order of each row.
 
     Args:
         magnitudes: float32 [rows, columns], 2 columns or more.
@@ -224,13 +224,13 @@ def rank_levels(magnitudes: Array, order: Array, top: int, out: Array) -> None:
     """
     columns = magnitudes.shape[1]
     for row in range(magnitudes.shape[0]):
-        values, places, levels = magnitudes[row], order[row], out[row]
+        values, ascending, levels = magnitudes[row], order[row], out[row]
         first = 0
         while first < columns:
             after = first + 1
-            while after < columns and values[places[after]] == values[places[first]]:
+            while after < columns and values[ascending[after]] == values[ascending[first]]:
                 after += 1
             level = np.uint8((top * (first + after - 1) + columns - 2) // (2 * (columns - 1)))
-            for place in range(first, after):
-                levels[places[place]] = level
+            for position in range(first, after):
+                levels[ascending[position]] = level
             first = after

@@ -1,7 +1,7 @@
-"""The largest of the elements that a random drop leaves, exactly, in one look at the tensor.
+"""The largest of the elements that a random drop leaves, exactly, in one pass over the tensor.
 
 The magnitudes before the drop are counted once per run; of a random sample of them the k-th largest is close to where
-it was among all. So one look counts what is above a narrow bracket, gathers what is within, and marks what survives,
+it was among all. So one pass counts what is above a narrow bracket, gathers what is within, and marks what is kept,
 for the merge to use. Deltas of bfloat16 models take few values, of which one may make up most of the bracket: that
 one, the middle, is counted and not gathered.
 """
@@ -16,12 +16,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.engine.kernels import dropout as dropping
+from evomerge.engine.kernels import dropout
 from evomerge.engine.kernels.jit import TILE
-from evomerge.engine.statistics.exact_topk import INFINITY, Floats, Histogram, Parts, bin_of, top
-from evomerge.methods.contract import Cut
+from evomerge.engine.statistics.exact_topk import INFINITY, Floats, Histogram, Parts, bin_of, density_cutoff
+from evomerge.methods.contract import Cutoff
 from evomerge.methods.random_field import LANES
-from evomerge.methods.topk import kept_count
+from evomerge.methods.topk import keep_count
 
 _DEVIATIONS = 6.0  # of a sample's threshold
 _FEW = 1 << 16  # elements of a bracket that may be gathered, whatever the size of the tensor
@@ -31,7 +31,7 @@ Marks = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
-class Drop:
+class Dropout:
     """What is dropped at random of a delta.
 
     Attributes:
@@ -47,8 +47,10 @@ class Drop:
     factor: np.float32
 
 
-def cut_survivors(parts: Parts, population: Histogram, size: int, density: float, drop: Drop, marks: Marks) -> Cut:
-    """The cut of the top floor(density · n) of the n numbers that survive.
+def dropped_topk_cutoff(
+    parts: Parts, population: Histogram, size: int, density: float, drop: Dropout, marks: Marks
+) -> Cutoff:
+    """The cutoff of the top floor(density · n) of the n numbers that are kept.
 
     Args:
         parts: The delta before the drop.
@@ -56,12 +58,12 @@ def cut_survivors(parts: Parts, population: Histogram, size: int, density: float
         size: Its elements, those included that are no number.
         density: Above 0 and below 1.
         drop: What is dropped.
-        marks: Filled with what survives.
+        marks: Filled with what is kept.
     """
     bounds = bracket(population, density, drop.chance, drop.factor)
-    look = _look(parts, drop, bounds, marks, max(_FEW, size // 4))
-    found = None if look is None else look.cut(parts, drop, density, marks)
-    return top(partial(_scores, parts, drop, marks), size, density) if found is None else found
+    scan = _scan(parts, drop, bounds, marks, max(_FEW, size // 4))
+    cutoff = None if scan is None else scan.cut(parts, drop, density, marks)
+    return density_cutoff(partial(_scores, parts, drop, marks), size, density) if cutoff is None else cutoff
 
 
 def bracket(population: Histogram, density: float, chance: float, factor: np.float32) -> NDArray[np.uint32]:
@@ -83,7 +85,7 @@ def bracket(population: Histogram, density: float, chance: float, factor: np.flo
     if ranks[0] < population.total:
         low = bin_of(population, ranks[0])[0] << population.shift
     if population.total > 0:
-        middle = bin_of(population, kept_count(population.total, density))[0] << population.shift
+        middle = bin_of(population, keep_count(population.total, density))[0] << population.shift
     if ranks[1] > 0:
         high = ((bin_of(population, ranks[1])[0] + 1) << population.shift) - 1
     bounds = np.array([low, middle, min(high, INFINITY)], dtype=np.uint32)
@@ -91,8 +93,8 @@ def bracket(population: Histogram, density: float, chance: float, factor: np.flo
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What one look at the survivors found.
+class _Scan:
+    """What one pass over the kept elements counts.
 
     Attributes:
         middle: A magnitude's bits.
@@ -106,70 +108,70 @@ class _Look:
     alive: int
     above: int
     equals: list[NDArray[np.int64]]
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
     sizes: NDArray[np.uint32]
 
-    def cut(self, parts: Parts, drop: Drop, density: float, marks: Marks) -> Cut | None:
+    def cut(self, parts: Parts, drop: Dropout, density: float, marks: Marks) -> Cutoff | None:
         """The cut; None where its threshold is not within the bracket."""
-        keep = kept_count(self.alive, density)
+        keep = keep_count(self.alive, density)
         if keep >= self.alive:
             return (-1.0, -1) if keep else (math.inf, -1)
         larger = int((self.sizes > self.middle).sum())
         same = sum(int(each.sum()) for each in self.equals)
-        wanted = keep - self.above
-        if larger < wanted <= larger + same:
-            last = self._find(parts, drop, marks, wanted - larger)
+        rank = keep - self.above
+        if larger < rank <= larger + same:
+            last = self._find(parts, drop, marks, rank - larger)
             return float(self.middle.view(np.float32)), last
-        wanted -= same if wanted > larger else 0
-        if not 0 < wanted <= self.sizes.size:
+        rank -= same if rank > larger else 0
+        if not 0 < rank <= self.sizes.size:
             return None
-        threshold = np.partition(self.sizes, self.sizes.size - wanted)[self.sizes.size - wanted]
-        equal = self.places[self.sizes == threshold]
-        last = int(equal[wanted - int((self.sizes > threshold).sum()) - 1])
+        threshold = np.partition(self.sizes, self.sizes.size - rank)[self.sizes.size - rank]
+        equal = self.indices[self.sizes == threshold]
+        last = int(equal[rank - int((self.sizes > threshold).sum()) - 1])
         return float(threshold.view(np.float32)), last
 
-    def _find(self, parts: Parts, drop: Drop, marks: Marks, wanted: int) -> int:
-        """Flat index of the `wanted`-th survivor of the middle magnitude."""
-        for (start, ours, theirs), equals in zip(parts(), self.equals, strict=True):
+    def _find(self, parts: Parts, drop: Dropout, marks: Marks, rank: int) -> int:
+        """Flat index of the `rank`-th kept element of the middle magnitude."""
+        for (start, base_bits, source_bits), equals in zip(parts(), self.equals, strict=True):
             upto = equals.cumsum()
-            if wanted > upto[-1]:
-                wanted -= int(upto[-1])
+            if rank > upto[-1]:
+                rank -= int(upto[-1])
                 continue
-            tile = int(np.searchsorted(upto, wanted))
-            wanted -= int(upto[tile] - equals[tile])
+            tile = int(np.searchsorted(upto, rank))
+            rank -= int(upto[tile] - equals[tile])
             first = tile * TILE
-            ours, theirs = ours[first : first + TILE], theirs[first : first + TILE]
+            base_bits, source_bits = base_bits[first : first + TILE], source_bits[first : first + TILE]
             marked = marks[(start + first) // LANES :]
-            index = dropping.find_survivor(ours, theirs, drop.factor, marked, int(self.middle), wanted)
+            index = dropout.find_kept(base_bits, source_bits, drop.factor, marked, int(self.middle), rank)
             return start + first + int(index)
-        raise IndexError(f"{wanted} elements of magnitude {self.middle:#x} are missing: the tensor changed")
+        raise IndexError(f"{rank} elements of magnitude {self.middle:#x} are missing: the tensor changed")
 
 
-def _look(parts: Parts, drop: Drop, bounds: NDArray[np.uint32], marks: Marks, limit: int) -> _Look | None:
-    """What one look finds; None where more than `limit` are within the bracket. The marks are filled all the same."""
-    places, sizes = np.empty(0, np.int64), np.empty(0, np.uint32)
+def _scan(parts: Parts, drop: Dropout, bounds: NDArray[np.uint32], marks: Marks, limit: int) -> _Scan | None:
+    """What one pass counts; None where more than `limit` are within the bracket. The marks are filled all the same."""
+    indices, sizes = np.empty(0, np.int64), np.empty(0, np.uint32)
     gathered: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
     every: list[NDArray[np.int64]] = []
-    alive = above = held = 0
-    for start, ours, theirs in parts():
-        if ours.size > places.size:
-            places, sizes = np.empty(ours.size, np.int64), np.empty(ours.size, np.uint32)
-        equals = np.empty(-(-ours.size // TILE), np.int64)
-        arguments = (drop.keep, drop.key, drop.factor, bounds, marks[start // LANES :], equals, places, sizes)
-        numbers, larger, found = dropping.look_at_survivors(ours, theirs, start, *arguments)
-        alive, above, held = alive + numbers, above + larger, held + found
+    alive = above = near_total = 0
+    for start, base_bits, source_bits in parts():
+        if base_bits.size > indices.size:
+            indices, sizes = np.empty(base_bits.size, np.int64), np.empty(base_bits.size, np.uint32)
+        equals = np.empty(-(-base_bits.size // TILE), np.int64)
+        arguments = (drop.keep, drop.key, drop.factor, bounds, marks[start // LANES :], equals, indices, sizes)
+        numbers, larger, near = dropout.mark_kept(base_bits, source_bits, start, *arguments)
+        alive, above, near_total = alive + numbers, above + larger, near_total + near
         every.append(equals)
-        if held <= limit:
-            gathered.append((places[:found] + start, sizes[:found].copy()))
-    if held > limit or not gathered:
+        if near_total <= limit:
+            gathered.append((indices[:near] + start, sizes[:near].copy()))
+    if near_total > limit or not gathered:
         return None
-    every_place, every_size = (np.concatenate(found) for found in zip(*gathered, strict=True))
-    return _Look(bounds[1], alive, above, every, every_place, every_size)
+    near_indices, near_sizes = (np.concatenate(near) for near in zip(*gathered, strict=True))
+    return _Scan(bounds[1], alive, above, every, near_indices, near_sizes)
 
 
-def _scores(parts: Parts, drop: Drop, marks: Marks) -> Iterator[tuple[int, Floats]]:
+def _scores(parts: Parts, drop: Dropout, marks: Marks) -> Iterator[tuple[int, Floats]]:
     """The delta after the drop, NaN where it is dropped."""
-    for start, ours, theirs in parts():
-        out = np.empty(ours.size, dtype=np.float32)
-        dropping.survivors(ours, theirs, drop.factor, marks[start // LANES :], out)
+    for start, base_bits, source_bits in parts():
+        out = np.empty(base_bits.size, dtype=np.float32)
+        dropout.delta_after_drop(base_bits, source_bits, drop.factor, marks[start // LANES :], out)
         yield start, out

@@ -1,7 +1,7 @@
 """The k-th largest magnitude of values that come in parts, exactly, without sorting and without holding many of them.
 
 Magnitudes are counted by their upper bits; the count names the bin that holds the k-th largest. Where a bin holds one
-magnitude only, the count knows it; elsewhere the bin's elements are counted by their lower bits. Then one more look
+magnitude only, the count knows it; elsewhere the bin's elements are counted by their lower bits. Then one more pass
 finds the index up to which elements equal to it are kept.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.methods.topk import kept_count
+from evomerge.methods.topk import keep_count
 
 FINE, COARSE = 13, 16  # lower bits that a histogram leaves out: of 16-bit models, which take few values, and others
 
-_HELD = 1 << 22  # scores that are held rather than computed again: 16 MB
+_IN_MEMORY = 1 << 22  # scores that are held rather than computed again: 16 MB
 _PART = 1 << 16
 INFINITY = 0x7F800000
 
@@ -67,22 +67,22 @@ class Histogram:
         return Histogram(shift, bins, counts, mixed, self.total)
 
 
-def count(parts: Parts, shift: int) -> Histogram:
+def count_magnitudes(parts: Parts, shift: int) -> Histogram:
     """The histogram of the magnitudes; what is no number is left out."""
-    from evomerge.engine.kernels import reductions as looking
+    from evomerge.engine.kernels import reductions
 
     infinity = INFINITY >> shift
     counts, low = np.zeros(1 << (31 - shift), dtype=np.int64), np.zeros(1 << (31 - shift), dtype=np.uint16)
-    for _, ours, theirs in parts():
-        looking.count_magnitudes(ours, theirs, shift, counts, low)
+    for _, base_bits, source_bits in parts():
+        reductions.count_magnitudes(base_bits, source_bits, shift, counts, low)
     bins = counts[: infinity + 1].nonzero()[0]
-    held = counts[bins]
-    small = held.astype(np.min_scalar_type(int(held.max(initial=0))))
-    return Histogram(shift, bins.astype(np.uint32), small, low[bins] != 0, int(held.sum()))
+    filled = counts[bins]
+    small = filled.astype(np.min_scalar_type(int(filled.max(initial=0))))
+    return Histogram(shift, bins.astype(np.uint32), small, low[bins] != 0, int(filled.sum()))
 
 
 @dataclass(frozen=True)
-class Cut:
+class JointCutoff:
     """What keeps the largest of several tensors: a magnitude's bits, and how many equal to it stay in each."""
 
     bits: int
@@ -94,7 +94,7 @@ class Cut:
         return float(np.uint32(self.bits).view(np.float32))
 
 
-def together(histograms: Sequence[Histogram]) -> Histogram:
+def merge_histograms(histograms: Sequence[Histogram]) -> Histogram:
     """The histogram of all their elements, with as many bins as the coarsest has."""
     if len(histograms) == 1:
         return histograms[0]
@@ -107,7 +107,7 @@ def together(histograms: Sequence[Histogram]) -> Histogram:
     return Histogram(shift, bins, counts, mixed, sum(h.total for h in histograms))
 
 
-def cut(parts: Sequence[Parts], histograms: Sequence[Histogram], whole: Histogram, keep: int) -> Cut:
+def joint_cutoff(parts: Sequence[Parts], histograms: Sequence[Histogram], whole: Histogram, keep: int) -> JointCutoff:
     """Where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` <= their total.
 
     At equal magnitude the earlier tensor, and within it the lower index, stays.
@@ -115,36 +115,36 @@ def cut(parts: Sequence[Parts], histograms: Sequence[Histogram], whole: Histogra
     Args:
         parts: The tensors' magnitudes.
         histograms: Of each.
-        whole: Of all `together`.
+        whole: Of all `merge_histograms`.
         keep: How many stay.
     """
     shift = whole.shift
-    upper, wanted = bin_of(whole, keep)
+    upper, left = bin_of(whole, keep)
     inside = [h.coarser(shift).within(upper) for h in histograms]
     lower, equals = 0, [size for size, _ in inside]
     if any(mixed for _, mixed in inside):
-        lower, wanted, equals = _split(parts, inside, shift, upper, wanted)
+        lower, left, equals = _count_within_bin(parts, inside, shift, upper, left)
     stay = []
     for equal in equals:
-        stay.append(min(wanted, equal))
-        wanted -= stay[-1]
-    return Cut(upper << shift | lower, tuple(stay))
+        stay.append(min(left, equal))
+        left -= stay[-1]
+    return JointCutoff(upper << shift | lower, tuple(stay))
 
 
 def last_index(parts: Parts, bits: int, stay: int) -> int:
     """Flat index of the `stay`-th element of exactly this magnitude, -1 for none."""
-    from evomerge.engine.kernels import reductions as looking
+    from evomerge.engine.kernels import reductions
 
     if stay == 0:
         return -1
-    for start, ours, theirs in parts():
-        index, stay = looking.find_equal(ours, theirs, bits, stay)
+    for start, base_bits, source_bits in parts():
+        index, stay = reductions.find_equal(base_bits, source_bits, bits, stay)
         if index >= 0:
             return start + index
     raise IndexError(f"{stay} elements of magnitude {bits:#x} are missing: the tensor changed")
 
 
-def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float) -> tuple[float, int]:
+def density_cutoff(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: float) -> tuple[float, int]:
     """`evomerge.methods.topk.cutoff` for the top floor(density · n) of n scores.
 
     Args:
@@ -154,26 +154,26 @@ def top(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, density: 
         density: 0 gives (inf, -1), 1 gives (-1, -1).
     """
     parts = _scores(scores, size)
-    histogram = count(parts, FINE)
-    keep = kept_count(histogram.total, density)
+    histogram = count_magnitudes(parts, FINE)
+    keep = keep_count(histogram.total, density)
     if keep == 0:
         return math.inf, -1
     if keep >= histogram.total:
         return -1.0, -1
-    found_cut = cut([parts], [histogram], histogram, keep)
-    return found_cut.threshold, last_index(parts, found_cut.bits, found_cut.stay[0])
+    largest = joint_cutoff([parts], [histogram], histogram, keep)
+    return largest.threshold, last_index(parts, largest.bits, largest.stay[0])
 
 
 def values_at(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, ranks: Sequence[int]) -> list[float]:
-    """The scores at these ranks, counted from the largest (1) down; `scores` and `size` as for `top`."""
+    """The scores at these ranks, counted from the largest (1) down; `scores` and `size` as for `density_cutoff`."""
     parts = _scores(scores, size)
-    histogram = count(parts, FINE)
-    return [cut([parts], [histogram], histogram, rank).threshold for rank in ranks]
+    histogram = count_magnitudes(parts, FINE)
+    return [joint_cutoff([parts], [histogram], histogram, rank).threshold for rank in ranks]
 
 
 def _scores(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int) -> Parts:
     """Scores as differences from 0, held where they are few enough."""
-    if size > _HELD:
+    if size > _IN_MEMORY:
         return partial(_from_zero, scores)
     whole = np.empty(size, dtype=np.float32)
     for start, values in scores():
@@ -191,26 +191,26 @@ def _from_zero(scores: Callable[[], Iterator[tuple[int, Floats]]]) -> Iterator[t
             yield start + first, zeros[: part.size], part
 
 
-def _split(
-    parts: Sequence[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, wanted: int
+def _count_within_bin(
+    parts: Sequence[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, rank: int
 ) -> tuple[int, int, list[int]]:
-    """Within a bin: (lower bits of the `wanted`-th largest, its rank among its equals, its equals per tensor)."""
-    from evomerge.engine.kernels import reductions as looking
+    """Within a bin: (lower bits of the `rank`-th largest, its rank among its equals, its equals per tensor)."""
+    from evomerge.engine.kernels import reductions
 
-    total, found = np.zeros(1 << shift, dtype=np.int64), []
+    total, counts_of = np.zeros(1 << shift, dtype=np.int64), []
     for part, (size, mixed) in zip(parts, inside, strict=True):
         if not mixed:  # all of them have no lower bits
             total[0] += size
-            found.append({0: size})
+            counts_of.append({0: size})
             continue
         counts = np.zeros(1 << shift, dtype=np.int64)
-        for _, ours, theirs in part():
-            looking.count_low_bits(ours, theirs, shift, upper, counts)
+        for _, base_bits, source_bits in part():
+            reductions.count_low_bits(base_bits, source_bits, shift, upper, counts)
         total += counts
         used = counts.nonzero()[0]
-        found.append(dict(zip(used.tolist(), counts[used].tolist(), strict=True)))
-    lower, rank = rank_from_top(total, wanted)
-    return lower, rank, [counts.get(lower, 0) for counts in found]
+        counts_of.append(dict(zip(used.tolist(), counts[used].tolist(), strict=True)))
+    lower, rank_of_equals = rank_from_top(total, rank)
+    return lower, rank_of_equals, [counts.get(lower, 0) for counts in counts_of]
 
 
 def bin_of(histogram: Histogram, keep: int) -> tuple[int, int]:
@@ -219,9 +219,9 @@ def bin_of(histogram: Histogram, keep: int) -> tuple[int, int]:
     return int(histogram.bins[at]), rank
 
 
-def rank_from_top(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
-    """Counting from the top: the bin of the `wanted`-th element, and its rank within that bin."""
+def rank_from_top(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
+    """Counting from the top: the bin of the `rank`-th element, and its rank within that bin."""
     from_top = counts[::-1].cumsum()
-    position = int(np.searchsorted(from_top, wanted))
+    position = int(np.searchsorted(from_top, rank))
     above = int(from_top[position - 1]) if position else 0
-    return len(counts) - 1 - position, wanted - above
+    return len(counts) - 1 - position, rank - above

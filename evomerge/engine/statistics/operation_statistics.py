@@ -1,4 +1,4 @@
-"""What a method may ask about one operation's tensors (`Facts`), answered from the facts of the whole run."""
+"""What a method may ask about one operation's tensors (`Statistics`), answered from those of the whole run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from evomerge.engine.statistics.exact_topk import Histogram, Parts
 from evomerge.engine.statistics.sce_selection import Selection
-from evomerge.engine.statistics.tensor_statistics import FactStore
-from evomerge.methods.contract import Cut, Scope
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
+from evomerge.methods.contract import Cutoff, Scope
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
 from evomerge.planning.operation import Family, FamilyMember, Input
 
@@ -30,11 +30,11 @@ def _pick(base: Input | None, sources: tuple[Input, ...], index: int) -> Input:
 
 
 @dataclass(frozen=True)
-class OperationFacts:
-    """`Facts` of one operation, over the run's `FactStore`; `at` gives those of one of its blocks.
+class OperationStatistics:
+    """`Statistics` of one operation, over the run's `StatisticsStore`; `at` gives those of one of its blocks.
 
     Attributes:
-        store: Where whole-tensor facts are kept.
+        store: Where statistics of whole tensors are kept.
         base: The base's tensor.
         sources: The sources' tensors.
         columns: Row length of the tensor: its size over its first dimension, or its size where it is a vector.
@@ -48,7 +48,7 @@ class OperationFacts:
         cuts: What of this operation was asked for already.
     """
 
-    store: FactStore
+    store: StatisticsStore
     base: Input | None
     sources: tuple[Input, ...]
     columns: int
@@ -59,43 +59,43 @@ class OperationFacts:
     start: int = 0
     whole: tuple[int, ...] = ()
     device: torch.device | None = None
-    cuts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    answers: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Elements of the tensor."""
         return self.store.flat(self.sources[0]).numel()
 
-    def at(self, start: int, shape: tuple[int, ...]) -> OperationFacts:
-        """The facts as seen from one block."""
+    def at(self, start: int, shape: tuple[int, ...]) -> OperationStatistics:
+        """The statistics as seen from one block."""
         return replace(self, start=start, shape=shape)
 
-    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cut:
-        def find() -> Cut:
+    def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cutoff:
+        def find() -> Cutoff:
             if scope == "model":
                 return self.store.trim_model(self.family, (self.base, self.sources), source, density)
             return self.store.trim((self.base, self.sources[source]), density)
 
         return self._asked(("trim", source, density, scope), find)
 
-    def band(self, source: int, density: float, gamma: float) -> tuple[Cut, Cut]:
+    def band(self, source: int, density: float, gamma: float) -> tuple[Cutoff, Cutoff]:
         pair = (self.base, self.sources[source])
         return self._asked(("band", source, density, gamma), lambda: self.store.band(pair, density, gamma))
 
-    def selection(self, fraction: float) -> tuple[Cut, list[float]]:
-        found = self._asked(("selection", fraction), lambda: self.selected(fraction))
-        return found.cut, found.energies
+    def selection(self, fraction: float) -> tuple[Cutoff, list[float]]:
+        selection = self._asked(("selection", fraction), lambda: self.marked_selection(fraction))
+        return selection.cut, selection.energies
 
-    def selected(self, fraction: float) -> Selection:
+    def marked_selection(self, fraction: float) -> Selection:
         """What `selection` says, and which elements it keeps."""
         base, *sources = self.inputs([-1, *range(len(self.sources))])
         return self.store.select(base, tuple(sources), fraction)
 
     def _asked(self, key: tuple[Any, ...], find: Callable[[], T]) -> T:
         """The answer to a question of this operation; asked of the store once."""
-        if key not in self.cuts:
-            self.cuts[key] = find()
-        answer: T = self.cuts[key]
+        if key not in self.answers:
+            self.answers[key] = find()
+        answer: T = self.answers[key]
         return answer
 
     def magnitudes(self, source: int) -> Histogram:
@@ -124,11 +124,11 @@ class OperationFacts:
         one, other = (_pick(self.base, self.sources, index) for index in (left, right))
         shape = self.whole if len(self.whole) > 1 else (1, self.size)
         along = along if len(self.whole) > 1 else "rows"
-        found = self.store.products(self.base if of == "deltas" else None, one, other, shape, along)
+        products = self.store.products(self.base if of == "deltas" else None, one, other, shape, along)
         if along == "columns":
-            return found.view(1, -1, 1)
+            return products.view(1, -1, 1)
         vectors = math.prod(shape[1:-1])
-        return self._rows_here(found.view(-1, vectors, 1))
+        return self._rows_here(products.view(-1, vectors, 1))
 
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
         if scope == "tensor":
@@ -136,18 +136,18 @@ class OperationFacts:
         return self._rows_here(self.store.variance(self.base, self.sources[source], self.columns)).unsqueeze(1)
 
     def importance(self, source: int) -> tuple[Tensor, float]:
-        base, theirs = self.inputs([-1, source])
-        factors, threshold = self.store.importance(base, theirs, max(1, self.columns))
+        base, source_input = self.inputs([-1, source])
+        factors, threshold = self.store.importance(base, source_input, max(1, self.columns))
         return self._rows_here(factors).to(self.device), threshold
 
     def _rows_here(self, each: Tensor) -> Tensor:
         first = self.start // self.columns if self.columns else 0
         return each[first : first + self.shape[0]]
 
-    def levels(self, source: int) -> Tensor:
+    def rank_levels(self, source: int) -> Tensor:
         stop = self.start + math.prod(self.shape)
-        found = self.store.levels(self.base, self.sources[source], max(1, self.columns), self.start, stop)
-        return torch.from_numpy(found).view(self.shape).to(self.device)
+        levels = self.store.rank_levels(self.base, self.sources[source], max(1, self.columns), self.start, stop)
+        return torch.from_numpy(levels).view(self.shape).to(self.device)
 
     def field(self, source: int) -> Tensor:
         numbers = uniform16(self.key(source), self.start, math.prod(self.shape))
@@ -160,7 +160,7 @@ class OperationFacts:
         """The key of a source's random field for this tensor."""
         return field_key(self.seed, self.output, self.sources[source].fingerprint)
 
-    def keep(self, source: int, density: float) -> Tensor:
+    def keep_mask(self, source: int, density: float) -> Tensor:
         mask = kept_elements(self.key(source), self.start, math.prod(self.shape), density)
         return torch.from_numpy(mask).view(self.shape).to(self.device)
 
@@ -170,7 +170,7 @@ class OperationFacts:
         Raises:
             ValueError: There is no base.
         """
-        found = tuple(self.base if index < 0 else self.sources[index] for index in indices)
-        if any(tensor is None for tensor in found):
+        tensors = tuple(self.base if index < 0 else self.sources[index] for index in indices)
+        if any(tensor is None for tensor in tensors):
             raise ValueError("this operation has no base")
-        return tuple(tensor for tensor in found if tensor is not None)
+        return tuple(tensor for tensor in tensors if tensor is not None)

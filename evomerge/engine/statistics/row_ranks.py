@@ -17,19 +17,19 @@ SEGMENT = 1 << 20  # elements, in whole rows
 _PART = 1 << 16  # elements that are ordered at once
 
 
-def levels_of(magnitudes: NDArray[np.float32]) -> Levels:
+def row_rank_levels(magnitudes: NDArray[np.float32]) -> Levels:
     """`evomerge.methods.della.levels`: uint8 [rows, columns]."""
-    from evomerge.engine.kernels import sce_della as spread
+    from evomerge.engine.kernels import sce_della
 
     out = np.full(magnitudes.shape, TOP // 2, dtype=np.uint8)
     rows, columns = magnitudes.shape
     for first in range(0, rows if columns > 1 else 0, max(1, _PART // columns)):
         part = magnitudes[first : first + max(1, _PART // columns)]
-        spread.rank_levels(part, part.argsort(axis=1), TOP, out[first : first + part.shape[0]])
+        sce_della.rank_levels(part, part.argsort(axis=1), TOP, out[first : first + part.shape[0]])
     return out
 
 
-class Latest:
+class LruCache:
     """The latest few arrays that were asked for.
 
     Args:
@@ -38,18 +38,18 @@ class Latest:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._held: OrderedDict[Hashable, Levels] = OrderedDict()
+        self._arrays: OrderedDict[Hashable, Levels] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, compute: Callable[[], Levels]) -> Levels:
         """The array of this key; computed when it is not there."""
         with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-                return self._held[key]
+            if key in self._arrays:
+                self._arrays.move_to_end(key)
+                return self._arrays[key]
         value = compute()
         with self._lock:
-            self._held[key] = value
-            if len(self._held) > self._count:
-                self._held.popitem(last=False)
+            self._arrays[key] = value
+            if len(self._arrays) > self._count:
+                self._arrays.popitem(last=False)
         return value

@@ -2,7 +2,7 @@
 
 Elements are counted by the upper bits of their variance across the sources once per run, together with the squares of
 their deltas; and each is given a level, one of 256, that rises with its variance. For any fraction the count names the
-bin that holds the threshold, and only the elements of that bin's level are looked at again.
+bin that holds the threshold, and only the elements of that bin's level are read again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.engine.statistics.exact_topk import rank_from_top
-from evomerge.methods.contract import Cut
+from evomerge.methods.contract import Cutoff
 from evomerge.methods.random_field import LANES
-from evomerge.methods.topk import kept_count
+from evomerge.methods.topk import keep_count
 
 SHIFT = 16  # lower bits that are left out: 128 bins for each power of two
 
 _TOP = 255  # the highest level
-_LOOK = 1 << 20  # elements whose levels are looked at together
+_SCAN = 1 << 20  # elements whose levels are split at once
 
 Floats = NDArray[np.float32]
 Levels = NDArray[np.uint8]
@@ -30,11 +30,11 @@ Marks = NDArray[np.uint16]
 Rows = Callable[[], Iterator[tuple[int, Floats]]]
 """(flat index of the first column, float32 [base and sources, columns]) over a tensor, part by part."""
 Gather = Callable[[int, NDArray[np.int32]], Floats]
-"""float32 [base and sources, columns] of the elements at these places from a flat index on."""
+"""float32 [base and sources, columns] of the elements at these indices from a flat index on."""
 
 
 @dataclass(frozen=True)
-class Spread:
+class VarianceCounts:
     """Elements counted by the upper bits of their variance.
 
     Attributes:
@@ -69,68 +69,68 @@ class Selection:
             and where everything is.
     """
 
-    cut: Cut
+    cut: Cutoff
     energies: list[float]
     marks: Marks | None
 
 
-def count(rows: Rows, sources: int) -> Spread:
-    """Looks at every element once."""
-    from evomerge.engine.kernels import sce_della as spread
+def count_variances(rows: Rows, sources: int) -> VarianceCounts:
+    """Counts the variances of all elements, each read once."""
+    from evomerge.engine.kernels import sce_della
 
     counts = np.zeros(1 << (31 - SHIFT), dtype=np.int64)
     squares = np.zeros((counts.size, sources))
     varying = 0
     for _, x in rows():
-        varying += spread.count_spread(x[0], x[1:], SHIFT, counts, squares)
+        varying += sce_della.count_variances(x[0], x[1:], SHIFT, counts, squares)
     bins = counts.nonzero()[0]
     from_top = squares[bins][::-1].cumsum(axis=0)[::-1]
     above = np.concatenate([from_top[1:], np.zeros((1, sources))])
-    return Spread(bins.astype(np.uint32), counts[bins], above, varying, int(counts.sum()))
+    return VarianceCounts(bins.astype(np.uint32), counts[bins], above, varying, int(counts.sum()))
 
 
-def levels_of(rows: Rows, spread: Spread) -> Levels:
+def variance_levels(rows: Rows, variances: VarianceCounts) -> Levels:
     """The level of every element: uint8, flat."""
-    from evomerge.engine.kernels import sce_della as kernels
+    from evomerge.engine.kernels import sce_della
 
-    table, found = np.zeros(1 << (31 - SHIFT), dtype=np.uint8), np.empty(spread.size, dtype=np.uint8)
-    table[spread.bins] = spread.levels
+    table, levels = np.zeros(1 << (31 - SHIFT), dtype=np.uint8), np.empty(variances.size, dtype=np.uint8)
+    table[variances.bins] = variances.levels
     for start, x in rows():
-        kernels.look_up_levels(x[0], x[1:], SHIFT, table, found[start : start + x.shape[1]])
-    return found
+        sce_della.look_up_variance_levels(x[0], x[1:], SHIFT, table, levels[start : start + x.shape[1]])
+    return levels
 
 
-def select(spread: Spread, levels: Callable[[], Levels], gather: Gather, fraction: float) -> Selection:
+def select(variances: VarianceCounts, levels: Callable[[], Levels], gather: Gather, fraction: float) -> Selection:
     """The top `fraction` of the elements that vary.
 
     Args:
-        spread: The elements, counted.
+        variances: The elements, counted.
         levels: Gives their levels.
         gather: Reads some of them.
         fraction: Below 1.
     """
-    keep = kept_count(spread.varying, fraction)
+    keep = keep_count(variances.varying, fraction)
     if keep == 0:
-        return Selection((math.inf, -1), [0.0] * spread.above.shape[1], None)
-    at, wanted = rank_from_top(spread.counts, keep)
-    marks = np.empty(-(-spread.size // LANES), dtype=np.uint16)
-    near = _Near(levels(), int(spread.levels[at]), gather, marks)
-    counts, squares = near.count(int(spread.bins[at]), spread.above.shape[1])
+        return Selection((math.inf, -1), [0.0] * variances.above.shape[1], None)
+    at, rank = rank_from_top(variances.counts, keep)
+    marks = np.empty(-(-variances.size // LANES), dtype=np.uint16)
+    level_elements = _LevelElements(levels(), int(variances.levels[at]), gather, marks)
+    counts, squares = level_elements.count_variances(int(variances.bins[at]), variances.above.shape[1])
     used = counts.nonzero()[0]
-    place, wanted = rank_from_top(counts[used], wanted)
-    lower = int(used[place])
-    bits = int(spread.bins[at]) << SHIFT | lower
-    energies = spread.above[at] + squares[used[place + 1 :]].sum(axis=0)
-    if wanted == counts[lower]:  # all that equal the threshold are kept, wherever they are
+    position, rank = rank_from_top(counts[used], rank)
+    lower = int(used[position])
+    bits = int(variances.bins[at]) << SHIFT | lower
+    energies = variances.above[at] + squares[used[position + 1 :]].sum(axis=0)
+    if rank == counts[lower]:  # all that equal the threshold are kept, wherever they are
         energies += squares[lower]
-        near.keep(bits, spread.size)
-        last = spread.size - 1
+        level_elements.keep(bits, variances.size)
+        last = variances.size - 1
     else:
-        last = near.keep(bits, wanted, energies)
+        last = level_elements.keep(bits, rank, energies)
     return Selection((float(np.uint32(bits).view(np.float32)), last), energies.tolist(), marks)
 
 
-class _Near:
+class _LevelElements:
     """The elements of one level; those of higher ones are marked.
 
     Args:
@@ -141,44 +141,44 @@ class _Near:
     """
 
     def __init__(self, levels: Levels, level: int, gather: Gather, marks: Marks) -> None:
-        from evomerge.engine.kernels import sce_della as spread
+        from evomerge.engine.kernels import sce_della
 
         self._gather = gather
         self._marks = marks
         self._parts: list[tuple[int, NDArray[np.int32], NDArray[np.uint32]]] = []
-        places = np.empty(min(_LOOK, levels.size), dtype=np.int32)
-        for start in range(0, levels.size, _LOOK):
-            found = spread.split_levels(levels[start : start + _LOOK], level, marks[start // LANES :], places)
-            if found:
-                self._parts.append((start, places[:found].copy(), np.empty(found, dtype=np.uint32)))
+        indices = np.empty(min(_SCAN, levels.size), dtype=np.int32)
+        for start in range(0, levels.size, _SCAN):
+            equal_count = sce_della.split_levels(levels[start : start + _SCAN], level, marks[start // LANES :], indices)
+            if equal_count:
+                self._parts.append((start, indices[:equal_count].copy(), np.empty(equal_count, dtype=np.uint32)))
 
-    def count(self, upper: int, sources: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def count_variances(self, upper: int, sources: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """How many variances there are in a bin, by their lower bits, and the sums of squares of their deltas."""
-        from evomerge.engine.kernels import sce_della as spread
+        from evomerge.engine.kernels import sce_della
 
         counts = np.zeros(1 << SHIFT, dtype=np.int64)
         squares = np.zeros((counts.size, sources))
-        for start, places, variances in self._parts:
-            x = self._gather(start, places)
-            spread.count_spread_within(x[0], x[1:], SHIFT, upper, counts, squares, variances)
+        for start, indices, variances in self._parts:
+            x = self._gather(start, indices)
+            sce_della.count_variances_within(x[0], x[1:], SHIFT, upper, counts, squares, variances)
         return counts, squares
 
-    def keep(self, bits: int, wanted: int, energies: NDArray[np.float64] | None = None) -> int:
-        """Marks the variances above these bits and the first `wanted` that equal them.
+    def keep(self, bits: int, equal_count: int, energies: NDArray[np.float64] | None = None) -> int:
+        """Marks the variances above these bits and the first `equal_count` that equal them.
 
         Returns:
             Flat index of the last of the latter, whose squares join `energies`.
         """
-        from evomerge.engine.kernels import sce_della as spread
+        from evomerge.engine.kernels import sce_della
 
         last = -1
-        for start, places, variances in self._parts:
-            spread.mark(places[variances > bits], self._marks[start // LANES :])
-            equal = places[variances == bits][:wanted]
-            spread.mark(equal, self._marks[start // LANES :])
-            wanted -= equal.size
+        for start, indices, variances in self._parts:
+            sce_della.mark(indices[variances > bits], self._marks[start // LANES :])
+            equal = indices[variances == bits][:equal_count]
+            sce_della.mark(equal, self._marks[start // LANES :])
+            equal_count -= equal.size
             if equal.size and energies is not None:
                 last = start + int(equal[-1])
                 x = self._gather(start, equal)
-                spread.add_squares(x[0], x[1:], energies)
+                sce_della.add_squares(x[0], x[1:], energies)
         return last

@@ -1,4 +1,4 @@
-"""Whole-tensor facts for methods that see one block at a time, computed once per run.
+"""Whole-tensor statistics for methods that see one block at a time, computed once per run.
 
 A trim threshold for any density comes from a histogram of the magnitudes kept per (source, tensor); see `selection`.
 """
@@ -24,28 +24,26 @@ from evomerge.engine.statistics.exact_topk import (
     COARSE,
     FINE,
     Bits,
-    Cut,
     Histogram,
+    JointCutoff,
     Parts,
-    count,
-    cut,
+    count_magnitudes,
+    joint_cutoff,
     last_index,
-    together,
+    merge_histograms,
     values_at,
 )
-from evomerge.engine.statistics.row_ranks import SEGMENT, Latest, Levels, levels_of
-from evomerge.engine.statistics.sce_selection import Selection, Spread, select
-from evomerge.engine.statistics.sce_selection import count as count_spread
-from evomerge.engine.statistics.sce_selection import levels_of as levels_of_spread
+from evomerge.engine.statistics.row_ranks import SEGMENT, Levels, LruCache, row_rank_levels
+from evomerge.engine.statistics.sce_selection import Selection, VarianceCounts, count_variances, select, variance_levels
 from evomerge.methods import arcee_fusion
-from evomerge.methods.contract import Cut as Kept
-from evomerge.methods.topk import band_counts, kept_count
+from evomerge.methods.contract import Cutoff
+from evomerge.methods.topk import band_counts, keep_count
 from evomerge.planning.operation import Family, FamilyMember, Input
 
 CHUNK = 1 << 17  # elements: float32 temporaries of this size stay in the caches, and Python has few of them to hand out
-_LOOK = 1 << 20  # elements that are only looked at
-_LATEST = 32  # segments of ranks: for the chunks that follow
-_FAMILIES = 16  # models whose tensors are looked at together
+_SCAN = 1 << 20  # elements that are only counted
+_RANK_SEGMENTS = 32  # segments of ranks: for the chunks that follow
+_FAMILIES = 16  # models whose tensors are trimmed together
 _READ_AT_ONCE = 64  # tensors; those of an adapter cost a matrix product each
 
 Pair = tuple[Input | None, Input]
@@ -58,7 +56,7 @@ def chunks(count: int, step: int = CHUNK) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Together:
+class JointDeltas:
     """The deltas of one source over a whole model, whose largest elements are sought together.
 
     Attributes:
@@ -68,7 +66,7 @@ class Together:
     """
 
     pairs: tuple[Pair, ...]
-    places: Mapping[FamilyMember, int]
+    positions: Mapping[FamilyMember, int]
     whole: Histogram
 
 
@@ -81,8 +79,8 @@ class _Once:
     value: Any = None
 
 
-class FactStore:
-    """Facts about the tensors of a set of checkpoints; what was computed once is kept.
+class StatisticsStore:
+    """Statistics of the tensors of a set of checkpoints; what was computed once is kept.
 
     Args:
         checkpoints: Open checkpoints by reference.
@@ -101,7 +99,7 @@ class FactStore:
         self._limit = thresholds
         self._remembered: dict[Hashable, tuple[Tensor, ...]] = {}
         self._room = room
-        self._latest = Latest(_LATEST)
+        self._latest = LruCache(_RANK_SEGMENTS)
         self._lock = threading.Lock()
 
     def flat(self, tensor: Input) -> Tensor:
@@ -118,7 +116,7 @@ class FactStore:
         return value
 
     def _once(self, key: Hashable, compute: Callable[[], Any], limit: int | None = None) -> Any:
-        """The value of a fact; computed by the first who asks, while those who ask for the same one wait."""
+        """A statistic; computed by the first who asks, while those who ask for the same one wait."""
         with self._lock:
             if limit is None:
                 entry = self._kept.setdefault(key, _Once())
@@ -141,21 +139,21 @@ class FactStore:
         with self._lock:
             if key in self._remembered:
                 return self._remembered[key]
-        found = compute()
-        size = sum(tensor.nbytes for tensor in found)
+        value = compute()
+        size = sum(tensor.nbytes for tensor in value)
         with self._lock:
             if key not in self._remembered and size <= self._room:
-                self._remembered[key] = found
+                self._remembered[key] = value
                 self._room -= size
-        return found
+        return value
 
     def _bits(self, *tensors: Input | None) -> Iterator[tuple[int, list[Bits]]]:
         """(start, bits of each tensor, zeros where it is None) over flat tensors, in pieces and one dtype."""
         stored = [None if tensor is None else self.flat(tensor) for tensor in tensors]
-        held = [value for value in stored if value is not None]
-        dtype, size = held[0].dtype, held[0].numel()
-        direct = dtype in (torch.bfloat16, torch.float32) and all(value.dtype == dtype for value in held)
-        for start, stop in chunks(size, _LOOK if direct else CHUNK):
+        given = [value for value in stored if value is not None]
+        dtype, size = given[0].dtype, given[0].numel()
+        direct = dtype in (torch.bfloat16, torch.float32) and all(value.dtype == dtype for value in given)
+        for start, stop in chunks(size, _SCAN if direct else CHUNK):
             parts = [torch.zeros(stop - start, dtype=dtype) if value is None else value[start:stop] for value in stored]
             yield start, [_bits_of(part if direct else part.float()) for part in parts]
 
@@ -163,8 +161,8 @@ class FactStore:
         """The bits of a delta, part by part."""
 
         def parts() -> Iterator[tuple[int, Bits, Bits]]:
-            for start, (ours, theirs) in self._bits(*pair):
-                yield start, ours, theirs
+            for start, (base_bits, source_bits) in self._bits(*pair):
+                yield start, base_bits, source_bits
 
         return parts
 
@@ -179,45 +177,47 @@ class FactStore:
         size = stored[0].numel()
         stage = torch.empty(len(stored) * min(CHUNK, size))
         for first, last in chunks(size):
-            held = stage[: len(stored) * (last - first)].view(len(stored), last - first)
-            for row, tensor in zip(held, stored, strict=True):
+            chunk = stage[: len(stored) * (last - first)].view(len(stored), last - first)
+            for row, tensor in zip(chunk, stored, strict=True):
                 row.copy_(tensor[first:last])
-            yield start + first, held.numpy()
+            yield start + first, chunk.numpy()
 
     def histogram(self, base: Input | None, source: Input) -> Histogram:
         """Magnitudes of the delta, counted by their upper bits."""
 
         def compute() -> Histogram:
             stored = [self.flat(tensor).dtype for tensor in (base, source) if tensor is not None]
-            return count(self.parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE)
+            return count_magnitudes(
+                self.parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE
+            )
 
         return self._once(("histogram", base, source), compute)  # type: ignore[no-any-return]
 
-    def trim(self, pair: Pair, density: float) -> Kept:
-        """Threshold and last index (see `Facts.trim`) of one delta."""
+    def trim(self, pair: Pair, density: float) -> Cutoff:
+        """Threshold and last index (see `Statistics.trim`) of one delta."""
         if density <= 0:
             return math.inf, -1
         whole = self.histogram(*pair)
-        return self._largest(pair, (pair,), 0, kept_count(whole.total, density), whole)
+        return self._largest(pair, (pair,), 0, keep_count(whole.total, density), whole)
 
-    def trim_model(self, family: Family, member: FamilyMember, source: int, density: float) -> Kept:
+    def trim_model(self, family: Family, member: FamilyMember, source: int, density: float) -> Cutoff:
         """The same over all deltas of a source, for one tensor of the family."""
         if density <= 0:
             return math.inf, -1
-        key = ("together", self._number(family), source)
-        whole: Together = self._once(key, lambda: self._together(family, source), self._limit)
-        keep = kept_count(whole.whole.total, density)
-        return self._largest(whole, whole.pairs, whole.places[member], keep, whole.whole)
+        key = ("joint", self._number(family), source)
+        joint: JointDeltas = self._once(key, lambda: self._joint_deltas(family, source), self._limit)
+        keep = keep_count(joint.whole.total, density)
+        return self._largest(joint, joint.pairs, joint.positions[member], keep, joint.whole)
 
-    def _together(self, family: Family, source: int) -> Together:
+    def _joint_deltas(self, family: Family, source: int) -> JointDeltas:
         pairs = tuple((base, sources[source]) for base, sources in family)
-        places: dict[FamilyMember, int] = {}
-        for place, member in enumerate(family):
-            places.setdefault(member, place)
-        return Together(pairs, places, together([self.histogram(*pair) for pair in pairs]))
+        positions: dict[FamilyMember, int] = {}
+        for position, member in enumerate(family):
+            positions.setdefault(member, position)
+        return JointDeltas(pairs, positions, merge_histograms([self.histogram(*pair) for pair in pairs]))
 
     def _number(self, family: Family) -> int:
-        """Stands for a family in the names of facts, which are looked up for each of its tensors."""
+        """Stands for a family in the keys of statistics, which are looked up for each of its tensors."""
         with self._lock:
             last, number = self._family
             if last is not family:
@@ -228,26 +228,30 @@ class FactStore:
                 self._family = family, number
             return number
 
-    def band(self, pair: Pair, density: float, gamma: float) -> tuple[Kept, Kept]:
-        """See `Facts.band`."""
+    def band(self, pair: Pair, density: float, gamma: float) -> tuple[Cutoff, Cutoff]:
+        """See `Statistics.band`."""
         whole = self.histogram(*pair)
         counts = band_counts(whole.total, density, gamma)
         outliers, inside = (self._largest(pair, (pair,), 0, n, whole) for n in counts)
         return outliers, inside
 
-    def _largest(self, name: Hashable, pairs: tuple[Pair, ...], here: int, keep: int, whole: Histogram) -> Kept:
+    def _largest(self, name: Hashable, pairs: tuple[Pair, ...], here: int, keep: int, whole: Histogram) -> Cutoff:
         """What keeps the `keep` largest of all, whose magnitudes are counted; `name` stands for the pairs."""
         if keep <= 0:
             return math.inf, -1
         if keep >= whole.total:
             return -1.0, -1
-        found: Cut = self._once(("cut", name, keep), lambda: self._cut(pairs, whole, keep), self._limit)
-        pair, bits, stay = pairs[here], found.bits, found.stay[here]
+        cutoff: JointCutoff = self._once(
+            ("cut", name, keep), lambda: self._joint_cutoff(pairs, whole, keep), self._limit
+        )
+        pair, bits, stay = pairs[here], cutoff.bits, cutoff.stay[here]
         last = self._once(("last", pair, bits, stay), lambda: last_index(self.parts(pair), bits, stay), self._limit)
-        return found.threshold, last
+        return cutoff.threshold, last
 
-    def _cut(self, pairs: tuple[Pair, ...], whole: Histogram, keep: int) -> Cut:
-        return cut([self.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], whole, keep)
+    def _joint_cutoff(self, pairs: tuple[Pair, ...], whole: Histogram, keep: int) -> JointCutoff:
+        return joint_cutoff(
+            [self.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], whole, keep
+        )
 
     def dot(self, base: Input | None, left: Input, right: Input, others: Sequence[Input] = ()) -> float:
         """Inner product of two tensors, or of their deltas where `base` is given; float64.
@@ -257,8 +261,10 @@ class FactStore:
             others: Tensors whose products will be asked for too: all are found in one reading.
         """
         operands = tuple(sorted({left, right, *others}, key=str))
-        known: dict[frozenset[Input], float] = self._once(("gram", base, operands), lambda: self._gram(base, operands))
-        return known[frozenset((left, right))]
+        products: dict[frozenset[Input], float] = self._once(
+            ("gram", base, operands), lambda: self._gram(base, operands)
+        )
+        return products[frozenset((left, right))]
 
     def dot_model(self, family: Family, name: Hashable, one: Callable[[FamilyMember], float]) -> float:
         """A sum of inner products over a family; `name` says of which."""
@@ -266,19 +272,21 @@ class FactStore:
         return self._once(key, lambda: math.fsum(map(one, family)), self._limit)  # type: ignore[no-any-return]
 
     def _gram(self, base: Input | None, operands: tuple[Input, ...]) -> dict[frozenset[Input], float]:
-        from evomerge.engine.kernels import reductions as looking
+        from evomerge.engine.kernels import reductions
 
         pairs = list(itertools.combinations(range(len(operands)), 2)) or [(0, 0)]
-        sums = np.zeros((len(pairs), 3, looking.PARTIAL))
-        for _, (ours, *theirs) in self._bits(base, *operands):
-            for (i, j), held in zip(pairs, sums, strict=True):
-                looking.add_gram(ours, theirs[i], theirs[j], base is not None, held)
-        found: dict[frozenset[Input], float] = {}
-        for (i, j), held in zip(pairs, sums, strict=True):
+        sums = np.zeros((len(pairs), 3, reductions.PARTIAL))
+        for _, (base_bits, *source_bits) in self._bits(base, *operands):
+            for (i, j), partial_sums in zip(pairs, sums, strict=True):
+                reductions.add_gram(base_bits, source_bits[i], source_bits[j], base is not None, partial_sums)
+        products: dict[frozenset[Input], float] = {}
+        for (i, j), partial_sums in zip(pairs, sums, strict=True):
             one, other = operands[i], operands[j]
             keys = (frozenset((one,)), frozenset((one, other)), frozenset((other,)))
-            found |= {key: math.fsum(row) for key, row in zip(keys, held, strict=True) if key not in found}
-        return found
+            products |= {
+                key: math.fsum(row) for key, row in zip(keys, partial_sums, strict=True) if key not in products
+            }
+        return products
 
     def products(
         self, base: Input | None, left: Input, right: Input, shape: tuple[int, ...], along: Literal["rows", "columns"]
@@ -288,20 +296,20 @@ class FactStore:
         Args:
             base, left, right: The tensors.
             shape: Theirs.
-            along: As in `Facts.products`.
+            along: As in `Statistics.products`.
         """
 
         def compute() -> Tensor:
             columns, length = math.prod(shape[1:]), shape[-1]
-            ours, one, other = (None if tensor is None else self.flat(tensor) for tensor in (base, left, right))
-            found = torch.zeros(columns if along == "columns" else math.prod(shape[:-1]), dtype=torch.float64)
+            base_values, one, other = (None if tensor is None else self.flat(tensor) for tensor in (base, left, right))
+            products = torch.zeros(columns if along == "columns" else math.prod(shape[:-1]), dtype=torch.float64)
             for start, stop in chunks(math.prod(shape), max(1, columns, CHUNK // max(1, columns) * columns)):
-                a, b = (_apart(tensor[start:stop], ours, start) for tensor in (one, other) if tensor is not None)
+                a, b = (_apart(tensor[start:stop], base_values, start) for tensor in (one, other) if tensor is not None)
                 if along == "columns":
-                    found += (a * b).view(-1, columns).sum(0)
+                    products += (a * b).view(-1, columns).sum(0)
                 else:
-                    found[start // length : stop // length] = (a * b).view(-1, length).sum(1)
-            return found
+                    products[start // length : stop // length] = (a * b).view(-1, length).sum(1)
+            return products
 
         key = ("products", base, *sorted((left, right), key=str), along)
         return self._once(key, compute)  # type: ignore[no-any-return]
@@ -310,27 +318,27 @@ class FactStore:
         """Population variance of a delta: [1], or [rows] with `columns` given; float64."""
 
         def compute() -> Tensor:
-            from evomerge.engine.kernels import reductions as looking
+            from evomerge.engine.kernels import reductions
 
             size = self.flat(source).numel()
             width = columns or size
             if width == 0:
                 return torch.zeros(1, dtype=torch.float64)
             means, squares = np.zeros(size // width), np.zeros(size // width)
-            for start, (ours, theirs) in self._bits(base, source):
-                looking.add_moments(ours, theirs, start, width, means, squares)
+            for start, (base_bits, source_bits) in self._bits(base, source):
+                reductions.add_moments(base_bits, source_bits, start, width, means, squares)
             return torch.from_numpy(squares / width)
 
         return self._once(("variance", base, source, columns), compute)  # type: ignore[no-any-return]
 
-    def levels(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
-        """See `Facts.levels`, of elements start..stop: uint8, flat."""
+    def rank_levels(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
+        """See `Statistics.rank_levels`, of elements start..stop: uint8, flat."""
         step = max(1, SEGMENT // columns) * columns
-        found = []
+        segments = []
         for first in range(start // step * step, stop, step):
             segment = self._segment(base, source, columns, first, first + step)
-            found.append(segment[max(start - first, 0) : stop - first])
-        return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, np.uint8)])
+            segments.append(segment[max(start - first, 0) : stop - first])
+        return segments[0] if len(segments) == 1 else np.concatenate(segments or [np.empty(0, np.uint8)])
 
     def _segment(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
         """The levels of whole rows."""
@@ -339,50 +347,54 @@ class FactStore:
             delta = self.flat(source)[start:stop].float()
             if base is not None:
                 delta = delta - self.flat(base)[start:stop].float()
-            return (torch.from_numpy(levels_of(delta.abs().view(-1, columns).numpy()).reshape(-1)),)
+            return (torch.from_numpy(row_rank_levels(delta.abs().view(-1, columns).numpy()).reshape(-1)),)
 
         key = ("levels", base, source, columns, start)
         return self._latest.get(key, lambda: self.remember(key, compute)[0].numpy())
 
     def select(self, base: Input, sources: tuple[Input, ...], fraction: float) -> Selection:
-        """See `Facts.selection`; with a fraction of 1 without marks."""
+        """See `Statistics.selection`; with a fraction of 1 without marks."""
         if fraction >= 1.0:
             return Selection((-1.0, -1), [self.dot(base, source, source, sources) for source in sources], None)
         rows = partial(self.rows, (base, *sources))
-        spread: Spread = self._once(("spread", base, sources), lambda: count_spread(rows, len(sources)))
+        variances: VarianceCounts = self._once(
+            ("variances", base, sources), lambda: count_variances(rows, len(sources))
+        )
 
         def levels() -> Levels:
-            key = ("spread levels", base, sources)
-            return self.remember(key, lambda: (torch.from_numpy(levels_of_spread(rows, spread)),))[0].numpy()
+            key = ("variance levels", base, sources)
+            return self.remember(key, lambda: (torch.from_numpy(variance_levels(rows, variances)),))[0].numpy()
 
-        def gather(start: int, places: NDArray[np.int32]) -> NDArray[np.float32]:
-            at = torch.from_numpy(places)
-            last = start + int(places[-1]) + 1
+        def gather(start: int, indices: NDArray[np.int32]) -> NDArray[np.float32]:
+            at = torch.from_numpy(indices)
+            last = start + int(indices[-1]) + 1
             read = [self.flat(tensor)[start:last].index_select(0, at).float() for tensor in (base, *sources)]
             return torch.stack(read).numpy()
 
-        return select(spread, levels, gather, fraction)
+        return select(variances, levels, gather, fraction)
 
     def importance(self, base: Input, source: Input, columns: int) -> tuple[Tensor, float]:
-        """See `Facts.importance`, of all rows."""
-        step = max(1, _LOOK // columns) * columns
+        """See `Statistics.importance`, of all rows."""
+        step = max(1, _SCAN // columns) * columns
         size = self.flat(source).numel()
 
         def rows() -> Iterator[tuple[int, Tensor, Tensor]]:
             for start, stop in chunks(size, step):
-                theirs, ours = (self.flat(tensor)[start:stop].float().view(-1, columns) for tensor in (source, base))
-                yield start, theirs, ours
+                source_rows, base_rows = (
+                    self.flat(tensor)[start:stop].float().view(-1, columns) for tensor in (source, base)
+                )
+                yield start, source_rows, base_rows
 
         def compute() -> tuple[Tensor, float]:
             factors = arcee_fusion.relative(
-                torch.cat([arcee_fusion.divergence(theirs, ours) for _, theirs, ours in rows()])
+                torch.cat([arcee_fusion.divergence(source_rows, base_rows) for _, source_rows, base_rows in rows()])
             )
 
             def scores() -> Iterator[tuple[int, NDArray[np.float32]]]:
-                for start, theirs, ours in rows():
+                for start, source_rows, base_rows in rows():
                     first = start // columns
-                    here = factors[first : first + theirs.shape[0]]
-                    yield start, theirs.sub(ours).abs_().mul_(here).reshape(-1).numpy()
+                    here = factors[first : first + source_rows.shape[0]]
+                    yield start, source_rows.sub(base_rows).abs_().mul_(here).reshape(-1).numpy()
 
             return factors, arcee_fusion.threshold(values_at(scores, size, arcee_fusion.quartile_ranks(size)))
 

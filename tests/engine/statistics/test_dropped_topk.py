@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evomerge.engine.statistics import dropped_topk as survivors
-from evomerge.engine.statistics.dropped_topk import Drop, bracket, cut_survivors
-from evomerge.engine.statistics.exact_topk import COARSE, FINE, Bits, Floats, Histogram, count, top
+from evomerge.engine.statistics import dropped_topk
+from evomerge.engine.statistics.dropped_topk import Dropout, bracket, dropped_topk_cutoff
+from evomerge.engine.statistics.exact_topk import (
+    COARSE,
+    FINE,
+    Bits,
+    Floats,
+    Histogram,
+    count_magnitudes,
+    density_cutoff,
+)
 from evomerge.methods.random_field import keep_threshold, kept_elements
 
 SIZE = 70_007  # no whole number of anything
@@ -25,17 +33,17 @@ def parts(values: Floats) -> Iterator[tuple[int, Bits, Bits]]:
 
 
 def magnitudes(values: Floats, shift: int = FINE) -> Histogram:
-    return count(lambda: parts(values), shift)
+    return count_magnitudes(lambda: parts(values), shift)
 
 
-def drop_of(chance: float) -> Drop:
-    return Drop(chance, keep_threshold(chance), np.array(KEY, np.uint64), np.float32(1.0 / chance))
+def drop_of(chance: float) -> Dropout:
+    return Dropout(chance, keep_threshold(chance), np.array(KEY, np.uint64), np.float32(1.0 / chance))
 
 
 def cut_by_a_full_look(values: Floats, chance: float, density: float) -> tuple[float, int]:
     alive = kept_elements(KEY, 0, SIZE, chance)
     scores = np.where(alive, values * np.float32(1.0 / chance), np.float32(np.nan))
-    return top(lambda: iter([(0, scores)]), SIZE, density)
+    return density_cutoff(lambda: iter([(0, scores)]), SIZE, density)
 
 
 def normal(step: float | None) -> Floats:
@@ -47,7 +55,7 @@ def normal(step: float | None) -> Floats:
 def cut(values: Floats, chance: float, density: float, shift: int = FINE) -> tuple[float, int, NDArray[np.bool_]]:
     """(threshold, last, which elements are marked)."""
     marks = np.empty(-(-SIZE // 16), np.uint16)
-    found = cut_survivors(lambda: parts(values), magnitudes(values, shift), SIZE, density, drop_of(chance), marks)
+    found = dropped_topk_cutoff(lambda: parts(values), magnitudes(values, shift), SIZE, density, drop_of(chance), marks)
     return *found, np.unpackbits(marks.view(np.uint8), bitorder="little")[:SIZE].astype(bool)
 
 
@@ -77,11 +85,11 @@ def test_a_bracket_holds_the_threshold_and_little_else() -> None:
 def test_a_bracket_elsewhere_costs_time_and_nothing_else(step: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     values = normal(step)
     for bounds in ((0, 500, 1000), (0x7F000000, 0x7F000000, 0x7F000001)):
-        monkeypatch.setattr(survivors, "bracket", lambda *_, held=bounds: np.array(held, np.uint32))
+        monkeypatch.setattr(dropped_topk, "bracket", lambda *_, held=bounds: np.array(held, np.uint32))
         assert cut(values, 0.5, 0.3)[:2] == cut_by_a_full_look(values, 0.5, 0.3)
 
 
 def test_too_many_within_the_bracket_cost_time_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survivors, "_FEW", 0)
-    monkeypatch.setattr(survivors, "bracket", lambda *_: np.array([0, 1, 0x7F800000], np.uint32))
+    monkeypatch.setattr(dropped_topk, "_FEW", 0)
+    monkeypatch.setattr(dropped_topk, "bracket", lambda *_: np.array([0, 1, 0x7F800000], np.uint32))
     assert cut(normal(None), 0.5, 0.3)[:2] == cut_by_a_full_look(normal(None), 0.5, 0.3)

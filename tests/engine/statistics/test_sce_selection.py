@@ -9,10 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from evomerge.engine.statistics import sce_selection as variation
-from evomerge.engine.statistics.sce_selection import SHIFT, Floats, Selection, count, levels_of, select
-from evomerge.methods.sce import spread as variance
-from evomerge.methods.topk import cutoff, kept, kept_count
+from evomerge.engine.statistics import sce_selection
+from evomerge.engine.statistics.sce_selection import SHIFT, Floats, Selection, count_variances, select, variance_levels
+from evomerge.methods.sce import element_variance as variance
+from evomerge.methods.topk import cutoff, cutoff_mask, keep_count
 from tests.engine.helpers import inputs, store_for
 
 SIZE = 5_003  # no whole number of anything
@@ -37,8 +37,8 @@ def selected(x: Floats, fraction: float) -> Selection:
     def gather(start: int, places: NDArray[np.int32]) -> Floats:
         return np.ascontiguousarray(x[:, start + places])
 
-    spread = count(rows, SOURCES)
-    return select(spread, lambda: levels_of(rows, spread), gather, fraction)
+    variances = count_variances(rows, SOURCES)
+    return select(variances, lambda: variance_levels(rows, variances), gather, fraction)
 
 
 @pytest.mark.parametrize("look", [1 << 20, 1_024])
@@ -47,14 +47,14 @@ def selected(x: Floats, fraction: float) -> Selection:
 def test_the_same_as_ordering_all(
     fraction: float, step: float | None, look: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variation, "_LOOK", look)
+    monkeypatch.setattr(sce_selection, "_SCAN", look)
     x = tensors(step)
     found = selected(x, fraction)
     deltas = [torch.from_numpy(source - x[0]) for source in x[1:]]
     sizes = variance(deltas)
-    cut = cutoff(sizes, kept_count(int((sizes > 0).sum()), fraction))
-    mask = kept(sizes, *cut).numpy()
-    assert kept(sizes, *found.cut).equal(kept(sizes, *cut))
+    cut = cutoff(sizes, keep_count(int((sizes > 0).sum()), fraction))
+    mask = cutoff_mask(sizes, *cut).numpy()
+    assert cutoff_mask(sizes, *found.cut).equal(cutoff_mask(sizes, *cut))
     assert found.cut[0] == cut[0]
     assert found.marks is not None
     assert np.array_equal(np.unpackbits(found.marks.view(np.uint8), bitorder="little")[:SIZE], mask)
@@ -70,8 +70,8 @@ def test_where_nothing_is_selected_there_are_no_marks(step: float, fraction: flo
 
 def test_levels_rise_with_the_variance() -> None:
     x = tensors(None)
-    spread = count(lambda: iter([(0, x)]), SOURCES)
-    levels = levels_of(lambda: iter([(0, x)]), spread)
+    variances = count_variances(lambda: iter([(0, x)]), SOURCES)
+    levels = variance_levels(lambda: iter([(0, x)]), variances)
     bins = variance([torch.from_numpy(source - x[0]) for source in x[1:]]).numpy().view(np.uint32) >> SHIFT
     assert np.all(np.diff(levels[np.argsort(bins)].astype(int)) >= 0)
     assert len(np.unique(levels)) > 200
@@ -83,7 +83,7 @@ def test_levels_are_found_once_where_there_is_room(dtype: torch.dtype, monkeypat
     store = store_for(base, sources, room=SIZE)
     origin, others = inputs(SOURCES)
     first = store.select(origin, others, 0.4)
-    monkeypatch.setattr("evomerge.engine.statistics.tensor_statistics.levels_of_spread", None)
+    monkeypatch.setattr("evomerge.engine.statistics.tensor_statistics.variance_levels", None)
     again, other = store.select(origin, others, 0.4), store.select(origin, others, 0.2)
     assert (again.cut, again.energies) == (first.cut, first.energies)
     assert other.cut[0] >= first.cut[0]

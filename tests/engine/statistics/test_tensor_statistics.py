@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.engine.statistics.operation_statistics import OperationFacts
+from evomerge.engine.statistics.operation_statistics import OperationStatistics
 from evomerge.engine.statistics.tensor_statistics import CHUNK
-from evomerge.methods.plain_statistics import TensorFacts
+from evomerge.methods.plain_statistics import PlainStatistics
 from evomerge.methods.random_field import field_key
-from evomerge.methods.topk import kept
+from evomerge.methods.topk import cutoff_mask
 from evomerge.planning.operation import Input
 from tests.engine.helpers import PRINTS, inputs, store_for, store_of
 from tests.methods.helpers import family, numbers
@@ -25,10 +25,10 @@ from tests.methods.helpers import family, numbers
 DENSITIES = [0.0, 1e-9, 0.03, 0.2, 0.5, 0.77, 0.9999, 1.0]
 
 
-def facts_of(base: Tensor, sources: list[Tensor]) -> OperationFacts:
+def statistics_of(base: Tensor, sources: list[Tensor]) -> OperationStatistics:
     origin, others = inputs(len(sources))
     columns = math.prod(base.shape[1:])
-    return OperationFacts(store_for(base, sources), origin, others, columns, "tensor", 0, ((origin, others),))
+    return OperationStatistics(store_for(base, sources), origin, others, columns, "tensor", 0, ((origin, others),))
 
 
 @st.composite
@@ -51,9 +51,9 @@ def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 @given(pair=pairs(), density=st.one_of(st.sampled_from(DENSITIES), st.floats(0.0, 1.0)))
 def test_the_threshold_is_the_exact_one(pair: tuple[Tensor, Tensor], density: float) -> None:
     base, source = pair
-    exact = TensorFacts(base.float(), [source.float()]).trim(0, density)
+    exact = PlainStatistics(base.float(), [source.float()]).trim(0, density)
     for scope in ("tensor", "model"):
-        assert facts_of(base, [source]).trim(0, density, scope) == exact  # type: ignore[arg-type]
+        assert statistics_of(base, [source]).trim(0, density, scope) == exact  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -61,7 +61,7 @@ def test_the_threshold_is_the_exact_one(pair: tuple[Tensor, Tensor], density: fl
 def test_a_tensor_of_several_chunks(dtype: torch.dtype, density: float) -> None:
     base, sources = family(1, 2, (3 * CHUNK + 19,))
     base, sources = base.to(dtype), [source.to(dtype) for source in sources]
-    exact, found = TensorFacts(base.float(), [s.float() for s in sources]), facts_of(base, sources)
+    exact, found = PlainStatistics(base.float(), [s.float() for s in sources]), statistics_of(base, sources)
     for source in (0, 1):
         assert found.trim(source, density) == exact.trim(source, density)
         assert found.variance(source).item() == pytest.approx(exact.variance(source).item(), rel=1e-10)
@@ -93,11 +93,13 @@ def test_the_scope_of_a_model_is_its_concatenation(
     members = tuple((Input("base", n, "b"), (Input("m0", n, "f"),)) for n in names)
     deltas = [models["m0"][n].float() - models["base"][n].float() for n in names]
     whole = torch.cat(deltas).abs()
-    threshold, last = TensorFacts(torch.zeros(len(whole)), [whole]).trim(0, density) if len(whole) else (math.inf, -1)
-    wanted = kept(whole, threshold, last).split(sizes)
+    threshold, last = (
+        PlainStatistics(torch.zeros(len(whole)), [whole]).trim(0, density) if len(whole) else (math.inf, -1)
+    )
+    wanted = cutoff_mask(whole, threshold, last).split(sizes)
     for (base_input, sources), delta, mask in zip(members, deltas, wanted, strict=True):
-        facts = OperationFacts(store, base_input, sources, 1, "t", 0, members)
-        assert torch.equal(kept(delta.abs(), *facts.trim(0, density, "model")), mask)
+        statistics = OperationStatistics(store, base_input, sources, 1, "t", 0, members)
+        assert torch.equal(cutoff_mask(delta.abs(), *statistics.trim(0, density, "model")), mask)
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 4), (3, 2, 6), (2, CHUNK + 3)])
@@ -105,11 +107,11 @@ def test_the_scope_of_a_model_is_its_concatenation(
 def test_variances_by_tensor_and_by_row(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     base, (source,) = family(4, 1, shape)
     base, source = base.to(dtype), source.to(dtype)
-    exact, found = TensorFacts(base.float(), [source.float()]), facts_of(base, [source])
+    exact, found = PlainStatistics(base.float(), [source.float()]), statistics_of(base, [source])
     torch.testing.assert_close(found.variance(0).reshape(-1), exact.variance(0).reshape(-1), rtol=1e-10, atol=0.0)
     if len(shape) > 1:
         block = exact.block("row", math.prod(shape[1:]) * (shape[0] - 1))
-        wanted = block.facts.variance(0, "row")
+        wanted = block.statistics.variance(0, "row")
         seen = found.at(block.start, tuple(wanted.shape)).variance(0, "row")
         torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=0.0)
 
@@ -120,15 +122,15 @@ def test_variances_by_tensor_and_by_row(shape: tuple[int, ...], dtype: torch.dty
 def test_products_vector_by_vector(shape: tuple[int, ...], along: str, dtype: torch.dtype) -> None:
     base, sources = family(4, 2, shape)
     base, sources = base.to(dtype), [source.to(dtype) for source in sources]
-    exact = TensorFacts(base.float(), [source.float() for source in sources])
-    found = dataclasses.replace(facts_of(base, sources), columns=math.prod(shape[1:] if len(shape) > 1 else shape))
+    exact = PlainStatistics(base.float(), [source.float() for source in sources])
+    found = dataclasses.replace(statistics_of(base, sources), columns=math.prod(shape[1:] if len(shape) > 1 else shape))
     found = dataclasses.replace(found, whole=shape)
     rows = shape[0] if len(shape) > 1 else 1
     start = (rows - 1) * found.columns  # the last row alone
     block = exact.block("row", start)
     for pair in ((0, 1), (1, 1)):
         for of in ("weights", "deltas"):
-            wanted = block.facts.products(*pair, of, along)  # type: ignore[arg-type]
+            wanted = block.statistics.products(*pair, of, along)  # type: ignore[arg-type]
             seen = found.at(start, (1, found.columns)).products(*pair, of, along)  # type: ignore[arg-type]
             torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=1e-10)
     assert wanted.shape[0] == 1
@@ -139,7 +141,7 @@ def test_what_is_remembered_is_computed_once_while_there_is_room() -> None:
     base, sources = family(2, 2, (4,))
     origin, others = inputs(2)
     store = store_of({"base": {"tensor": base}, "m0": {"tensor": sources[0]}, "m1": {"tensor": sources[1]}}, room=40)
-    facts = [OperationFacts(store, origin, (other,), 4, "t", 0) for other in others]
+    statistics = [OperationStatistics(store, origin, (other,), 4, "t", 0) for other in others]
     computed = []
 
     def ones(size: int) -> tuple[Tensor, ...]:
@@ -147,51 +149,51 @@ def test_what_is_remembered_is_computed_once_while_there_is_room() -> None:
         return (torch.ones(size), torch.zeros(size))
 
     for _ in range(2):  # 2 · 4 · 4 bytes fit into 40, another tensor's do not, and nothing is pushed out
-        facts[0].remember("k", lambda: ones(4))
-        facts[1].remember("k", lambda: ones(5))
-    facts[0].remember("another", lambda: ones(1))
-    facts[0].remember("another", lambda: ones(1))
+        statistics[0].remember("k", lambda: ones(4))
+        statistics[1].remember("k", lambda: ones(5))
+    statistics[0].remember("another", lambda: ones(1))
+    statistics[0].remember("another", lambda: ones(1))
     assert computed == [4, 5, 5, 1]
 
 
 def test_a_merge_that_is_done_once_remembers_nothing() -> None:
     base, sources = family(2, 1, (4,))
-    facts = facts_of(base, sources)
+    statistics = statistics_of(base, sources)
     computed = []
     for _ in range(2):
-        facts.remember("k", lambda: (computed.append(1) or torch.ones(1),))
+        statistics.remember("k", lambda: (computed.append(1) or torch.ones(1),))
     assert len(computed) == 2
 
 
 def test_equal_models_have_no_variance_and_keep_the_first_elements() -> None:
     base = torch.linspace(-1.0, 1.0, 10)
-    facts = facts_of(base, [base.clone()])
-    assert facts.variance(0).tolist() == [0.0]
-    assert facts.trim(0, 0.35) == (0.0, 2)  # floor(0.35 · 10) = 3 of ten zeros: indices 0, 1, 2
-    assert facts.trim(0, 0.0) == (math.inf, -1)
+    statistics = statistics_of(base, [base.clone()])
+    assert statistics.variance(0).tolist() == [0.0]
+    assert statistics.trim(0, 0.35) == (0.0, 2)  # floor(0.35 · 10) = 3 of ten zeros: indices 0, 1, 2
+    assert statistics.trim(0, 0.0) == (math.inf, -1)
 
 
 def test_the_mask_is_that_part_of_the_field() -> None:
     base, sources = family(2, 1, (100,))
-    whole = TensorFacts(base, sources, [field_key(0, "tensor", PRINTS[0])]).keep(0, 0.4)
-    part = facts_of(base, sources).at(32, (20,)).keep(0, 0.4)
+    whole = PlainStatistics(base, sources, [field_key(0, "tensor", PRINTS[0])]).keep_mask(0, 0.4)
+    part = statistics_of(base, sources).at(32, (20,)).keep_mask(0, 0.4)
     assert torch.equal(part, whole[32:52])
     assert 20 < int(whole.sum()) < 60
 
 
 def test_threads_that_ask_for_the_same_fact_compute_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base, sources = family(2, 1, (50_000,))
-    facts = facts_of(base, sources)
-    computed, compute = [], facts.store._cut
+    statistics = statistics_of(base, sources)
+    computed, compute = [], statistics.store._joint_cutoff
 
     def counted(*arguments: object) -> object:
         computed.append(1)
         return compute(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(facts.store, "_cut", counted)
+    monkeypatch.setattr(statistics.store, "_joint_cutoff", counted)
     found: list[tuple[float, int]] = []
-    pair = (facts.base, facts.sources[0])
-    threads = [threading.Thread(target=lambda: found.append(facts.store.trim(pair, 0.3))) for _ in range(4)]
+    pair = (statistics.base, statistics.sources[0])
+    threads = [threading.Thread(target=lambda: found.append(statistics.store.trim(pair, 0.3))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
