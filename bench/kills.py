@@ -26,7 +26,7 @@ import yaml
 
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.run.folder import RunFolder
-from evomerge.study.candidate import best
+from evomerge.study.ranking import best
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import plain
 from tests.frame import environment, search_spec

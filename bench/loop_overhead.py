@@ -22,9 +22,10 @@ from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Stop, search
+from evomerge.study.loop import search
 from evomerge.study.record import Record
 from evomerge.system.memory import collect_rarely
 
@@ -47,7 +48,7 @@ def space_of(genes: int) -> SearchSpace:
 
 def score(proposal: Proposal) -> Outcome:
     """A fitness made of the recipe's hash: no landscape, the worst case for nobody."""
-    return Outcome(int(proposal.phenotype[:8], 16) / 2**32, scores={"search": {"task": {"acc": {"value": 0.5}}}})
+    return Outcome(int(proposal.recipe_hash[:8], 16) / 2**32, scores={"search": {"task": {"acc": {"value": 0.5}}}})
 
 
 def user_seconds() -> float:
@@ -70,7 +71,13 @@ def measure(algorithm: str, candidates: int, genes: int, population: int | None)
         settings = AlgorithmSettings(population or ALGORITHMS[algorithm].population)
         marks.append(user_seconds())
         search(
-            space, ALGORITHMS[algorithm], InProcess(score), record, Stop(candidates), settings=settings, progress=tick
+            space,
+            ALGORITHMS[algorithm],
+            InProcess(score),
+            record,
+            StopConditions(candidates),
+            settings=settings,
+            progress=tick,
         )
         size = journal.stat().st_size
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -39,9 +39,10 @@ from evomerge.space.decode import decode
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Stop, search
+from evomerge.study.loop import search
 from evomerge.study.record import Record
 
 HERE = Path(__file__).parent
@@ -204,7 +205,7 @@ def run(scores: Scores, algorithm: str, budget: int, population: int, seed: int)
         get_algorithm(algorithm),
         InProcess(scores.outcome),
         cast("Record", InMemory(f"{algorithm} of seed {seed}:")),
-        Stop(budget),
+        StopConditions(budget),
         seed=seed,
         settings=AlgorithmSettings(population),
         starts=starts,

@@ -70,7 +70,7 @@ def _mergekit(method: str, genes: int) -> Contender:
     )
 
 
-SLOPES_COST = 5  # scores of the same items, as evomerge.problem.fitness_gradients has it
+GRADIENT_COST = 5  # scores of the same items, as evomerge.problem.fitness_gradients has it
 _BRED: dict[str, Any] = {"algorithm": "ga", "options": {"slopes": False, "draws": False}, "population": 16}
 OTHERS = ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
 CONTENDERS: dict[str, Contender] = {
@@ -128,9 +128,9 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.run.finalists import choose_winner
     from evomerge.run.folder import RunFolder
     from evomerge.run.search import settings_of
-    from evomerge.study.candidate import spent_items
+    from evomerge.study.budget import StopConditions, spent_items
     from evomerge.study.interfaces import NullTracker
-    from evomerge.study.loop import Stop, search
+    from evomerge.study.loop import search
 
     contender = CONTENDERS[name]
     spec = spec_of(path, contender, seed, candidates)
@@ -145,7 +145,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         get_algorithm(spec.search.algorithm),
         InProcess(scorer, scorer.before_generation),
         opened.record(bench.space),
-        Stop(candidates, items=items, slope_items=scorer.slope_items),
+        StopConditions(candidates, items=items, gradient_items=scorer.gradient_items),
         seed=seed,
         settings=settings_of(spec.search, scorer),
         starts=None if contender.baselines else (),
@@ -154,7 +154,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     result = choose_winner(bench, scorer, ended.candidates, NullTracker(), ending, where=str(folder))
     opened.write_result(result)
     order = sorted(ended.candidates, key=lambda c: c.number)
-    spent = list(spent_items(order, scorer.slope_items))
+    spent = list(spent_items(order, scorer.gradient_items))
     track = _track(order, spent, lambda c: scorer.fitness.unweighted(scorer.scores(c.recipe, TEST)[0]))
     winner, _ = scorer.scores(result.winner.recipe, TEST)
     found = {

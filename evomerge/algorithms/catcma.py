@@ -21,9 +21,10 @@ from evomerge.algorithms.random_search import random_search
 from evomerge.space.genes import Choice
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, Proposal, promising
+from evomerge.study.candidate import Candidate, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.optuna_trials import genome_of
+from evomerge.study.ranking import best_first
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def catcma(
     layout = Layout(space)
     if not (layout.reals or layout.integers or layout.choices):
         return random_search(space, history, numbers, generation, seed, settings)
-    known = promising(candidate for candidate in history if candidate.generation == 0)
+    known = best_first(candidate for candidate in history if candidate.generation == 0)
     start = known[0].genome if known else space.default()
     population = max(settings.population, replay.SMALLEST)
     params = all_params(space, start)

@@ -24,8 +24,9 @@ from evomerge.algorithms.random_search import random_search
 from evomerge.space.decode import active_reals
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, Proposal, promising
+from evomerge.study.candidate import Candidate, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.study.ranking import best_first
 from evomerge.system.arrays import FloatArray, Mask
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def free_genes(space: SearchSpace, genome: Genome) -> Mask:
 
 def starting_genome(space: SearchSpace, history: Sequence[Candidate]) -> Genome:
     """The best of generation 0, rather one whose methods have real genes; the default genome without a score."""
-    known = [candidate.genome for candidate in promising(c for c in history if c.generation == 0)]
+    known = [candidate.genome for candidate in best_first(c for c in history if c.generation == 0)]
     known.append(space.default())
     return next((genome for genome in known if free_genes(space, genome).any()), known[0])
 

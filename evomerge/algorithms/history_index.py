@@ -19,7 +19,8 @@ import numpy as np
 from evomerge.space.decode import genome_hash
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import DRAW, Candidate, by_objectives, fitness_order, sloped, teaches
+from evomerge.study.candidate import DRAW, Candidate, gradient_parent
+from evomerge.study.ranking import fitness_key, front_by_front, has_fitness
 from evomerge.system.arrays import FloatArray, Mask
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class Reading:
 
     Attributes:
         history: What was read.
-        tried: Phenotypes that need no second look; a baseline counts by its own recipe and by its genome's.
+        tried: Recipe hashes that need no second look; a baseline counts by its own recipe and by its genome's.
         unlike: Numbers of the baselines whose recipe is not what their genome says.
         steps: Number of a candidate -> how many were made with its slopes.
         several: Whether there are candidates with several objectives.
@@ -52,7 +53,7 @@ class Reading:
         self._fittest: list[Candidate] = []
         # What genomes say, by number of candidate; it holds for the very genome only.
         self._units: dict[int, tuple[Genome, FloatArray]] = before._units if before else {}
-        self._phenotypes: dict[int, tuple[Genome, str]] = before._phenotypes if before else {}
+        self._recipe_hashes: dict[int, tuple[Genome, str]] = before._recipe_hashes if before else {}
 
     @classmethod
     def of(cls, space: SearchSpace, history: Sequence[Candidate]) -> Reading:
@@ -64,9 +65,9 @@ class Reading:
             _LATEST.append(index)
         return index
 
-    def promising(self, enough: int | None = None) -> list[Candidate]:
-        """As `promising` of the history."""
-        return by_objectives(self._fittest if self.several else self._fittest[:enough], enough)
+    def best_first(self, enough: int | None = None) -> list[Candidate]:
+        """As `best_first` of the history."""
+        return front_by_front(self._fittest if self.several else self._fittest[:enough], enough)
 
     def unit(self, candidate: Candidate) -> FloatArray:
         """A candidate's real genes in [0, 1], shape [reals]."""
@@ -104,13 +105,13 @@ class Reading:
     def _go_on(self, history: tuple[Candidate, ...]) -> None:
         new = history[len(self.history) :]
         for candidate in new:
-            self.tried.add(candidate.phenotype)
+            self.tried.add(candidate.recipe_hash)
             if candidate.generation == 0:
-                said = _said(self._phenotypes, candidate, partial(genome_hash, self._space))
+                said = _said(self._recipe_hashes, candidate, partial(genome_hash, self._space))
                 self.tried.add(said)
-                if said != candidate.phenotype:
+                if said != candidate.recipe_hash:
                     self.unlike.add(candidate.number)
-            if (number := sloped(candidate)) is not None:
+            if (number := gradient_parent(candidate)) is not None:
                 self.steps[number] += 1
             fitness = -math.inf if candidate.state != "done" or candidate.fitness is None else candidate.fitness
             won, self._best = fitness > self._best, max(fitness, self._best)
@@ -118,10 +119,10 @@ class Reading:
                 self.draws[candidate.generation] = self.draws.get(candidate.generation, False) or won
             self.several = self.several or candidate.objectives is not None
         if len(new) > FEW:
-            self._fittest = sorted([*self._fittest, *filter(teaches, new)], key=fitness_order)
+            self._fittest = sorted([*self._fittest, *filter(has_fitness, new)], key=fitness_key)
         else:
-            for candidate in filter(teaches, new):
-                insort(self._fittest, candidate, key=fitness_order)
+            for candidate in filter(has_fitness, new):
+                insort(self._fittest, candidate, key=fitness_key)
         self.history = history
 
 

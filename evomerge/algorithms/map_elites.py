@@ -20,8 +20,9 @@ from evomerge.algorithms.ga.parent import Parent
 from evomerge.algorithms.proposals import Draw, distinct
 from evomerge.space.decode import copies_layers
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, Proposal, promising
+from evomerge.study.candidate import Candidate, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.study.ranking import best_first
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def map_elites(
 
 def elites_of(history: Sequence[Candidate], cells: int) -> list[Candidate]:
     """The fittest candidate of every cell that has one, the fittest of all first; a pruned one by its estimate."""
-    known = sorted(promising(history), key=lambda c: (-(c.fitness or 0.0), c.number))
+    known = sorted(best_first(history), key=lambda c: (-(c.fitness or 0.0), c.number))
     if not known:
         return []
     measures = measures_of(known)

@@ -47,7 +47,7 @@ def distinct(
         proposal = _new(space, seen, number, generation, seed, draw, first)
         if proposal is None:
             break
-        seen.add(proposal.phenotype)
+        seen.add(proposal.recipe_hash)
         proposals.append(proposal)
     return proposals
 
@@ -70,7 +70,7 @@ def _new(
         if why_invalid(space, genome) is not None:
             continue
         recipe = decode(space, genome)
-        phenotype = recipe_hash(recipe)
-        if phenotype not in seen:
-            return Proposal(number, generation, genome, recipe, phenotype, parents, operator)
+        identity = recipe_hash(recipe)
+        if identity not in seen:
+            return Proposal(number, generation, genome, recipe, identity, parents, operator)
     return None

@@ -31,8 +31,9 @@ from evomerge.problem.problem import STEER, Workbench
 from evomerge.space.baselines import baselines
 from evomerge.space.decode import decode, why_invalid
 from evomerge.space.genome import Genome
-from evomerge.study.candidate import Candidate, Outcome, Proposal, ranked
+from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import Tracker
+from evomerge.study.ranking import ranked
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Rivals:
     """What a race has to know of a history.
 
     Attributes:
-        leaders: Number, phenotype and recipe of the best candidates with a full score, best first.
+        leaders: Number, recipe_hash and recipe of the best candidates with a full score, best first.
         generation: The generation that races.
     """
 
@@ -91,7 +92,7 @@ class Scorer:
         self._order = {task: {item: k for k, item in enumerate(bench.evaluator.items(task))} for task in bench.tasks}
         self._race: Race | None = None
         self._blocks: tuple[int, ...] = ()  # the order in which the generation sees the blocks
-        self._full: dict[str, Scores] = {}  # the full scores that it races against, by phenotype
+        self._full: dict[str, Scores] = {}  # the full scores that it races against, by recipe_hash
         self._rivals: Rivals | None = None
         self.fitness: Fitness = bench.steering
         self.reported: Fitness = bench.goals
@@ -210,7 +211,7 @@ class Scorer:
         if not leaders or len(self._parts[self._steering]) == 1:
             return None
         generation = 1 + max(candidate.generation for candidate in history)
-        return Rivals(tuple((c.number, c.phenotype, c.recipe) for c in leaders), generation)
+        return Rivals(tuple((c.number, c.recipe_hash, c.recipe) for c in leaders), generation)
 
     def race_against(self, rivals: Rivals | None) -> None:
         """Has the next proposals race against these candidates, until others are named."""
@@ -220,10 +221,10 @@ class Scorer:
         if rivals is None:
             return
         known, self._full = self._full, {}
-        for _, phenotype, recipe in rivals.leaders:
-            self._full[phenotype] = known.get(phenotype) or self.scores(recipe, self._steering)[0]
+        for _, recipe_hash, recipe in rivals.leaders:
+            self._full[recipe_hash] = known.get(recipe_hash) or self.scores(recipe, self._steering)[0]
         self._blocks = block_order(len(self._parts[self._steering]), self._bench.spec.search.seed, rivals.generation)
-        looks = {number: self._looks(self._full[phenotype]) for number, phenotype, _ in rivals.leaders}
+        looks = {number: self._looks(self._full[recipe_hash]) for number, recipe_hash, _ in rivals.leaders}
         cutoff, _, _ = rivals.leaders[min(CUTOFF_RANK, len(rivals.leaders)) - 1]
         self._race = Race.against(self.fitness, cutoff, looks)
 
@@ -313,7 +314,7 @@ class Scorer:
         return fitness_slopes(self._bench, self.fitness, selection, genome, scores, places)
 
     @property
-    def slope_items(self) -> int:
+    def gradient_items(self) -> int:
         """What `slopes` costs when asked first, in item evaluations."""
         return round(COST * size(sample(self._bench.selections[self._steering], "")))
 

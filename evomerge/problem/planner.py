@@ -34,8 +34,8 @@ class Planner:
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
-        self._waiting: dict[str, _Planned] = {}  # by phenotype
-        self._next: dict[str, LayerDigests] = {}  # phenotype to the digests of the one that is scored after it
+        self._waiting: dict[str, _Planned] = {}  # by recipe_hash
+        self._next: dict[str, LayerDigests] = {}  # recipe_hash to the digests of the one that is scored after it
 
     def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
         """An order of the proposals, as positions: those that share their first layers follow each other.
@@ -45,12 +45,12 @@ class Planner:
         self._waiting = {}
         for proposal in proposals:
             try:
-                self._waiting[proposal.phenotype] = self._plan(proposal)
+                self._waiting[proposal.recipe_hash] = self._plan(proposal)
             except Exception as error:  # raised again, and recorded, when its turn comes
                 log.info("candidate %d is not arranged: %s", proposal.number, error)
         depths = [self._depths(proposal) for proposal in proposals]
         order = order_by_shared_layers(depths)
-        self._next = {proposals[one].phenotype: depths[other] for one, other in pairwise(order)}
+        self._next = {proposals[one].recipe_hash: depths[other] for one, other in pairwise(order)}
         return order
 
     def __call__(self, proposal: Proposal) -> tuple[Plan, float]:
@@ -59,8 +59,8 @@ class Planner:
         Raises:
             RecipeError: When its recipe is not possible.
         """
-        planned = self._waiting.pop(proposal.phenotype, None) or self._plan(proposal)
-        self._bench.evaluator.announce_next(self._next.pop(proposal.phenotype, ()))
+        planned = self._waiting.pop(proposal.recipe_hash, None) or self._plan(proposal)
+        self._bench.evaluator.announce_next(self._next.pop(proposal.recipe_hash, ()))
         return planned.plan, planned.seconds
 
     def _plan(self, proposal: Proposal) -> _Planned:
@@ -70,5 +70,5 @@ class Planner:
         return _Planned(plan, depths, time.perf_counter() - started)
 
     def _depths(self, proposal: Proposal) -> LayerDigests:
-        planned = self._waiting.get(proposal.phenotype)
+        planned = self._waiting.get(proposal.recipe_hash)
         return planned.depths if planned else ()

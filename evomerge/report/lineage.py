@@ -17,7 +17,7 @@ def lineage(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
             "generation": candidate.generation,
             "parents": list(candidate.parents),
             "operator": candidate.operator,
-            "recipe_hash": candidate.phenotype,
+            "recipe_hash": candidate.recipe_hash,
             "state": candidate.state,
             "fitness": candidate.fitness,
             "objectives": None if candidate.objectives is None else list(candidate.objectives),

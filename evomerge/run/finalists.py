@@ -35,9 +35,10 @@ from evomerge.report.result import (
 from evomerge.space.baselines import PARENT
 from evomerge.spec.schema import SearchSpec
 from evomerge.study import pareto
-from evomerge.study.candidate import Candidate, count_items, count_states, ranked
+from evomerge.study.budget import count_items
+from evomerge.study.candidate import Candidate, count_states
 from evomerge.study.ranking import finalists as choose_finalists
-from evomerge.study.ranking import growth, reference_point
+from evomerge.study.ranking import growth, ranked, reference_point
 
 if TYPE_CHECKING:
     from evomerge.problem.candidate_evaluator import Scorer

@@ -18,7 +18,8 @@ from evomerge.errors import RunError
 from evomerge.evaluation.score_store import RunScores
 from evomerge.report.result import RunResult
 from evomerge.spec.schema import SearchSpec
-from evomerge.study.candidate import Candidate, best
+from evomerge.study.candidate import Candidate
+from evomerge.study.ranking import best
 from evomerge.system.files import write_atomic
 from evomerge.system.locks import exclusive
 
@@ -114,15 +115,15 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)
 
     @contextmanager
-    def attempting(self, phenotype: str) -> Iterator[int]:
+    def attempting(self, recipe_hash: str) -> Iterator[int]:
         """Notes that a candidate is being scored in this process, for the length of a block.
 
         Gives how many processes in a row have died in such a block of this candidate, and of no other since.
         """
         path = self.root / "attempt.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
-        deaths = before["deaths"] if before.get("phenotype") == phenotype else 0
-        write_atomic(path, json.dumps({"phenotype": phenotype, "deaths": deaths + 1}))
+        deaths = before["deaths"] if before.get("recipe_hash") == recipe_hash else 0
+        write_atomic(path, json.dumps({"recipe_hash": recipe_hash, "deaths": deaths + 1}))
         try:
             yield deaths
         finally:  # whatever else ends the block, the process lives

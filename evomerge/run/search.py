@@ -24,9 +24,10 @@ from evomerge.run.folder import STARTS, RunFolder
 from evomerge.run.preflight import algorithm_problems, look_before
 from evomerge.run.warm_start import read_seeds, warm_starts
 from evomerge.spec.schema import Search, SearchSpec
-from evomerge.study.candidate import Candidate, Outcome, Proposal, spent_items
+from evomerge.study.budget import StopConditions, spent_items
+from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, Executor, SearchInfo, Tracker
-from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
 from evomerge.trackers.console import ConsoleTracker
@@ -132,10 +133,10 @@ def _go(folder: RunFolder, spec: SearchSpec) -> RunResult:
             )
         )
         scorer.settle(tracker)
-        stop = Stop(
+        stop = StopConditions(
             wanted.candidates,
             **wanted.stop.model_dump(),
-            slope_items=scorer.slope_items,
+            gradient_items=scorer.gradient_items,
             since=folder.extended_from(),
         )
         with _executor(folder, bench, scorer, tracker) as executor:
@@ -213,7 +214,7 @@ def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, tracker: Trac
 
 def _survived(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
     """Scores a proposal here, unless it has killed one process after the other: then it has failed."""
-    with folder.attempting(proposal.phenotype) as deaths:
+    with folder.attempting(proposal.recipe_hash) as deaths:
         if deaths < _MOST_DEATHS:
             return evaluate(proposal)
     failure = f"killed: {deaths} processes in a row died while they scored it; the system may have run out of memory"
@@ -239,7 +240,7 @@ def _search(
     executor: Executor,
     record: Record,
     algorithm: str,
-    stop: Stop,
+    stop: StopConditions,
     progress: Callable[[Candidate], None],
 ) -> Finished:
     """One search of the run's space, on its items and by its seed."""
@@ -284,7 +285,7 @@ def _baseline(
     """
     if folder.spec.search.baseline is None:
         return ()
-    items = max(spent_items(found, scorer.slope_items))
+    items = max(spent_items(found, scorer.gradient_items))
     tracker.report(f"random search as a baseline: {items} item evaluations, as the search had")
 
     def progress(candidate: Candidate) -> None:
@@ -292,7 +293,7 @@ def _baseline(
         tracker.report(f"random search, candidate {candidate.number}: {value}")
 
     record = folder.record(bench.space, baseline=True, report=tracker.report)
-    stop = Stop(_MOST_RANDOM * len(found), items=items)
+    stop = StopConditions(_MOST_RANDOM * len(found), items=items)
     ended = _search(folder, bench, scorer, executor, record, "random", stop, progress)
     if ended.reason == "interrupted":
         raise KeyboardInterrupt

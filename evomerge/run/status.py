@@ -11,8 +11,9 @@ from evomerge.evaluation.scores import Score, table_to_json
 from evomerge.report.result import ResultRow
 from evomerge.report.tables import gradients_text, score_text, table
 from evomerge.run.folder import RunFolder
-from evomerge.study.candidate import Candidate, best, count_items, count_states, pareto_front, ranked
-from evomerge.study.ranking import growth
+from evomerge.study.budget import count_items
+from evomerge.study.candidate import Candidate, count_states
+from evomerge.study.ranking import best, growth, pareto_front, ranked
 from evomerge.system.locks import is_locked
 
 _SHOWN = 12  # members of a front

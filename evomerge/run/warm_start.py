@@ -17,7 +17,8 @@ from evomerge.space.genes import REST, layer_groups
 from evomerge.space.space import SearchSpace
 from evomerge.space.transfer import Place, Shape, of_genome, of_recipe
 from evomerge.spec.schema import SearchSpec
-from evomerge.study.candidate import Candidate, ranked
+from evomerge.study.candidate import Candidate
+from evomerge.study.ranking import ranked
 
 if TYPE_CHECKING:
     from evomerge.problem.problem import Workbench

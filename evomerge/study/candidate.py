@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from evomerge.space.baselines import Start
 from evomerge.space.decode import recipe_hash
 from evomerge.space.genome import Genome
-from evomerge.study import pareto
 
-SLOPES = "gradient"
-"""How the operators are called that take the slopes of the first parent."""
+GRADIENT = "gradient"
+"""How the operators are called that step along the gradient of the fitness at the first parent."""
 DRAW = "draw"
 """How the operator is called that draws from what the fitness may be."""
 
@@ -33,7 +30,7 @@ class Proposal:
         generation: 0 for the baselines.
         genome: Its genes; for a baseline that the space cannot express, the nearest genome.
         recipe: What to merge.
-        phenotype: The recipe's identity.
+        recipe_hash: The recipe's identity.
         parents: Numbers of the candidates it was made from.
         operator: What made it, such as ``crossover by layers``, or a baseline's name.
     """
@@ -42,7 +39,7 @@ class Proposal:
     generation: int
     genome: Genome
     recipe: Mapping[str, Any] = field(hash=False)
-    phenotype: str
+    recipe_hash: str
     parents: tuple[int, ...]
     operator: str
 
@@ -98,7 +95,7 @@ class Candidate(Proposal):
             generation=proposal.generation,
             genome=proposal.genome,
             recipe=proposal.recipe,
-            phenotype=proposal.phenotype,
+            recipe_hash=proposal.recipe_hash,
             parents=proposal.parents,
             operator=proposal.operator,
             state=outcome.state,
@@ -125,134 +122,19 @@ number_of = attrgetter("number")
 
 
 def find(history: Sequence[Candidate], number: int) -> Candidate | None:
-    """The candidate of a number in a history that is sorted by number; None where there is none."""
+    """Returns the candidate of a number in a history that is sorted by number; None where there is none."""
     if 0 <= number < len(history) and history[number].number == number:  # where none is missing
         return history[number]
-    place = bisect_left(history, number, key=number_of)
-    return history[place] if place < len(history) and history[place].number == number else None
-
-
-def fitness_order(candidate: Candidate) -> tuple[float, int]:
-    """Sorts the fittest first; the earlier one first when equal."""
-    return -(candidate.fitness or 0.0), candidate.number
-
-
-def ranked(history: Iterable[Candidate]) -> list[Candidate]:
-    """The candidates that have a full score, best first; the earlier one first when equal."""
-    return sorted((c for c in history if c.state == "done" and c.fitness is not None), key=fitness_order)
-
-
-def teaches(candidate: Candidate) -> bool:
-    """Whether there is something to learn from it: a pruned one has the estimate that it was stopped at."""
-    return candidate.state != "failed" and candidate.fitness is not None
-
-
-def promising(history: Iterable[Candidate], enough: int | None = None) -> list[Candidate]:
-    """The candidates to learn from, best first.
-
-    With several objectives: front by front, within a front those with the fewest neighbours first (NSGA-II), then those
-    that have no objectives.
-
-    Args:
-        history: The candidates.
-        enough: How many are wanted; with several objectives, the order beyond them is only roughly right then.
-    """
-    return by_objectives(sorted(filter(teaches, history), key=fitness_order), enough)
-
-
-def by_objectives(fittest: Sequence[Candidate], enough: int | None = None) -> list[Candidate]:
-    """As `promising`, of candidates to learn from that are in the order of their fitness."""
-    several = [c for c in fittest if c.objectives is not None]
-    if not several:
-        return list(fittest[:enough])
-    return [*_by_fronts(several, enough), *(c for c in fittest if c.objectives is None)][:enough]
-
-
-def _by_fronts(candidates: list[Candidate], enough: int | None) -> list[Candidate]:
-    values = objectives_of(candidates)
-    fronts = pareto.ranks(values, enough)
-    crowding = np.zeros(len(candidates))
-    for front in np.unique(fronts):
-        crowding[fronts == front] = pareto.crowding(values[fronts == front])
-    return [candidates[k] for k in np.lexsort((-crowding, fronts))]  # stable: the fitter first when equal
-
-
-def objectives_of(candidates: Sequence[Candidate]) -> pareto.Array:
-    """Their objectives, all of which must be known, shape [candidates, objectives]."""
-    return np.array([candidate.objectives for candidate in candidates], dtype=np.float64)
-
-
-def pareto_front(history: Iterable[Candidate]) -> list[Candidate]:
-    """The candidates with a full score that none dominates, by number; of equal ones the first."""
-    done = sorted((c for c in history if c.state == "done" and c.objectives is not None), key=lambda c: c.number)
-    if not done:
-        return []
-    values = objectives_of(done)
-    _, first = np.unique(values, axis=0, return_index=True)
-    best = pareto.ranks(values[first], 1) == 0
-    return [done[k] for k in np.sort(first[best])]
-
-
-def best(history: Iterable[Candidate]) -> Candidate | None:
-    """The best candidate, with several objectives the knee of their front; None when nothing is done."""
-    known = tuple(history)
-    front = pareto_front(known)
-    if front:
-        return front[pareto.knee(objectives_of(front), np.array([c.fitness for c in front], dtype=np.float64))]
-    return next(iter(ranked(known)), None)
+    index = bisect_left(history, number, key=number_of)
+    return history[index] if index < len(history) and history[index].number == number else None
 
 
 def count_states(history: Iterable[Candidate]) -> dict[str, int]:
-    """How many candidates are done, failed and pruned."""
+    """Counts the candidates that are done, failed and pruned."""
     states = [candidate.state for candidate in history]
     return {state: states.count(state) for state in get_args(State)}
 
 
-def sloped(candidate: Candidate) -> int | None:
-    """The number of the candidate whose slopes were asked for to make this one; None where none were."""
-    return candidate.parents[0] if SLOPES in candidate.operator and candidate.parents else None
-
-
-class Spending:
-    """Counts item evaluations, candidate by candidate; what was asked for their parents' slopes once a parent.
-
-    Args:
-        slope_items: Item evaluations that the slopes of one candidate are worth.
-
-    Attributes:
-        items: The count.
-    """
-
-    def __init__(self, slope_items: int) -> None:
-        self.items = 0
-        self._slope_items = slope_items
-        self._asked: set[int] = set()
-
-    def add(self, candidate: Candidate) -> int:
-        """The count with one more candidate."""
-        parent = sloped(candidate)
-        if parent is not None and parent not in self._asked:
-            self._asked.add(parent)
-            self.items += self._slope_items
-        self.items += candidate.items
-        return self.items
-
-
-def spent_items(history: Iterable[Candidate], slope_items: int) -> Iterator[int]:
-    """Item evaluations after each of the candidates, as `Spending` counts them."""
-    return map(Spending(slope_items).add, history)
-
-
-def count_items(history: Iterable[Candidate]) -> dict[str, Any]:
-    """Item evaluations of the search: how many, how many they would be without racing, the share saved; and slopes.
-
-    What the slopes of a candidate cost is not among them (`spent_items` counts it in): ``gradients`` says of how many
-    they were asked for.
-    """
-    known = list(history)
-    seen = [candidate for candidate in known if candidate.items]
-    evaluated = sum(candidate.items for candidate in seen)
-    whole = len(seen) * max((candidate.items for candidate in seen), default=0)
-    gradients = len({sloped(candidate) for candidate in known} - {None})
-    saved = 1 - evaluated / whole if whole else 0.0
-    return {"evaluated": evaluated, "without_racing": whole, "saved": saved, "gradients": gradients}
+def gradient_parent(candidate: Candidate) -> int | None:
+    """Returns the number of the candidate whose gradient made this one; None where none did."""
+    return candidate.parents[0] if GRADIENT in candidate.operator and candidate.parents else None

@@ -12,49 +12,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
 
 from evomerge.space.baselines import Start, baselines
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, Outcome, Proposal, Spending, best, first_generation, number_of, ranked
+from evomerge.study.budget import End, Reason, StopConditions, StopMonitor
+from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation, number_of
 from evomerge.study.interfaces import Algorithm, AlgorithmSettings, Executor
-from evomerge.study.ranking import latest_improvement
+from evomerge.study.ranking import best
 from evomerge.study.record import Record
-
-FAILURES_IN_A_ROW = 10
-
-Reason = Literal["budget", "exhausted", "stale", "target", "hours", "items", "failures", "interrupted"]
-
-End = tuple[Reason, str]
-
-
-@dataclass(frozen=True)
-class Stop:
-    """When to stop.
-
-    Attributes:
-        candidates: The budget: done + failed + pruned.
-        hours: Time spent scoring, over all sessions of the run, shared by as many candidates as are scored at once;
-            None for no limit.
-        stale_generations: Generations in a row without a better candidate, or with several objectives without more
-            hypervolume; None for no limit.
-        items: Items scored, over all candidates; None for no limit.
-        slope_items: Items that asking for the slopes of one candidate counts as.
-        fitness: A fitness that is good enough, of a candidate with a full score at the end of a generation.
-        since: The search had ended for want of progress, or because it was good enough, with this many candidates, and
-            was extended: staleness counts from there, and a fitness that they had reached ends nothing any more.
-    """
-
-    candidates: int
-    hours: float | None = None
-    stale_generations: int | None = None
-    items: int | None = None
-    slope_items: int = 0
-    fitness: float | None = None
-    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +44,7 @@ def search(
     algorithm: Algorithm,
     executor: Executor,
     record: Record,
-    stop: Stop,
+    stop: StopConditions,
     *,
     seed: int = 0,
     settings: AlgorithmSettings | None = None,
@@ -123,7 +91,7 @@ class _Loop:
     algorithm: Algorithm
     executor: Executor
     record: Record
-    stop: Stop
+    stop: StopConditions
     seed: int
     settings: AlgorithmSettings
     progress: Callable[[Candidate], None] | None
@@ -131,10 +99,10 @@ class _Loop:
     asynchronous: bool
 
     def run(self, starts: tuple[Start, ...]) -> End:
-        watch = _Watch(self.stop, self.record.candidates(), self.executor.slots)
-        if ended := watch.already():
+        monitor = StopMonitor(self.stop, self.record.candidates(), self.executor.slots)
+        if ended := monitor.already():
             return ended
-        return self._one_by_one(starts, watch) if self.asynchronous else self._by_generations(starts, watch)
+        return self._one_by_one(starts, monitor) if self.asynchronous else self._by_generations(starts, monitor)
 
     @property
     def _spent(self) -> End:
@@ -144,7 +112,7 @@ class _Loop:
     def _exhausted(self) -> End:
         return "exhausted", f"the space has no new recipe after {len(self.record)} candidates"
 
-    def _by_generations(self, starts: tuple[Start, ...], watch: _Watch) -> End:
+    def _by_generations(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
         generation = 0
         first = 0
         while first < self.stop.candidates:
@@ -154,13 +122,13 @@ class _Loop:
                 proposals = first_generation(starts, len(numbers))
             else:
                 proposals = self._propose(numbers, generation)
-            if ended := self._score(proposals, watch):
+            if ended := self._score(proposals, monitor):
                 return ended
             if len(proposals) < len(numbers):
                 return self._exhausted
             # A generation that the budget cut short says nothing about staleness.
             if len(numbers) == size:
-                ended = watch.after_generation(self.record.candidates(), generation)
+                ended = monitor.after_generation(self.record.candidates(), generation)
                 if ended and first + size < self.stop.candidates:
                     return ended
             first += size
@@ -176,7 +144,7 @@ class _Loop:
         history = candidates[:start]
         return self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
 
-    def _score(self, proposals: Sequence[Proposal], watch: _Watch) -> End | None:
+    def _score(self, proposals: Sequence[Proposal], monitor: StopMonitor) -> End | None:
         """Scores and records what is not recorded of a generation; the end, if it comes in the middle."""
         known = self.record.candidates()
         before = bisect_left(known, proposals[0].number, key=number_of) if proposals else 0
@@ -198,7 +166,7 @@ class _Loop:
             for due in self._due(finished, turns):
                 # Which candidates the items suffice for must not depend on how many were scored at once.
                 if ended is None or self.stop.items is None:
-                    brought = self._keep(due, watch)
+                    brought = self._keep(due, monitor)
                     ended = ended or brought
         return ended
 
@@ -211,12 +179,12 @@ class _Loop:
             due.append(finished.pop(turns.popleft()))
         return due
 
-    def _keep(self, candidate: Candidate, watch: _Watch) -> End | None:
+    def _keep(self, candidate: Candidate, monitor: StopMonitor) -> End | None:
         """Records a candidate; the end, if it brings it."""
         self.record.append(candidate)
         if self.progress is not None:
             self.progress(candidate)
-        return watch.after_candidate(candidate)
+        return monitor.after_candidate(candidate)
 
     def _arranged(self, proposals: Sequence[Proposal]) -> list[Proposal]:
         """The proposals in the order in which to score them."""
@@ -225,13 +193,13 @@ class _Loop:
             raise ValueError(f"arrange gave {list(order)}, which is no order of {len(proposals)} proposals")
         return [proposals[position] for position in order]
 
-    def _one_by_one(self, starts: tuple[Start, ...], watch: _Watch) -> End:
+    def _one_by_one(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
         """As many candidates under way as there is room for, at any time."""
         first = first_generation(starts, self.stop.candidates)
         recorded = {candidate.number for candidate in self.record.candidates()}
         free = (number for number in count() if number not in recorded)
         pending: dict[int, Proposal] = {}
-        ended = self._stale(len(starts), watch)
+        ended = self._stale(len(starts), monitor)
         no_more: End | None = None
         while True:
             while not (ended or no_more) and len(pending) < self.executor.slots:
@@ -240,7 +208,7 @@ class _Loop:
                 return ended or no_more or self._spent
             candidate = Candidate.of(*self.executor.next_finished())
             del pending[candidate.number]
-            brought = self._keep(candidate, watch) or self._stale(len(starts), watch)
+            brought = self._keep(candidate, monitor) or self._stale(len(starts), monitor)
             ended = ended or brought
 
     def _submit(self, number: int, first: Sequence[Proposal], pending: dict[int, Proposal]) -> End | None:
@@ -268,7 +236,7 @@ class _Loop:
         """The generation of a number."""
         return 0 if number < starts else 1 + (number - starts) // self.settings.population
 
-    def _stale(self, starts: int, watch: _Watch) -> End | None:
+    def _stale(self, starts: int, monitor: StopMonitor) -> End | None:
         """The end, if it comes with the last generation of which all have finished."""
         if self.stop.stale_generations is None and self.stop.fitness is None:
             return None
@@ -277,7 +245,7 @@ class _Loop:
         generation = self._generation(missing, starts)
         if generation == 0 or missing >= self.stop.candidates:
             return None
-        return watch.after_generation(known, generation - 1)
+        return monitor.after_generation(known, generation - 1)
 
 
 _PENDING = Outcome(None, state="pending")
@@ -286,88 +254,3 @@ _PENDING = Outcome(None, state="pending")
 def _lowest(taken: set[int]) -> int:
     """The lowest number that is not taken."""
     return next(number for number in count() if number not in taken)
-
-
-class _Watch:
-    """Counts what ends a search before its budget does.
-
-    Args:
-        stop: The conditions.
-        history: What is recorded already.
-        slots: How many candidates are scored at once.
-    """
-
-    def __init__(self, stop: Stop, history: tuple[Candidate, ...], slots: int) -> None:
-        self._stop = stop
-        self._slots = slots
-        self._seconds = sum(float(c.seconds.get("total", 0.0)) for c in history)
-        self._spending = Spending(stop.slope_items)
-        for candidate in history:
-            self._spending.add(candidate)
-        failed = {c.number: c for c in history if c.state == "failed"}
-        # A run that was stopped by its failures and is resumed gets another chance.
-        self._failed = {n: c for n, c in failed.items() if len(_failing_row(failed, n)) < FAILURES_IN_A_ROW}
-
-    def already(self) -> End | None:
-        """The end, if the record is at it: what is spent is the same in every session."""
-        if self._stop.hours is not None and self._seconds / self._slots >= self._stop.hours * 3600:
-            return "hours", f"{self._stop.hours:g} hours of scoring are over, all sessions together"
-        if self._stop.items is not None and self._spending.items >= self._stop.items:
-            return "items", f"{self._spending.items} items are scored"
-        return None
-
-    def after_candidate(self, candidate: Candidate) -> End | None:
-        """The end, if this candidate brings it."""
-        self._seconds += float(candidate.seconds.get("total", 0.0))
-        self._spending.add(candidate)
-        if candidate.state == "failed":
-            self._failed[candidate.number] = candidate
-            row = _failing_row(self._failed, candidate.number)
-            if len(row) >= FAILURES_IN_A_ROW:
-                last = row[-1]
-                return "failures", (
-                    f"{len(row)} candidates in a row failed with {last.failure_kind}; the last one, {last.number} "
-                    f"({last.operator}): {last.failure}"
-                )
-        return self.already()
-
-    def after_generation(self, history: tuple[Candidate, ...], generation: int) -> End | None:
-        """The end, if this generation reaches what is good enough, or makes too many without a better candidate."""
-        if self._stop.fitness is None and self._stop.stale_generations is None:
-            return None
-        before = [c for c in history if c.number < self._stop.since]
-        return self._reached(history, generation, before) or self._stale(history, generation, before)
-
-    def _reached(self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]) -> End | None:
-        target = self._stop.fitness
-        if target is None or any(c.fitness is not None and c.fitness >= target for c in ranked(before)):
-            return None
-        leader = next(iter(ranked(c for c in history if c.generation <= generation)), None)
-        if leader is None or leader.fitness is None or leader.fitness < target:
-            return None
-        return "target", f"candidate {leader.number} has a fitness of {leader.fitness:.4f}; {target:g} was asked for"
-
-    def _stale(self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]) -> End | None:
-        limit = self._stop.stale_generations
-        if limit is None:
-            return None
-        found = latest_improvement([c for c in history if c.generation <= generation])
-        if found is None:
-            return None
-        start = max([found.generation, *(c.generation for c in before)])
-        if generation - start < limit:
-            return None
-        more = "a better candidate than" if found.objectives is None else "more hypervolume since candidate"
-        return "stale", f"{limit} generations without {more} {found.number}"
-
-
-def _failing_row(failed: Mapping[int, Candidate], number: int) -> list[Candidate]:
-    """The candidates around a failed one, by number without a gap, that failed in the same way."""
-    kind = failed[number].failure_kind
-
-    def alike(n: int) -> bool:
-        return n in failed and failed[n].failure_kind == kind
-
-    start = next(n for n in count(number, -1) if not alike(n - 1))
-    stop = next(n for n in count(number + 1) if not alike(n))
-    return [failed[n] for n in range(start, stop)]

@@ -37,7 +37,7 @@ def pack(candidate: Candidate) -> str:
         "generation": candidate.generation,
         "operator": candidate.operator,
         "parents": list(candidate.parents),
-        "phenotype": candidate.phenotype,
+        "recipe_hash": candidate.recipe_hash,
         "state": candidate.state,
         "fitness": candidate.fitness,
         "objectives": None if candidate.objectives is None else list(candidate.objectives),
@@ -62,7 +62,7 @@ def unpack(packed: str) -> Candidate:
         generation=saved["generation"],
         genome=Genome.from_json(saved["genome"]),
         recipe=saved["recipe"],
-        phenotype=saved["phenotype"],
+        recipe_hash=saved["recipe_hash"],
         parents=tuple(saved["parents"]),
         operator=saved["operator"],
         state=saved["state"],
@@ -79,11 +79,14 @@ def unpacked(system_attributes: Mapping[str, Any], trial: int) -> Candidate:
     """The candidate in a trial's system attributes.
 
     Raises:
-        RunError: The trial was not written by us.
+        RunError: The trial was not written by us, or by another version.
     """
     if PACKED not in system_attributes:
         raise RunError(f"trial {trial} of the study is not evomerge's: it has no system attribute '{PACKED}'")
-    return unpack(system_attributes[PACKED])
+    try:
+        return unpack(system_attributes[PACKED])
+    except KeyError as error:
+        raise RunError(f"trial {trial} of the study lacks {error}: another version of evomerge wrote it") from error
 
 
 def user_attributes(candidate: Candidate) -> dict[str, Any]:

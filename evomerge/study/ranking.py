@@ -1,4 +1,4 @@
-"""The Pareto front of a search: how it grew, and which of its members are worth measuring on fresh items."""
+"""Orders the candidates of a search: best first, by fronts, and which are worth measuring on fresh items."""
 
 from __future__ import annotations
 
@@ -10,7 +10,77 @@ import numpy as np
 
 from evomerge.space.baselines import PARENT
 from evomerge.study import pareto
-from evomerge.study.candidate import Candidate, best, objectives_of, pareto_front, ranked
+from evomerge.study.candidate import Candidate
+
+
+def fitness_key(candidate: Candidate) -> tuple[float, int]:
+    """Sorts the fittest first; the earlier one first when equal."""
+    return -(candidate.fitness or 0.0), candidate.number
+
+
+def ranked(history: Iterable[Candidate]) -> list[Candidate]:
+    """Returns the candidates that have a full score, best first; the earlier one first when equal."""
+    return sorted((c for c in history if c.state == "done" and c.fitness is not None), key=fitness_key)
+
+
+def has_fitness(candidate: Candidate) -> bool:
+    """Tells whether a candidate has a fitness; a pruned one has the estimate that it was stopped at."""
+    return candidate.state != "failed" and candidate.fitness is not None
+
+
+def best_first(history: Iterable[Candidate], limit: int | None = None) -> list[Candidate]:
+    """Returns the candidates that have a fitness, pruned ones included, best first.
+
+    With several objectives: front by front, within a front those with the fewest neighbours first (NSGA-II), then those
+    that have no objectives.
+
+    Args:
+        history: The candidates.
+        limit: How many at most.
+    """
+    return front_by_front(sorted(filter(has_fitness, history), key=fitness_key), limit)
+
+
+def front_by_front(fittest: Sequence[Candidate], limit: int | None = None) -> list[Candidate]:
+    """Returns the same as `best_first`, of candidates with a fitness that are sorted by `fitness_key`."""
+    several = [c for c in fittest if c.objectives is not None]
+    if not several:
+        return list(fittest[:limit])
+    return [*_by_fronts(several, limit), *(c for c in fittest if c.objectives is None)][:limit]
+
+
+def _by_fronts(candidates: list[Candidate], limit: int | None) -> list[Candidate]:
+    values = objectives_of(candidates)
+    fronts = pareto.ranks(values, limit)
+    crowding = np.zeros(len(candidates))
+    for front in np.unique(fronts):
+        crowding[fronts == front] = pareto.crowding(values[fronts == front])
+    return [candidates[k] for k in np.lexsort((-crowding, fronts))]  # stable: the fitter first when equal
+
+
+def objectives_of(candidates: Sequence[Candidate]) -> pareto.Array:
+    """Returns their objectives, which each of them must have, shape [candidates, objectives]."""
+    return np.array([candidate.objectives for candidate in candidates], dtype=np.float64)
+
+
+def pareto_front(history: Iterable[Candidate]) -> list[Candidate]:
+    """Returns the candidates with a full score that none dominates, by number; of equal ones the first."""
+    done = sorted((c for c in history if c.state == "done" and c.objectives is not None), key=lambda c: c.number)
+    if not done:
+        return []
+    values = objectives_of(done)
+    _, first = np.unique(values, axis=0, return_index=True)
+    undominated = pareto.ranks(values[first], 1) == 0
+    return [done[k] for k in np.sort(first[undominated])]
+
+
+def best(history: Iterable[Candidate]) -> Candidate | None:
+    """Returns the best candidate, with several objectives the knee of their front; None when nothing is done."""
+    candidates = tuple(history)
+    front = pareto_front(candidates)
+    if front:
+        return front[pareto.knee(objectives_of(front), np.array([c.fitness for c in front], dtype=np.float64))]
+    return next(iter(ranked(candidates)), None)
 
 
 @dataclass(frozen=True)
@@ -31,7 +101,7 @@ class Growth:
 
 
 def reference_point(history: Iterable[Candidate]) -> pareto.Array | None:
-    """Where the search's hypervolume is measured from: a little below the worst of the models it started from.
+    """Returns where the search's hypervolume is measured from: a little below the worst of the models it started from.
 
     All of generation 0 stands in for them where none has a score; None where nothing of it has.
     """
@@ -41,14 +111,14 @@ def reference_point(history: Iterable[Candidate]) -> pareto.Array | None:
 
 
 def growth(history: Sequence[Candidate]) -> list[Growth]:
-    """The front and its hypervolume after each generation; empty while there is no reference point."""
+    """Returns the front and its hypervolume after each generation; empty while there is no reference point."""
     reference = reference_point(history)
     if reference is None:
         return []
     order = sorted(history, key=lambda c: (c.generation, c.number))
     scored = [c for c in order if c.state == "done" and c.objectives is not None]
     volumes = [0.0, *pareto.growing_hypervolume(objectives_of(scored), reference)]
-    found: list[Growth] = []
+    steps: list[Growth] = []
     front: list[Candidate] = []
     count = done = 0
     for generation, members in itertools.groupby(order, key=lambda c: c.generation):
@@ -56,15 +126,15 @@ def growth(history: Sequence[Candidate]) -> list[Growth]:
         more = [c for c in new if c.state == "done" and c.objectives is not None]
         front = pareto_front([*front, *more])
         count, done = count + len(new), done + len(more)
-        found.append(Growth(generation, count, len(front), float(volumes[done])))
-    return found
+        steps.append(Growth(generation, count, len(front), float(volumes[done])))
+    return steps
 
 
 def latest_improvement(history: Sequence[Candidate]) -> Candidate | None:
-    """The last candidate that was better than all before it; with several objectives, that the hypervolume grew by.
+    """Returns the last candidate that was better than all before it, or that the hypervolume grew by.
 
-    That is the latest member of the front above the reference point: a candidate that added volume is on the front
-    still, unless a later one that dominates it, and so added volume too, took its place.
+    With several objectives that is the latest member of the front above the reference point: a candidate that added
+    volume is on the front still, unless a later one that dominates it, and so added volume too, took its place.
     """
     front = pareto_front(history)
     if not front:
@@ -75,7 +145,7 @@ def latest_improvement(history: Sequence[Candidate]) -> Candidate | None:
 
 
 def finalists(history: Iterable[Candidate], count: int) -> list[Candidate]:
-    """The candidates that are worth measuring on fresh items, at most `count`, the fittest first.
+    """Returns the candidates that are worth measuring on fresh items, at most `count`, the fittest first.
 
     With one objective the best ones. With several the front: where it has more members, its knee, the best of each
     objective, and of the others those that are spread best; where it has fewer, the fronts behind it too.

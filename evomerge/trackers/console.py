@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from evomerge.study.candidate import Candidate, ranked
+from evomerge.study.candidate import Candidate
 from evomerge.study.interfaces import Level, SearchInfo
+from evomerge.study.ranking import ranked
 
 log = logging.getLogger("evomerge.run")
 

@@ -17,8 +17,9 @@ from evomerge.space.build import build_space
 from evomerge.space.decode import active_genes, copies_layers
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
-from evomerge.study.loop import Stop, search
+from evomerge.study.loop import search
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare", "dare_ties", "dfs")
 
@@ -100,7 +101,7 @@ class Bowl:
 
     def __call__(self, proposal: Proposal) -> Outcome:
         """The score with noise that depends on the recipe, as a benchmark's does."""
-        rng = generator(int(proposal.phenotype[:8], 16), self.seed)
+        rng = generator(int(proposal.recipe_hash[:8], 16), self.seed)
         return Outcome(self.truth(proposal.genome) + float(rng.normal(0.0, self.noise)))
 
 
@@ -123,7 +124,7 @@ class TwoBowls:
 
     def __call__(self, proposal: Proposal) -> Outcome:
         """Both scores with noise, and their mean as the fitness."""
-        noise = generator(int(proposal.phenotype[:8], 16), self.seed).normal(0.0, self.noise, size=2)
+        noise = generator(int(proposal.recipe_hash[:8], 16), self.seed).normal(0.0, self.noise, size=2)
         objectives = tuple(float(value + off) for value, off in zip(self.truth(proposal.genome), noise, strict=True))
         return Outcome(sum(objectives) / 2, objectives=objectives)
 
@@ -163,7 +164,7 @@ class Repair:
         """The score with noise that depends on the recipe."""
         if not copies_layers(self.space, proposal.genome):
             return Outcome(0.0)
-        rng = generator(int(proposal.phenotype[:8], 16), self.seed)
+        rng = generator(int(proposal.recipe_hash[:8], 16), self.seed)
         return Outcome(self.truth(proposal.genome) + float(rng.normal(0.0, self.noise)))
 
 
@@ -186,7 +187,7 @@ class Memory:
 def best_truth(space: SearchSpace, landscape: Any, algorithm: str, seed: int, budget: int) -> float:
     """The noise-free score of the candidate that a search takes for the best."""
     record: Any = Memory()
-    finished = search(space, ALGORITHMS[algorithm], InProcess(landscape), record, Stop(budget), seed=seed)
+    finished = search(space, ALGORITHMS[algorithm], InProcess(landscape), record, StopConditions(budget), seed=seed)
     assert finished.best is not None
     return float(landscape.truth(finished.best.genome))
 

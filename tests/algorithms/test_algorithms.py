@@ -82,10 +82,10 @@ def test_proposals_are_new_numbered_and_within_the_space(algorithm: str, space_n
     assert len(proposals) == (2 if algorithm in COSTLY else 6)
     assert [p.number for p in proposals] == list(range(len(history), len(history) + len(proposals)))
     assert all(space.contains(p.genome) and why_invalid(space, p.genome) is None for p in proposals)
-    assert all(p.recipe == decode(space, p.genome) and p.phenotype == genome_hash(space, p.genome) for p in proposals)
-    phenotypes = [p.phenotype for p in proposals]
-    assert len(set(phenotypes)) == len(phenotypes)
-    assert not set(phenotypes) & {c.phenotype for c in history}
+    assert all(p.recipe == decode(space, p.genome) and p.recipe_hash == genome_hash(space, p.genome) for p in proposals)
+    recipe_hashes = [p.recipe_hash for p in proposals]
+    assert len(set(recipe_hashes)) == len(recipe_hashes)
+    assert not set(recipe_hashes) & {c.recipe_hash for c in history}
     known = {c.number for c in history if c.state != "failed"}  # a pruned one counts with its estimate
     assert all(set(p.parents) <= known and p.operator and p.generation == 2 for p in proposals)
 
@@ -130,7 +130,7 @@ def test_an_empty_or_failed_history_still_gives_proposals(algorithm: str) -> Non
 def test_an_exhausted_space_ends_the_proposals(algorithm: str) -> None:
     fixed = {name: {"low": 1.0, "high": 1.0} for name in ("weight", "lambda", "density")}
     space = make_space(methods=("task_arithmetic", "ties"), layer_groups=1, gene_overrides=fixed)
-    assert len({p.phenotype for p in ask(algorithm, space, ())}) == len(ask(algorithm, space, ())) == 2
+    assert len({p.recipe_hash for p in ask(algorithm, space, ())}) == len(ask(algorithm, space, ())) == 2
     with_start = tuple(score(space, p) for p in first_generation(baselines(space), 99))
     assert len(ask(algorithm, space, with_start)) <= 1
 

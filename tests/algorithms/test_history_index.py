@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from evomerge.algorithms.history_index import Reading
 from evomerge.space.baselines import baselines
 from evomerge.space.decode import decode, genome_hash
-from evomerge.study.candidate import Candidate, promising, sloped
+from evomerge.study.candidate import Candidate, gradient_parent
+from evomerge.study.ranking import best_first
 from tests.algorithms.landscapes import make_space
 
 SPACE = make_space()
@@ -42,13 +43,13 @@ def history_of(rows: Any) -> tuple[Candidate, ...]:
 def afresh(history: tuple[Candidate, ...]) -> dict[str, Any]:
     """What a reading says, by its definition."""
     first = [c for c in history if c.generation == 0]
-    asked = [sloped(c) for c in history]
+    asked = [gradient_parent(c) for c in history]
     return {
-        "tried": {c.phenotype for c in history} | {genome_hash(SPACE, c.genome) for c in first},
-        "unlike": {c.number for c in first if genome_hash(SPACE, c.genome) != c.phenotype},
+        "tried": {c.recipe_hash for c in history} | {genome_hash(SPACE, c.genome) for c in first},
+        "unlike": {c.number for c in first if genome_hash(SPACE, c.genome) != c.recipe_hash},
         "steps": {number: asked.count(number) for number in asked if number is not None},
-        "promising": promising(history),
-        "three": promising(history, 3),
+        "best_first": best_first(history),
+        "three": best_first(history, 3),
     }
 
 
@@ -57,8 +58,8 @@ def said(reading: Reading) -> dict[str, Any]:
         "tried": reading.tried,
         "unlike": reading.unlike,
         "steps": dict(reading.steps),
-        "promising": reading.promising(),
-        "three": reading.promising(3),
+        "best_first": reading.best_first(),
+        "three": reading.best_first(3),
     }
 
 
@@ -77,7 +78,7 @@ def test_another_history_is_another_reading(rows: Any, data: Any) -> None:
     Reading.of(SPACE, history)
     other = list(history)
     for place in data.draw(st.lists(st.integers(0, len(history) - 1), max_size=2)) if history else []:
-        other[place] = replace(other[place], state="done", fitness=1.0, phenotype="other", operator="y")
+        other[place] = replace(other[place], state="done", fitness=1.0, recipe_hash="other", operator="y")
     other = other[: data.draw(st.integers(0, len(other)))]
     assert said(Reading.of(SPACE, tuple(other))) == afresh(tuple(other))
 
@@ -94,7 +95,7 @@ def test_genes_are_those_of_the_candidate_at_hand() -> None:
 def test_what_is_known_is_not_read_again(monkeypatch: Any) -> None:
     history = history_of([(0.5, None, False)] * (len(STARTS) + 5))
     asked: list[Any] = []
-    monkeypatch.setattr("evomerge.algorithms.history_index.sloped", lambda c: asked.append(c.number))
+    monkeypatch.setattr("evomerge.algorithms.history_index.gradient_parent", lambda c: asked.append(c.number))
     for stop in range(len(history) + 1):
         Reading.of(SPACE, history[:stop])
     Reading.of(SPACE, history)

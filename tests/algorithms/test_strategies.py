@@ -17,9 +17,10 @@ from evomerge.algorithms.proposals import generator
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
 from evomerge.space.genome import Genome
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Stop, search
+from evomerge.study.loop import search
 from evomerge.study.optuna_trials import distributions_of, genome_of
 from tests.algorithms.landscapes import COSTLY, Bowl, Memory, best_truth, make_space, pattern_space, plain
 
@@ -58,7 +59,9 @@ def test_a_replayed_strategy_is_the_same_with_and_without_its_memo(algorithm: st
         record: Any = Memory()
         settings = AlgorithmSettings(population=6)
         runs.append(
-            search(SMALL, ALGORITHMS[algorithm], InProcess(scored), record, Stop(50), seed=2, settings=settings)
+            search(
+                SMALL, ALGORITHMS[algorithm], InProcess(scored), record, StopConditions(50), seed=2, settings=settings
+            )
         )
     assert plain(runs[0].candidates) == plain(runs[1].candidates)
 
@@ -75,7 +78,7 @@ def test_cmaes_is_the_strategy_of_the_package_fed_directly() -> None:
 
     settings = AlgorithmSettings(population=population, options={"restarts": False})
     found = search(
-        SMALL, ALGORITHMS["cmaes"], InProcess(scored), record, Stop(60), seed=seed, settings=settings
+        SMALL, ALGORITHMS["cmaes"], InProcess(scored), record, StopConditions(60), seed=seed, settings=settings
     ).candidates
     starts = [c for c in found if c.generation == 0]
     start = max((c for c in starts if c.fitness is not None), key=lambda c: (c.fitness or 0.0, -c.number))
@@ -112,7 +115,7 @@ def test_a_point_that_cannot_be_drawn_again_is_made_of_the_genome() -> None:
     settings = AlgorithmSettings(population=16, options={"mean": "center", "sigma": 0.05})
     record: Any = Memory()
     history = search(
-        SMALL, ALGORITHMS["cmaes"], InProcess(Bowl(SMALL, 0)), record, Stop(42), seed=0, settings=settings
+        SMALL, ALGORITHMS["cmaes"], InProcess(Bowl(SMALL, 0)), record, StopConditions(42), seed=0, settings=settings
     ).candidates
     moved = tuple(
         replace(c, genome=SMALL.genome(SMALL.unit(c.genome) + 2e-4)) if c.operator == "cmaes" else c for c in history
@@ -177,7 +180,7 @@ def test_those_for_several_objectives_learn_from_them(algorithm: str) -> None:
         return Outcome(sum(values) / 2, objectives=values)
 
     record: Any = Memory()
-    found = search(SMALL, ALGORITHMS[algorithm], InProcess(scored), record, Stop(90), seed=0).candidates
+    found = search(SMALL, ALGORITHMS[algorithm], InProcess(scored), record, StopConditions(90), seed=0).candidates
     rest = [float(np.mean(SMALL.unit(c.genome)[1:])) for c in found]
     assert np.mean(rest[-16:]) < np.mean(rest[:16])
     assert np.mean(rest[-16:]) < 0.42

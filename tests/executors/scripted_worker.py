@@ -13,9 +13,10 @@ from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError, RunError
 from evomerge.executors.local import LocalWorkers
 from evomerge.executors.worker import Opened
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
 from tests.study.scripted_run import SPACE, evaluate
 
@@ -79,4 +80,4 @@ def run(folder: Path, budget: int, executor: LocalWorkers) -> Finished:
     """Starts or goes on with the search in `folder`."""
     record = Record.open(folder / "study.log", "run", space=SPACE)
     settings = AlgorithmSettings(population=7)
-    return search(SPACE, ALGORITHMS["ga"], executor, record, Stop(budget), seed=5, settings=settings)
+    return search(SPACE, ALGORITHMS["ga"], executor, record, StopConditions(budget), seed=5, settings=settings)

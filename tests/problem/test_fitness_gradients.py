@@ -253,7 +253,7 @@ def test_a_run_finds_them_once(copied: RunFolder, monkeypatch: pytest.MonkeyPatc
     ours = scorer.slopes(merged)
     assert ours
     assert set(ours) <= active_genes(bench.space, merged.genome)
-    assert scorer.slope_items == round(COST * sum(map(len, bench.selections[SEARCH].values())))
+    assert scorer.gradient_items == round(COST * sum(map(len, bench.selections[SEARCH].values())))
     monkeypatch.setattr("evomerge.problem.candidate_evaluator.fitness_slopes", lambda *_: pytest.fail("asked twice"))
     assert Scorer(bench, copied).slopes(merged) == ours
     digest = bench.plan(merged.recipe).digest

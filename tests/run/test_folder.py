@@ -82,17 +82,17 @@ def test_a_shared_storage_has_one_folder_a_study(tmp_path: Path) -> None:
     assert len(RunFolder.existing(moved).record(space)) == 0
 
 
-def die_scoring(folder: RunFolder, phenotype: str) -> None:
+def die_scoring(folder: RunFolder, recipe_hash: str) -> None:
     """A process that dies while it scores a candidate."""
     child = os.fork()
     if child == 0:
-        with folder.attempting(phenotype):
+        with folder.attempting(recipe_hash):
             os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-def deaths_of(folder: RunFolder, phenotype: str) -> int:
-    with folder.attempting(phenotype) as deaths:
+def deaths_of(folder: RunFolder, recipe_hash: str) -> int:
+    with folder.attempting(recipe_hash) as deaths:
         return deaths
 
 

@@ -259,7 +259,7 @@ def test_an_asynchronous_search_of_two_workers(tiny_family: dict[str, Path], tmp
     folder = RunFolder.existing(tmp_path / "run")
     found = folder.candidates()
     assert [c.number for c in found] == list(range(18))
-    assert len({c.phenotype for c in found}) == 18
+    assert len({c.recipe_hash for c in found}) == 18
     assert result.candidates.recorded == 18
     assert any(name.startswith("random search") for name in result.baselines)
     assert not list((folder.root / "scores").glob(".*.partial"))

@@ -21,9 +21,9 @@ from evomerge.run.status import read_status, render_status
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study import pareto
-from evomerge.study.candidate import Candidate, best, pareto_front
+from evomerge.study.candidate import Candidate
 from evomerge.study.interfaces import NullTracker
-from evomerge.study.ranking import finalists
+from evomerge.study.ranking import best, finalists, pareto_front
 from tests.frame import invoke, search_spec
 from tests.run.test_search import lasting
 

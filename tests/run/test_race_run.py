@@ -19,7 +19,8 @@ from evomerge.run.search import resume, start
 from evomerge.run.status import read_status, render_status
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
-from evomerge.study.candidate import Candidate, sloped, spent_items
+from evomerge.study.budget import spent_items
+from evomerge.study.candidate import Candidate, gradient_parent
 from tests.frame import files, search_spec
 from tests.run.test_search import lasting
 
@@ -85,7 +86,7 @@ def test_what_racing_saved_is_reported(raced: Path) -> None:
     candidates = found(raced)
     seen = sum(c.items for c in candidates)
     expected = {"evaluated": seen, "without_racing": 20 * 18, "saved": 1 - seen / 360}
-    expected["gradients"] = len({sloped(c) for c in candidates} - {None})
+    expected["gradients"] = len({gradient_parent(c) for c in candidates} - {None})
     assert json.loads((raced / "result.json").read_text())["items"] == expected
     status = read_status(raced)
     assert status["items"] == expected
@@ -109,11 +110,11 @@ def test_the_whole_score_does_not_depend_on_the_blocks(raced: Path, finished_run
 
 def test_the_baseline_spends_the_same_items_and_is_one_more_to_beat(raced: Path) -> None:
     ours, random = found(raced), found(raced, baseline=True)
-    spent = max(spent_items(ours, slope_items=round(COST * 20)))
+    spent = max(spent_items(ours, gradient_items=round(COST * 20)))
     items = [c.items for c in random]
     assert sum(items) >= spent > sum(items[:-1])
-    first = [c.phenotype for c in ours if c.generation == 0]
-    assert [c.phenotype for c in random][: len(first)] == first
+    first = [c.recipe_hash for c in ours if c.generation == 0]
+    assert [c.recipe_hash for c in random][: len(first)] == first
     assert {c.operator for c in random[len(first) :]} == {"random"}
     rows = json.loads((raced / "result.json").read_text())["baselines"]
     name = next(name for name in rows if name.startswith("random search: its candidate "))

@@ -38,7 +38,7 @@ def candidates(folder: Path) -> tuple[Candidate, ...]:
 def lasting(found: tuple[Candidate, ...]) -> list[tuple[Any, ...]]:
     """Everything of the candidates but the time that they took."""
     return [
-        (c.number, c.generation, c.genome, c.recipe, c.phenotype, c.parents, c.operator, c.state, c.fitness, c.scores)
+        (c.number, c.generation, c.genome, c.recipe, c.recipe_hash, c.parents, c.operator, c.state, c.fitness, c.scores)
         for c in found
     ]
 
@@ -80,10 +80,10 @@ def test_what_a_run_leaves(finished_run: Path, tiny_family: dict[str, Path]) -> 
     assert "Traceback" not in log
 
 
-def test_budget_is_exact_and_phenotypes_are_distinct(finished_run: Path) -> None:
+def test_budget_is_exact_and_recipe_hashes_are_distinct(finished_run: Path) -> None:
     found = candidates(finished_run)
     assert [c.number for c in found] == list(range(18))
-    assert len({c.phenotype for c in found}) == 18
+    assert len({c.recipe_hash for c in found}) == 18
     result = json.loads((finished_run / "result.json").read_text())
     counts = result["candidates"]
     assert counts["done"] + counts["failed"] + counts["pruned"] == counts["budget"] == 18

@@ -75,7 +75,7 @@ def test_lineage_contract(finished_run: Path, capsys: pytest.CaptureFixture[str]
     for entry, candidate in zip(found, known, strict=True):
         assert set(entry) >= keys
         assert entry["parents"] == list(candidate.parents)
-        assert entry["recipe_hash"] == candidate.phenotype
+        assert entry["recipe_hash"] == candidate.recipe_hash
         assert entry["fitness"] == candidate.fitness
 
 

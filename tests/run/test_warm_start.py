@@ -19,7 +19,7 @@ from evomerge.space.baselines import baselines
 from evomerge.space.decode import genome_hash, recipe_hash
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
-from evomerge.study.candidate import ranked
+from evomerge.study.ranking import ranked
 from tests.frame import invoke, search_spec
 
 SMALL: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__guard": []}
@@ -55,7 +55,7 @@ def test_generation_0_is_the_baselines_then_the_best_of_the_run_then_the_recipe(
     assert [s.name for s in starts[len(first) :]] == [*expected, "seed: known-good.yaml"]
     for seed in starts[len(first) : -1]:
         candidate = known[int(seed.name.split("#")[1])]
-        assert (seed.recipe, genome_hash(bench.space, seed.genome)) == (candidate.recipe, candidate.phenotype)
+        assert (seed.recipe, genome_hash(bench.space, seed.genome)) == (candidate.recipe, candidate.recipe_hash)
     assert starts[-1].recipe["parameters"] == {"normalize": True, "lambda": 0.8}
     assert starts[-1].genome.values["method"] == "task_arithmetic"
     assert all(bench.space.contains(s.genome) for s in starts)

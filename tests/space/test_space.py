@@ -213,7 +213,7 @@ def test_a_method_for_each_layer_group() -> None:
     assert recipe["seed"] == 7
 
 
-def test_inactive_genes_do_not_change_the_phenotype_and_are_not_recorded() -> None:
+def test_inactive_genes_do_not_change_the_recipe_hash_and_are_not_recorded() -> None:
     space = make_space(methods=("linear", "ties"))
     linear = set_genes(space, {"method": "linear", "density.math.g0": 0.1})
     other = set_genes(space, {"method": "linear", "density.math.g0": 0.9})

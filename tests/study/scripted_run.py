@@ -9,9 +9,10 @@ from pathlib import Path
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError
 from evomerge.executors.in_process import InProcess
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import Bowl, make_space
 
@@ -21,7 +22,7 @@ SPACE = make_space(layer_groups=2)
 def evaluate(proposal: Proposal, pause: float = 0.0) -> Outcome:
     """A landscape with failures and pruned candidates in it, decided by the recipe."""
     time.sleep(pause)
-    digit = int(proposal.phenotype[0], 16)
+    digit = int(proposal.recipe_hash[0], 16)
     if digit < 2:
         raise CandidateError("the logits are not finite")
     outcome = Bowl(SPACE, 0)(proposal)
@@ -41,7 +42,7 @@ def run(folder: Path, algorithm: str, budget: int, pause: float = 0.0) -> Finish
         ALGORITHMS[algorithm],
         InProcess(lambda proposal: evaluate(proposal, pause)),
         record,
-        Stop(budget),
+        StopConditions(budget),
         seed=5,
         settings=settings,
         progress=lambda candidate: print(candidate.number, flush=True),

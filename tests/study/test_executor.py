@@ -12,9 +12,10 @@ from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError
 from evomerge.executors.in_process import InProcess, attempt
 from evomerge.space.baselines import baselines
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, Executor
-from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.loop import Finished, search
 from tests.algorithms.landscapes import COSTLY, Memory, plain
 from tests.study.scripted_run import SPACE, evaluate
 
@@ -58,8 +59,8 @@ class Shuffled:
         self.under_way.clear()
 
 
-def go(record: Any, executor: Any, stop: Stop | int, algorithm: str = "ga", **more: Any) -> Finished:
-    wanted = Stop(stop) if isinstance(stop, int) else stop
+def go(record: Any, executor: Any, stop: StopConditions | int, algorithm: str = "ga", **more: Any) -> Finished:
+    wanted = StopConditions(stop) if isinstance(stop, int) else stop
     settings = AlgorithmSettings(population=POPULATION)
     return search(SPACE, ALGORITHMS[algorithm], executor, record, wanted, seed=5, settings=settings, **more)
 
@@ -105,7 +106,7 @@ def test_asynchronous_budgets_are_exact_and_nobody_idles(algorithm: str, slots: 
     finished = go(record, executor, budget, algorithm, asynchronous=True)
     assert finished.reason == "budget"
     assert sorted(c.number for c in record.kept) == list(range(budget))
-    assert len({c.phenotype for c in record.kept}) == budget
+    assert len({c.recipe_hash for c in record.kept}) == budget
     # All slots are taken until there is nothing left to propose.
     assert executor.sizes == [min(slots, budget - done) for done in range(budget)]
     for candidate in record.kept:
@@ -142,7 +143,7 @@ def test_an_asynchronous_search_goes_on_from_its_record() -> None:
         assert go(record, Shuffled(3, last), budget, asynchronous=True).reason == "budget"
         assert record.kept[: len(before)] == before
         assert sorted(c.number for c in record.kept) == list(range(budget))
-        assert len({c.phenotype for c in record.kept}) == budget
+        assert len({c.recipe_hash for c in record.kept}) == budget
     assert holes > 5
 
 
@@ -155,7 +156,7 @@ def test_algorithms_see_what_is_under_way_as_pending() -> None:
 
     settings = AlgorithmSettings(population=POPULATION)
     record: Any = Memory()
-    search(SPACE, looking, Shuffled(3), record, Stop(STARTS + 9), settings=settings, asynchronous=True)
+    search(SPACE, looking, Shuffled(3), record, StopConditions(STARTS + 9), settings=settings, asynchronous=True)
     for history in seen:
         assert [c.number for c in history] == list(range(len(history)))
         waiting = [c for c in history if c.state == "pending"]
@@ -195,13 +196,13 @@ def test_items_suffice_for_the_same_candidates(slots: int) -> None:
         items = 3 + proposal.number % 4
         return Outcome(0.5 + proposal.number / 1000, estimates={items: 0.5})
 
-    alone = go(Memory(), InProcess(scored), Stop(100, items=120))
+    alone = go(Memory(), InProcess(scored), StopConditions(100, items=120))
     for seed in range(5):
         record = Memory()
-        finished = go(record, Shuffled(slots, seed, scored), Stop(100, items=120))
+        finished = go(record, Shuffled(slots, seed, scored), StopConditions(100, items=120))
         assert finished.reason == "items"
         assert plain(record.kept) == plain(alone.candidates)
-        again = go(record, Shuffled(slots, seed, scored), Stop(100, items=120))
+        again = go(record, Shuffled(slots, seed, scored), StopConditions(100, items=120))
         assert (again.reason, len(record.kept)) == ("items", len(alone.candidates))
 
 
@@ -211,7 +212,7 @@ def test_stale_generations_stop_a_search_of_several_at_once(asynchronous: bool) 
         return Outcome(0.9 if proposal.number == STARTS + 8 else 0.5)  # in generation 2
 
     record = Memory()
-    stop = Stop(200, stale_generations=3)
+    stop = StopConditions(200, stale_generations=3)
     finished = go(record, Shuffled(3, 0, flat), stop, asynchronous=asynchronous)
     assert finished.reason == "stale"
     assert f"candidate than {STARTS + 8}" in finished.message
@@ -233,7 +234,7 @@ def test_hours_are_shared_by_what_is_scored_at_once(asynchronous: bool) -> None:
             return proposal, Outcome(0.5, seconds={"total": 1.0})
 
     record = Memory()
-    finished = go(record, Slow(2), Stop(100, hours=4 / 3600), asynchronous=asynchronous)
+    finished = go(record, Slow(2), StopConditions(100, hours=4 / 3600), asynchronous=asynchronous)
     assert finished.reason == "hours"
     assert len(record.kept) == 9  # with the one that was under way
 
@@ -243,7 +244,7 @@ def test_an_exhausted_space_ends_an_asynchronous_search() -> None:
         return [] if numbers.start > STARTS + 4 else ALGORITHMS["random"](space, history, numbers, *rest)
 
     record: Any = Memory()
-    finished = search(SPACE, dry, Shuffled(3), record, Stop(100), asynchronous=True)
+    finished = search(SPACE, dry, Shuffled(3), record, StopConditions(100), asynchronous=True)
     assert finished.reason == "exhausted"
     assert len(record.kept) == STARTS + 5
 

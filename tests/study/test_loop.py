@@ -12,9 +12,10 @@ from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError
 from evomerge.executors.in_process import InProcess
 from evomerge.space.baselines import baselines
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Finished, Stop, search
+from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
 from tests.study.scripted_run import SPACE, evaluate
@@ -24,7 +25,7 @@ STARTS = len(baselines(SPACE))
 
 
 def go(
-    record: Any, stop: Stop, algorithm: str = "ga", scorer: Any = evaluate, begin: Any = None, **more: Any
+    record: Any, stop: StopConditions, algorithm: str = "ga", scorer: Any = evaluate, begin: Any = None, **more: Any
 ) -> Finished:
     return search(
         SPACE, ALGORITHMS[algorithm], InProcess(scorer, begin), record, stop, seed=5, settings=SETTINGS, **more
@@ -36,14 +37,14 @@ def go(
 def test_the_budget_is_exact_and_no_recipe_is_scored_twice(algorithm: str, budget: int) -> None:
     if algorithm in COSTLY:
         budget = min(budget, STARTS + 2)
-    finished = go(Memory(), Stop(budget), algorithm)
+    finished = go(Memory(), StopConditions(budget), algorithm)
     assert finished.reason == "budget"
     assert [c.number for c in finished.candidates] == list(range(budget))
-    assert len({c.phenotype for c in finished.candidates}) == budget
+    assert len({c.recipe_hash for c in finished.candidates}) == budget
 
 
 def test_generations_have_the_size_asked_for_and_breed_from_earlier_ones() -> None:
-    candidates = go(Memory(), Stop(STARTS + 21)).candidates
+    candidates = go(Memory(), StopConditions(STARTS + 21)).candidates
     assert Counter(c.generation for c in candidates) == {0: STARTS, 1: 7, 2: 7, 3: 7}
     by_number = {c.number: c for c in candidates}
     assert all(by_number[p].generation < c.generation for c in candidates for p in c.parents)
@@ -54,7 +55,7 @@ def test_generations_have_the_size_asked_for_and_breed_from_earlier_ones() -> No
 @every_algorithm
 def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str) -> None:
     budget = STARTS + (9 if algorithm in COSTLY else 16)
-    whole = plain(go(Memory(), Stop(budget), algorithm).candidates)
+    whole = plain(go(Memory(), StopConditions(budget), algorithm).candidates)
     # Everywhere for the cheap ones; else in generation 0, at the edges of a generation and within one.
     places = [0, STARTS - 1, STARTS, STARTS + 3, STARTS + 6, STARTS + 7, budget - 1]
     if algorithm in ("ga", "random", "cmaes"):
@@ -67,9 +68,9 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str) -> None
                 raise KeyboardInterrupt
             return evaluate(proposal)
 
-        first = go(record, Stop(budget), algorithm, interrupted)
+        first = go(record, StopConditions(budget), algorithm, interrupted)
         assert (first.reason, len(first.candidates)) == ("interrupted", stop_at)
-        second = go(record, Stop(budget), algorithm)
+        second = go(record, StopConditions(budget), algorithm)
         assert second.reason == "budget"
         assert plain(second.candidates) == whole
 
@@ -78,17 +79,17 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str) -> None
 def test_an_extended_run_begins_like_the_long_one(algorithm: str) -> None:
     record = Memory()
     far = STARTS + (8 if algorithm in COSTLY else 20)
-    go(record, Stop(STARTS + 3), algorithm)
-    extended = go(record, Stop(far), algorithm)
-    assert plain(extended.candidates) == plain(go(Memory(), Stop(far), algorithm).candidates)
+    go(record, StopConditions(STARTS + 3), algorithm)
+    extended = go(record, StopConditions(far), algorithm)
+    assert plain(extended.candidates) == plain(go(Memory(), StopConditions(far), algorithm).candidates)
 
 
 def test_a_hole_in_the_record_is_filled_with_the_same_candidate() -> None:
-    whole = go(Memory(), Stop(STARTS + 10)).candidates
+    whole = go(Memory(), StopConditions(STARTS + 10)).candidates
     record = Memory()
     # As several workers leave it: the later candidates of a generation are done, an earlier one is lost.
     record.kept = [c for c in whole if c.number != STARTS + 4]
-    finished = go(record, Stop(STARTS + 10))
+    finished = go(record, StopConditions(STARTS + 10))
     assert sorted(plain(finished.candidates), key=lambda c: c["number"]) == plain(whole)
 
 
@@ -102,7 +103,7 @@ def test_a_failing_candidate_is_recorded_with_its_reason_and_the_run_goes_on() -
             return Outcome(None, state="failed")
         return Outcome(0.5)
 
-    candidates = go(Memory(), Stop(STARTS + 5), scorer=sometimes).candidates
+    candidates = go(Memory(), StopConditions(STARTS + 5), scorer=sometimes).candidates
     assert len(candidates) == STARTS + 5
     assert [(c.state, c.failure) for c in candidates[2:5]] == [
         ("failed", "MemoryError: no room for the logits"),
@@ -120,19 +121,19 @@ def test_ten_failures_of_one_kind_in_a_row_stop_with_a_diagnosis_and_a_resumed_r
         return Outcome(0.1)
 
     record = Memory()
-    finished = go(record, Stop(100), scorer=broken)
+    finished = go(record, StopConditions(100), scorer=broken)
     assert finished.reason == "failures"
     assert len(finished.candidates) == 13
     assert "10 candidates in a row failed with CandidateError" in finished.message
     assert "the task has no items" in finished.message
-    assert go(record, Stop(30)).reason == "budget"
+    assert go(record, StopConditions(30)).reason == "budget"
 
 
 def test_failures_of_changing_kinds_do_not_stop() -> None:
     def broken(proposal: Proposal) -> Outcome:
         raise (ValueError if proposal.number % 2 else CandidateError)("no")
 
-    finished = go(Memory(), Stop(30), scorer=broken)
+    finished = go(Memory(), StopConditions(30), scorer=broken)
     assert (finished.reason, finished.best) == ("budget", None)
 
 
@@ -144,16 +145,16 @@ def test_candidates_that_a_race_stopped_are_no_failures() -> None:
             raise CandidateError("the logits are not finite")
         return Outcome(0.25, state="pruned", failure="raced out: below the cut-off")
 
-    assert go(Memory(), Stop(50), scorer=raced).reason == "budget"
+    assert go(Memory(), StopConditions(50), scorer=raced).reason == "budget"
     pruned = Outcome(0.25, state="pruned", failure="raced out: below the cut-off")
-    assert go(Memory(), Stop(50), scorer=lambda proposal: pruned).reason == "budget"
+    assert go(Memory(), StopConditions(50), scorer=lambda proposal: pruned).reason == "budget"
 
 
 def test_stale_generations_stop_the_run_and_a_better_candidate_restarts_the_count() -> None:
     def flat(proposal: Proposal) -> Outcome:
         return Outcome(0.9 if proposal.number == STARTS + 8 else 0.5)  # in generation 2
 
-    finished = go(Memory(), Stop(200, stale_generations=3), scorer=flat)
+    finished = go(Memory(), StopConditions(200, stale_generations=3), scorer=flat)
     assert finished.reason == "stale"
     assert max(c.generation for c in finished.candidates) == 5
     assert f"candidate than {STARTS + 8}" in finished.message
@@ -171,7 +172,7 @@ def test_a_fitness_that_is_good_enough_ends_the_run_at_its_generations_end() -> 
         outcome = rising(proposal)
         return Outcome(0.9, state="pruned") if proposal.number == STARTS else outcome
 
-    whole = go(Memory(), Stop(200, fitness=0.2), scorer=raced)
+    whole = go(Memory(), StopConditions(200, fitness=0.2), scorer=raced)
     assert whole.reason == "target"
     assert len(whole.candidates) == STARTS + 14
     assert whole.message.endswith("; 0.2 was asked for")
@@ -184,31 +185,31 @@ def test_a_fitness_that_is_good_enough_ends_the_run_at_its_generations_end() -> 
                 raise KeyboardInterrupt
             return raced(proposal)
 
-        go(record, Stop(200, fitness=0.2), scorer=interrupted, arrange=arrange)
-        resumed = go(record, Stop(200, fitness=0.2), scorer=raced, arrange=arrange)
+        go(record, StopConditions(200, fitness=0.2), scorer=interrupted, arrange=arrange)
+        resumed = go(record, StopConditions(200, fitness=0.2), scorer=raced, arrange=arrange)
         assert resumed.reason == "target"
         assert sorted(plain(resumed.candidates), key=lambda c: c["number"]) == plain(whole.candidates)
         # Its end is where it was, however often it is asked for.
-        assert len(go(record, Stop(200, fitness=0.2), scorer=raced).candidates) == STARTS + 14
-    assert go(Memory(), Stop(STARTS, fitness=-1.0), scorer=rising).reason == "budget"
+        assert len(go(record, StopConditions(200, fitness=0.2), scorer=raced).candidates) == STARTS + 14
+    assert go(Memory(), StopConditions(STARTS, fitness=-1.0), scorer=rising).reason == "budget"
 
 
 def test_a_run_that_was_good_enough_goes_on_when_it_is_extended() -> None:
     record = Memory()
-    first = go(record, Stop(200, fitness=0.2), scorer=rising)
+    first = go(record, StopConditions(200, fitness=0.2), scorer=rising)
     count = len(first.candidates)
-    assert go(record, Stop(count + 20, fitness=0.2, since=count), scorer=rising).reason == "budget"
+    assert go(record, StopConditions(count + 20, fitness=0.2, since=count), scorer=rising).reason == "budget"
     # A higher one still counts.
     more = Memory()
     more.kept = list(first.candidates)
-    again = go(more, Stop(200, fitness=0.3, since=count), scorer=rising)
+    again = go(more, StopConditions(200, fitness=0.3, since=count), scorer=rising)
     assert (again.reason, len(again.candidates)) == ("target", count + 7)
 
 
 def test_staleness_counts_from_where_a_stale_run_was_extended() -> None:
     """Nothing gets better after generation 3: generations 4 and 5 are stale, and again two from the extension on."""
     record = Memory()
-    flat = Stop(200, stale_generations=2)
+    flat = StopConditions(200, stale_generations=2)
 
     def level(proposal: Proposal) -> Outcome:
         return Outcome(0.1 * min(proposal.generation, 3))
@@ -217,28 +218,30 @@ def test_staleness_counts_from_where_a_stale_run_was_extended() -> None:
     count = len(first.candidates)
     assert (first.reason, count) == ("stale", STARTS + 5 * 7)
     assert len(go(record, flat, scorer=level).candidates) == count  # not extended: it has ended
-    extended = go(record, Stop(300, stale_generations=2, since=count), scorer=level)
+    extended = go(record, StopConditions(300, stale_generations=2, since=count), scorer=level)
     assert (extended.reason, len(extended.candidates)) == ("stale", count + 2 * 7)
     # Killed and resumed on the way, it ends there too; and a better candidate on the way restarts the count.
     record.kept = list(extended.candidates[: count + 9])
-    assert len(go(record, Stop(300, stale_generations=2, since=count), scorer=level).candidates) == count + 2 * 7
+    assert (
+        len(go(record, StopConditions(300, stale_generations=2, since=count), scorer=level).candidates) == count + 2 * 7
+    )
     record.kept = list(first.candidates)
 
     def later(proposal: Proposal) -> Outcome:
         return Outcome(0.9) if proposal.generation == 7 else level(proposal)
 
-    found = go(record, Stop(300, stale_generations=2, since=count), scorer=later)
+    found = go(record, StopConditions(300, stale_generations=2, since=count), scorer=later)
     assert (found.reason, max(c.generation for c in found.candidates)) == ("stale", 9)
 
 
 def test_hours_count_over_all_sessions() -> None:
     """A session that finds them spent scores nothing; with more of them it goes on."""
     record = Memory()
-    first = go(record, Stop(9), scorer=lambda proposal: Outcome(0.5))
+    first = go(record, StopConditions(9), scorer=lambda proposal: Outcome(0.5))
     spent = sum(float(c.seconds["total"]) for c in first.candidates) / 3600
-    finished = go(record, Stop(100, hours=0.9 * spent), scorer=lambda proposal: Outcome(0.5))
+    finished = go(record, StopConditions(100, hours=0.9 * spent), scorer=lambda proposal: Outcome(0.5))
     assert (finished.reason, len(finished.candidates)) == ("hours", 9)
-    finished = go(record, Stop(100, hours=spent + 1e-12), scorer=lambda proposal: Outcome(0.5))
+    finished = go(record, StopConditions(100, hours=spent + 1e-12), scorer=lambda proposal: Outcome(0.5))
     assert (finished.reason, len(finished.candidates)) == ("hours", 10)
 
 
@@ -246,7 +249,9 @@ def test_an_exhausted_space_ends_the_run() -> None:
     fixed = {name: {"low": 1.0, "high": 1.0} for name in ("weight", "lambda", "density")}
     space = make_space(methods=("task_arithmetic", "ties"), layer_groups=1, gene_overrides=fixed)
     record: Any = Memory()
-    finished = search(space, ALGORITHMS["ga"], InProcess(Bowl(space, 0)), record, Stop(100), settings=SETTINGS)
+    finished = search(
+        space, ALGORITHMS["ga"], InProcess(Bowl(space, 0)), record, StopConditions(100), settings=SETTINGS
+    )
     assert finished.reason == "exhausted"
     assert len(finished.candidates) <= len(baselines(space)) + 1
 
@@ -258,12 +263,12 @@ def test_progress_sees_each_candidate_after_it_is_recorded(tmp_path: Path) -> No
     def look(candidate: Candidate) -> None:
         seen.append((candidate.number, len(record)))
 
-    go(record, Stop(5), progress=look)
+    go(record, StopConditions(5), progress=look)
     assert seen == [(n, n + 1) for n in range(5)]
 
 
 def test_the_order_of_scoring_changes_nothing_else() -> None:
-    whole = go(Memory(), Stop(STARTS + 16)).candidates
+    whole = go(Memory(), StopConditions(STARTS + 16)).candidates
     record, scored = Memory(), []
 
     def backwards(proposals: Any) -> Any:
@@ -275,12 +280,12 @@ def test_the_order_of_scoring_changes_nothing_else() -> None:
             raise KeyboardInterrupt
         return evaluate(proposal)
 
-    assert go(record, Stop(STARTS + 16), scorer=noting, arrange=backwards).reason == "interrupted"
+    assert go(record, StopConditions(STARTS + 16), scorer=noting, arrange=backwards).reason == "interrupted"
     assert scored == [*range(STARTS - 1, -1, -1), STARTS + 6, STARTS + 5, STARTS + 4]
-    finished = go(record, Stop(STARTS + 16))
+    finished = go(record, StopConditions(STARTS + 16))
     assert sorted(plain(finished.candidates), key=lambda c: c["number"]) == plain(whole)
     with pytest.raises(ValueError, match=r"arrange gave \[0, 0, 0\], which is no order of 3 proposals"):
-        go(Memory(), Stop(3), arrange=lambda proposals: [0] * len(proposals))
+        go(Memory(), StopConditions(3), arrange=lambda proposals: [0] * len(proposals))
 
 
 def test_before_a_generation_is_scored_the_earlier_ones_are_shown() -> None:
@@ -291,9 +296,9 @@ def test_before_a_generation_is_scored_the_earlier_ones_are_shown() -> None:
     def begin(history: tuple[Candidate, ...]) -> None:
         shown.append(tuple(c.number for c in history))
 
-    go(record, Stop(STARTS + 3), begin=begin)
+    go(record, StopConditions(STARTS + 3), begin=begin)
     assert shown == [(), tuple(range(STARTS))]
-    go(record, Stop(STARTS + 9), begin=begin)
+    go(record, StopConditions(STARTS + 9), begin=begin)
     assert shown[2:] == [tuple(range(STARTS)), tuple(range(STARTS + 7))]
 
 
@@ -301,7 +306,9 @@ def test_items_end_a_search_where_they_ended_it_before() -> None:
     """Five items a candidate: 23 are reached with the fifth; the same record has no room for a sixth."""
     record = Memory()
     for _ in range(2):
-        finished = go(record, Stop(100, items=23), scorer=lambda proposal: Outcome(0.5, estimates={2: 0.4, 5: 0.5}))
+        finished = go(
+            record, StopConditions(100, items=23), scorer=lambda proposal: Outcome(0.5, estimates={2: 0.4, 5: 0.5})
+        )
         assert (finished.reason, len(finished.candidates)) == ("items", 5)
 
 
@@ -309,7 +316,7 @@ def test_a_pruned_candidate_is_bred_from_with_its_estimate_and_never_the_best() 
     def raced(proposal: Proposal) -> Outcome:
         return Outcome(0.9, state="pruned") if proposal.number in (2, 3) else Outcome(0.1)
 
-    finished = go(Memory(), Stop(STARTS + 7), scorer=raced)
+    finished = go(Memory(), StopConditions(STARTS + 7), scorer=raced)
     assert finished.best is not None
     assert finished.best.number == 0
     used = [parent for c in finished.candidates for parent in c.parents]

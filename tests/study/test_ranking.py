@@ -16,10 +16,20 @@ from evomerge.executors.in_process import InProcess
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study import pareto
-from evomerge.study.candidate import Candidate, Outcome, Proposal, best, pareto_front, promising, ranked
+from evomerge.study.budget import StopConditions
+from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Finished, Stop, search
-from evomerge.study.ranking import finalists, growth, latest_improvement, reference_point
+from evomerge.study.loop import Finished, search
+from evomerge.study.ranking import (
+    best,
+    best_first,
+    finalists,
+    growth,
+    latest_improvement,
+    pareto_front,
+    ranked,
+    reference_point,
+)
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import Bowl, Memory, TwoBowls, plain
 from tests.study.scripted_run import SPACE
@@ -60,22 +70,22 @@ def test_promising_row() -> None:
     room, 1 has 4/8 + 4/8, 3 has 4/8 + 4/8: equal, so the fitter, 1 (mean 4) before 3 (mean 3.75)."""
     history = [candidate(k, row) for k, row in enumerate([(0, 8), (1, 7), (4, 4), (7, 0.5), (8, 0), (3, 3)])]
     history += [candidate(6, None), replace(candidate(7, (9, 9)), state="pruned", objectives=None)]
-    assert numbers(promising(history)) == [0, 4, 2, 1, 3, 5, 7]
-    assert numbers(promising(history, 3)) == [0, 4, 2]
-    assert numbers(promising(history[5:])) == [5, 7]
+    assert numbers(best_first(history)) == [0, 4, 2, 1, 3, 5, 7]
+    assert numbers(best_first(history, 3)) == [0, 4, 2]
+    assert numbers(best_first(history[5:])) == [5, 7]
 
 
 def test_without_objectives_the_fittest_are_promising() -> None:
     history = [replace(candidate(k, (v,)), objectives=None) for k, v in enumerate([0.25, 0.75, 0.5, 0.75])]
-    assert numbers(promising(history)) == [1, 3, 2, 0]
-    assert numbers(promising(history, 2)) == [1, 3]
+    assert numbers(best_first(history)) == [1, 3, 2, 0]
+    assert numbers(best_first(history, 2)) == [1, 3]
     assert best(history) == history[1]
 
 
 @given(rows, st.integers(1, 6))
 def test_enough_promising_ones_are_the_first_of_all(drawn: Any, enough: int) -> None:
     history = history_of(drawn)
-    assert promising(history, enough) == promising(history)[:enough]
+    assert best_first(history, enough) == best_first(history)[:enough]
 
 
 @given(rows)
@@ -143,7 +153,7 @@ def test_finalists_of_a_small_front_come_from_behind_it_too() -> None:
     assert finalists([], 3) == []
 
 
-def go(record: Any, stop: Stop, algorithm: str = "ga", scorer: Any = None, **more: Any) -> Finished:
+def go(record: Any, stop: StopConditions, algorithm: str = "ga", scorer: Any = None, **more: Any) -> Finished:
     scorer = scorer or TwoBowls(SPACE, 0)
     return search(SPACE, ALGORITHMS[algorithm], InProcess(scorer), record, stop, seed=5, settings=SETTINGS, **more)
 
@@ -155,11 +165,11 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str, tmp_pat
     landscape = TwoBowls(SPACE, 0)
 
     def scorer(proposal: Proposal) -> Outcome:
-        if int(proposal.phenotype[0], 16) == 0:
+        if int(proposal.recipe_hash[0], 16) == 0:
             raise ValueError("no score")
         return landscape(proposal)
 
-    whole = plain(go(Memory(), Stop(budget), algorithm, scorer).candidates)
+    whole = plain(go(Memory(), StopConditions(budget), algorithm, scorer).candidates)
     for stop_at in (STARTS - 1, STARTS + 9):
 
         def interrupted(proposal: Proposal, last: int = stop_at) -> Outcome:
@@ -170,8 +180,8 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str, tmp_pat
         def record(last: int = stop_at) -> Record:
             return Record.open(tmp_path / f"{algorithm}-{last}.log", "run", space=SPACE, objectives=2)
 
-        assert go(record(), Stop(budget), algorithm, interrupted).reason == "interrupted"
-        assert plain(go(record(), Stop(budget), algorithm, scorer).candidates) == whole
+        assert go(record(), StopConditions(budget), algorithm, interrupted).reason == "interrupted"
+        assert plain(go(record(), StopConditions(budget), algorithm, scorer).candidates) == whole
 
 
 def test_no_more_volume_is_stale_although_the_mean_rises() -> None:
@@ -182,7 +192,7 @@ def test_no_more_volume_is_stale_although_the_mean_rises() -> None:
         objectives = (float(step), 3.0 - step / 2) if step <= 2 else (1.0, 1.0)
         return Outcome(float(step), objectives=objectives)
 
-    finished = go(Memory(), Stop(300, stale_generations=2), scorer=scorer)
+    finished = go(Memory(), StopConditions(300, stale_generations=2), scorer=scorer)
     assert finished.reason == "stale"
     assert max(c.generation for c in finished.candidates) == 4
     assert "2 generations without more hypervolume since candidate " in finished.message
@@ -197,7 +207,7 @@ def test_the_genetic_algorithm_finds_a_better_front_than_random_search() -> None
         landscape = TwoBowls(SPACE, seed, noise=0.005)
         for algorithm, found in volumes.items():
             record: Any = Memory()
-            search(SPACE, ALGORITHMS[algorithm], InProcess(landscape), record, Stop(150), seed=seed)
+            search(SPACE, ALGORITHMS[algorithm], InProcess(landscape), record, StopConditions(150), seed=seed)
             truth = np.array([landscape.truth(c.genome) for c in pareto_front(record.kept)])
             found.append(pareto.hypervolume(truth, np.array([0.5, 0.5])))
     assert np.mean(volumes["ga"]) > np.mean(volumes["random"])

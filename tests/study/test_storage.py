@@ -20,10 +20,11 @@ from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import OutputError, RunError
 from evomerge.executors.in_process import InProcess
 from evomerge.space.baselines import baselines
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.journal import Journal
-from evomerge.study.loop import Stop, search
+from evomerge.study.loop import search
 from evomerge.study.record import Record
 from evomerge.study.storage import StorageLost
 from tests.algorithms.landscapes import Memory, plain
@@ -278,7 +279,9 @@ def going_on(url: str, disturb: Callable[[Proposal], None], said: list[str], **o
         return evaluate(proposal)
 
     settings = AlgorithmSettings(population=7)
-    return search(SPACE, ALGORITHMS["ga"], InProcess(disturbed), record, Stop(40), seed=5, settings=settings).candidates
+    return search(
+        SPACE, ALGORITHMS["ga"], InProcess(disturbed), record, StopConditions(40), seed=5, settings=settings
+    ).candidates
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +289,13 @@ def undisturbed() -> Any:
     record: Any = Memory()
     return plain(
         search(
-            SPACE, ALGORITHMS["ga"], InProcess(evaluate), record, Stop(40), seed=5, settings=AlgorithmSettings(7)
+            SPACE,
+            ALGORITHMS["ga"],
+            InProcess(evaluate),
+            record,
+            StopConditions(40),
+            seed=5,
+            settings=AlgorithmSettings(7),
         ).candidates
     )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import SLOPES, Candidate, find
+from evomerge.study.candidate import GRADIENT, Candidate, find
 
 RECENT = 256
 """Candidates that count: what worked long ago need not work now."""
@@ -71,7 +71,7 @@ def operators_of(text: str) -> Iterator[str]:
     """The operators that a candidate's `operator` names: ``centroid of 4 + mutation: whole model`` has two."""
     for part in text.split(" + "):
         for name in part.removeprefix("mutation: ").split(", "):
-            yield SLOPES if SLOPES in name else re.sub(r" of \d+$", "", name)
+            yield GRADIENT if GRADIENT in name else re.sub(r" of \d+$", "", name)
 
 
 def pick(rng: np.random.Generator, priors: Mapping[str, float], experience: Experience | None) -> str:

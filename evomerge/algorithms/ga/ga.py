@@ -33,8 +33,9 @@ from evomerge.space.baselines import PARENT
 from evomerge.space.decode import active_reals, copies_layers
 from evomerge.space.genes import OUTER
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import SLOPES, Candidate, Proposal, promising
+from evomerge.study.candidate import GRADIENT, Candidate, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.study.ranking import best_first
 from evomerge.system.arrays import FloatArray, IntArray, Mask
 
 OPTIONS = {"slopes": True, "draws": True, "adaptive": True, "sharing": False}
@@ -155,16 +156,16 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     only_copied = all(method.copies_layers for method in space.methods)
     reading = Reading.of(space, history)
     if only_copied:
-        order = promising((c for c in history if _says_what_it_is(space, c)), enough)
+        order = best_first((c for c in history if _says_what_it_is(space, c)), enough)
     else:
-        order = reading.promising(enough)
+        order = reading.best_first(enough)
     chosen, attraction = order[:parents], None
     if options["sharing"] and settings.item_scores is not None:
         chosen, attraction = _shared(order[: 2 * parents], parents, settings)
     experience = Experience.of(space, history) if options["adaptive"] else None
     climbs = None
     if options["slopes"] and settings.gradients is not None:
-        favour = experience.favour(SLOPES) if experience else 1.0
+        favour = experience.favour(GRADIENT) if experience else 1.0
         climbs = Climbs(space, reading, order[: 2 * parents], settings, favour)
     return Breeding(
         space,

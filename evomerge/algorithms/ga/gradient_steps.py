@@ -18,7 +18,7 @@ from evomerge.algorithms.history_index import Reading
 from evomerge.algorithms.proposals import Draw
 from evomerge.space.decode import active_reals
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import SLOPES, Candidate, find, sloped
+from evomerge.study.candidate import GRADIENT, Candidate, find, gradient_parent
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.system.arrays import FloatArray, Mask
 
@@ -86,7 +86,7 @@ class Climbs:
         unit[mask] = self._surface(first, mask).best_within(length)
         if np.linalg.norm(unit - parent.unit) < NO_STEP * length:
             return None
-        return self._space.genome(unit, parent.choices, parent.layers), (first.number,), SLOPES
+        return self._space.genome(unit, parent.choices, parent.layers), (first.number,), GRADIENT
 
     def _climber(self, rank: int) -> Candidate | None:
         """The leader of this rank among those whose slopes are known, and the best of the others that has any.
@@ -136,7 +136,7 @@ class Climbs:
         """How long a step from a candidate should be: somewhat more than the one that led to it, if one did."""
         unit = math.sqrt(mask.sum())
         length = FIRST * unit
-        mother = find(self._reading.history, number) if (number := sloped(first)) is not None else None
+        mother = find(self._reading.history, number) if (number := gradient_parent(first)) is not None else None
         if mother is not None:
             length = LONGER * float(np.linalg.norm(self._reading.unit(mother)[mask] - here.unit[mask]))
         return min(length, FARTHEST * unit) * SHORTER ** self._steps[first.number]

@@ -54,7 +54,7 @@ class Draws:
 
     def __init__(self, space: SearchSpace, reading: Reading, seed: int) -> None:
         self._space, self._reading, self._seed = space, reading, seed
-        self._known = reading.promising(KNOWN)
+        self._known = reading.best_first(KNOWN)
 
     def draw(self, number: int) -> Draw | None:
         """A child of the best candidate; None where that has no real genes, or there is none."""

@@ -6,9 +6,10 @@ import pytest
 from evomerge.algorithms.ga.gaussian_process import Surface, Told
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
-from evomerge.study.candidate import SLOPES, Candidate, Outcome, spent_items
+from evomerge.study.budget import StopConditions, spent_items
+from evomerge.study.candidate import GRADIENT, Candidate, Outcome
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Stop, search
+from evomerge.study.loop import search
 from tests.algorithms.landscapes import Memory, make_space
 
 CURVATURE = np.diag([1.0, 4.0, 9.0])
@@ -115,7 +116,7 @@ def _sloped_run(climb: bool, budget: int = 60, sign: float = 1.0):
         ALGORITHMS["ga"],
         InProcess(lambda proposal: Outcome(fitness(proposal.genome), estimates={10: 0.0})),
         memory,
-        Stop(budget),
+        StopConditions(budget),
         seed=1,
         settings=settings,
     )
@@ -127,7 +128,7 @@ def test_a_search_with_slopes_is_far_ahead_and_its_lineage_says_how():
     without, unasked, _ = _sloped_run(False)
     assert with_slopes.best.fitness > without.best.fitness / 10  # both below 0
     assert not unasked
-    climbed = [c for c in with_slopes.candidates if SLOPES in c.operator]
+    climbed = [c for c in with_slopes.candidates if GRADIENT in c.operator]
     assert climbed
     assert {c.parents[0] for c in climbed} <= set(asked)
     assert all(len(c.parents) == 1 for c in climbed)
@@ -136,13 +137,13 @@ def test_a_search_with_slopes_is_far_ahead_and_its_lineage_says_how():
 def test_nobody_is_asked_whom_no_child_climbs_from():
     """Slopes that lead astray: steps get rare, and then the second best has no place in a generation."""
     done, asked, _ = _sloped_run(True, 80, sign=-1.0)
-    assert set(asked) == {c.parents[0] for c in done.candidates if SLOPES in c.operator}
+    assert set(asked) == {c.parents[0] for c in done.candidates if GRADIENT in c.operator}
 
 
 def test_what_slopes_cost_is_counted_once_a_candidate():
     done, _, _ = _sloped_run(True, 40)
-    parents = {c.parents[0] for c in done.candidates if SLOPES in c.operator}
-    spent = list(spent_items(done.candidates, slope_items=25))
+    parents = {c.parents[0] for c in done.candidates if GRADIENT in c.operator}
+    spent = list(spent_items(done.candidates, gradient_items=25))
     assert spent[-1] == 40 * 10 + 25 * len(parents)
     assert spent == sorted(spent)
 
@@ -150,13 +151,13 @@ def test_what_slopes_cost_is_counted_once_a_candidate():
 def test_a_budget_of_items_ends_a_search_that_asks_for_slopes_sooner():
     space = make_space(methods=("task_arithmetic",))
     ends = []
-    for slope_items in (0, 50):
+    for gradient_items in (0, 50):
         done = search(
             space,
             ALGORITHMS["ga"],
-            InProcess(lambda p: Outcome(int(p.phenotype[:6], 16) / 2**24, estimates={10: 0.0})),
+            InProcess(lambda p: Outcome(int(p.recipe_hash[:6], 16) / 2**24, estimates={10: 0.0})),
             Memory(),
-            Stop(200, items=600, slope_items=slope_items),
+            StopConditions(200, items=600, gradient_items=gradient_items),
             settings=AlgorithmSettings(8, gradients=lambda c: {g.name: 1.0 for g in space.reals}),
         )
         assert done.reason == "items"
@@ -171,10 +172,10 @@ def test_candidates_without_slopes_are_bred_as_ever(told):
     done = search(
         space,
         ALGORITHMS["ga"],
-        InProcess(lambda p: Outcome(int(p.phenotype[:6], 16) / 2**24)),
+        InProcess(lambda p: Outcome(int(p.recipe_hash[:6], 16) / 2**24)),
         Memory(),
-        Stop(40),
+        StopConditions(40),
         settings=settings,
     )
-    assert not any(SLOPES in c.operator for c in done.candidates)
+    assert not any(GRADIENT in c.operator for c in done.candidates)
     assert len(done.candidates) == 40

@@ -14,9 +14,10 @@ from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
 from evomerge.space.decode import active_genes, decode
 from evomerge.space.space import SearchSpace
+from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import DRAW, Candidate, Outcome
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Stop, search
+from evomerge.study.loop import search
 from tests.algorithms.landscapes import Memory, make_space
 
 SPACE = make_space(methods=("task_arithmetic", "ties"))
@@ -105,7 +106,7 @@ def test_the_region_follows_what_draws_found(wins: list[bool], size: float) -> N
         for place, value in enumerate([0.1, 0.6 + 0.1 * k if won else 0.2]):
             number = len(history)
             made = replace(history[0], number=number, generation=2 + k, operator=DRAW, fitness=value)
-            history.append(replace(made, phenotype=str(number), parents=(place,)))
+            history.append(replace(made, recipe_hash=str(number), parents=(place,)))
     draws = Draws(SPACE, Reading.of(SPACE, tuple(history)), 0)
     assert draws._size == pytest.approx(size)
     assert Reading.of(SPACE, tuple(history)).draws == {2 + k: won for k, won in enumerate(wins)}
@@ -127,7 +128,9 @@ def _best_of(options: dict[str, bool], seed: int) -> float:
         return Outcome(value, estimates={10: value})
 
     settings = AlgorithmSettings(population=8, options=options)
-    done = search(space, ALGORITHMS["ga"], InProcess(evaluate), Memory(), Stop(120), seed=seed, settings=settings)
+    done = search(
+        space, ALGORITHMS["ga"], InProcess(evaluate), Memory(), StopConditions(120), seed=seed, settings=settings
+    )
     assert any(c.operator == DRAW for c in done.candidates) == options["draws"]
     assert done.best is not None
     assert done.best.fitness is not None

@@ -1,0 +1,173 @@
+"""What a search has spent, and when it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Literal
+
+from evomerge.study.candidate import Candidate, gradient_parent
+from evomerge.study.ranking import latest_improvement, ranked
+
+FAILURES_IN_A_ROW = 10
+
+Reason = Literal["budget", "exhausted", "stale", "target", "hours", "items", "failures", "interrupted"]
+
+End = tuple[Reason, str]
+
+
+@dataclass(frozen=True)
+class StopConditions:
+    """When to stop.
+
+    Attributes:
+        candidates: The budget: done + failed + pruned.
+        hours: Time spent scoring, over all sessions of the run, shared by as many candidates as are scored at once;
+            None for no limit.
+        stale_generations: Generations in a row without a better candidate, or with several objectives without more
+            hypervolume; None for no limit.
+        items: Items scored, over all candidates; None for no limit.
+        gradient_items: Items that the gradient at one candidate counts as.
+        fitness: A fitness that is good enough, of a candidate with a full score at the end of a generation.
+        since: The search had ended for want of progress, or because it was good enough, with this many candidates, and
+            was extended: staleness counts from there, and a fitness that they had reached ends nothing any more.
+    """
+
+    candidates: int
+    hours: float | None = None
+    stale_generations: int | None = None
+    items: int | None = None
+    gradient_items: int = 0
+    fitness: float | None = None
+    since: int = 0
+
+
+class EvaluationCounter:
+    """Counts item evaluations, candidate by candidate; the gradient at a parent counts once.
+
+    Args:
+        gradient_items: Item evaluations that the gradient at one candidate is worth.
+
+    Attributes:
+        items: The count.
+    """
+
+    def __init__(self, gradient_items: int) -> None:
+        self.items = 0
+        self._gradient_items = gradient_items
+        self._gradient_parents: set[int] = set()
+
+    def add(self, candidate: Candidate) -> int:
+        """Adds one more candidate and returns the count."""
+        parent = gradient_parent(candidate)
+        if parent is not None and parent not in self._gradient_parents:
+            self._gradient_parents.add(parent)
+            self.items += self._gradient_items
+        self.items += candidate.items
+        return self.items
+
+
+def spent_items(history: Iterable[Candidate], gradient_items: int) -> Iterator[int]:
+    """Yields the item evaluations after each of the candidates, as `EvaluationCounter` counts them."""
+    return map(EvaluationCounter(gradient_items).add, history)
+
+
+def count_items(history: Iterable[Candidate]) -> dict[str, Any]:
+    """Counts the item evaluations of a search, how many they would be without racing, the share saved, and gradients.
+
+    What gradients cost is not among the evaluations (`spent_items` counts it in): ``gradients`` is the number of
+    candidates at which one was asked for.
+    """
+    candidates = list(history)
+    scored = [candidate for candidate in candidates if candidate.items]
+    evaluated = sum(candidate.items for candidate in scored)
+    whole = len(scored) * max((candidate.items for candidate in scored), default=0)
+    gradients = len({gradient_parent(candidate) for candidate in candidates} - {None})
+    saved = 1 - evaluated / whole if whole else 0.0
+    return {"evaluated": evaluated, "without_racing": whole, "saved": saved, "gradients": gradients}
+
+
+class StopMonitor:
+    """Watches for what ends a search before its budget does.
+
+    Args:
+        stop: The conditions.
+        history: What is recorded already.
+        slots: How many candidates are scored at once.
+    """
+
+    def __init__(self, stop: StopConditions, history: tuple[Candidate, ...], slots: int) -> None:
+        self._stop = stop
+        self._slots = slots
+        self._seconds = sum(float(c.seconds.get("total", 0.0)) for c in history)
+        self._counter = EvaluationCounter(stop.gradient_items)
+        for candidate in history:
+            self._counter.add(candidate)
+        failed = {c.number: c for c in history if c.state == "failed"}
+        # A run that was stopped by its failures and is resumed gets another chance.
+        self._failed = {n: c for n, c in failed.items() if len(_failing_row(failed, n)) < FAILURES_IN_A_ROW}
+
+    def already(self) -> End | None:
+        """Returns the end, if the record is at it: what is spent is the same in every session."""
+        if self._stop.hours is not None and self._seconds / self._slots >= self._stop.hours * 3600:
+            return "hours", f"{self._stop.hours:g} hours of scoring are over, all sessions together"
+        if self._stop.items is not None and self._counter.items >= self._stop.items:
+            return "items", f"{self._counter.items} items are scored"
+        return None
+
+    def after_candidate(self, candidate: Candidate) -> End | None:
+        """Takes one more recorded candidate; returns the end, if it brings it."""
+        self._seconds += float(candidate.seconds.get("total", 0.0))
+        self._counter.add(candidate)
+        if candidate.state == "failed":
+            self._failed[candidate.number] = candidate
+            row = _failing_row(self._failed, candidate.number)
+            if len(row) >= FAILURES_IN_A_ROW:
+                last = row[-1]
+                return "failures", (
+                    f"{len(row)} candidates in a row failed with {last.failure_kind}; the last one, {last.number} "
+                    f"({last.operator}): {last.failure}"
+                )
+        return self.already()
+
+    def after_generation(self, history: tuple[Candidate, ...], generation: int) -> End | None:
+        """Returns the end, if this generation reaches the target, or makes too many without a better candidate."""
+        if self._stop.fitness is None and self._stop.stale_generations is None:
+            return None
+        before = [c for c in history if c.number < self._stop.since]
+        return self._reached(history, generation, before) or self._stale(history, generation, before)
+
+    def _reached(self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]) -> End | None:
+        target = self._stop.fitness
+        if target is None or any(c.fitness is not None and c.fitness >= target for c in ranked(before)):
+            return None
+        leader = next(iter(ranked(c for c in history if c.generation <= generation)), None)
+        if leader is None or leader.fitness is None or leader.fitness < target:
+            return None
+        return "target", f"candidate {leader.number} has a fitness of {leader.fitness:.4f}; {target:g} was asked for"
+
+    def _stale(self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]) -> End | None:
+        limit = self._stop.stale_generations
+        if limit is None:
+            return None
+        latest = latest_improvement([c for c in history if c.generation <= generation])
+        if latest is None:
+            return None
+        start = max([latest.generation, *(c.generation for c in before)])
+        if generation - start < limit:
+            return None
+        more = "a better candidate than" if latest.objectives is None else "more hypervolume since candidate"
+        return "stale", f"{limit} generations without {more} {latest.number}"
+
+
+def _failing_row(failed: Mapping[int, Candidate], number: int) -> list[Candidate]:
+    """The candidates around a failed one, by number without a gap, that failed in the same way."""
+    kind = failed[number].failure_kind
+
+    def alike(n: int) -> bool:
+        return n in failed and failed[n].failure_kind == kind
+
+    start = next(n for n in count(number, -1) if not alike(n - 1))
+    stop = next(n for n in count(number + 1) if not alike(n))
+    return [failed[n] for n in range(start, stop)]
