@@ -14,26 +14,12 @@ from evomerge.checkpoints.layout import Layout, layout_of
 from evomerge.checkpoints.lora import LoraWeights, read_adapter
 from evomerge.checkpoints.reference import find_model, split_adapter
 from evomerge.checkpoints.tensors import Weights, is_finite, open_weights
+from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer, tokenizer_files
 from evomerge.checkpoints.weight_files import PICKLE_SUFFIXES, WeightFiles, find_weights, read_json_object
 from evomerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 class Checkpoint:
@@ -107,17 +93,36 @@ class Checkpoint:
         """The tokenizer's files, chat template included; () without a tokenizer."""
         return () if self.folder is None else tokenizer_files(self.folder)
 
+    def load_tokenizer(self) -> Tokenizer:
+        """Reads the tokenizer beside the weights.
+
+        Raises:
+            CheckpointError: There is none, or it cannot be read.
+        """
+        if self.folder is None:
+            raise CheckpointError(f"{self.reference}: a single file has no tokenizer; give a model's folder")
+        return read_tokenizer(self.reference, self.folder)
+
+    def load_config(self) -> Any:
+        """Reads the configuration as transformers does.
+
+        Raises:
+            CheckpointError: config.json names no architecture that transformers knows.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.for_model(**self.config)
+        except (TypeError, ValueError) as error:
+            message = f"{self.reference}: config.json describes no model we can run: {error}"
+            raise CheckpointError(message) from error
+
     def check_finite(self) -> list[str]:
         """The names of tensors with NaN or infinite elements, sorted. Reads the whole model."""
         names = sorted(self.tensors)
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             finite = list(pool.map(lambda name: is_finite(self.tensor(name)), names))
         return [name for name, fine in zip(names, finite, strict=True) if not fine]
-
-
-def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder that a tokenizer is read from, chat template included."""
-    return tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
 
 
 def open_checkpoint(reference: str, *, beside: Path | None = None, allow_pickle: bool = False) -> Checkpoint:

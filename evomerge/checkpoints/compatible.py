@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
-from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
-
-if TYPE_CHECKING:
-    from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.layout import vocabulary_tensors
+from evomerge.errors import CheckpointError
 
 # Constants that older versions of transformers stored and newer ones compute.
 _BUFFERS = (".inv_freq", ".masked_bias", ".position_ids", ".attn.bias", ".attention.bias")
+
+
+def open_compatible(base: str | None, sources: Mapping[str, str]) -> dict[str, Checkpoint]:
+    """Opens the models of a merge and checks that they can be merged.
+
+    Args:
+        base: Reference of the base; None without one.
+        sources: References of the models to merge, by the names that messages use.
+
+    Returns:
+        The open models by reference, the base first.
+
+    Raises:
+        CheckpointError: With every problem of every model.
+    """
+    opened = open_checkpoints([*([base] if base else []), *sources.values()])
+    problems = [problem for checkpoint in opened.values() for problem in not_finite(checkpoint)]
+    named = {name: opened[reference] for name, reference in sources.items()}
+    problems += check_compatible(opened[base] if base else None, named)
+    if problems:
+        raise CheckpointError(problems)
+    return opened
 
 
 def not_finite(checkpoint: Checkpoint) -> list[str]:
@@ -72,9 +93,8 @@ def _compare(
         return [f"{name}: no tensor in common with {reference_name} ({kinds}): not a fine-tune of it"]
     problems: list[str] = []
     beyond: set[str] = set()
-    ours, theirs = reference.layout, model.layout
-    depths = {s.prefix: s.length for s in ours.stacks}
-    for stack in theirs.stacks:
+    depths = {stack.prefix: stack.length for stack in reference.layout.stacks}
+    for stack in model.layout.stacks:
         depth = depths.get(stack.prefix, stack.length)
         if stack.length != depth:
             beyond |= _names_beyond(reference, model, stack.prefix, min(depth, stack.length))
@@ -99,13 +119,13 @@ def _architecture(model: Checkpoint) -> str:
 
 def _names_beyond(reference: Checkpoint, model: Checkpoint, stack: str, depth: int) -> set[str]:
     """Tensors of the layers that only one of the two has: said once as a difference in depth."""
-    found: set[str] = set()
+    beyond: set[str] = set()
     for one in (reference, model):
         for tensor in one.tensors:
-            place = one.layout.locate(tensor)
-            if place.stack == stack and place.layer is not None and place.layer >= depth:
-                found.add(tensor)
-    return found
+            location = one.layout.locate(tensor)
+            if location.stack == stack and location.layer is not None and location.layer >= depth:
+                beyond.add(tensor)
+    return beyond
 
 
 def _heads(

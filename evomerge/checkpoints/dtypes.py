@@ -1,35 +1,78 @@
-"""safetensors dtype names, torch dtypes, and the words a recipe uses for them."""
+"""One table of dtypes: what safetensors, torch and recipes call them. Importing it loads no torch."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
 
-from evomerge.checkpoints.tensors import TORCH_DTYPES
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["FLOATS", "TORCH_DTYPES", "config_word", "safetensors_name", "torch_dtype"]
+# The format also knows types below one byte (F4, F6); torch has no arithmetic for them.
+_TABLE = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "I16": ("int16", 2),
+    "U16": ("uint16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4),
+    "U32": ("uint32", 4),
+    "F32": ("float32", 4),
+    "C64": ("complex64", 8),
+    "I64": ("int64", 8),
+    "U64": ("uint64", 8),
+    "F64": ("float64", 8),
+}
+DTYPE_BYTES: Mapping[str, int] = {name: size for name, (_, size) in _TABLE.items()}
+"""Bytes of an element, by safetensors' name of the dtype."""
 
-_WORDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bf16": "BF16", "fp16": "F16"}
-_WORDS |= {"fp32": "F32", "fp64": "F64"}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that can be merged; others (indices, masks) are copied."""
+
+_WORDS = {_TABLE[name][0]: name for name in FLOATS} | {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
 
 
-def safetensors_name(word: str) -> str:
-    """ "bfloat16" -> "BF16".
+def parse_dtype(word: str) -> str:
+    """Gives safetensors' name of a float that a recipe or a config names: "bfloat16" -> "BF16".
 
     Raises:
-        KeyError: For a word that is no floating-point dtype.
+        KeyError: For a word that is no dtype of `FLOATS`.
     """
     return _WORDS[word.removeprefix("torch.")]
 
 
-def torch_dtype(word: str) -> torch.dtype:
-    """ "bfloat16" -> torch.bfloat16."""
-    return TORCH_DTYPES[safetensors_name(word)]
-
-
 def config_word(name: str) -> str:
-    """ "BF16" -> "bfloat16", as config.json spells it."""
-    return str(TORCH_DTYPES[name]).removeprefix("torch.")
+    """Spells a dtype as config.json does: "BF16" -> "bfloat16"."""
+    return _TABLE[name][0]
 
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes that can be merged; others (indices, masks) are copied."""
+@cache
+def torch_dtype(name: str) -> torch.dtype:
+    """Gives torch's dtype of safetensors' name: "BF16" -> torch.bfloat16.
+
+    Raises:
+        KeyError: This torch has none; an older one lacks some of the 8-bit types.
+    """
+    import torch
+
+    dtype: torch.dtype | None = getattr(torch, _TABLE[name][0], None)
+    if dtype is None:
+        raise KeyError(name)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Gives safetensors' name of a torch dtype, torch's own where it has none: torch.bfloat16 -> "BF16"."""
+    word = str(dtype).removeprefix("torch.")
+    return _NAMES.get(word, word)
+
+
+_NAMES = {word: name for name, (word, _) in _TABLE.items()}

@@ -66,9 +66,9 @@ class Fingerprints:
 
     def get_or(self, compute: Callable[[], str]) -> str:
         """The remembered fingerprint, else the computed one, which is then remembered if the files have not moved."""
-        known = self._remembered()
-        if known is not None:
-            return known
+        remembered = self._remembered()
+        if remembered is not None:
+            return remembered
         fingerprint = compute()
         if self._unchanged() and self._settled():
             self._remember(fingerprint)

@@ -13,30 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evomerge.checkpoints.dtypes import DTYPE_BYTES
 from evomerge.errors import CheckpointError
 
-# Bytes per element. The format also knows types below one byte (F4, F6); torch has no arithmetic for them.
-DTYPE_BYTES: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "F8_E4M3FNUZ": 1,
-    "F8_E5M2FNUZ": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "C64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F64": 8,
-}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 _MAX_ELEMENTS = 2**63 - 1
 _NAMED = 5

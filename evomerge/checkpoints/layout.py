@@ -30,6 +30,7 @@ _OUTPUT = re.compile(r"^output$")  # BERT: `attention.output` is met as attentio
 _BEFORE = re.compile(r"emb|wte|wpe|shared|patch|cls_token|position|rotary|projector|conv|(^|_)in$")
 _HEAD = re.compile(r"^(lm_head|embed_out|proj_out|output|head|score|classifier|cls|pooler|qa_outputs)$")
 _HEAD_CLASS = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
+_NO_TOKENS = re.compile(r"pos|wpe|token_type|patch")  # tables of something else that may be as tall as the vocabulary
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _SEVERAL_TOWERS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")
 
@@ -52,7 +53,7 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Where a tensor sits.
 
     Attributes:
@@ -101,12 +102,12 @@ class Layout:
     def _lengths(self) -> dict[str, int]:
         return {stack.prefix: stack.length for stack in self.stacks}
 
-    def locate(self, name: str) -> Place:
-        """The place of a tensor, by its name."""
+    def locate(self, name: str) -> Location:
+        """Finds where a tensor sits, by its name."""
         prefix, layer, suffix = _split(name)
         if layer is None or layer >= self._lengths.get(prefix, 0):
-            return Place(None, None, name, "outer", _position(name))
-        return Place(prefix, layer, suffix, _group(suffix), None)
+            return Location(None, None, name, "outer", _position(name))
+        return Location(prefix, layer, suffix, _group(suffix), None)
 
     def name(self, stack: str, layer: int, suffix: str) -> str:
         """The full name of a layer's tensor: the inverse of `locate`."""
@@ -118,13 +119,13 @@ class Layout:
 
     @cached_property
     def _suffixes(self) -> dict[tuple[str, int], tuple[str, ...]]:
-        found: dict[tuple[str, int], tuple[str, ...]] = {}
+        suffixes: dict[tuple[str, int], tuple[str, ...]] = {}
         for name in self.names:
-            place = self.locate(name)
-            if place.stack is not None and place.layer is not None:
-                key = (place.stack, place.layer)
-                found[key] = (*found.get(key, ()), place.suffix)
-        return found
+            location = self.locate(name)
+            if location.stack is not None and location.layer is not None:
+                key = (location.stack, location.layer)
+                suffixes[key] = (*suffixes.get(key, ()), location.suffix)
+        return suffixes
 
 
 def layout_of(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Layout:
@@ -148,6 +149,28 @@ def layout_of(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> L
         head=head,
         tied_head=head is None and embedding is not None and _ties(config),
     )
+
+
+def vocabulary_tensors(layout: Layout, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    """Lists the tensors that have one row for each token.
+
+    They are the token embedding, what is stored beside it in its shape (a copy, a head), a head, and the head's bias.
+
+    Returns:
+        Names, sorted; () when no embedding can be told.
+    """
+    if layout.embedding is None:
+        return ()
+    rows, columns = tensors[layout.embedding].shape
+    bias_of_head = layout.head and f"{layout.head.removesuffix('.weight')}.bias"
+    names = {layout.embedding, *([layout.head] if layout.head else [])}
+    for name in layout.outer:
+        shape = tensors[name].shape
+        table = shape == (rows, columns) and not _NO_TOKENS.search(name)
+        bias = shape == (rows,) and rows != columns and name.endswith("bias")
+        if table or bias or name == bias_of_head:
+            names.add(name)
+    return tuple(sorted(names))
 
 
 def residual_writers(
@@ -193,8 +216,7 @@ def _split(name: str) -> tuple[str, int | None, str]:
 
 def _depths(config: Mapping[str, Any]) -> set[int]:
     towers = [config, *(config[key] for key in _SEVERAL_TOWERS if isinstance(config.get(key), Mapping))]
-    found = {tower.get(key) for tower in towers for key in _DEPTH_KEYS if isinstance(tower.get(key), int)}
-    return {depth for depth in found if depth is not None}
+    return {tower[key] for tower in towers for key in _DEPTH_KEYS if isinstance(tower.get(key), int)}
 
 
 def _stacks(tensors: Iterable[TensorSpec], depths: set[int]) -> list[Stack]:
@@ -319,9 +341,9 @@ def _post_norms(block: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
 def _branch_outputs(block: Mapping[str, TensorSpec], group: str) -> list[str]:
     last = _ATTENTION_OUT if group == "attention" else _MLP_OUT
     members = {suffix: _module_and_kind(suffix)[0] for suffix in block if _group(suffix) == group}
-    found = [s for s, module in members.items() if last.search(module[-1]) and "intermediate" not in module]
-    if found or group == "attention":
-        return found
+    named = [s for s, module in members.items() if last.search(module[-1]) and "intermediate" not in module]
+    if named or group == "attention":
+        return named
     widths = {info.shape[0] for suffix, info in block.items() if len(info.shape) == 1 and _group(suffix) == "rest"}
     matrices = {suffix: block[suffix].shape for suffix in members if len(block[suffix].shape) == 2}
     narrowing = [members[s] for s, (rows, columns) in matrices.items() if rows in widths and columns not in widths]

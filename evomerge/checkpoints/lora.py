@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.fingerprint import derived_fingerprint
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
 from evomerge.checkpoints.layout import Layout
-from evomerge.checkpoints.tensors import TORCH_DTYPES, Weights, open_weights
+from evomerge.checkpoints.tensors import Weights, open_weights
 from evomerge.checkpoints.weight_files import WeightFiles, read_json_object
 from evomerge.errors import CheckpointError
 
@@ -133,7 +134,7 @@ class LoraWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """The base's own view where the adapter changes nothing, else a new tensor."""
-        dtype = TORCH_DTYPES[self._tensors[name].dtype]
+        dtype = torch_dtype(self._tensors[name].dtype)
         replacement, delta = self._replacements.get(name), self._deltas.get(name)
         if replacement is not None:
             weight = self._adapter.weights.read(replacement)

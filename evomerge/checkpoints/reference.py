@@ -33,7 +33,7 @@ def split_adapter(reference: str, beside: Path | None) -> tuple[str, str | None]
     """
     if "+" not in reference or resolve_path(reference, beside) is not None:
         return reference, None
-    splits = [(reference[:i], reference[i + 1 :]) for i in reversed(_places(reference, "+"))]
+    splits = [(reference[:i], reference[i + 1 :]) for i in reversed(range(len(reference))) if reference[i] == "+"]
     splits = [(base.strip(), adapter.strip()) for base, adapter in splits]
     for base, adapter in splits:
         if adapter and resolve_path(adapter, beside) is not None:
@@ -95,44 +95,40 @@ def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = Fals
     if hub is None:
         raise CheckpointError(f"{looked}{_near(reference, beside)}")
     try:
-        return _download(hub["id"], hub["revision"], _kinds(weights, allow_pickle))
+        return _download(hub["id"], hub["revision"], _patterns(weights, allow_pickle))
     except Exception as error:  # the Hub client's errors differ between its versions (requests, httpx, its own)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"{looked}, and for {reference!r} on the Hugging Face Hub ({reason}){_near(reference, beside)}"
         raise CheckpointError(message) from error
 
 
-def _places(text: str, character: str) -> list[int]:
-    return [i for i, other in enumerate(text) if other == character]
-
-
 def _where(beside: Path | None) -> str:
     return f"beside and above {beside} and in the working directory" if beside else "in the working directory"
 
 
-def _kinds(weights: bool, allow_pickle: bool) -> list[str]:
-    """The files of a repository that are wanted."""
+def _patterns(weights: bool, allow_pickle: bool) -> list[str]:
+    """The files of a repository to download."""
     return [*_SMALL, *(_WEIGHTS if weights else []), *(["*.bin"] if weights and allow_pickle else [])]
 
 
-def _download(model: str, revision: str | None, wanted: list[str]) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
 def _near(reference: str, beside: Path | None) -> str:
     path = Path(reference).expanduser()
-    found: list[str] = []
+    near: list[str] = []
     for root in _roots(path, beside):
         try:
             siblings = [entry.name for entry in sorted(root.iterdir()) if not entry.name.startswith(".")]
         except OSError:
             continue
-        found += [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.5)]
-        if not found and path.parent != Path():
-            found += [str(path.parent / name) for name in siblings]
-    return f"; near it: {name_some(dict.fromkeys(found))}" if found else ""
+        near += [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.5)]
+        if not near and path.parent != Path():
+            near += [str(path.parent / name) for name in siblings]
+    return f"; near it: {name_some(dict.fromkeys(near))}" if near else ""
 
 
 def _roots(path: Path, beside: Path | None) -> Iterator[Path]:

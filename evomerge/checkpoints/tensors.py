@@ -13,37 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
+from evomerge.checkpoints.dtypes import DTYPE_BYTES, dtype_name, torch_dtype
 from evomerge.checkpoints.fingerprint import Fingerprints, content_fingerprint
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.weight_files import Stored, WeightFiles, read_stored, signature
 from evomerge.errors import CheckpointError
-
-_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-}
-# An older torch lacks some of the 8-bit types.
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    name: getattr(torch, attribute) for name, attribute in _NAMES.items() if hasattr(torch, attribute)
-}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # Not in Python's mmap module before 3.13. A private map of a file bigger than the memory may otherwise be refused,
 # as if all of it could be written to.
@@ -87,9 +61,11 @@ class MappedWeights:
         """A view of the mapped file."""
         info = self._stored.tensors[name]
         path = self._stored.paths[name]
-        dtype = TORCH_DTYPES.get(info.dtype)
-        if dtype is None:
-            raise CheckpointError(f"{path}: tensor {name!r}: this version of torch has no dtype {info.dtype}")
+        try:
+            dtype = torch_dtype(info.dtype)
+        except KeyError:
+            message = f"{path}: tensor {name!r}: this version of torch has no dtype {info.dtype}"
+            raise CheckpointError(message) from None
         if not info.numel:
             return torch.empty(info.shape, dtype=dtype)
         buffer = self._map(path)
@@ -100,11 +76,11 @@ class MappedWeights:
 
     def release(self, name: str) -> None:
         """Takes the tensor's pages out of this process's memory; a view of them is still good and brings them back."""
-        info, held = self._stored.tensors[name], self._maps.get(self._stored.paths[name])
-        if held is None or not hasattr(mmap, "MADV_DONTNEED") or info.end == info.start:
+        info, mapped = self._stored.tensors[name], self._maps.get(self._stored.paths[name])
+        if mapped is None or not hasattr(mmap, "MADV_DONTNEED") or info.end == info.start:
             return
         start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-        held.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+        mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
     def fingerprint(self) -> str:
         return Fingerprints(self._stored.signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))
@@ -220,10 +196,10 @@ def _plain(value: Any) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
-        and value.dtype in DTYPE_NAMES
+        and dtype_name(value.dtype) in DTYPE_BYTES
         and value.device.type == "cpu"
     )
 
 
 def _info_of(name: str, tensor: torch.Tensor) -> TensorInfo:
-    return TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], 0, tensor.numel() * tensor.element_size())
+    return TensorInfo(name, tuple(tensor.shape), dtype_name(tensor.dtype), 0, tensor.numel() * tensor.element_size())

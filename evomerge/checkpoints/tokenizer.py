@@ -10,10 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import CheckpointError
+from evomerge.system.hashing import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 
@@ -56,6 +71,11 @@ class Tokenizer:
         return None if token is None else self.tokens.get(str(token))
 
 
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """Lists the files of a folder that a tokenizer is read from, chat template included."""
+    return tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
+
+
 def read_tokenizer(model: str, folder: Path) -> Tokenizer:
     """Reads the tokenizer of a folder; no remote code is run.
 
@@ -70,3 +90,11 @@ def read_tokenizer(model: str, folder: Path) -> Tokenizer:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{model}: no tokenizer could be read from {folder}: {reason}") from error
     return Tokenizer(model, folder, loaded)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hashes how a tokenizer turns text into tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    content = json.dumps([rules, type(tokenizer).__name__, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return digest(content)

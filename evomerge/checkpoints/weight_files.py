@@ -58,12 +58,12 @@ def signature(path: Path) -> Signature:
         CheckpointError: The file cannot be looked at, or is a pipe or a device, which might never end.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} cannot be read: it is not an ordinary file")
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

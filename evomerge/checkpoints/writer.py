@@ -22,7 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from evomerge.checkpoints.header import DTYPE_BYTES, TensorInfo, TensorSpec, name_some, shape_text
+from evomerge.checkpoints.dtypes import DTYPE_BYTES, dtype_name
+from evomerge.checkpoints.header import TensorInfo, TensorSpec, name_some, shape_text
 from evomerge.errors import OutputError
 from evomerge.system.locks import exclusive
 
@@ -260,8 +261,8 @@ def refuse_taken(out: Path, overwrite: bool) -> None:
     content = sorted(path.name for path in out.iterdir())
     if content and not overwrite:
         raise OutputError(f"{out} is not empty: choose another folder, or allow overwriting it")
-    known = [name for name in content if name == "config.json" or name.endswith(".safetensors")]
-    if content and not known:
+    weights = [name for name in content if name == "config.json" or name.endswith(".safetensors")]
+    if content and not weights:
         raise OutputError(f"{out} is not overwritten: it holds {name_some(content)} and no checkpoint")
 
 
@@ -307,9 +308,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _refuse_other(info: TensorInfo, tensor: torch.Tensor, *, whole: bool = False) -> None:
     """Refuses another dtype than announced, and for a whole tensor another shape."""
-    from evomerge.checkpoints.tensors import DTYPE_NAMES
-
-    dtype, shape = DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape) if whole else info.shape
+    dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape) if whole else info.shape
     if (dtype, shape) != (info.dtype, info.shape):
         got, announced = (f"{d} {shape_text(s)}" for d, s in ((dtype, shape), (info.dtype, info.shape)))
         raise ValueError(f"tensor {info.name!r} is {got}, announced was {announced}")

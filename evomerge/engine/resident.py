@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.dtypes import TORCH_DTYPES
+from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.engine.execute import execute_all, materialise, pieces
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import CandidateError
@@ -112,11 +112,11 @@ class Resident:
 
     def _bindable(self, operation: Operation) -> bool:
         """The stored tensor is already what the model needs."""
-        wanted = self._dtype or TORCH_DTYPES[operation.dtype]
+        wanted = self._dtype or torch_dtype(operation.dtype)
         if self._private or operation.method != COPY or operation.scale != 1.0 or self._device.type != "cpu":
             return False
         stored = self.store.flat(operation.sources[0]).dtype
-        return stored == wanted and stored == TORCH_DTYPES[operation.dtype]
+        return stored == wanted and stored == torch_dtype(operation.dtype)
 
     def _compute(self, operations: Sequence[Operation], family: Family) -> None:
         """Writes the results into storage of our own, each rounded once to its dtype before any further cast."""
@@ -125,7 +125,7 @@ class Resident:
         work: list[Callable[[], None]] = []
         for operation in operations:
             held = self._storage(operation)
-            if held.dtype == TORCH_DTYPES[operation.dtype] and held.device.type == "cpu":
+            if held.dtype == torch_dtype(operation.dtype) and held.device.type == "cpu":
                 work += pieces(operation, self.store, held, family)
             else:
                 work.append(partial(self._cast, operation, held, family))
@@ -133,10 +133,10 @@ class Resident:
         self._digests |= {operation.output: operation.digest for operation in operations}
 
     def _cast(self, operation: Operation, held: Tensor, family: Family) -> None:
-        held.copy_(materialise(operation, self.store, TORCH_DTYPES[operation.dtype], family))
+        held.copy_(materialise(operation, self.store, torch_dtype(operation.dtype), family))
 
     def _storage(self, operation: Operation) -> Tensor:
-        rounded = TORCH_DTYPES[operation.dtype]
+        rounded = torch_dtype(operation.dtype)
         wanted = self._dtype if self._dtype is not None and rounded.is_floating_point else rounded
         held = self._owned.get(operation.output)
         if held is None or held.shape != operation.shape or held.dtype != wanted:

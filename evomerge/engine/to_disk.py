@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.dtypes import TORCH_DTYPES
+from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
@@ -89,7 +89,7 @@ def _write_weights(
     def one(operation: Operation) -> None:
         store = whole or StatisticsStore(checkpoints)
         for part in parts(operation, store, plan.family, device):
-            values = _buffer(part.size, TORCH_DTYPES[operation.dtype])
+            values = _buffer(part.size, torch_dtype(operation.dtype))
             part.compute(values)
             if not is_finite(values):
                 raise _not_finite(operation, checkpoints)

@@ -9,9 +9,8 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compatible import check_compatible
-from evomerge.checkpoints.dtypes import FLOATS, safetensors_name
-from evomerge.checkpoints.layout import Layout, Stack, residual_writers
-from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
+from evomerge.checkpoints.dtypes import FLOATS, parse_dtype
+from evomerge.checkpoints.layout import Layout, Stack, residual_writers, vocabulary_tensors
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.contract import Settings
 from evomerge.methods.registry import get_method
@@ -194,7 +193,7 @@ class _Planner:
         self._layout = layout
         self._identify = identify
         self._inputs = [slice_inputs(recipe, index) for index in range(len(recipe.parts))]
-        self._dtype = safetensors_name(recipe.output_dtype) if recipe.output_dtype else None
+        self._dtype = parse_dtype(recipe.output_dtype) if recipe.output_dtype else None
         self._writers: dict[str, frozenset[str]] = {}
 
     def under(self, recipe: Recipe) -> _Planner:

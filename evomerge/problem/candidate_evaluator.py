@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, OutputError, RecipeError
 from evomerge.evaluation.scores import ItemScores, score_table, table_to_json
 from evomerge.evaluation.splits import SEARCH, Selection
@@ -28,6 +27,7 @@ from evomerge.problem.fitness_gradients import COST, fitness_slopes, sample
 from evomerge.problem.model_runner import Measurer, joined, size, taken
 from evomerge.problem.planner import Planner
 from evomerge.problem.problem import STEER, Workbench
+from evomerge.recipe.parse import single_model
 from evomerge.space.baselines import baselines
 from evomerge.space.decode import decode, why_invalid
 from evomerge.space.genome import Genome

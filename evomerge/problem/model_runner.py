@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from evomerge.checkpoints.models import tokenizer_digest
+from evomerge.checkpoints.tokenizer import tokenizer_digest
 from evomerge.errors import CandidateError
 from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores, concatenate

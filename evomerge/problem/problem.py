@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.dtypes import torch_dtype
-from evomerge.checkpoints.models import load_config, load_tokenizer, open_models, single_model
+from evomerge.checkpoints.compatible import open_compatible
+from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, SpecError
 from evomerge.evaluation.evaluator import Evaluator
@@ -28,6 +28,7 @@ from evomerge.objective.item_sampling import Sample
 from evomerge.planning.layer_digests import depth_digests
 from evomerge.planning.plan import Plan, make_plan
 from evomerge.recipe import Recipe, parse_recipe
+from evomerge.recipe.parse import single_model
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import SearchSpec, Splits
@@ -60,18 +61,18 @@ class Workbench:
         self.spec = spec
         self.threads = threads or torch.get_num_threads()
         with _Together() as found:  # a wrong model and a wrong metric are told in one go
-            self.checkpoints: dict[str, Checkpoint] = found.of(open_models, spec)
+            self.checkpoints: dict[str, Checkpoint] = found.of(open_compatible, spec.models.base, spec.models.sources)
             known: TaskSet = found.of(_find_tasks, spec)
             self.tasks: dict[str, Task] = found.of(lambda known: dict(known.tasks), known)
             self.goals: Fitness = found.of(_reported, spec, known)
             self.steering: Fitness = found.of(_steering, spec, self.tasks, self.goals)
             self.space: SearchSpace = found.of(make_space, spec, self.checkpoints)
-        self.tokenizer = load_tokenizer(self.reference_model)
+        self.tokenizer = self.reference_model.load_tokenizer().loaded
         evaluation = spec.evaluation
         self.evaluator = Evaluator(
             self.tasks,
             self.tokenizer,
-            load_config(self.reference_model),
+            self.reference_model.load_config(),
             batch_tokens=evaluation.batch_tokens,
             max_length=evaluation.max_length,
             apply_chat_template=evaluation.apply_chat_template,
@@ -177,7 +178,7 @@ class Workbench:
         """The live model, made on first use."""
         if self._resident is None:
             evaluation = self.spec.evaluation
-            self._resident = Resident(self.checkpoints, torch_dtype(evaluation.dtype), evaluation.device)
+            self._resident = Resident(self.checkpoints, torch_dtype(parse_dtype(evaluation.dtype)), evaluation.device)
         return self._resident
 
     def relative(self, fitness: Fitness, sources: Sequence[Mapping[str, ItemScores]]) -> Fitness:

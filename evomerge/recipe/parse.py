@@ -38,6 +38,11 @@ def load_recipe(path: str | Path, *, methods: Mapping[str, Method] = METHODS) ->
     return parse_recipe(text, where=str(file), beside=file, methods=methods)
 
 
+def single_model(reference: str) -> dict[str, Any]:
+    """Gives the recipe, as plain values, of one model as it is."""
+    return {"merge_method": "linear", "models": [{"model": reference, "parameters": {"weight": 1.0}}]}
+
+
 def parse_recipe(
     data: Mapping[str, Any] | Sequence[Any] | str,
     *,

@@ -9,12 +9,12 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.compatible import not_finite
-from evomerge.checkpoints.models import single_model
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
 from evomerge.planning.plan import Plan
 from evomerge.problem.problem import Workbench
 from evomerge.recipe import load_recipe
+from evomerge.recipe.parse import single_model
 from evomerge.report.tables import table
 from evomerge.run.merge import plan_documents, refuse_crimes
 from evomerge.run.preflight import load_search, look_before

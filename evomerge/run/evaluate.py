@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
-from evomerge.checkpoints.dtypes import torch_dtype
-from evomerge.checkpoints.models import load_config, load_tokenizer, single_model
+from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.reference import resolve_reference
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, TaskError
@@ -20,6 +19,7 @@ from evomerge.evaluation.scores import ScoreTable, score_table, table_to_json
 from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, group_scores
 from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
+from evomerge.recipe.parse import single_model
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def evaluate(
     if backend not in get_args(BackendName):
         raise BadInput(f"--backend: '{backend}' is not one of {', '.join(get_args(BackendName))}")
     try:
-        compute_dtype = torch_dtype(dtype)
+        compute_dtype = torch_dtype(parse_dtype(dtype))
     except KeyError:
         raise BadInput(f"--dtype: '{dtype}' is not one of float32, bfloat16, float16") from None
     reference = resolve_reference(model, Path.cwd())
@@ -94,8 +94,8 @@ def evaluate(
         raise TaskError(task_set.problems)
     evaluator = Evaluator(
         task_set.tasks,
-        load_tokenizer(checkpoint),
-        load_config(checkpoint),
+        checkpoint.load_tokenizer().loaded,
+        checkpoint.load_config(),
         batch_tokens=batch_tokens,
         apply_chat_template=apply_chat_template,
         fewshot_as_multiturn=fewshot_as_multiturn,

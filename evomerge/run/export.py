@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.checkpoints.dtypes import torch_dtype
-from evomerge.checkpoints.models import single_model
+from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.engine.to_disk import write_checkpoint
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.scores import ItemScores, score_table
@@ -17,6 +16,7 @@ from evomerge.evaluation.splits import SEARCH, TEST
 from evomerge.problem.problem import Workbench
 from evomerge.recipe import expand_frankenmerge
 from evomerge.recipe.mergekit import to_mergekit_yaml
+from evomerge.recipe.parse import single_model
 from evomerge.report.lineage import ancestry
 from evomerge.report.model_card import licence_verdict, licences, merge_card
 from evomerge.report.result import RunResult
@@ -173,7 +173,9 @@ def _load(folder: Path, dtype: str) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(dtype), local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch_dtype(parse_dtype(dtype)), local_files_only=True
+    ).eval()
 
 
 def _rescored_split(folder: RunFolder, plan: str) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.algorithms.registry import problems_of
-from evomerge.checkpoints.models import load_tokenizer, single_model
 from evomerge.errors import CheckpointError
+from evomerge.recipe.parse import single_model
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
 
@@ -146,7 +146,7 @@ def stop_tokens(models: Mapping[str, Checkpoint], reference: Checkpoint) -> list
     for name, model in models.items():
         if model.folder is None or not _has_chat_template(model):
             continue
-        end = end_of_turn(load_tokenizer(model))
+        end = end_of_turn(model.load_tokenizer().loaded)
         if end is None:
             continue
         token, number = end

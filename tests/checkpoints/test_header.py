@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from evomerge.checkpoints.header import DTYPE_BYTES, read_header, shape_text
+from evomerge.checkpoints.dtypes import DTYPE_BYTES
+from evomerge.checkpoints.header import read_header, shape_text
 from evomerge.errors import CheckpointError
 from tests.checkpoints.raw import entry, raw_file
 

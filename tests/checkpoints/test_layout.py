@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from evomerge.checkpoints.header import TensorSpec
-from evomerge.checkpoints.layout import Layout, Stack, layout_of, residual_writers
+from evomerge.checkpoints.layout import Layout, Stack, layout_of, residual_writers, vocabulary_tensors
 
 _SMALL = {
     "hidden_size": 32,
@@ -400,3 +400,28 @@ def test_the_embedding_has_as_many_rows_as_the_vocabulary() -> None:
     tensors = _specs(embed__tokens__weight=(9, 4), embed__extra__weight=(50, 4))
     assert layout_of(tensors, {"vocab_size": 9}).embedding == "embed.tokens.weight"
     assert layout_of(tensors, {}).embedding == "embed.extra.weight"
+
+
+_LAYER = {f"transformer.h.{i}.{part}.weight": (4, 4) for i in range(2) for part in ("attn.c_attn", "mlp.c_fc")}
+
+
+def _row_tables(shapes: dict[str, tuple[int, ...]], **config: object) -> tuple[str, ...]:
+    tensors = {name: TensorSpec(name, shape, "F32") for name, shape in (shapes | _LAYER).items()}
+    return vocabulary_tensors(layout_of(tensors, {"vocab_size": 10, **config}), tensors)
+
+
+def test_embedding_head_and_bias() -> None:
+    """Not the positions, though there are as many, nor a norm."""
+    shapes = {"transformer.wte.weight": (10, 4), "transformer.wpe.weight": (10, 4), "transformer.ln_f.weight": (4,)}
+    assert _row_tables(shapes) == ("transformer.wte.weight",)
+    head = {"lm_head.weight": (10, 4), "lm_head.bias": (10,)}
+    assert _row_tables(shapes | head) == ("lm_head.bias", "lm_head.weight", "transformer.wte.weight")
+
+
+def test_a_bias_beside_a_tied_head() -> None:
+    shapes = {"embeddings.word_embeddings.weight": (10, 4), "cls.predictions.bias": (10,), "cls.norm.weight": (10,)}
+    assert _row_tables(shapes) == ("cls.predictions.bias", "embeddings.word_embeddings.weight")
+
+
+def test_no_embedding_no_tables() -> None:
+    assert _row_tables({}) == ()

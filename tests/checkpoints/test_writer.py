@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import writer
 from evomerge.checkpoints.checkpoint import open_checkpoint
+from evomerge.checkpoints.dtypes import dtype_name
 from evomerge.checkpoints.header import TensorSpec, read_header
-from evomerge.checkpoints.tensors import DTYPE_NAMES
 from evomerge.checkpoints.writer import CheckpointWriter, plan_shards
 from evomerge.errors import OutputError
 
@@ -36,7 +36,7 @@ TENSORS = {
 
 
 def _specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in tensors.items()]
+    return [TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()]
 
 
 def _write(out: Path, tensors: dict[str, torch.Tensor] = TENSORS, **options: object) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomerge.checkpoints.dtypes import TORCH_DTYPES
+from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.engine import execute as engine
 from evomerge.engine.execute import execute, find_device, materialise
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
@@ -32,7 +32,7 @@ def test_the_torch_path_gives_the_same(
     plan = plan_of(recipe_for(method, tiny_family), checkpoints)
     store = StatisticsStore(checkpoints)
     for operation in plan.operations[:: 5 if block > 500 else 20]:
-        dtype = TORCH_DTYPES[operation.dtype]
+        dtype = torch_dtype(operation.dtype)
         here = materialise(operation, store, dtype, plan.family)
         there = materialise(operation, store, dtype, plan.family, torch.device("cpu"))
         torch.testing.assert_close(there, here, rtol=2e-6, atol=1e-7, msg=operation.output)

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evomerge.checkpoints.checkpoint import Checkpoint, tokenizer_files
+from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import name_some, shape_text
+from evomerge.checkpoints.layout import vocabulary_tensors
 from evomerge.checkpoints.reference import find_model
-from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer
-from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
+from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer, tokenizer_files
 from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
 from evomerge.planning.vocabulary.chat_template import chosen_template

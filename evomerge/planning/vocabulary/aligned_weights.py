@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.dtypes import dtype_name, torch_dtype
 from evomerge.checkpoints.fingerprint import derived_fingerprint
 from evomerge.checkpoints.header import TensorInfo
-from evomerge.checkpoints.tensors import DTYPE_NAMES, TORCH_DTYPES, Weights
-from evomerge.checkpoints.vocabulary_tensors import vocabulary_tensors
+from evomerge.checkpoints.layout import vocabulary_tensors
+from evomerge.checkpoints.tensors import Weights
 from evomerge.planning.vocabulary.row_maps import RowMaps
 from evomerge.system.hashing import digest
 
@@ -52,12 +53,12 @@ class AlignedWeights:
 
     def _info(self, name: str, widen: bool) -> TensorInfo:
         infos = [weights.tensors[name] for weights in self._weights.values() if name in weights.tensors]
-        dtype = reduce(torch.promote_types, [TORCH_DTYPES[info.dtype] for info in infos])
+        dtype = reduce(torch.promote_types, [torch_dtype(info.dtype) for info in infos])
         if widen:
             dtype = torch.promote_types(dtype, torch.float32)
         info = self._weights[self._model].tensors[name]
         shape = (len(self._own), *info.shape[1:])
-        sized = replace(info, shape=shape, dtype=DTYPE_NAMES[dtype], start=0)
+        sized = replace(info, shape=shape, dtype=dtype_name(dtype), start=0)
         return replace(sized, end=sized.nbytes)
 
     @property
@@ -73,7 +74,7 @@ class AlignedWeights:
         stored = self._weights[self._model].read(name)
         if name not in self._names:
             return stored
-        dtype, count = TORCH_DTYPES[self._tensors[name].dtype], len(self._own)
+        dtype, count = torch_dtype(self._tensors[name].dtype), len(self._own)
         if stored.dtype == dtype and np.array_equal(self._own, np.arange(count)):
             return stored[:count]
         result = torch.zeros((count, *stored.shape[1:]), dtype=dtype)

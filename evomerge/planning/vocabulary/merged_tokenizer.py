@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints.checkpoint import tokenizer_files
-from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer
+from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer, tokenizer_files
 from evomerge.errors import CheckpointError
 from evomerge.planning.vocabulary.merged_vocabulary import Vocabulary
 from evomerge.system.hashing import digest
