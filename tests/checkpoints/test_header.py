@@ -208,6 +208,6 @@ def test_shape_text() -> None:
 
 
 def test_works_without_torch() -> None:
-    modules = ("header", "weight_files", "layout", "compatible", "fingerprint", "reference", "writer")
+    modules = ("dtypes", "header", "weight_files", "layout", "fingerprint", "reference", "writer")
     code = f"import sys\nfor m in {modules}: __import__('evomerge.checkpoints.' + m)\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
