@@ -74,8 +74,8 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
     """Progress of a run, its best candidate so far, its rate and the time left."""
     from evomerge.run.status import read_status, render_status
 
-    found = read_status(run)
-    typer.echo(json.dumps(found, indent=2) if as_json else render_status(found))
+    state = read_status(run)
+    typer.echo(json.dumps(state, indent=2) if as_json else render_status(state))
 
 
 @app.command()
@@ -91,13 +91,13 @@ def lineage(
     from evomerge.run.folder import RunFolder as Folder
 
     folder = Folder.existing(run)
-    known = folder.candidates()
+    history = folder.candidates()
     if as_json:
-        typer.echo(json.dumps(lineage_records(known), indent=2))
+        typer.echo(json.dumps(lineage_records(history), indent=2))
     elif dot:
-        typer.echo(to_dot(known, candidate))
+        typer.echo(to_dot(history, candidate))
     else:
-        typer.echo(ancestry(known, folder.winner(known) if candidate is None else candidate))
+        typer.echo(ancestry(history, folder.winner(history) if candidate is None else candidate))
 
 
 @app.command()
@@ -149,7 +149,7 @@ def evaluate(
 
     result = evaluate_model(
         model,
-        [task.strip() for task in tasks.split(",") if task.strip()],
+        _names(tasks),
         include_path=[str(path) for path in include_path or []],
         limit=limit,
         dtype=dtype,
@@ -187,8 +187,7 @@ def init(
     """Look at models: how they differ, whether they can be merged; write a search.yaml to start from."""
     from evomerge.run.init import init_search
 
-    wanted = [task.strip() for task in tasks.split(",") if task.strip()]
-    typer.echo(init_search(models, output, base=base, tasks=wanted, overwrite=overwrite))
+    typer.echo(init_search(models, output, base=base, tasks=_names(tasks), overwrite=overwrite))
 
 
 @app.command()
@@ -201,8 +200,12 @@ def methods(
     typer.echo(method_table(name))
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _interruptible() -> None:
-    """SIGTERM stops a search as Ctrl-C does: resumable, exit code 130."""
+    """Has SIGTERM stop a search as Ctrl-C does: resumable, exit code 130."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt

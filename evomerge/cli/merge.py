@@ -36,7 +36,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def no_effect(name: str) -> str:
-    """The line of help of an option that changes nothing."""
+    """Gives the line of help of an option that changes nothing."""
     return f"No effect here: {WITHOUT_EFFECT[name]}."
 
 
@@ -101,40 +101,40 @@ def merge(
         "max_shard_size": max_shard_size if out_shard_size is None else mergekit_size(out_shard_size),
         "allow_pickle": allow_pickle,
         "allow_crimes": allow_crimes,
-        "device": wanted_device(device, cuda or gpu_rich),
+        "device": choose_device(device, cuda or gpu_rich),
     }
     if not (copy_tokenizer and write_model_card):
-        options["finish"] = lambda folder: _take_out(folder, not copy_tokenizer, not write_model_card)
-    say = _Voice(0 if quiet else 1 + verbose)
+        options["finish"] = lambda folder: _remove(folder, not copy_tokenizer, not write_model_card)
+    printer = _Printer(0 if quiet else 1 + verbose)
     for name in ignored:
-        say.note(f"--{name.replace('_', '-')} has no effect here: {WITHOUT_EFFECT[name]}")
-    _carry_out(recipe, out, options, say, seed=random_seed, threads=num_threads)
+        printer.note(f"--{name.replace('_', '-')} has no effect here: {WITHOUT_EFFECT[name]}")
+    _carry_out(recipe, out, options, printer, seed=random_seed, threads=num_threads)
 
 
-class _Voice:
-    """Says on stderr as much as was asked for: nothing (0), warnings and progress (1), also what is done (2)."""
+class _Printer:
+    """Prints on stderr as much as was asked for: nothing (0), warnings and progress (1), also what is done (2)."""
 
     def __init__(self, level: int) -> None:
         self.level = level
 
     def note(self, text: str) -> None:
-        """Something odd that the user may want to know."""
+        """Prints something odd that the user may want to know."""
         if self.level >= 1:
             typer.echo(f"note: {text}", err=True)
 
     def warn(self, text: str) -> None:
-        """Something that is probably not meant."""
+        """Prints something that is probably not meant."""
         if self.level >= 1:
             typer.echo(f"warning: {text}", err=True)
 
-    def tell(self, text: str) -> None:
-        """What is done."""
+    def detail(self, text: str) -> None:
+        """Prints what is done."""
         if self.level >= 2:
             typer.echo(text, err=True)
 
 
 def _carry_out(
-    path: Path, out: Path, options: dict[str, Any], say: _Voice, *, seed: int | None, threads: int | None
+    path: Path, out: Path, options: dict[str, Any], printer: _Printer, *, seed: int | None, threads: int | None
 ) -> None:
     import torch
 
@@ -145,45 +145,47 @@ def _carry_out(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    wanted = load_recipe(path)
+    recipe = load_recipe(path)
     if seed is not None:
-        wanted = _seeded(wanted, seed)
-    for text in wanted.warnings:
-        say.warn(text)
-    if say.level >= 2:
-        for reference in wanted.external_models():
+        recipe = _seeded(recipe, seed)
+    for text in recipe.warnings:
+        printer.warn(text)
+    if printer.level >= 2:
+        for reference in recipe.external_models():
             model = open_checkpoint(reference, allow_pickle=options["allow_pickle"])
-            say.tell(f"reads {reference}: {len(model.tensors)} tensors, {model.nbytes / 1e9:.3f} GB")
+            printer.detail(f"reads {reference}: {len(model.tensors)} tensors, {model.nbytes / 1e9:.3f} GB")
     started = time.monotonic()
-    with tensor_progress(say.level >= 1) as progress:
-        folder = merge_to_folder(wanted, out, progress=progress, warn=say.warn, **options)
+    with tensor_progress(printer.level >= 1) as progress:
+        folder = merge_to_folder(recipe, out, progress=progress, warn=printer.warn, **options)
     for file in sorted(folder.glob("*.safetensors")):
-        say.tell(f"wrote {file}: {file.stat().st_size / 1e9:.3f} GB")
-    say.tell(f"{len(wanted.documents)} merge{'s' * (len(wanted.documents) > 1)} in {time.monotonic() - started:.1f} s")
+        printer.detail(f"wrote {file}: {file.stat().st_size / 1e9:.3f} GB")
+    printer.detail(
+        f"{len(recipe.documents)} merge{'s' * (len(recipe.documents) > 1)} in {time.monotonic() - started:.1f} s"
+    )
     typer.echo(str(folder))
 
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe with another seed in each of its modules and steps."""
+    """Puts another seed in each of a recipe's modules and steps."""
     modules, steps = (tuple(_seeded(one, seed) for one in several) for several in (recipe.modules, recipe.steps))
     return replace(recipe, seed=seed, modules=modules, steps=steps)
 
 
 def mergekit_size(text: str) -> int:
-    """mergekit's sizes: "5B" -> 5,000,000,000 bytes, although its help speaks of parameters.
+    """Reads mergekit's sizes: "5B" -> 5,000,000,000 bytes, although its help speaks of parameters.
 
     Raises:
         BadInput: For anything but a number with K, M or B.
     """
-    found = _MERGEKIT_SIZE.fullmatch(text.strip())
-    if found is None or int(found[1]) == 0:
+    match = _MERGEKIT_SIZE.fullmatch(text.strip())
+    if match is None or int(match[1]) == 0:
         raise BadInput(f"--out-shard-size: '{text}' is no size such as 500M or 5B")
-    factor: int = _UNITS[found[2].lower()]
-    return int(found[1]) * factor
+    factor: int = _UNITS[match[2].lower()]
+    return int(match[1]) * factor
 
 
-def wanted_device(device: str | None, cuda: bool) -> str:
-    """The name of the device that the options ask for."""
+def choose_device(device: str | None, cuda: bool) -> str:
+    """Names the device that the options ask for."""
     if device == "auto":
         import torch
 
@@ -191,8 +193,8 @@ def wanted_device(device: str | None, cuda: bool) -> str:
     return device or ("cuda" if cuda else "cpu")
 
 
-def _take_out(folder: Path, tokenizer: bool, card: bool) -> None:
-    """Removes what was not wanted from a folder that is not an output yet."""
+def _remove(folder: Path, tokenizer: bool, card: bool) -> None:
+    """Removes tokenizer or card from a folder that is not an output yet."""
     for path in folder.iterdir():
         if (card and path.name == "README.md") or (tokenizer and not _NOT_TOKENIZER.fullmatch(path.name)):
             path.unlink()

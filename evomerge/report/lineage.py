@@ -10,7 +10,7 @@ from evomerge.study.candidate import Candidate
 
 
 def lineage(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
-    """One entry per candidate, by number, that `json` can write."""
+    """Lists the candidates by number, each as what `json` can write."""
     return [
         {
             "candidate": candidate.number,
@@ -29,33 +29,33 @@ def lineage(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
 
 
 def ancestors(candidates: Iterable[Candidate], number: int) -> tuple[Candidate, ...]:
-    """The candidate and everything that it descends from, by number.
+    """Collects the candidate and everything that it descends from, by number.
 
     Raises:
         RunError: There is no such candidate.
     """
-    known = _by_number(candidates)
-    _check(known, number)
-    found: set[int] = set()
+    by_number = _by_number(candidates)
+    _check(by_number, number)
+    visited: set[int] = set()
     waiting = [number]
     while waiting:
         current = waiting.pop()
-        if current not in found and current in known:
-            found.add(current)
-            waiting.extend(known[current].parents)
-    return tuple(known[n] for n in sorted(found))
+        if current not in visited and current in by_number:
+            visited.add(current)
+            waiting.extend(by_number[current].parents)
+    return tuple(by_number[n] for n in sorted(visited))
 
 
 def ancestry(candidates: Iterable[Candidate], number: int) -> str:
-    """The ancestry of a candidate as a text tree, back to generation 0.
+    """Draws the ancestry of a candidate as a text tree, back to generation 0.
 
     A candidate that appears several times is drawn in full once; later it is named only, marked with ``↑``.
 
     Raises:
         RunError: There is no such candidate.
     """
-    known = _by_number(candidates)
-    _check(known, number)
+    by_number = _by_number(candidates)
+    _check(by_number, number)
     lines: list[str] = []
     drawn: set[int] = set()
     # (number, what stands before its own line, what stands before its parents' lines); a stack, not recursion, since a
@@ -63,7 +63,7 @@ def ancestry(candidates: Iterable[Candidate], number: int) -> str:
     waiting: list[tuple[int, str, str]] = [(number, "", "")]
     while waiting:
         current, before, below = waiting.pop()
-        candidate = known.get(current)
+        candidate = by_number.get(current)
         if candidate is None:
             lines.append(f"{before}{current} (not recorded)")
             continue
@@ -84,7 +84,7 @@ def _branches(parents: Sequence[int], below: str) -> list[tuple[int, str, str]]:
 
 
 def describe(candidate: Candidate) -> str:
-    """One line: number, generation, operator, and fitness or state."""
+    """Describes a candidate in a line: number, generation, operator, and fitness or state."""
     value = f"{candidate.fitness:.4f}" if candidate.fitness is not None else candidate.state
     if candidate.state == "pruned":
         value = "pruned"
@@ -92,7 +92,7 @@ def describe(candidate: Candidate) -> str:
 
 
 def to_dot(candidates: Iterable[Candidate], number: int | None = None) -> str:
-    """The family as a Graphviz graph: of one candidate, or all of it.
+    """Draws the family of one candidate, or all of it, as a Graphviz graph.
 
     Raises:
         RunError: There is no such candidate.
@@ -119,7 +119,7 @@ def _by_number(candidates: Iterable[Candidate]) -> Mapping[int, Candidate]:
     return {candidate.number: candidate for candidate in candidates}
 
 
-def _check(known: Mapping[int, Candidate], number: int) -> None:
-    if number not in known:
-        span = f"0 to {max(known)}" if known else "none yet"
+def _check(by_number: Mapping[int, Candidate], number: int) -> None:
+    if number not in by_number:
+        span = f"0 to {max(by_number)}" if by_number else "none yet"
         raise RunError(f"there is no candidate {number}; the run has {span}")

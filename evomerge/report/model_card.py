@@ -1,30 +1,35 @@
-"""Model cards: Hub metadata, and what was merged how."""
+"""Model cards: Hub metadata, what was merged how, and whether what was written scores what the search measured."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.recipe import Recipe
+from evomerge.report.lineage import ancestry
+from evomerge.report.tables import table
+from evomerge.study.candidate import Candidate
 
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_TOLERANCE = 1e-6  # below which two scores are the same
 
 
 def licences(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str | None]:
-    """The licence that each model's own card states, by reference; None where none is stated."""
-    found: dict[str, str | None] = {}
+    """Reads the licence that each model's own card states, by reference; None where none is stated."""
+    stated: dict[str, str | None] = {}
     for reference, checkpoint in checkpoints.items():
-        found[reference] = None
+        stated[reference] = None
         card = checkpoint.folder / "README.md" if checkpoint.folder else None
         if card is not None and card.is_file():
             metadata = _metadata(card.read_text(encoding="utf-8", errors="replace"))
             if metadata.get("license"):
-                found[reference] = str(metadata["license"])
-    return found
+                stated[reference] = str(metadata["license"])
+    return stated
 
 
 def _metadata(card: str) -> dict[str, Any]:
@@ -38,16 +43,20 @@ def _metadata(card: str) -> dict[str, Any]:
 
 
 def licence_verdict(stated: Mapping[str, str | None]) -> tuple[str | None, str | None]:
-    """(the licence all models agree on or None, a warning or None)."""
-    known = set(stated.values())
-    if len(known) == 1 and None not in known:
-        return known.pop(), None
+    """Compares licences.
+
+    Returns:
+        The licence that all models agree on or None, and a warning or None.
+    """
+    distinct = set(stated.values())
+    if len(distinct) == 1 and None not in distinct:
+        return distinct.pop(), None
     lines = ", ".join(f"{_public_name(model)}: {licence or 'not stated'}" for model, licence in stated.items())
     return None, f"the models' licences do not agree ({lines}); check what the merged model may be used for"
 
 
 def front_matter(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tags: tuple[str, ...] = ()) -> str:
-    """The YAML block that the Hub reads: base models, the relation `merge`, the licence when all agree."""
+    """Writes the YAML block that the Hub reads: base models, the relation `merge`, the licence when all agree."""
     licence, _ = licence_verdict(licences(_external(recipe, checkpoints)))
     metadata: dict[str, Any] = {
         "base_model": [_public_name(model) for model in recipe.external_models()],
@@ -61,7 +70,7 @@ def front_matter(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tags: tu
 
 
 def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str = "", *, identify: bool = True) -> str:
-    """A model card.
+    """Writes a model card.
 
     Args:
         recipe: What was merged.
@@ -85,6 +94,74 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
         f"## Recipe\n\n```yaml\n{recipe.to_yaml().strip()}\n```\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """Whether the written checkpoint scores what the search measured.
+
+    Attributes:
+        split: The items that were scored.
+        measured: Task -> metric -> value in the run.
+        now: The same, read from the written checkpoint.
+    """
+
+    split: str
+    measured: Mapping[str, Mapping[str, float]]
+    now: Mapping[str, Mapping[str, float]]
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of any metric."""
+        pairs = [(self.now[t][m], value) for t, row in self.measured.items() for m, value in row.items()]
+        return max((abs(a - b) for a, b in pairs), default=0.0)
+
+    def sentence(self) -> str:
+        """Says the agreement in words."""
+        if self.largest <= _TOLERANCE:
+            return f"Read back and scored again on the {self.split} items: the same numbers as in the search."
+        return (
+            f"Read back and scored again on the {self.split} items: the numbers DIFFER from the search's, "
+            f"by up to {self.largest:.4f}."
+        )
+
+
+def scores_section(rescored: Rescored, dtype: str) -> str:
+    """Writes the section of a card with the scores in the search beside those of the checkpoint."""
+    rows = [
+        [task, metric, f"{value:.4f}", f"{rescored.now[task][metric]:.4f}"]
+        for task, row in rescored.measured.items()
+        for metric, value in row.items()
+    ]
+    return (
+        f"## Scores on the {rescored.split} items\n\nZero-shot unless a task says otherwise, {dtype}, "
+        f"items as in lm-eval.\n\n{table(['task', 'metric', 'in the search', 'this checkpoint'], rows)}"
+        f"\n\n{rescored.sentence()}\n"
+    )
+
+
+def lineage_section(history: Sequence[Candidate], number: int) -> str:
+    """Writes the section of a card with a candidate's ancestry."""
+    return f"## Lineage\n\n```\n{ancestry(history, number)}\n```\n"
+
+
+def samples_section(samples: Sequence[tuple[str, str, str]], source: str) -> str:
+    """Writes the section of a card with generated samples.
+
+    Args:
+        samples: (prompt, the merged model's continuation, a source's).
+        source: The source's name.
+    """
+    quoted = [
+        f"Prompt:\n\n{_quote(prompt)}\n\nThis model:\n\n{_quote(own)}\n\n{source}:\n\n{_quote(other)}\n"
+        for prompt, own, other in samples
+    ]
+    heading = "## Samples\n\nGreedy continuations, so that one can see whether the model still speaks.\n\n"
+    return heading + "\n---\n\n".join(quoted)
+
+
+def _quote(text: str) -> str:
+    return "\n".join("    " + line for line in (text.strip() or "(nothing)").splitlines())
 
 
 def _external(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -1,10 +1,9 @@
-"""Taking a candidate home: checkpoint, card, samples, and one more scoring of what was written."""
+"""A candidate as a checkpoint: weights, card, samples, and one more scoring of what was written."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,51 +16,27 @@ from evomerge.problem.problem import Workbench
 from evomerge.recipe import expand_frankenmerge
 from evomerge.recipe.mergekit import to_mergekit_yaml
 from evomerge.recipe.parse import single_model
-from evomerge.report.lineage import ancestry
-from evomerge.report.model_card import licence_verdict, licences, merge_card
+from evomerge.report.model_card import (
+    Rescored,
+    licence_verdict,
+    licences,
+    lineage_section,
+    merge_card,
+    samples_section,
+    scores_section,
+)
 from evomerge.report.result import RunResult
-from evomerge.report.tables import result_table, table
+from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
-from evomerge.run.samples import continuation, prompt_of
 from evomerge.study.candidate import Candidate
 from evomerge.system.files import write_atomic
 
 if TYPE_CHECKING:
+    from evomerge.evaluation.evaluator import Evaluator
     from evomerge.study.interfaces import Tracker
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 48
-_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Rescored:
-    """Whether the written checkpoint scores what the search measured.
-
-    Attributes:
-        split: The items that were scored.
-        measured: Task -> metric -> value in the run.
-        now: The same, read from the written checkpoint.
-    """
-
-    split: str
-    measured: Mapping[str, Mapping[str, float]]
-    now: Mapping[str, Mapping[str, float]]
-
-    @property
-    def largest(self) -> float:
-        """The largest difference of any metric."""
-        pairs = [(self.now[t][m], value) for t, row in self.measured.items() for m, value in row.items()]
-        return max((abs(a - b) for a, b in pairs), default=0.0)
-
-    def sentence(self) -> str:
-        """The agreement in words."""
-        if self.largest <= _TOLERANCE:
-            return f"Read back and scored again on the {self.split} items: the same numbers as in the search."
-        return (
-            f"Read back and scored again on the {self.split} items: the numbers DIFFER from the search's, "
-            f"by up to {self.largest:.4f}."
-        )
 
 
 def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwrite: bool = False) -> None:
@@ -206,34 +181,44 @@ def _samples(bench: Workbench, model: Any) -> list[tuple[str, str, str]]:
 
 
 def _card_body(
-    folder: RunFolder, candidate: Candidate, again: Rescored, samples: Sequence[tuple[str, str, str]]
+    folder: RunFolder, candidate: Candidate, rescored: Rescored, samples: Sequence[tuple[str, str, str]]
 ) -> str:
-    known = folder.candidates()
-    result = folder.result()
-    rows = [
-        [task, metric, f"{value:.4f}", f"{again.now[task][metric]:.4f}"]
-        for task, row in again.measured.items()
-        for metric, value in row.items()
-    ]
-    evaluation = folder.spec.evaluation
-    parts = [
-        f"Candidate {candidate.number} of the search `{folder.spec.name}`, generation {candidate.generation}, "
-        f"made by: {candidate.operator}.\n",
-        f"## Scores on the {again.split} items\n\nZero-shot unless a task says otherwise, {evaluation.dtype}, "
-        f"items as in lm-eval.\n\n"
-        + table(["task", "metric", "in the search", "this checkpoint"], rows)
-        + f"\n\n{again.sentence()}\n",
-    ]
-    if result is not None and result.winner.candidate == candidate.number:
-        parts.append(f"## Beside its sources\n\n{result_table(result)}\n")
-    parts.append(f"## Lineage\n\n```\n{ancestry(known, candidate.number)}\n```\n")
-    source = next(iter(folder.spec.models.sources))
-    quoted = [
-        f"Prompt:\n\n{_quote(p)}\n\nThis model:\n\n{_quote(a)}\n\n{source}:\n\n{_quote(b)}\n" for p, a, b in samples
-    ]
-    parts.append("## Samples\n\nGreedy continuations, so that one can see whether the model still speaks.\n\n")
-    return "\n".join(parts) + "\n---\n\n".join(quoted)
+    """The part of the card between the heading and the recipe."""
+    return "\n".join(
+        [
+            f"Candidate {candidate.number} of the search `{folder.spec.name}`, generation {candidate.generation}, "
+            f"made by: {candidate.operator}.\n",
+            scores_section(rescored, folder.spec.evaluation.dtype),
+            *_comparison(folder.result(), candidate),
+            lineage_section(folder.candidates(), candidate.number),
+            samples_section(samples, source=next(iter(folder.spec.models.sources))),
+        ]
+    )
 
 
-def _quote(text: str) -> str:
-    return "\n".join("    " + line for line in (text.strip() or "(nothing)").splitlines())
+def _comparison(result: RunResult | None, candidate: Candidate) -> list[str]:
+    """How the winner compares with its sources; nothing for other candidates."""
+    if result is None or result.winner.candidate != candidate.number:
+        return []
+    return [f"## Beside its sources\n\n{result_table(result)}\n"]
+
+
+def prompt_of(evaluator: Evaluator, task: str) -> str:
+    """Takes a prompt from a task's first item: its context, or the first words of its text where it has none."""
+    instance = evaluator.requests(task).by_item[0][0]
+    context = instance.args[0] if len(instance.args) > 1 else ""
+    if context.strip():
+        return str(context)
+    words = str(instance.args[-1]).split()
+    return " ".join(words[: max(2, len(words) // 2)])
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """Generates what a model goes on to write after a prompt, greedily, at most this many tokens."""
+    import torch
+
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.inference_mode():
+        output = model.generate(**encoded, do_sample=False, max_new_tokens=tokens, pad_token_id=pad)
+    return str(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))

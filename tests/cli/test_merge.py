@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from evomerge.cli.merge import WITHOUT_EFFECT, _seeded, mergekit_size, wanted_device
+from evomerge.cli.merge import WITHOUT_EFFECT, _seeded, choose_device, mergekit_size
 from evomerge.errors import BadInput
 from evomerge.recipe import parse_recipe
 from tests.frame import files, invoke
@@ -118,13 +118,13 @@ def test_refusals(recipe: Path, capsys: pytest.CaptureFixture[str], option: str,
 
 def test_devices(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (wanted_device(None, False), wanted_device("cpu", True), wanted_device("auto", False)) == ("cpu",) * 3
+    assert (choose_device(None, False), choose_device("cpu", True), choose_device("auto", False)) == ("cpu",) * 3
     for option in ("--cuda", "--gpu-rich", "--device=cuda:1"):
         ended = invoke(capsys, "merge", recipe, recipe.parent / "out", option)
         assert ended.code == 2
         assert "error: --device: 'cuda" in ended.err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (wanted_device(None, True), wanted_device("auto", False), wanted_device("cuda:1", False)) == (
+    assert (choose_device(None, True), choose_device("auto", False), choose_device("cuda:1", False)) == (
         "cuda",
         "cuda",
         "cuda:1",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from evomerge.evaluation.splits import TEST
 from evomerge.problem.problem import Workbench
 from evomerge.recipe import load_recipe, parse_recipe
-from evomerge.run.export import Rescored
+from evomerge.report.model_card import Rescored
 from evomerge.run.folder import RunFolder
 from evomerge.run.merge import merge_to_folder
 from evomerge.study.record import Record
