@@ -71,7 +71,11 @@ def _mergekit(method: str, genes: int) -> Contender:
 
 
 GRADIENT_COST = 5  # scores of the same items, as evomerge.problem.fitness_gradients has it
-_BRED: dict[str, Any] = {"algorithm": "ga", "options": {"slopes": False, "draws": False}, "population": 16}
+_BRED: dict[str, Any] = {
+    "algorithm": "ga",
+    "options": {"gradient_steps": False, "trust_region": False},
+    "population": 16,
+}
 OTHERS = ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
 CONTENDERS: dict[str, Contender] = {
     "default": Contender(),
@@ -82,7 +86,7 @@ CONTENDERS: dict[str, Contender] = {
         for method, genes in (("task_arithmetic", 12), ("ties", 24), ("dare_ties", 24))
     },
     **{name: Contender({"algorithm": name}) for name in OTHERS},
-    "ga without slopes": Contender({"algorithm": "ga", "options": {"slopes": False}}),
+    "ga without slopes": Contender({"algorithm": "ga", "options": {"gradient_steps": False}}),
     "ga, bred only": Contender(_BRED),
     "ga, bred only, fixed operators": Contender({**_BRED, "options": {**_BRED["options"], "adaptive": False}}),
     "ga, bred only, shared items": Contender({**_BRED, "options": {**_BRED["options"], "sharing": True}}),

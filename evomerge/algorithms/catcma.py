@@ -39,7 +39,7 @@ CHANGES = 2.0
 
 
 def problems(options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with options of the right kind."""
+    """Lists what is wrong with options of the right kind."""
     sigma = {**OPTIONS, **options}["sigma"]
     return [] if sigma > 0 else [f"search.options.sigma: a positive number; got {sigma!r}"]
 
@@ -53,30 +53,30 @@ class Layout:
     @cached_property
     def reals(self) -> tuple[tuple[str, float, float], ...]:
         """(name, low, high) of the real genes, and of the scales of a pattern."""
-        found = [(gene.name, gene.low, gene.high) for gene in self.space.reals]
+        reals = [(gene.name, gene.low, gene.high) for gene in self.space.reals]
         if self.space.pattern is not None and self.space.pattern.scale is not None:
             low, high = self.space.pattern.scale
-            found += [(f"layers.{i:02d}.scale", low, high) for i in range(self.space.pattern.max_layers)]
-        return tuple(gene for gene in found if gene[2] > gene[1])
+            reals += [(f"layers.{i:02d}.scale", low, high) for i in range(self.space.pattern.max_layers)]
+        return tuple(gene for gene in reals if gene[2] > gene[1])
 
     @cached_property
     def integers(self) -> tuple[tuple[str, int, int], ...]:
         """(name, low, high) of a pattern's length and layers."""
         if self.space.pattern is None:
             return ()
-        found = [("layers", self.space.pattern.min_layers, self.space.pattern.max_layers)]
+        integers = [("layers", self.space.pattern.min_layers, self.space.pattern.max_layers)]
         last = self.space.pattern.layer_count - 1
-        found += [(f"layers.{i:02d}.layer", 0, last) for i in range(self.space.pattern.max_layers)]
-        return tuple(gene for gene in found if gene[2] > gene[1])
+        integers += [(f"layers.{i:02d}.layer", 0, last) for i in range(self.space.pattern.max_layers)]
+        return tuple(gene for gene in integers if gene[2] > gene[1])
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """The methods, and the models of a pattern."""
-        found = list(self.space.choices)
+        choices = list(self.space.choices)
         if self.space.pattern is not None:
             models = self.space.pattern.models
-            found += [Choice(f"layers.{i:02d}.source", models) for i in range(self.space.pattern.max_layers)]
-        return tuple(choice for choice in found if len(choice.options) > 1)
+            choices += [Choice(f"layers.{i:02d}.source", models) for i in range(self.space.pattern.max_layers)]
+        return tuple(choice for choice in choices if len(choice.options) > 1)
 
     @cached_property
     def widest(self) -> int:
@@ -124,8 +124,8 @@ def catcma(
     layout = Layout(space)
     if not (layout.reals or layout.integers or layout.choices):
         return random_search(space, history, numbers, generation, seed, settings)
-    known = best_first(candidate for candidate in history if candidate.generation == 0)
-    start = known[0].genome if known else space.default()
+    baselines = best_first(candidate for candidate in history if candidate.generation == 0)
+    start = baselines[0].genome if baselines else space.default()
     population = max(settings.population, replay.SMALLEST)
     params = all_params(space, start)
 

@@ -48,14 +48,14 @@ MERGEKIT_GENES = ("weight", "density", "t")
 
 
 def problems(options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with options of the right kind."""
+    """Lists what is wrong with options of the right kind."""
     given = {**OPTIONS, **options}
-    found = []
+    problems = []
     if given["sigma"] <= 0:
-        found.append(f"search.options.sigma: a positive number; got {given['sigma']!r}")
+        problems.append(f"search.options.sigma: a positive number; got {given['sigma']!r}")
     if given["mean"] not in MEANS:
-        found.append(f"search.options.mean: one of {', '.join(MEANS)}; got {given['mean']!r}")
-    return found
+        problems.append(f"search.options.mean: one of {', '.join(MEANS)}; got {given['mean']!r}")
+    return problems
 
 
 def cmaes(
@@ -102,16 +102,16 @@ def free_genes(space: SearchSpace, genome: Genome) -> Mask:
 
 def starting_genome(space: SearchSpace, history: Sequence[Candidate]) -> Genome:
     """The best of generation 0, rather one whose methods have real genes; the default genome without a score."""
-    known = [candidate.genome for candidate in best_first(c for c in history if c.generation == 0)]
-    known.append(space.default())
-    return next((genome for genome in known if free_genes(space, genome).any()), known[0])
+    starts = [candidate.genome for candidate in best_first(c for c in history if c.generation == 0)]
+    starts.append(space.default())
+    return next((genome for genome in starts if free_genes(space, genome).any()), starts[0])
 
 
 def mergekit_mean(space: SearchSpace) -> FloatArray:
     """mergekit-evolve's first point in the genes' units, shape [reals]: weights share 1, everything else is 1."""
     share = 1.0 / len(space.sources)
-    wanted = np.array([share if gene.parameter in ("weight", "t") else 1.0 for gene in space.reals], dtype=np.float64)
-    return np.clip(wanted, space.low, space.high)
+    values = np.array([share if gene.parameter in ("weight", "t") else 1.0 for gene in space.reals], dtype=np.float64)
+    return np.clip(values, space.low, space.high)
 
 
 #: Which genes are searched, the first mean, and the way from a point to a genome and back.

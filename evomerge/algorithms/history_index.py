@@ -1,7 +1,7 @@
-"""What algorithms read off a whole history, brought up to date by the candidates that are new.
+"""What algorithms look up in a whole history, brought up to date by the candidates that are new.
 
 A search asks once a generation, and its history only grows: reading all of it each time would cost the square of the
-candidates. A reading is nothing but its history's; where another history is asked about, it is read from its start.
+candidates. An index depends on its history only; another history has another index.
 """
 
 from __future__ import annotations
@@ -26,98 +26,100 @@ from evomerge.system.arrays import FloatArray, Mask
 T = TypeVar("T")
 
 FEW = 64
-"""So many new candidates are put in their places one by one."""
+"""So many new candidates are inserted one by one; more are sorted."""
 
 
-class Reading:
-    """One history, read.
+class HistoryIndex:
+    """One history, indexed.
 
     Attributes:
-        history: What was read.
-        tried: Recipe hashes that need no second look; a baseline counts by its own recipe and by its genome's.
-        unlike: Numbers of the baselines whose recipe is not what their genome says.
-        steps: Number of a candidate -> how many were made with its slopes.
-        several: Whether there are candidates with several objectives.
-        draws: Generation with draws -> whether one of them was the best candidate so far.
+        history: The candidates.
+        tried: Recipe hashes that need no second evaluation; a baseline counts by its own recipe and by its genome's.
+        approximated: Numbers of the baselines whose recipe is not what their genome says.
+        steps: Number of a candidate -> how many were made with its gradient.
+        multi_objective: Whether there are candidates with several objectives.
+        draws: Generation with draws in the trust region -> whether one of them was the best candidate so far.
     """
 
-    def __init__(self, space: SearchSpace, before: Reading | None = None) -> None:
+    def __init__(self, space: SearchSpace, before: HistoryIndex | None = None) -> None:
         self.history: tuple[Candidate, ...] = ()
         self.tried: set[str] = set()
-        self.unlike: set[int] = set()
+        self.approximated: set[int] = set()
         self.steps: Counter[int] = Counter()
-        self.several = False
+        self.multi_objective = False
         self.draws: dict[int, bool] = {}
         self._space = space
         self._best = -math.inf
         self._fittest: list[Candidate] = []
-        # What genomes say, by number of candidate; it holds for the very genome only.
+        # What genomes mean, by number of candidate; it holds for the very genome only.
         self._units: dict[int, tuple[Genome, FloatArray]] = before._units if before else {}
-        self._recipe_hashes: dict[int, tuple[Genome, str]] = before._recipe_hashes if before else {}
+        self._hashes: dict[int, tuple[Genome, str]] = before._hashes if before else {}
 
     @classmethod
-    def of(cls, space: SearchSpace, history: Sequence[Candidate]) -> Reading:
-        """Indexes a history, from where the last index of the space ends if it goes on from there."""
+    def of(cls, space: SearchSpace, history: Sequence[Candidate]) -> HistoryIndex:
+        """Indexes a history, from where the last index of the space ends if the history goes on from there."""
         latest = next((index for index in reversed(_LATEST) if index._space is space), None)
-        index = latest if latest is not None and latest._begins(history) else cls(space, latest)
-        index._go_on(tuple(history))
+        index = latest if latest is not None and latest._is_prefix_of(history) else cls(space, latest)
+        index._extend(tuple(history))
         if index is not latest:
             _LATEST.append(index)
         return index
 
-    def best_first(self, enough: int | None = None) -> list[Candidate]:
+    def best_first(self, limit: int | None = None) -> list[Candidate]:
         """As `best_first` of the history."""
-        return front_by_front(self._fittest if self.several else self._fittest[:enough], enough)
+        return front_by_front(self._fittest if self.multi_objective else self._fittest[:limit], limit)
 
     def unit(self, candidate: Candidate) -> FloatArray:
         """A candidate's real genes in [0, 1], shape [reals]."""
-        return _said(self._units, candidate, self._space.unit)
+        return _remembered(self._units, candidate, self._space.unit)
 
     def units(self, candidates: Sequence[Candidate], mask: Mask) -> FloatArray:
         """Some of their real genes, shape [candidates, genes]."""
         return np.stack([self.unit(candidate)[mask] for candidate in candidates])
 
-    def nearest(self, here: Candidate, mask: Mask, candidates: Sequence[Candidate], enough: int) -> list[Candidate]:
-        """Of some candidates with a fitness those that differ from one in real genes only, by how far they are in some.
+    def nearest(self, center: Candidate, mask: Mask, candidates: Sequence[Candidate], limit: int) -> list[Candidate]:
+        """Of candidates with a fitness those that differ from one in real genes only, nearest first.
 
         Args:
-            here: The one, itself the first.
+            center: The one, itself the first.
             mask: The real genes that count, shape [reals].
             candidates: Those to choose from.
-            enough: How many at most.
+            limit: How many at most.
         """
-        alike = [c for c in candidates if c.fitness is not None and (c.number == here.number or self._is_like(c, here))]
-        apart = np.linalg.norm(self.units(alike, mask) - self.unit(here)[mask], axis=1)
-        order = np.lexsort(([c.number for c in alike], apart, [c.number != here.number for c in alike]))
-        return [alike[k] for k in order[:enough]]
+        alike = [
+            c for c in candidates if c.fitness is not None and (c.number == center.number or self._is_like(c, center))
+        ]
+        distances = np.linalg.norm(self.units(alike, mask) - self.unit(center)[mask], axis=1)
+        order = np.lexsort(([c.number for c in alike], distances, [c.number != center.number for c in alike]))
+        return [alike[k] for k in order[:limit]]
 
-    def _is_like(self, candidate: Candidate, here: Candidate) -> bool:
+    def _is_like(self, candidate: Candidate, center: Candidate) -> bool:
         """Whether a candidate's genome says what it is, and has the methods and layers of another one's."""
-        mine, its = candidate.genome, here.genome
-        if candidate.number in self.unlike or mine.layers != its.layers:
+        first, second = candidate.genome, center.genome
+        if candidate.number in self.approximated or first.layers != second.layers:
             return False
-        return all(mine.values[choice.name] == its.values[choice.name] for choice in self._space.choices)
+        return all(first.values[choice.name] == second.values[choice.name] for choice in self._space.choices)
 
-    def _begins(self, history: Sequence[Candidate]) -> bool:
+    def _is_prefix_of(self, history: Sequence[Candidate]) -> bool:
         """Whether a history begins with these very candidates."""
         return len(self.history) <= len(history) and all(map(operator.is_, self.history, history))
 
-    def _go_on(self, history: tuple[Candidate, ...]) -> None:
+    def _extend(self, history: tuple[Candidate, ...]) -> None:
         new = history[len(self.history) :]
         for candidate in new:
             self.tried.add(candidate.recipe_hash)
             if candidate.generation == 0:
-                said = _said(self._recipe_hashes, candidate, partial(genome_hash, self._space))
-                self.tried.add(said)
-                if said != candidate.recipe_hash:
-                    self.unlike.add(candidate.number)
+                by_genome = _remembered(self._hashes, candidate, partial(genome_hash, self._space))
+                self.tried.add(by_genome)
+                if by_genome != candidate.recipe_hash:
+                    self.approximated.add(candidate.number)
             if (number := gradient_parent(candidate)) is not None:
                 self.steps[number] += 1
             fitness = -math.inf if candidate.state != "done" or candidate.fitness is None else candidate.fitness
-            won, self._best = fitness > self._best, max(fitness, self._best)
+            improved, self._best = fitness > self._best, max(fitness, self._best)
             if candidate.operator == DRAW and candidate.state != "pending":
-                self.draws[candidate.generation] = self.draws.get(candidate.generation, False) or won
-            self.several = self.several or candidate.objectives is not None
+                self.draws[candidate.generation] = self.draws.get(candidate.generation, False) or improved
+            self.multi_objective = self.multi_objective or candidate.objectives is not None
         if len(new) > FEW:
             self._fittest = sorted([*self._fittest, *filter(has_fitness, new)], key=fitness_key)
         else:
@@ -126,13 +128,13 @@ class Reading:
         self.history = history
 
 
-def _said(known: dict[int, tuple[Genome, T]], candidate: Candidate, say: Callable[[Genome], T]) -> T:
-    """What a genome says, worked out once for the candidate."""
-    kept = known.get(candidate.number)
-    if kept is None or kept[0] is not candidate.genome:
-        kept = known[candidate.number] = candidate.genome, say(candidate.genome)
-    return kept[1]
+def _remembered(memo: dict[int, tuple[Genome, T]], candidate: Candidate, function: Callable[[Genome], T]) -> T:
+    """A function of a candidate's genome, worked out once."""
+    entry = memo.get(candidate.number)
+    if entry is None or entry[0] is not candidate.genome:
+        entry = memo[candidate.number] = candidate.genome, function(candidate.genome)
+    return entry[1]
 
 
 #: The latest indexes: a search asks for its own again every generation.
-_LATEST: deque[Reading] = deque(maxlen=4)
+_LATEST: deque[HistoryIndex] = deque(maxlen=4)

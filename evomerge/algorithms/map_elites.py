@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.algorithms import operators
-from evomerge.algorithms.ga import layer_operators as patterns
-from evomerge.algorithms.ga.parent import Parent
+from evomerge.algorithms.ga import layer_operators
+from evomerge.algorithms.ga.selection import Parent
 from evomerge.algorithms.proposals import Draw, distinct
 from evomerge.space.decode import copies_layers
 from evomerge.space.space import SearchSpace
@@ -39,12 +39,14 @@ _SAMPLES = 2000
 
 
 def problems(options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with options of the right kind."""
+    """Lists what is wrong with options of the right kind."""
     given = {**OPTIONS, **options}
-    found = [f"search.options.{n}: at least 0; got {given[n]!r}" for n in ("iso_sigma", "line_sigma") if given[n] < 0]
+    problems = [
+        f"search.options.{n}: at least 0; got {given[n]!r}" for n in ("iso_sigma", "line_sigma") if given[n] < 0
+    ]
     if not 2 <= given["cells"] <= _SAMPLES:
-        found.append(f"search.options.cells: a number from 2 to {_SAMPLES}; got {given['cells']!r}")
-    return found
+        problems.append(f"search.options.cells: a number from 2 to {_SAMPLES}; got {given['cells']!r}")
+    return problems
 
 
 def map_elites(
@@ -69,15 +71,15 @@ def map_elites(
 
 def elites_of(history: Sequence[Candidate], cells: int) -> list[Candidate]:
     """The fittest candidate of every cell that has one, the fittest of all first; a pruned one by its estimate."""
-    known = sorted(best_first(history), key=lambda c: (-(c.fitness or 0.0), c.number))
-    if not known:
+    fittest = sorted(best_first(history), key=lambda c: (-(c.fitness or 0.0), c.number))
+    if not fittest:
         return []
-    measures = measures_of(known)
-    fitness = np.array([candidate.fitness for candidate in known], dtype=np.float64)
+    measures = measures_of(fittest)
+    fitness = np.array([candidate.fitness for candidate in fittest], dtype=np.float64)
     archive = _archive(measures, cells)
-    places = np.arange(len(known))
-    archive.add(np.zeros((len(known), 1)), fitness, measures, place=places)
-    return [known[int(place)] for place in sorted(archive.data("place"))]
+    ranks = np.arange(len(fittest))
+    archive.add(np.zeros((len(fittest), 1)), fitness, measures, rank=ranks)
+    return [fittest[int(rank)] for rank in sorted(archive.data("rank"))]
 
 
 def measures_of(candidates: Sequence[Candidate]) -> FloatArray:
@@ -113,7 +115,7 @@ def _archive(measures: FloatArray, cells: int) -> GridArchive | CVTArchive:
     shared: dict[str, Any] = {
         "solution_dim": 1,
         "ranges": list(zip(low.tolist(), high.tolist(), strict=True)),
-        "extra_fields": {"place": ((), np.int64)},
+        "extra_fields": {"rank": ((), np.int64)},
     }
     if axes > GRID_AXES:
         return CVTArchive(centroids=cells, samples=_SAMPLES, seed=0, **shared)
@@ -134,8 +136,8 @@ def _child(
         choices[choice.name] = choice.options[int(rng.integers(len(choice.options)))]
     layers = first.layers
     if space.pattern is not None and copies_layers(space, space.genome(unit, choices, layers)):
-        layers = patterns.crossover(first.layers, second.layers, space.pattern, rng)
-        move = list(patterns.MOVES.values())[int(rng.integers(len(patterns.MOVES)))]
+        layers = layer_operators.crossover(first.layers, second.layers, space.pattern, rng)
+        move = list(layer_operators.MOVES.values())[int(rng.integers(len(layer_operators.MOVES)))]
         layers = move(layers, space.pattern, rng)
     parents = tuple(dict.fromkeys((first.number, second.number)))
     return space.genome(operators.reflect(unit), choices, layers), parents, "iso + line"

@@ -41,7 +41,7 @@ def shift(unit: FloatArray, mask: Mask, sigma: float, rng: np.random.Generator) 
     return np.clip(np.where(mask, unit + rng.normal(0.0, sigma), unit), 0.0, 1.0)
 
 
-def pull(unit: FloatArray, mask: Mask, share: float) -> FloatArray:
+def toward_mean(unit: FloatArray, mask: Mask, share: float) -> FloatArray:
     """Draws the genes of `mask` toward their mean; share 1 makes them equal."""
     if not mask.any():
         return unit
@@ -91,7 +91,7 @@ def contiguous_block(count: int, rng: np.random.Generator) -> list[int]:
     return list(range(start, start + length))
 
 
-def rest_from(count: int, rng: np.random.Generator) -> list[int]:
+def tail_block(count: int, rng: np.random.Generator) -> list[int]:
     """Everything from a split point on, out of `count`; never all, unless there is one."""
     return list(range(int(rng.integers(1, count)) if count > 1 else 0, count))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evomerge.algorithms.history_index import Reading
+from evomerge.algorithms.history_index import HistoryIndex
 from evomerge.space.decode import decode, recipe_hash, why_invalid
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
@@ -14,7 +14,7 @@ from evomerge.study.candidate import Candidate, Proposal
 
 REDRAWS = 16
 IMMIGRANTS = 48
-OWN = REDRAWS + IMMIGRANTS
+PLANNED_ATTEMPT = REDRAWS + IMMIGRANTS
 """The attempt whose random numbers are left to what is planned."""
 
 #: A draw: (genome, numbers of its parents, operator).
@@ -40,7 +40,7 @@ def distinct(
     A number gets what is planned for it, if that is new; else a bounded number of redraws, then of random genomes. The
     first number that stays without a new recipe ends the list.
     """
-    seen = set(Reading.of(space, history).tried)
+    seen = set(HistoryIndex.of(space, history).tried)
     proposals: list[Proposal] = []
     for number in numbers:
         first = planned(number) if planned is not None else None

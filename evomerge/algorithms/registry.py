@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomerge.algorithms import catcma, cmaes, gp, map_elites, tpe
+from evomerge.algorithms import catcma, cmaes, map_elites, optuna_samplers
 from evomerge.algorithms.ga.ga import GENERATION, OPTIONS, ga
-from evomerge.algorithms.nsga import nsga2, nsga3
 from evomerge.algorithms.random_search import random_search
 from evomerge.errors import SpecError, suggest
 from evomerge.space.space import SearchSpace
@@ -52,16 +51,16 @@ class Registered:
         return self.propose(space, history, numbers, generation, seed, settings)
 
     def problems(self, options: Mapping[str, Any]) -> list[str]:
-        """What is wrong with these options."""
-        found = []
+        """Lists what is wrong with these options."""
+        problems = []
         for name, value in options.items():
             if name not in self.options:
-                known = ", ".join(sorted(self.options)) or "none"
-                found.append(f"search.options.{name}: no such option{suggest(name, self.options)}; it has: {known}")
+                names = ", ".join(sorted(self.options)) or "none"
+                problems.append(f"search.options.{name}: no such option{suggest(name, self.options)}; it has: {names}")
             elif not _of_kind(value, self.options[name]):
                 kind = type(self.options[name]).__name__
-                found.append(f"search.options.{name}: a {kind} such as {self.options[name]!r}; got {value!r}")
-        return found or (self.check(options) if self.check is not None else [])
+                problems.append(f"search.options.{name}: a {kind} such as {self.options[name]!r}; got {value!r}")
+        return problems or (self.check(options) if self.check is not None else [])
 
 
 def _of_kind(value: Any, default: Any) -> bool:
@@ -74,12 +73,12 @@ def _of_kind(value: Any, default: Any) -> bool:
 ALGORITHMS: dict[str, Registered] = {
     "ga": Registered(ga, OPTIONS, several=True, population=GENERATION),
     "random": Registered(random_search, several=True),
-    "tpe": Registered(tpe.tpe, tpe.OPTIONS, several=True),
+    "tpe": Registered(optuna_samplers.tpe, optuna_samplers.TPE_OPTIONS, several=True),
     "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
     "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems, asynchronous=False),
-    "gp": Registered(gp.gp, gp.OPTIONS),
-    "nsga2": Registered(nsga2, several=True, asynchronous=False),
-    "nsga3": Registered(nsga3, several=True, asynchronous=False),
+    "gp": Registered(optuna_samplers.gp, optuna_samplers.GP_OPTIONS),
+    "nsga2": Registered(optuna_samplers.nsga2, several=True, asynchronous=False),
+    "nsga3": Registered(optuna_samplers.nsga3, several=True, asynchronous=False),
     "map_elites": Registered(
         map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True, asynchronous=False
     ),

@@ -68,10 +68,10 @@ class Strategy(Generic[P]):
 
 @dataclass
 class _State(Generic[P]):
-    """A replayed optimizer, what it was told, and how often it started anew."""
+    """A replayed optimizer, the candidates that it was told, and how often it started anew."""
 
     optimizer: Optimizer[P]
-    told: list[Candidate]
+    candidates: list[Candidate]
     restarts: int = 0
 
 
@@ -109,12 +109,12 @@ def _replayed(strategy: Strategy[P], key: tuple[Any, ...], history: Sequence[Can
     own = [candidate for candidate in history if candidate.operator == strategy.name]
     whole = own[: len(own) - len(own) % strategy.population]
     kept_key, state = _KEPT.pop("last", ((), None))
-    if state is None or kept_key != key or state.told != whole[: len(state.told)]:
+    if state is None or kept_key != key or state.candidates != whole[: len(state.candidates)]:
         state = _State(strategy.start(0), [])
-    for first in range(len(state.told), len(whole), strategy.population):
+    for first in range(len(state.candidates), len(whole), strategy.population):
         group = whole[first : first + strategy.population]
         _tell(strategy, state, group, seed)
-        state.told.extend(group)
+        state.candidates.extend(group)
     return state
 
 

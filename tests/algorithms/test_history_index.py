@@ -1,4 +1,4 @@
-"""What is kept of a history that grows is what reading all of it says."""
+"""What is kept of a history that grows is what index all of it says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.algorithms.history_index import Reading
+from evomerge.algorithms.history_index import HistoryIndex
 from evomerge.space.baselines import baselines
 from evomerge.space.decode import decode, genome_hash
 from evomerge.study.candidate import Candidate, gradient_parent
@@ -41,25 +41,25 @@ def history_of(rows: Any) -> tuple[Candidate, ...]:
 
 
 def afresh(history: tuple[Candidate, ...]) -> dict[str, Any]:
-    """What a reading says, by its definition."""
+    """What a index says, by its definition."""
     first = [c for c in history if c.generation == 0]
     asked = [gradient_parent(c) for c in history]
     return {
         "tried": {c.recipe_hash for c in history} | {genome_hash(SPACE, c.genome) for c in first},
-        "unlike": {c.number for c in first if genome_hash(SPACE, c.genome) != c.recipe_hash},
+        "approximated": {c.number for c in first if genome_hash(SPACE, c.genome) != c.recipe_hash},
         "steps": {number: asked.count(number) for number in asked if number is not None},
         "best_first": best_first(history),
         "three": best_first(history, 3),
     }
 
 
-def said(reading: Reading) -> dict[str, Any]:
+def said(index: HistoryIndex) -> dict[str, Any]:
     return {
-        "tried": reading.tried,
-        "unlike": reading.unlike,
-        "steps": dict(reading.steps),
-        "best_first": reading.best_first(),
-        "three": reading.best_first(3),
+        "tried": index.tried,
+        "approximated": index.approximated,
+        "steps": dict(index.steps),
+        "best_first": index.best_first(),
+        "three": index.best_first(3),
     }
 
 
@@ -68,28 +68,28 @@ def test_it_goes_on_from_where_it_was(rows: Any, stops: Any, few: int) -> None:
     history = history_of(rows)
     with patch("evomerge.algorithms.history_index.FEW", few):
         for stop in [*sorted(stops), len(history)]:
-            assert said(Reading.of(SPACE, history[:stop])) == afresh(history[:stop])
+            assert said(HistoryIndex.of(SPACE, history[:stop])) == afresh(history[:stop])
 
 
 @given(drawn, st.data())
 def test_another_history_is_another_reading(rows: Any, data: Any) -> None:
     """Shorter, or with a candidate that is no longer pending or never was the same: nothing of the old one is left."""
     history = history_of(rows)
-    Reading.of(SPACE, history)
+    HistoryIndex.of(SPACE, history)
     other = list(history)
     for place in data.draw(st.lists(st.integers(0, len(history) - 1), max_size=2)) if history else []:
         other[place] = replace(other[place], state="done", fitness=1.0, recipe_hash="other", operator="y")
     other = other[: data.draw(st.integers(0, len(other)))]
-    assert said(Reading.of(SPACE, tuple(other))) == afresh(tuple(other))
+    assert said(HistoryIndex.of(SPACE, tuple(other))) == afresh(tuple(other))
 
 
 def test_genes_are_those_of_the_candidate_at_hand() -> None:
     history = history_of([(0.5, None, False)] * (len(STARTS) + 3))
     other = (*history[:-1], replace(history[-1], genome=history[-2].genome))
     for candidates in (history, other, history):
-        reading = Reading.of(SPACE, candidates)
+        index = HistoryIndex.of(SPACE, candidates)
         for candidate in candidates:
-            assert np.array_equal(reading.unit(candidate), SPACE.unit(candidate.genome))
+            assert np.array_equal(index.unit(candidate), SPACE.unit(candidate.genome))
 
 
 def test_what_is_known_is_not_read_again(monkeypatch: Any) -> None:
@@ -97,6 +97,6 @@ def test_what_is_known_is_not_read_again(monkeypatch: Any) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("evomerge.algorithms.history_index.gradient_parent", lambda c: asked.append(c.number))
     for stop in range(len(history) + 1):
-        Reading.of(SPACE, history[:stop])
-    Reading.of(SPACE, history)
+        HistoryIndex.of(SPACE, history[:stop])
+    HistoryIndex.of(SPACE, history)
     assert asked == list(range(len(history)))

@@ -182,7 +182,7 @@ def test_a_race_on_the_items_that_tell_candidates_apart(tiny_family: dict[str, P
         "evaluation__guard": [],
         "evaluation__splits": {"search": 0.7, "select": 0.2, "test": 0.1},
         "search__finalists": 2,
-        "search__options": {"slopes": False},  # so few children are to be good and bad
+        "search__options": {"gradient_steps": False},  # so few children are to be good and bad
         "run__keep": 0,
     }
     start(parse_spec(search_spec(tiny_family, search__candidates=12, **changes)), folder=tmp_path / "parts")

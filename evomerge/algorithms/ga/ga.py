@@ -1,12 +1,12 @@
 """The default search: a genetic algorithm over merge recipes.
 
-The parents of a generation are the best of all candidates (elitism: a (μ + λ) truncation); one that a race
-stopped counts with the estimate it was stopped at, which is below the cut-off. A child is a recombination of tournament
-winners, then a mutation; or a step along the gradient from one of the best, where slopes are to be had (`climb`); or
-where they are not, a draw from what the fitness may be near the best (`draws`). Scores on a hundred items are noisy, so
-recombination that averages several good candidates is the most frequent. Variation follows the structure of the genes:
-a whole model, a run of layer groups, or single genes. A pattern of layers is assembled from what all candidates say of
-every depth, as often as it is bred. What succeeded is used more often.
+The parents of a generation are the best of all candidates (elitism: a (μ + λ) truncation); one that a race stopped
+counts with the estimate it was stopped at, which is below the cut-off. A child is a recombination of tournament
+winners, then a mutation; or a step along the gradient from one of the best, where gradients are to be had
+(`gradient_steps`); or where they are not, a draw from what the fitness may be near the best (`trust_region`). Scores on
+a hundred items are noisy, so recombination that averages several good candidates is the most frequent. Variation
+follows the structure of the genes: a whole model, a run of layer groups, or single genes. A pattern of layers is
+assembled from what all candidates say of every depth, as often as it is bred. What succeeded is used more often.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from functools import cached_property
 import numpy as np
 
 from evomerge.algorithms import operators
-from evomerge.algorithms.ga import layer_operators as patterns
-from evomerge.algorithms.ga import sharing
+from evomerge.algorithms.ga import layer_operators, sharing
 from evomerge.algorithms.ga.adaptive import Experience, pick
-from evomerge.algorithms.ga.assembly import assemble
-from evomerge.algorithms.ga.gradient_steps import Climbs
+from evomerge.algorithms.ga.gradient_steps import GradientSteps
 from evomerge.algorithms.ga.layer_operators import Layers
-from evomerge.algorithms.ga.parent import Parent
-from evomerge.algorithms.ga.trust_region import Draws
-from evomerge.algorithms.history_index import Reading
+from evomerge.algorithms.ga.selection import Parent
+from evomerge.algorithms.ga.trust_region import TrustRegion
+from evomerge.algorithms.history_index import HistoryIndex
 from evomerge.algorithms.proposals import Draw, distinct
 from evomerge.space.baselines import PARENT
 from evomerge.space.decode import active_reals, copies_layers
@@ -38,7 +36,7 @@ from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.ranking import best_first
 from evomerge.system.arrays import FloatArray, IntArray, Mask
 
-OPTIONS = {"slopes": True, "draws": True, "adaptive": True, "sharing": False}
+OPTIONS = {"gradient_steps": True, "trust_region": True, "adaptive": True, "sharing": False}
 """The options and their defaults; bench/results/search.md says why these."""
 
 GENERATION = 4
@@ -110,8 +108,8 @@ class Breeding:
         parents: Whom to breed from, best first.
         experience: What worked; None where every operator keeps its prior weight.
         attraction: How much each parent has to offer to each, shape [parents, parents]; None without sharing.
-        climbs: Gradient steps; None where there are no slopes.
-        draws: Steps without slopes; None where there are none.
+        gradient_steps: Gradient steps; None where there are no slopes.
+        trust_region: Steps without slopes; None where there are none.
         patterns: Patterns of layers and their fitness, best first.
     """
 
@@ -120,8 +118,8 @@ class Breeding:
     parents: Sequence[Parent]
     experience: Experience | None
     attraction: FloatArray | None
-    climbs: Climbs | None
-    draws: Draws | None
+    gradient_steps: GradientSteps | None
+    trust_region: TrustRegion | None
     patterns: Sequence[tuple[Layers, float]]
 
 
@@ -142,9 +140,9 @@ def ga(
 
     def planned(number: int) -> Draw | None:
         place = number % settings.population
-        if breeding.climbs is not None and breeding.climbs.possible:
-            return breeding.climbs.step(place)
-        return breeding.draws.draw(number) if breeding.draws is not None and place < drawn else None
+        if breeding.gradient_steps is not None and breeding.gradient_steps.possible:
+            return breeding.gradient_steps.step(place)
+        return breeding.trust_region.draw(number) if breeding.trust_region is not None and place < drawn else None
 
     return distinct(space, history, numbers, generation, seed, draw, planned)
 
@@ -154,27 +152,28 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
     parents = max(settings.population, PARENTS)
     enough = max(2 * parents, PATTERNS if space.pattern is not None else 0)
     only_copied = all(method.copies_layers for method in space.methods)
-    reading = Reading.of(space, history)
+    index = HistoryIndex.of(space, history)
     if only_copied:
         order = best_first((c for c in history if _says_what_it_is(space, c)), enough)
     else:
-        order = reading.best_first(enough)
+        order = index.best_first(enough)
     chosen, attraction = order[:parents], None
     if options["sharing"] and settings.item_scores is not None:
         chosen, attraction = _shared(order[: 2 * parents], parents, settings)
     experience = Experience.of(space, history) if options["adaptive"] else None
-    climbs = None
-    if options["slopes"] and settings.gradients is not None:
+    gradient_steps = None
+    if options["gradient_steps"] and settings.gradients is not None:
         favour = experience.favour(GRADIENT) if experience else 1.0
-        climbs = Climbs(space, reading, order[: 2 * parents], settings, favour)
+        gradient_steps = GradientSteps(space, index, order[: 2 * parents], settings, favour)
+    draws = options["trust_region"] and not only_copied and not index.multi_objective
     return Breeding(
         space,
         Linkage(space),
         [Parent.of(space, c) for c in chosen],
         experience,
         attraction,
-        climbs,
-        Draws(space, reading, seed) if options["draws"] and not only_copied and not reading.several else None,
+        gradient_steps,
+        TrustRegion(space, index, seed) if draws else None,
         [
             (c.genome.layers, c.fitness or 0.0)
             for c in order
@@ -211,7 +210,7 @@ def _child(breeding: Breeding, rng: np.random.Generator) -> Draw:
     kind = pick(rng, _recombinations(space, first, len(parents)), breeding.experience)
     if kind == ASSEMBLY and space.pattern is not None:  # its draws differ enough: a mutation would take them apart
         scales = {gene.layer: gene.scale for gene in first.layers}
-        layers = assemble(breeding.patterns, space.pattern, scales, rng)
+        layers = layer_operators.assemble(breeding.patterns, space.pattern, scales, rng)
         return space.genome(first.unit, first.choices, layers), (first.number,), kind
     if kind != "none":
         child, used, word = _recombine(breeding, kind, first, rng)
@@ -259,10 +258,10 @@ def _recombine(
     second = _partner(breeding, first, rng)
     choices, layers = dict(first.choices), first.layers
     if space.pattern is not None and _copies_layers(space, first):
-        layers = patterns.crossover(first.layers, second.layers, space.pattern, rng)
+        layers = layer_operators.crossover(first.layers, second.layers, space.pattern, rng)
     if kind in ("crossover by layers", "split-point crossover"):
         places = len(space.groups) + 1
-        block = operators.contiguous_block if kind == "crossover by layers" else operators.rest_from
+        block = operators.contiguous_block if kind == "crossover by layers" else operators.tail_block
         taken = block(places, rng)
         unit = operators.by_label(first.unit, second.unit, linkage.group, taken)
         choices |= {c.name: second.choices[c.name] for c in space.choices if c.group in taken}
@@ -301,10 +300,10 @@ def _mutate(breeding: Breeding, parent: Parent, rng: np.random.Generator) -> tup
     genome = space.genome(parent.unit, parent.choices, parent.layers)
     if space.pattern is not None and copies_layers(space, genome):
         layers = parent.layers
-        moves = [name for name in patterns.MOVES if name != "scale" or space.pattern.scale is not None]
+        moves = [name for name in layer_operators.MOVES if name != "scale" or space.pattern.scale is not None]
         for _ in range(int(rng.integers(1, 3))):
             name = pick(rng, dict.fromkeys(moves, 1.0), experience)
-            layers = patterns.MOVES[name](layers, space.pattern, rng)
+            layers = layer_operators.MOVES[name](layers, space.pattern, rng)
             words.append(name)
         parent = replace(parent, layers=layers)
     mask = active_reals(space, genome)
@@ -332,7 +331,7 @@ def _mutate_reals(breeding: Breeding, unit: FloatArray, mask: Mask, rng: np.rand
     elif kind == "layer group":
         unit = operators.gaussian(unit, _pick(linkage.group, mask, rng), sigma, rng)
     elif kind == "smoothing":
-        unit = operators.pull(unit, _pick(linkage.owner, mask, rng), float(rng.uniform(0.3, 1.0)))
+        unit = operators.toward_mean(unit, _pick(linkage.owner, mask, rng), float(rng.uniform(0.3, 1.0)))
     elif kind == "all genes":
         unit = operators.gaussian(unit, mask, sigma / 3.0, rng)
     else:

@@ -1,9 +1,10 @@
-"""The fitness near a candidate, as values and slopes tell it: where to go from there.
+"""A Gaussian process of the fitness near a candidate, given values and gradients.
 
-A Gaussian process given values of a function and noisy derivatives of it (Solak et al., 2002, "Derivative observations
-in Gaussian process models of dynamic systems"). Its kernel depends on distances only, so whatever the observations say
-lies in the span of the slopes and of the differences between the points, and the linear algebra is of the size of that
-span, whatever the number of genes (de Roos et al., 2021, https://arxiv.org/abs/2102.07542).
+Solak et al., 2002, "Derivative observations in Gaussian process models of dynamic systems"; equations are numbered as
+in Rasmussen and Williams, 2006, "Gaussian processes for machine learning" (GPML). The kernel depends on distances only,
+so whatever the observations say lies in the span of the gradients and of the differences between the points, and the
+linear algebra is of the size of that span, whatever the number of genes (de Roos et al., 2021,
+https://arxiv.org/abs/2102.07542).
 """
 
 from __future__ import annotations
@@ -15,101 +16,105 @@ import numpy as np
 
 from evomerge.system.arrays import FloatArray
 
-LENGTHS = (0.06, 0.1, 0.17, 0.25, 0.45, 0.7)
-"""Over which the fitness changes its course, as a root mean square of genes; the likeliest is taken."""
-NOISES = (0.0, 0.05, 0.1, 0.2, 0.5)
-"""Errors of a slope, in units of how much slopes vary; the likeliest is taken."""
+LENGTH_SCALES = (0.06, 0.1, 0.17, 0.25, 0.45, 0.7)
+"""As root mean squares of genes; the most likely one is taken."""
+GRADIENT_NOISES = (0.0, 0.05, 0.1, 0.2, 0.5)
+"""Errors of a derivative, in units of how much derivatives vary; the most likely one is taken."""
 VALUE_NOISE = 1e-4
 _JITTER = 1e-8
-_ASCENT = 200
+_MAX_ASCENT_STEPS = 200
 
 
 @dataclass(frozen=True)
-class Told:
+class Observations:
     """What is known of the function.
 
     Attributes:
         points: Genes in [0, 1], shape [points, genes]; steps start from the first.
         values: The fitness there, shape [points].
-        sloped: Points whose slopes are known, shape [sloped, genes].
-        slopes: The fitness' derivatives there, shape [sloped, genes].
+        gradient_points: Points whose gradients are known, shape [gradients, genes].
+        gradients: The fitness' derivatives there, shape [gradients, genes].
     """
 
     points: FloatArray
     values: FloatArray
-    sloped: FloatArray
-    slopes: FloatArray
+    gradient_points: FloatArray
+    gradients: FloatArray
 
 
-class Surface:
-    """The likeliest surface through what is told.
+class GaussianProcess:
+    """The most likely Gaussian process through some observations.
 
     Args:
-        told: The observations, at least one value and the slopes of one point.
+        observations: At least one value and one gradient.
     """
 
-    def __init__(self, told: Told) -> None:
-        self._origin = told.points[0]
-        offsets = told.points - self._origin, told.sloped - self._origin
-        _, sizes, rows = np.linalg.svd(np.vstack([*offsets, told.slopes]), full_matrices=False)
-        self._span: FloatArray = rows[sizes > 1e-9 * max(sizes[0], 1e-300)].T
-        self._points, self._sloped = (offset @ self._span for offset in offsets)
-        self._mean = float(told.values.mean())
-        targets = np.concatenate([told.values - self._mean, (told.slopes @ self._span).ravel()])
-        scale = np.sqrt(told.points.shape[1])
-        fits = (fit for length in LENGTHS for fit in self._fits(length * scale, targets))
+    def __init__(self, observations: Observations) -> None:
+        self._origin = observations.points[0]
+        offsets = observations.points - self._origin, observations.gradient_points - self._origin
+        _, sizes, rows = np.linalg.svd(np.vstack([*offsets, observations.gradients]), full_matrices=False)
+        self._basis: FloatArray = rows[sizes > 1e-9 * max(sizes[0], 1e-300)].T
+        self._points, self._gradient_points = (offset @ self._basis for offset in offsets)
+        self._mean = float(observations.values.mean())
+        targets = np.concatenate([observations.values - self._mean, (observations.gradients @ self._basis).ravel()])
+        scale = np.sqrt(observations.points.shape[1])
+        fits = (fit for length in LENGTH_SCALES for fit in self._fits(length * scale, targets))
         _, self._length, weights = max(fits, key=lambda fit: fit[0])
-        self._of_values = weights[: len(self._points)]
-        self._of_slopes = weights[len(self._points) :].reshape(self._sloped.shape)
+        self._value_weights = weights[: len(self._points)]
+        self._gradient_weights = weights[len(self._points) :].reshape(self._gradient_points.shape)
 
     def _fits(self, length: float, targets: FloatArray) -> Iterator[tuple[float, float, FloatArray]]:
         """For every noise the log likelihood with the best variance, the length, and the observations' weights."""
-        kernel = self._kernel(length)
-        values, slopes = len(self._points), self._sloped.size
-        for noise in NOISES:
-            errors = np.concatenate([np.full(values, VALUE_NOISE**2), np.full(slopes, (noise / length) ** 2)])
-            fit = likeliest(kernel, errors + _JITTER, targets)
-            yield fit.likelihood, length, fit.weights
+        covariance = self._covariance(length)
+        values, derivatives = len(self._points), self._gradient_points.size
+        for noise in GRADIENT_NOISES:
+            errors = np.concatenate([np.full(values, VALUE_NOISE**2), np.full(derivatives, (noise / length) ** 2)])
+            fit = most_likely_fit(covariance, errors + _JITTER, targets)
+            yield fit.log_likelihood, length, fit.weights
 
-    def _kernel(self, length: float) -> FloatArray:
-        """Covariances of all values, then all slopes, for a variance of one."""
-        a, b, square = self._points, self._sloped, length**2
-        between = _gaussian(a, b, length)[..., None] * (a[:, None] - b[None]) / square
-        apart = b[:, None] - b[None]
-        curved = np.eye(b.shape[1]) / square - apart[..., :, None] * apart[..., None, :] / square**2
-        of_slopes = (_gaussian(b, b, length)[..., None, None] * curved).transpose(0, 2, 1, 3)
-        cross = between.reshape(len(a), b.size)
-        return np.block([[_gaussian(a, a, length), cross], [cross.T, of_slopes.reshape(b.size, b.size)]])
+    def _covariance(self, length: float) -> FloatArray:
+        """Covariances of all values, then all derivatives, for a variance of one (GPML, eq. 9.1)."""
+        a, b, square = self._points, self._gradient_points, length**2
+        value_gradient = _squared_exponential(a, b, length)[..., None] * (a[:, None] - b[None]) / square
+        difference = b[:, None] - b[None]
+        hessian = np.eye(b.shape[1]) / square - difference[..., :, None] * difference[..., None, :] / square**2
+        gradient_gradient = (_squared_exponential(b, b, length)[..., None, None] * hessian).transpose(0, 2, 1, 3)
+        cross = value_gradient.reshape(len(a), b.size)
+        return np.block(
+            [[_squared_exponential(a, a, length), cross], [cross.T, gradient_gradient.reshape(b.size, b.size)]]
+        )
 
-    def at(self, point: FloatArray) -> tuple[float, FloatArray]:
-        """The expected fitness at a point of shape [genes], and its derivatives."""
-        x, square = (point - self._origin) @ self._span, self._length**2
-        from_values, from_slopes = x - self._points, x - self._sloped
-        values = self._of_values * np.exp(-(from_values**2).sum(1) / (2 * square))
-        near = np.exp(-(from_slopes**2).sum(1) / (2 * square))
-        along = near * (from_slopes * self._of_slopes).sum(1)
+    def predict(self, point: FloatArray) -> tuple[float, FloatArray]:
+        """The posterior mean at a point of shape [genes] (GPML, eq. 2.25), and its derivatives."""
+        x, square = (point - self._origin) @ self._basis, self._length**2
+        from_values, from_gradients = x - self._points, x - self._gradient_points
+        values = self._value_weights * np.exp(-(from_values**2).sum(1) / (2 * square))
+        near = np.exp(-(from_gradients**2).sum(1) / (2 * square))
+        along = near * (from_gradients * self._gradient_weights).sum(1)
         value = self._mean + float(values.sum() + along.sum() / square)
-        slope: FloatArray = (near @ self._of_slopes - values @ from_values - along @ from_slopes / square) / square
-        return value, np.asarray(self._span @ slope)
+        gradient: FloatArray = (
+            near @ self._gradient_weights - values @ from_values - along @ from_gradients / square
+        ) / square
+        return value, np.asarray(self._basis @ gradient)
 
-    def best_within(self, radius: float) -> FloatArray:
-        """The best genes within [0, 1] that are at most `radius` from where steps start: projected ascent."""
-        here, pace = self._origin, radius / 4
-        value, slope = self.at(here)
-        for _ in range(_ASCENT):
-            steepness = float(np.linalg.norm(slope))
-            if steepness == 0 or pace < 1e-4 * radius:
+    def maximum_within(self, radius: float) -> FloatArray:
+        """The best genes within [0, 1] that are at most `radius` from where steps start, by projected ascent."""
+        best, step = self._origin, radius / 4
+        value, gradient = self.predict(best)
+        for _ in range(_MAX_ASCENT_STEPS):
+            norm = float(np.linalg.norm(gradient))
+            if norm == 0 or step < 1e-4 * radius:
                 break
-            there = self._allowed(here + pace * slope / steepness, radius)
-            found, slope_there = self.at(there)
-            if found > value:
-                here, value, slope, pace = there, found, slope_there, 1.3 * pace
+            point = self._projected(best + step * gradient / norm, radius)
+            value_there, gradient_there = self.predict(point)
+            if value_there > value:
+                best, value, gradient, step = point, value_there, gradient_there, 1.3 * step
             else:
-                pace /= 2
-        best: FloatArray = here
-        return best
+                step /= 2
+        maximum: FloatArray = best
+        return maximum
 
-    def _allowed(self, point: FloatArray, radius: float) -> FloatArray:
+    def _projected(self, point: FloatArray, radius: float) -> FloatArray:
         move = np.clip(point, 0.0, 1.0) - self._origin
         return np.asarray(self._origin + move * min(1.0, radius / max(float(np.linalg.norm(move)), 1e-300)))
 
@@ -119,36 +124,37 @@ class Fit:
     """A Gaussian process through observations.
 
     Attributes:
-        likelihood: The log likelihood with the best variance, less a constant; -inf where there is none.
+        log_likelihood: With the best variance, less a constant; -inf where there is none.
         variance: That variance.
-        root: Cholesky factor of the observations' covariance for a variance of one, shape [observations, observations].
+        cholesky: Of the observations' covariance for a variance of one, lower, shape [observations, observations].
         weights: What every observation counts for, shape [observations].
     """
 
-    likelihood: float
+    log_likelihood: float
     variance: float
-    root: FloatArray
+    cholesky: FloatArray
     weights: FloatArray
 
 
-def likeliest(kernel: FloatArray, errors: FloatArray, targets: FloatArray) -> Fit:
-    """The fit with the likeliest variance.
+def most_likely_fit(covariance: FloatArray, errors: FloatArray, targets: FloatArray) -> Fit:
+    """Fits with the most likely variance (GPML, algorithm 2.1 and eq. 2.30, the variance profiled out).
 
     Args:
-        kernel: Covariances of the observations for a variance of one, shape [observations, observations].
+        covariance: Of the observations for a variance of one, shape [observations, observations].
         errors: Variances of their errors, likewise, shape [observations].
         targets: What was observed, with an expectation of zero, shape [observations].
     """
     try:
-        root = np.asarray(np.linalg.cholesky(kernel + np.diag(errors)))
+        cholesky = np.asarray(np.linalg.cholesky(covariance + np.diag(errors)))
     except np.linalg.LinAlgError:
         return Fit(-np.inf, 1.0, np.eye(len(targets)), np.zeros_like(targets))
-    whitened = np.linalg.solve(root, targets)
+    whitened = np.linalg.solve(cholesky, targets)
     variance = max(float(whitened @ whitened) / len(targets), 1e-300)
-    likelihood = -0.5 * len(targets) * np.log(variance) - float(np.log(np.diag(root)).sum())
-    return Fit(likelihood, variance, root, np.linalg.solve(root.T, whitened))
+    log_likelihood = -0.5 * len(targets) * np.log(variance) - float(np.log(np.diag(cholesky)).sum())
+    return Fit(log_likelihood, variance, cholesky, np.linalg.solve(cholesky.T, whitened))
 
 
-def _gaussian(a: FloatArray, b: FloatArray, length: float) -> FloatArray:
-    found: FloatArray = np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * length**2))
-    return found
+def _squared_exponential(a: FloatArray, b: FloatArray, length: float) -> FloatArray:
+    """The kernel (GPML, eq. 4.9), shape [len(a), len(b)]."""
+    kernel: FloatArray = np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * length**2))
+    return kernel

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evomerge.algorithms.ga.gaussian_process import Surface, Told
+from evomerge.algorithms.ga.gaussian_process import GaussianProcess, Observations
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
 from evomerge.study.budget import StopConditions, spent_items
@@ -26,53 +26,53 @@ def slopes(points: np.ndarray) -> np.ndarray:
     return -(points - TOP) @ CURVATURE
 
 
-def surface(points: np.ndarray, sloped: np.ndarray, noise: float = 0.0) -> Surface:
-    """What is known of it."""
+def process(points: np.ndarray, sloped: np.ndarray, noise: float = 0.0) -> GaussianProcess:
+    """A process given values, and gradients with an error."""
     errors = noise * np.random.default_rng(0).normal(size=sloped.shape)
-    return Surface(Told(points, values(points), sloped, slopes(sloped) + errors))
+    return GaussianProcess(Observations(points, values(points), sloped, slopes(sloped) + errors))
 
 
 def test_the_surface_goes_through_what_is_told():
     points = np.random.default_rng(1).uniform(size=(6, 3))
-    found = surface(points, points[:4])
+    found = process(points, points[:4])
     for point in points:
-        np.testing.assert_allclose(found.at(point)[0], values(point), atol=1e-3)
+        np.testing.assert_allclose(found.predict(point)[0], values(point), atol=1e-3)
     for point in points[:4]:
-        np.testing.assert_allclose(found.at(point)[1], slopes(point), atol=1e-2)
+        np.testing.assert_allclose(found.predict(point)[1], slopes(point), atol=1e-2)
 
 
 def test_its_derivatives_are_its_differences():
     points = np.random.default_rng(2).uniform(size=(5, 3))
-    found = surface(points, points[1:4], noise=0.5)
+    found = process(points, points[1:4], noise=0.5)
     here, step = np.array([0.3, 0.6, 0.2]), 1e-5
-    moved = [found.at(here + step * axis)[0] - found.at(here - step * axis)[0] for axis in np.eye(3)]
-    np.testing.assert_allclose(found.at(here)[1], np.array(moved) / (2 * step), rtol=1e-5, atol=1e-7)
+    moved = [found.predict(here + step * axis)[0] - found.predict(here - step * axis)[0] for axis in np.eye(3)]
+    np.testing.assert_allclose(found.predict(here)[1], np.array(moved) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
 def test_genes_that_change_nothing_make_no_difference():
     """A hundred more genes, the same in every point: steps are within the span of what is told."""
     points = np.random.default_rng(3).uniform(size=(4, 3))
-    few = surface(points, points)
+    few = process(points, points)
     wide = np.hstack([points, np.full((4, 97), 0.5)])
-    many = Surface(Told(wide, values(points), wide, np.hstack([slopes(points), np.zeros((4, 97))])))
-    there = many.best_within(0.2)
+    many = GaussianProcess(Observations(wide, values(points), wide, np.hstack([slopes(points), np.zeros((4, 97))])))
+    there = many.maximum_within(0.2)
     np.testing.assert_array_equal(there[3:], wide[0, 3:])
-    assert few.at(there[:3])[0] > few.at(points[0])[0]
+    assert few.predict(there[:3])[0] > few.predict(points[0])[0]
 
 
 def test_a_few_slopes_lead_to_the_top_and_no_step_is_too_long():
     points = np.array([[0.2, 0.2, 0.2], [0.3, 0.2, 0.2], [0.2, 0.3, 0.2], [0.2, 0.2, 0.3]])
-    found = surface(points, points)
-    np.testing.assert_allclose(found.best_within(1.0), TOP, atol=0.1)  # from 0.3 to 0.4 away in every gene
-    near = found.best_within(0.1)
+    found = process(points, points)
+    np.testing.assert_allclose(found.maximum_within(1.0), TOP, atol=0.1)  # from 0.3 to 0.4 away in every gene
+    near = found.maximum_within(0.1)
     np.testing.assert_allclose(np.linalg.norm(near - points[0]), 0.1, rtol=1e-6)
-    np.testing.assert_array_equal(surface(points[:1], points[:1]).best_within(0.0), points[0])
+    np.testing.assert_array_equal(process(points[:1], points[:1]).maximum_within(0.0), points[0])
 
 
 def test_steps_stay_within_the_ranges():
     corner = np.array([[0.95, 0.5]])
-    found = Surface(Told(corner, np.zeros(1), corner, np.array([[3.0, 1.0]])))
-    there = found.best_within(0.5)
+    found = GaussianProcess(Observations(corner, np.zeros(1), corner, np.array([[3.0, 1.0]])))
+    there = found.maximum_within(0.5)
     assert 0.99 < there[0] <= 1.0
     assert 0.5 < there[1] <= 1.0
 
@@ -82,13 +82,13 @@ def test_many_noisy_slopes_are_better_than_one():
     points = 0.5 + 0.05 * rng.normal(size=(12, 8))
     true = rng.normal(size=8)
     noisy = true + 2.0 * np.linalg.norm(true) / np.sqrt(8) * rng.normal(size=(12, 8))
-    found = Surface(Told(points, points @ true, points, noisy))
-    step = found.best_within(0.1) - points[0]
+    found = GaussianProcess(Observations(points, points @ true, points, noisy))
+    step = found.maximum_within(0.1) - points[0]
     assert step @ true / np.linalg.norm(step) > noisy[0] @ true / np.linalg.norm(noisy[0])
     assert step @ true / np.linalg.norm(step) / np.linalg.norm(true) > 0.8
 
 
-def _sloped_run(climb: bool, budget: int = 60, sign: float = 1.0):
+def _sloped_run(takes_steps: bool, budget: int = 60, sign: float = 1.0):
     space = make_space(methods=("task_arithmetic",))
     rng = np.random.default_rng(3)
     top, weight = rng.uniform(0.2, 0.8, len(space.reals)), rng.gamma(1.0, size=len(space.reals))
@@ -109,7 +109,7 @@ def _sloped_run(climb: bool, budget: int = 60, sign: float = 1.0):
             )
         )
 
-    settings = AlgorithmSettings(population=8, options={"slopes": climb}, gradients=told)
+    settings = AlgorithmSettings(population=8, options={"gradient_steps": takes_steps}, gradients=told)
     memory = Memory()
     done = search(
         space,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.algorithms.ga.trust_region import FIRST, LARGER, SMALLER, SMALLEST, Draws, Process
-from evomerge.algorithms.history_index import Reading
+from evomerge.algorithms.ga.trust_region import FIRST, LARGER, SMALLER, SMALLEST, Posterior, TrustRegion
+from evomerge.algorithms.history_index import HistoryIndex
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
 from evomerge.space.decode import active_genes, decode
@@ -35,7 +35,7 @@ def history_of(space: SearchSpace, values: list[float], generation: int = 1) -> 
 
 
 def drawn(history: tuple[Candidate, ...], numbers: Any = range(100, 108), seed: int = 0) -> list[Any]:
-    draws = Draws(SPACE, Reading.of(SPACE, history), seed)
+    draws = TrustRegion(SPACE, HistoryIndex.of(SPACE, history), seed)
     return [draws.draw(number) for number in numbers]
 
 
@@ -43,7 +43,7 @@ def test_what_is_known_well_is_chosen_right() -> None:
     """A parabola seen at two hundred points: its top is the best of all moves, whatever is drawn."""
     rng = np.random.default_rng(1)
     points, top = rng.random((200, 3)), np.array([0.4, 0.6, 0.5])
-    process = Process(points, -((points - top) ** 2).sum(axis=1), np.zeros(200))
+    process = Posterior(points, -((points - top) ** 2).sum(axis=1), np.zeros(200))
     moves = np.vstack([rng.random((100, 3)), top])
     best = -((moves - top) ** 2).sum(axis=1)
     for seed in range(5):
@@ -53,7 +53,7 @@ def test_what_is_known_well_is_chosen_right() -> None:
 
 def test_what_nobody_knows_is_drawn() -> None:
     """One value says nothing of the directions: every draw goes its own way."""
-    process = Process(np.full((1, 4), 0.5), np.zeros(1), np.zeros(1))
+    process = Posterior(np.full((1, 4), 0.5), np.zeros(1), np.zeros(1))
     moves = np.random.default_rng(0).random((64, 4))
     chosen = {tuple(process.best_of(moves, np.random.default_rng(seed))) for seed in range(12)}
     assert len(chosen) > 8
@@ -66,7 +66,7 @@ def test_an_estimate_of_a_few_items_counts_for_less() -> None:
     moves = np.array([[0.71, 0.5], [0.5, 0.5]])
 
     def share_to_the_right(error: float) -> float:
-        process = Process(points, values, np.array([0.0, 0.0, error, 0.0, 0.0]))
+        process = Posterior(points, values, np.array([0.0, 0.0, error, 0.0, 0.0]))
         chosen = [process.best_of(moves, np.random.default_rng(seed))[0] > 0.6 for seed in range(40)]
         return float(np.mean(chosen))
 
@@ -107,15 +107,15 @@ def test_the_region_follows_what_draws_found(wins: list[bool], size: float) -> N
             number = len(history)
             made = replace(history[0], number=number, generation=2 + k, operator=DRAW, fitness=value)
             history.append(replace(made, recipe_hash=str(number), parents=(place,)))
-    draws = Draws(SPACE, Reading.of(SPACE, tuple(history)), 0)
+    draws = TrustRegion(SPACE, HistoryIndex.of(SPACE, tuple(history)), 0)
     assert draws._size == pytest.approx(size)
-    assert Reading.of(SPACE, tuple(history)).draws == {2 + k: won for k, won in enumerate(wins)}
+    assert HistoryIndex.of(SPACE, tuple(history)).draws == {2 + k: won for k, won in enumerate(wins)}
 
 
 def test_the_region_does_not_vanish() -> None:
     history = history_of(SPACE, [0.5] + [0.1] * 60)
     later = [replace(c, generation=c.number + 1, operator=DRAW) for c in history[1:]]
-    assert Draws(SPACE, Reading.of(SPACE, (history[0], *later)), 0)._size == SMALLEST
+    assert TrustRegion(SPACE, HistoryIndex.of(SPACE, (history[0], *later)), 0)._size == SMALLEST
 
 
 def _best_of(options: dict[str, bool], seed: int) -> float:
@@ -131,12 +131,12 @@ def _best_of(options: dict[str, bool], seed: int) -> float:
     done = search(
         space, ALGORITHMS["ga"], InProcess(evaluate), Memory(), StopConditions(120), seed=seed, settings=settings
     )
-    assert any(c.operator == DRAW for c in done.candidates) == options["draws"]
+    assert any(c.operator == DRAW for c in done.candidates) == options["trust_region"]
     assert done.best is not None
     assert done.best.fitness is not None
     return done.best.fitness
 
 
 def test_a_search_with_draws_is_ahead_where_nobody_knows_slopes() -> None:
-    gains = [_best_of({"draws": True}, seed) - _best_of({"draws": False}, seed) for seed in range(3)]
+    gains = [_best_of({"trust_region": True}, seed) - _best_of({"trust_region": False}, seed) for seed in range(3)]
     assert min(gains) > 0.0
