@@ -35,7 +35,7 @@ from bench.parity_reasons import ROUNDING, Reasons, reasons
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.errors import EvoMergeError
 from evomerge.methods.registry import METHODS
-from evomerge.planning.plan import prepare
+from evomerge.planning.plan import align_and_plan
 from evomerge.recipe import parse_recipe
 from evomerge.run.merge import merge_to_folder
 
@@ -397,7 +397,7 @@ def once(recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint], mergekit: 
         problem = mergekit({**wanted, "dtype": computed}, theirs)
         return f"fails in mergekit: {problem}"[:160] if problem else None
 
-    operations = {op.output: op for op in prepare(parsed, opened, identify=False)[0].operations}
+    operations = {op.output: op for op in align_and_plan(parsed, opened, identify=False)[0].operations}
 
     def why(name: str) -> Reasons | None:
         return reasons(operations[name], opened)

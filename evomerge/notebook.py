@@ -61,7 +61,7 @@ def merge_models(
         CandidateError: transformers knows no model of this config.
     """
     from evomerge.checkpoints.checkpoint import open_checkpoints
-    from evomerge.planning.plan import prepare
+    from evomerge.planning.plan import align_and_plan
     from evomerge.recipe import parse_recipe
     from evomerge.run.merge import refuse_crimes
 
@@ -80,7 +80,7 @@ def merge_models(
         recipe = parse_recipe(
             {**body, "out_dtype": dtype, "tokenizer_source": source, "seed": seed}, where=f"merge_models({method!r})"
         )
-        plan, aligned, odd = prepare(recipe, opened, identify=False)
+        plan, aligned, odd = align_and_plan(recipe, opened, identify=False)
         for text in (*recipe.warnings, *odd):
             warnings.warn(text, stacklevel=2)
         return _loaded(plan, aligned, device)

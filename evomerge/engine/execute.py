@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from evomerge.engine.statistics.operation_statistics import OperationStatistics
-from evomerge.engine.statistics.tensor_statistics import CHUNK, StatisticsStore, chunks
+from evomerge.engine.statistics.tensor_reader import CHUNK, chunks
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput
 from evomerge.methods.contract import Block, Granularity
 from evomerge.methods.registry import get_method
@@ -218,13 +219,13 @@ class _Task:
             self._call(start, stop, out)
             return
         result = torch.empty(CHUNK)
-        for at, inputs in self.store.rows(self.statistics.inputs(kernel.inputs), start, stop):
+        for at, inputs in self.store.tensors.rows(self.statistics.inputs(kernel.inputs), start, stop):
             merged = result[: inputs.shape[1]]
             kernel.run(inputs, at, merged.numpy())
             out[at - start : at - start + merged.numel()] = merged
 
     def _copy(self, start: int, stop: int, out: Tensor) -> None:
-        source = self.store.flat(self.operation.sources[0])[start:stop]
+        source = self.store.tensors.flat(self.operation.sources[0])[start:stop]
         if self.operation.scale == 1.0:
             out.copy_(source)
             return
@@ -244,7 +245,7 @@ class _Task:
             out[at - start : at - start + merged.numel()] = merged.reshape(-1)
 
     def _part(self, tensor: Input, start: int, shape: tuple[int, ...]) -> Tensor:
-        stored = self.store.flat(tensor)[start : start + math.prod(shape)]
+        stored = self.store.tensors.flat(tensor)[start : start + math.prod(shape)]
         return (stored if self.device is None else stored.to(self.device)).float().view(shape)
 
 

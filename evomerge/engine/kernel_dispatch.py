@@ -24,7 +24,7 @@ from evomerge.engine.statistics.dropped_topk import Dropout, dropped_topk_cutoff
 from evomerge.engine.statistics.exact_topk import density_cutoff
 from evomerge.engine.statistics.operation_statistics import OperationStatistics
 from evomerge.engine.statistics.row_ranks import Levels
-from evomerge.engine.statistics.tensor_statistics import CHUNK
+from evomerge.engine.statistics.tensor_reader import CHUNK
 from evomerge.engine.symbolic_merge import BASE, linear_combination
 from evomerge.methods import breadcrumbs, della, sce
 from evomerge.methods.arithmetic import normalized_weights, participants
@@ -346,7 +346,7 @@ def _certainties(
 ) -> Iterator[tuple[int, Floats]]:
     """DFS's factor of every element of the mean delta, chunk by chunk."""
     buffer = np.empty(CHUNK, dtype=np.float32)
-    for start, x in statistics.store.rows(statistics.inputs(inputs)):
+    for start, x in statistics.store.tensors.rows(statistics.inputs(inputs)):
         out = buffer[: x.shape[1]]
         merge.certainty(x[0], x[1:], *shrinkage, out)
         yield start, out

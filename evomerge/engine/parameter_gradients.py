@@ -1,6 +1,6 @@
-"""How a merged model moves with its recipe's parameters: differences of its weights, in float32, along a gradient.
+"""Gradients with respect to a recipe's parameters, from the gradient with respect to the merged weights.
 
-No method says how its result depends on its parameters. Two merges a little apart say it, for any of them.
+No method says how its result depends on its parameters: central differences of the merge in float32, for any method.
 """
 
 from __future__ import annotations
@@ -20,71 +20,80 @@ from evomerge.methods.contract import Settings
 from evomerge.planning.operation import Family, Operation
 from evomerge.system.threads import run_all
 
-Entry = tuple[str, int | None]
+ParameterKey = tuple[str, int | None]
 """A number in an operation's settings: the parameter, and the index of the source that it is for."""
-Bounds = tuple[float, float]
+ParameterRange = tuple[float, float]
 
 STEP = 0.04
 """Of the range. Where elements change sides (masks, elected signs) a smaller one sees fewer of them and more noise."""
 
 
-def entries(settings: Settings) -> dict[Entry, float]:
+def float_parameters(settings: Settings) -> dict[ParameterKey, float]:
     """The settings that are real numbers."""
-    found: dict[Entry, float] = {(name, None): v for name, v in settings.shared.items() if isinstance(v, float)}
+    floats: dict[ParameterKey, float] = {(name, None): v for name, v in settings.shared.items() if isinstance(v, float)}
     for k, source in enumerate(settings.sources):
-        found |= {(name, k): value for name, value in source.items() if isinstance(value, float)}
-    return found
+        floats |= {(name, k): value for name, value in source.items() if isinstance(value, float)}
+    return floats
 
 
-def slopes(
-    work: Sequence[tuple[Operation, Mapping[Entry, Bounds]]],
-    gradient: Mapping[str, Tensor],
+def parameter_gradients(
+    work: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
+    weight_gradients: Mapping[str, Tensor],
     store: StatisticsStore,
     family: Family = (),
-) -> dict[str, dict[Entry, float]]:
-    """How a number changes with the settings of operations, given how it changes with the weights.
+) -> dict[str, dict[ParameterKey, float]]:
+    """Gives the derivatives of a number with respect to the settings of operations (chain rule over the weights).
 
     Args:
-        work: Operations, with the settings to look at and the range of each.
-        gradient: Output to the derivative of the number with respect to it, float32; a missing one counts as 0.
+        work: Operations, with the parameters to differentiate by and the range of each.
+        weight_gradients: Output to the derivative of the number with respect to it, float32; a missing one counts as 0.
         store: Statistics and tensors of the open checkpoints.
         family: The inputs that together make the model, for `scope: model`.
 
     Returns:
-        Output to setting to derivative. One-sided where a setting is at the end of its range.
+        Output to parameter to derivative. One-sided where a parameter is at the end of its range.
     """
-    wanted = [(operation, bounds) for operation, bounds in work if operation.output in gradient and bounds]
-    wanted.sort(key=lambda pair: -math.prod(pair[0].shape))
-    pieces = [partial(_slopes, *pair, gradient[pair[0].output], store, family) for pair in wanted]
-    found = run_all(pieces, torch.get_num_threads())
-    return {operation.output: slope for (operation, _), slope in zip(wanted, found, strict=True)}
+    tasks = [(operation, ranges) for operation, ranges in work if operation.output in weight_gradients and ranges]
+    tasks.sort(key=lambda pair: -math.prod(pair[0].shape))
+    calls = [partial(_operation_gradients, *pair, weight_gradients[pair[0].output], store, family) for pair in tasks]
+    gradients = run_all(calls, torch.get_num_threads())
+    return {operation.output: row for (operation, _), row in zip(tasks, gradients, strict=True)}
 
 
-def _slopes(
-    operation: Operation, bounds: Mapping[Entry, Bounds], gradient: Tensor, store: StatisticsStore, family: Family
-) -> dict[Entry, float]:
-    flat = gradient.reshape(-1).cpu()
-    return {entry: _slope(operation, entry, bounds[entry], flat, store, family) for entry in bounds}
+def _operation_gradients(
+    operation: Operation,
+    ranges: Mapping[ParameterKey, ParameterRange],
+    weight_gradient: Tensor,
+    store: StatisticsStore,
+    family: Family,
+) -> dict[ParameterKey, float]:
+    flat = weight_gradient.reshape(-1).cpu()
+    return {key: _derivative(operation, key, ranges[key], flat, store, family) for key in ranges}
 
 
-def _slope(
-    operation: Operation, entry: Entry, bounds: Bounds, gradient: Tensor, store: StatisticsStore, family: Family
+def _derivative(
+    operation: Operation,
+    key: ParameterKey,
+    allowed: ParameterRange,
+    weight_gradient: Tensor,
+    store: StatisticsStore,
+    family: Family,
 ) -> float:
-    value, step = entries(operation.settings)[entry], STEP * (bounds[1] - bounds[0])
-    low, high = max(value - step, min(value, bounds[0])), min(value + step, max(value, bounds[1]))
+    value, step = float_parameters(operation.settings)[key], STEP * (allowed[1] - allowed[0])
+    low, high = max(value - step, min(value, allowed[0])), min(value + step, max(value, allowed[1]))
     if not low < high:
         return 0.0
     sums = [
-        float((gradient[start:stop] * difference).sum(dtype=torch.float64))
+        float((weight_gradient[start:stop] * difference).sum(dtype=torch.float64))
         for start, stop, difference in _differences(
-            _changed(operation, entry, high), _changed(operation, entry, low), store, family
+            _changed(operation, key, high), _changed(operation, key, low), store, family
         )
     ]
     return math.fsum(sums) / (high - low)
 
 
-def _changed(operation: Operation, entry: Entry, value: float) -> Operation:
-    name, source = entry
+def _changed(operation: Operation, key: ParameterKey, value: float) -> Operation:
+    name, source = key
     settings = operation.settings
     if source is None:
         return replace(operation, settings=Settings({**settings.shared, name: value}, settings.sources))
@@ -99,7 +108,7 @@ def _differences(
     """One result minus the other, neither rounded: (start, stop, elements start..stop) part by part."""
     left, right = list(parts(one, store, family)), list(parts(other, store, family))
     for at in min(left, right, key=len):  # settings may decide how much has to be seen at once: the larger parts
-        values = [_computed(held[0], at.start, at.stop) for held in (left, right)]
+        values = [_computed(side[0], at.start, at.stop) for side in (left, right)]
         yield at.start, at.stop, values[0].sub_(values[1])
 
 

@@ -95,8 +95,8 @@ class Resident:
 
     def _value(self, operation: Operation, bound: bool) -> Tensor:
         """The operation's result: storage of our own, or the source's where it serves as it is."""
-        held = None if bound else self._owned.get(operation.output)
-        return self.store.flat(operation.sources[0]).view(operation.shape) if held is None else held
+        owned = None if bound else self._owned.get(operation.output)
+        return self.store.tensors.flat(operation.sources[0]).view(operation.shape) if owned is None else owned
 
     def _sort(self, operations: Iterable[Operation]) -> tuple[set[str], int, list[Operation]]:
         """(outputs that a stored tensor serves as it is, how many are there already, what has to be computed)."""
@@ -112,11 +112,11 @@ class Resident:
 
     def _bindable(self, operation: Operation) -> bool:
         """The stored tensor is already what the model needs."""
-        wanted = self._dtype or torch_dtype(operation.dtype)
+        dtype = self._dtype or torch_dtype(operation.dtype)
         if self._private or operation.method != COPY or operation.scale != 1.0 or self._device.type != "cpu":
             return False
-        stored = self.store.flat(operation.sources[0]).dtype
-        return stored == wanted and stored == torch_dtype(operation.dtype)
+        stored = self.store.tensors.flat(operation.sources[0]).dtype
+        return stored == dtype and stored == torch_dtype(operation.dtype)
 
     def _compute(self, operations: Sequence[Operation], family: Family) -> None:
         """Writes the results into storage of our own, each rounded once to its dtype before any further cast."""
@@ -124,25 +124,25 @@ class Resident:
             self._digests.pop(operation.output, None)
         work: list[Callable[[], None]] = []
         for operation in operations:
-            held = self._storage(operation)
-            if held.dtype == torch_dtype(operation.dtype) and held.device.type == "cpu":
-                work += pieces(operation, self.store, held, family)
+            storage = self._storage(operation)
+            if storage.dtype == torch_dtype(operation.dtype) and storage.device.type == "cpu":
+                work += pieces(operation, self.store, storage, family)
             else:
-                work.append(partial(self._cast, operation, held, family))
+                work.append(partial(self._cast, operation, storage, family))
         execute_all(work, torch.get_num_threads())
         self._digests |= {operation.output: operation.digest for operation in operations}
 
-    def _cast(self, operation: Operation, held: Tensor, family: Family) -> None:
-        held.copy_(materialise(operation, self.store, torch_dtype(operation.dtype), family))
+    def _cast(self, operation: Operation, storage: Tensor, family: Family) -> None:
+        storage.copy_(materialise(operation, self.store, torch_dtype(operation.dtype), family))
 
     def _storage(self, operation: Operation) -> Tensor:
         rounded = torch_dtype(operation.dtype)
-        wanted = self._dtype if self._dtype is not None and rounded.is_floating_point else rounded
-        held = self._owned.get(operation.output)
-        if held is None or held.shape != operation.shape or held.dtype != wanted:
-            held = torch.empty(operation.shape, dtype=wanted, device=self._device)
-            self._owned[operation.output] = held
-        return held
+        dtype = self._dtype if self._dtype is not None and rounded.is_floating_point else rounded
+        storage = self._owned.get(operation.output)
+        if storage is None or storage.shape != operation.shape or storage.dtype != dtype:
+            storage = torch.empty(operation.shape, dtype=dtype, device=self._device)
+            self._owned[operation.output] = storage
+        return storage
 
     def _skeleton(self, plan: Plan) -> nn.Module:
         """A model of the plan's shape without weights, kept for the next candidate of that shape."""
@@ -184,9 +184,9 @@ def _model_class(config: Mapping[str, object]) -> Any:
 
     named = config.get("architectures")
     for name in named if isinstance(named, list) else []:
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+        candidate = getattr(transformers, str(name), None)
+        if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
+            return candidate
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     kind = type(transformers.AutoConfig.for_model(str(config["model_type"])))
     if kind not in mapping:
@@ -246,8 +246,8 @@ def _slots(model: nn.Module) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
-        held_back = module._non_persistent_buffers_set
-        for name in [*module._parameters, *(b for b in module._buffers if b not in held_back)]:
+        unsaved = module._non_persistent_buffers_set
+        for name in [*module._parameters, *(b for b in module._buffers if b not in unsaved)]:
             if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
                 slots[dot + name] = (module, name)
     return slots
@@ -263,5 +263,5 @@ def _bind(slot: Slot, value: Tensor) -> None:
     module, name = slot
     if name in module._buffers:
         module._buffers[name] = value
-    elif (held := module._parameters[name]) is None or held.data_ptr() != value.data_ptr() or held.is_meta:
+    elif (bound := module._parameters[name]) is None or bound.data_ptr() != value.data_ptr() or bound.is_meta:
         module._parameters[name] = nn.Parameter(value, requires_grad=False)

@@ -60,10 +60,10 @@ def write_checkpoint(
     Raises:
         OutputError: When writing fails.
     """
-    elsewhere = find_device(device)
-    wanted = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
-    with CheckpointWriter(out, wanted, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer:
-        _write_weights(plan, checkpoints, writer, progress, elsewhere)
+    torch_device = find_device(device)
+    specs = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
+    with CheckpointWriter(out, specs, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer:
+        _write_weights(plan, checkpoints, writer, progress, torch_device)
         write_companions(plan, checkpoints[plan.reference], writer.folder)
         (writer.folder / "README.md").write_text(card, encoding="utf-8")
         if finish is not None:
@@ -82,7 +82,7 @@ def _write_weights(
     A thread holds one part of its tensor and no more: where what is found out about a tensor serves no other one, it
     is forgotten with it, and the inputs' pages are given back.
     """
-    whole = StatisticsStore(checkpoints) if any(_looks_at_model(op) for op in plan.operations) else None
+    whole = StatisticsStore(checkpoints) if any(_spans_model(op) for op in plan.operations) else None
     order = sorted(plan.operations, key=lambda operation: -math.prod(operation.shape))
     done = itertools.count(1)
 
@@ -107,13 +107,13 @@ _buffers = threading.local()
 
 def _buffer(size: int, dtype: torch.dtype) -> Tensor:
     """Room for `size` elements, this thread's own and the same every time: fresh memory costs more than arithmetic."""
-    held: Tensor | None = getattr(_buffers, "bytes", None)
-    if held is None or held.numel() < size * dtype.itemsize:
-        held = _buffers.bytes = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
-    return held[: size * dtype.itemsize].view(dtype)
+    buffer: Tensor | None = getattr(_buffers, "bytes", None)
+    if buffer is None or buffer.numel() < size * dtype.itemsize:
+        buffer = _buffers.bytes = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
+    return buffer[: size * dtype.itemsize].view(dtype)
 
 
-def _looks_at_model(operation: Operation) -> bool:
+def _spans_model(operation: Operation) -> bool:
     return operation.settings.shared.get("scope") == "model"
 
 
@@ -167,8 +167,8 @@ def parse_size(size: str | int) -> int:
     """
     if isinstance(size, int):
         return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
         raise BadInput(f"--max-shard-size: '{size}' is no size such as 500MB or 5GB")
-    unit = _UNITS[found[2].upper()]
-    return int(float(found[1]) * (1024 ** list(_UNITS.values()).index(unit) if found[3] else unit))
+    unit = _UNITS[match[2].upper()]
+    return int(float(match[1]) * (1024 ** list(_UNITS.values()).index(unit) if match[3] else unit))

@@ -31,18 +31,18 @@ def depth_digests(plan: Plan) -> tuple[str, ...]:
     below: list[tuple[str, str]] = []
     layers: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for op in plan.operations:
-        place = layout.locate(op.output)
-        if place.stack == layout.main.prefix and place.layer is not None:
-            layers[place.layer].append((place.suffix, op.digest))
+        location = layout.locate(op.output)
+        if location.stack == layout.main.prefix and location.layer is not None:
+            layers[location.layer].append((location.suffix, op.digest))
         elif not _LAST.search(op.output):
             below.append((op.output, op.digest))
     common, of_layers = _config(plan.config, layout.layer_count)
-    digest, found = _hash(["", common, below]), []
+    digest, digests = _hash(["", common, below]), []
     for k in range(layout.layer_count):
         # A layer's own entries of the config may decide the masks and rotary embeddings it is given, not what is below.
-        found.append(digest)
+        digests.append(digest)
         digest = _hash([digest, {key: values[k] for key, values in of_layers.items()}, sorted(layers[k])])
-    return tuple(found)
+    return tuple(digests)
 
 
 def _config(config: Mapping[str, Any], depth: int) -> tuple[dict[str, Any], dict[str, list[Any]]]:

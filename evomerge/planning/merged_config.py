@@ -52,9 +52,9 @@ def merged_config(
     for stack, layers in origins.items():
         path, keys = _settings_of(config, stack, layout)
         section = _at(config, path)
-        theirs = {model: _at(checkpoints[model].config, path) for model, _ in layers}
+        sections = {model: _at(checkpoints[model].config, path) for model, _ in layers}
         for key in _layer_lists(section, stack.length):
-            section[key] = [_entry(theirs[model], key, layer, section[key]) for model, layer in layers]
+            section[key] = [_entry(sections[model], key, layer, section[key]) for model, layer in layers]
         depths = [key for key in keys if section.get(key) == stack.length]
         if len(layers) != stack.length and not depths:
             raise RecipeError(
@@ -110,5 +110,5 @@ def _set_dtype(config: dict[str, Any], operations: Sequence[Operation]) -> None:
 
 def _entry(config: Mapping[str, Any], key: str, layer: int, default: list[Any]) -> Any:
     values = config.get(key)
-    held = values if isinstance(values, list) and layer < len(values) else default
-    return held[min(layer, len(held) - 1)]
+    entries = values if isinstance(values, list) and layer < len(values) else default
+    return entries[min(layer, len(entries) - 1)]

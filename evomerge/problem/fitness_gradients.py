@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.engine.parameter_gradients import Bounds, Entry, entries, slopes
+from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, float_parameters, parameter_gradients
 from evomerge.errors import CandidateError, RecipeError
 from evomerge.evaluation.splits import Selection
 from evomerge.objective.fitness import Fitness, Scores
@@ -38,7 +38,7 @@ SHARE = 0.25
 LEAST = 16
 """Items of a task, where it has them."""
 
-Effects = Mapping[str, Mapping[Entry, Mapping[str, float]]]
+Effects = Mapping[str, Mapping[ParameterKey, Mapping[str, float]]]
 """Output tensor -> number in its settings -> gene -> derivative of the number with respect to the gene."""
 
 
@@ -46,9 +46,9 @@ def genes_of_settings(space: SearchSpace, genome: Genome, literal: LiteralRecipe
     """Finds which genes set which numbers in the plan of a genome's literal recipe, and how."""
     active = active_genes(space, genome)
     free = {gene.name for gene in space.reals if gene.name in active and gene.low < gene.high}
-    effects: dict[str, dict[Entry, dict[str, float]]] = defaultdict(dict)
+    effects: dict[str, dict[ParameterKey, dict[str, float]]] = defaultdict(dict)
     for op in plan.operations:
-        for entry in entries(op.settings):
+        for entry in float_parameters(op.settings):
             tensor = op.output if entry[1] is None else op.sources[entry[1]].tensor
             factors = literal.gene_gradient(op.slice_index, entry, tensor, op.t)
             by_gene = {gene: factor for gene, factor in factors.items() if gene in free}
@@ -129,8 +129,8 @@ def _of_settings(
     plan: Plan,
     selection: Selection,
     pulls: Mapping[str, Mapping[str, NDArray[np.float64]]],
-    work: Sequence[tuple[Operation, Mapping[Entry, Bounds]]],
-) -> dict[str, dict[Entry, float]] | None:
+    work: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
+) -> dict[str, dict[ParameterKey, float]] | None:
     """The derivative of the fitness with respect to the numbers in the plan's settings."""
     if not work:
         return None
@@ -141,7 +141,7 @@ def _of_settings(
         return None
     names = [op.output for op, _ in work if op.output in parameters]
     gradient = bench.evaluator.weight_gradient(model, selection, pulls, names)
-    return None if gradient is None else slopes(work, gradient, bench.resident.store, plan.family)
+    return None if gradient is None else parameter_gradients(work, gradient, bench.resident.store, plan.family)
 
 
 def _smooth(
@@ -155,7 +155,9 @@ def _smooth(
     return {task: row for task, row in kept.items() if row}
 
 
-def _bounds(bench: Workbench, by_entry: Mapping[Entry, Mapping[str, float]]) -> dict[Entry, Bounds]:
+def _bounds(
+    bench: Workbench, by_entry: Mapping[ParameterKey, Mapping[str, float]]
+) -> dict[ParameterKey, ParameterRange]:
     """The range of each number: where all its genes may be."""
     ranges = {gene.name: (gene.low, gene.high) for gene in bench.space.reals}
     return {

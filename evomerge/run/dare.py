@@ -119,12 +119,12 @@ def load_dare_file(path: Path) -> DareFile:
     if problems:
         raise BadInput(problems)
 
-    def found(name: str) -> str:
+    def resolved(name: str) -> str:
         return str(resolve_path(name, path) or name)
 
     base = models.get("base_file")
     return DareFile(
-        sections["dare"], found(base) if base else None, tuple(map(found, files)), models.get("output_file")
+        sections["dare"], resolved(base) if base else None, tuple(map(resolved, files)), models.get("output_file")
     )
 
 
@@ -187,8 +187,8 @@ class DareMerger:
         from evomerge.run.plain_files import write_file
 
         _refuse_output(out, [self.base_file, *self.merge_files])
-        checkpoints, operations = self._plan()
-        for text in self._far(checkpoints, operations):
+        checkpoints, operations = self._plan_files()
+        for text in self._large_deltas(checkpoints, operations):
             self._warn(text)
         write_file(operations, checkpoints, out, progress=self._progress)
         self._tell(f"wrote {out}")
@@ -196,12 +196,12 @@ class DareMerger:
 
     def analyze(self) -> dict[str, dict[str, float]]:
         """Measures, writes nothing: the largest magnitude of each delta, by tensor and file. Warns as `merge` does."""
-        checkpoints, operations = self._plan()
-        for text in self._far(checkpoints, operations):
+        checkpoints, operations = self._plan_files()
+        for text in self._large_deltas(checkpoints, operations):
             self._warn(text)
         return self._largest(checkpoints, operations)
 
-    def _plan(self) -> tuple[dict[str, Checkpoint], list[Operation]]:
+    def _plan_files(self) -> tuple[dict[str, Checkpoint], list[Operation]]:
         from evomerge.checkpoints.checkpoint import open_checkpoints
         from evomerge.run.plain_files import plan_files
 
@@ -232,7 +232,7 @@ class DareMerger:
             if op.base is not None
         }
 
-    def _far(self, checkpoints: Mapping[str, Checkpoint], operations: Sequence[Operation]) -> list[str]:
+    def _large_deltas(self, checkpoints: Mapping[str, Checkpoint], operations: Sequence[Operation]) -> list[str]:
         return [
             f"{tensor}: the delta of {model} reaches {size:.6g}, above delta_threshold {self.config.delta_threshold:g}"
             for tensor, sizes in self._largest(checkpoints, operations).items()

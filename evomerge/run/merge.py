@@ -17,7 +17,7 @@ from evomerge.checkpoints.writer import refuse_taken
 from evomerge.engine.execute import find_device
 from evomerge.engine.to_disk import Progress, write_checkpoint
 from evomerge.errors import BadInput, CheckpointError, EvoMergeError, OutputError
-from evomerge.planning.plan import Plan, prepare
+from evomerge.planning.plan import Plan, align_and_plan
 from evomerge.recipe import Recipe
 from evomerge.report.model_card import merge_card
 from evomerge.system.locks import exclusive
@@ -68,8 +68,8 @@ def merge_to_folder(
     refuse_taken(out.resolve(), overwrite)
 
     def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
-        plan, aligned, odd = prepare(document, opened, identify=False)
-        for text in odd:
+        plan, aligned, warnings_ = align_and_plan(document, opened, identify=False)
+        for text in warnings_:
             warn(text)
         write_checkpoint(plan, aligned, folder, device=device, progress=progress, **options)
 
@@ -171,14 +171,14 @@ def plan_documents(
     Raises:
         BadInput: What is wrong with a document.
     """
-    known, plans = dict(checkpoints), []
+    opened, plans = dict(checkpoints), []
     for document in recipe.documents:
-        if any(reference not in known for reference in document.models()):  # a step with an adapter
+        if any(reference not in opened for reference in document.models()):  # a step with an adapter
             break
         if (document.tokenizer_source or document.tokenizer) and set(document.models()) - set(checkpoints):
             break
         try:
-            plan, _, odd = prepare(document, known, identify=False)
+            plan, _, notes = align_and_plan(document, opened, identify=False)
         except _NotThereYet:
             break
         except BadInput as error:
@@ -186,10 +186,10 @@ def plan_documents(
                 raise
             raise type(error)([f"the merge '{document.name}': {problem}" for problem in error.problems]) from error
         plans.append(plan)
-        for text in odd:
+        for text in notes:
             warn(text)
         if document.name is not None:
-            known[document.name] = Checkpoint(document.name, None, plan.config, _Promised(plan))
+            opened[document.name] = Checkpoint(document.name, None, plan.config, _PlannedWeights(plan))
     return plans
 
 
@@ -197,7 +197,7 @@ class _NotThereYet(EvoMergeError):
     """A tensor that no step has made yet was asked for."""
 
 
-class _Promised:
+class _PlannedWeights:
     """The weights that a plan will make: names, shapes and dtypes, no numbers."""
 
     files: tuple[Path, ...] = ()

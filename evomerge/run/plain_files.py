@@ -51,40 +51,40 @@ def plan_files(
         CheckpointError: Shapes or dtypes that do not fit, or a file that has none of the base's tensors.
     """
     origin = checkpoints[base]
-    found = [_fit(origin, name, checkpoints[name]) for name in dict.fromkeys(files)]
-    if problems := [problem for file in found for problem in file[0]]:
+    checks = [_fit(origin, name, checkpoints[name]) for name in dict.fromkeys(files)]
+    if problems := [problem for file in checks for problem in file[0]]:
         raise CheckpointError(problems)
     drawing = get_method(method).stochastic
     operations = []
     for key, info in origin.tensors.items():
-        held = [name for name in files if key in checkpoints[name].tensors] if info.dtype in FLOATS else []
-        one = Input(base, key, "")
-        if held:
-            sources = tuple(Input(name, key, checkpoints[name].fingerprint if drawing else "") for name in held)
-            values = get_method(method).settings([settings] * len(held))
-            operations.append(Operation(key, info.shape, info.dtype, method, one, sources, values, seed))
+        holders = [name for name in files if key in checkpoints[name].tensors] if info.dtype in FLOATS else []
+        base_input = Input(base, key, "")
+        if holders:
+            sources = tuple(Input(name, key, checkpoints[name].fingerprint if drawing else "") for name in holders)
+            values = get_method(method).settings([settings] * len(holders))
+            operations.append(Operation(key, info.shape, info.dtype, method, base_input, sources, values, seed))
         else:
-            operations.append(Operation(key, info.shape, info.dtype, COPY, None, (one,), Settings()))
-    return operations, [note for file in found for note in file[1]]
+            operations.append(Operation(key, info.shape, info.dtype, COPY, None, (base_input,), Settings()))
+    return operations, [note for file in checks for note in file[1]]
 
 
 def _fit(base: Checkpoint, name: str, file: Checkpoint) -> tuple[list[str], list[str]]:
     """(why a file cannot be merged into the base, what is odd about it)."""
-    theirs, ours = file.tensors, base.tensors
-    shared = sorted(theirs.keys() & ours.keys())
+    file_tensors, base_tensors = file.tensors, base.tensors
+    shared = sorted(file_tensors.keys() & base_tensors.keys())
     if not shared:
         return [f"{name}: has none of the tensors of {base.reference}"], []
     notes, problems = [], []
-    if lacking := sorted(ours.keys() - theirs.keys()):
+    if lacking := sorted(base_tensors.keys() - file_tensors.keys()):
         notes.append(f"{name}: lacks {name_some(lacking)}: it takes no part there")
-    if extra := sorted(theirs.keys() - ours.keys()):
+    if extra := sorted(file_tensors.keys() - base_tensors.keys()):
         notes.append(f"{name}: has {name_some(extra)}, which {base.reference} lacks: left out")
     for key in shared:
-        if theirs[key].shape != ours[key].shape:
-            shapes = f"{shape_text(theirs[key].shape)} against {shape_text(ours[key].shape)}"
+        if file_tensors[key].shape != base_tensors[key].shape:
+            shapes = f"{shape_text(file_tensors[key].shape)} against {shape_text(base_tensors[key].shape)}"
             problems.append(f"{name}: {key}: its shape is not the base's ({shapes})")
-        elif (theirs[key].dtype in FLOATS) != (ours[key].dtype in FLOATS):
-            problems.append(f"{name}: {key}: is {theirs[key].dtype}, the base's is {ours[key].dtype}")
+        elif (file_tensors[key].dtype in FLOATS) != (base_tensors[key].dtype in FLOATS):
+            problems.append(f"{name}: {key}: is {file_tensors[key].dtype}, the base's is {base_tensors[key].dtype}")
     return problems, notes
 
 
@@ -93,7 +93,7 @@ def largest_deltas(operation: Operation, store: StatisticsStore) -> list[float]:
     largest = np.zeros(len(operation.sources))
     if operation.base is None or math.prod(operation.shape) == 0:
         return [float(size) for size in largest]
-    for _, rows in store.rows([operation.base, *operation.sources]):
+    for _, rows in store.tensors.rows([operation.base, *operation.sources]):
         largest = np.maximum(largest, np.abs(rows[1:] - rows[0]).max(axis=1))
     return [float(size) for size in largest]
 

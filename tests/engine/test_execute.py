@@ -17,8 +17,7 @@ from torch import Tensor
 from evomerge.engine import execute as engine
 from evomerge.engine import kernel_dispatch
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
-from evomerge.engine.statistics import exact_topk as selection
-from evomerge.engine.statistics import tensor_statistics as statistics
+from evomerge.engine.statistics import exact_topk, tensor_reader, tensor_statistics
 from evomerge.engine.statistics.operation_statistics import OperationStatistics
 from evomerge.methods.contract import Method, Settings
 from evomerge.methods.plain_statistics import merge_tensors
@@ -145,13 +144,12 @@ def test_pieces_and_chunks_change_nothing(
             shared["density"] = 0.55
     chosen = method.settings(own, shared, paper=not trimmed)
     whole = got(method, base, sources, chosen, torch.bfloat16)
-    for module in (engine, statistics):
+    for module in (engine, tensor_reader, tensor_statistics, kernel_dispatch):
         monkeypatch.setattr(module, "CHUNK", 96)
-    monkeypatch.setattr(statistics.chunks, "__defaults__", (96,))
+    monkeypatch.setattr(tensor_reader.chunks, "__defaults__", (96,))
     monkeypatch.setattr(engine, "_PIECE", 320)
-    monkeypatch.setattr(kernel_dispatch, "CHUNK", 96)
-    monkeypatch.setattr(selection, "_IN_MEMORY", 0)
-    monkeypatch.setattr(selection, "_PART", 50)
+    monkeypatch.setattr(exact_topk, "_IN_MEMORY", 0)
+    monkeypatch.setattr(exact_topk, "_PART", 50)
     assert torch.equal(got(method, base, sources, chosen, torch.bfloat16), whole)
 
 

@@ -155,7 +155,7 @@ def find_kept(base: Array, source: Array, factor: np.float32, marks: Array, magn
         base, source: Bits, [n], one dtype, n at most `TILE`.
         factor, marks: As for `mark_kept`.
         magnitude: Its bits.
-        wanted: Its rank.
+        rank: Its rank, from 1.
     """
     sizes, base_bits = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     _sizes(base, source, factor, sizes, base_bits)

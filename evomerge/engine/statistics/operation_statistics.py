@@ -64,7 +64,7 @@ class OperationStatistics:
     @property
     def size(self) -> int:
         """Elements of the tensor."""
-        return self.store.flat(self.sources[0]).numel()
+        return self.store.tensors.flat(self.sources[0]).numel()
 
     def at(self, start: int, shape: tuple[int, ...]) -> OperationStatistics:
         """The statistics as seen from one block."""
@@ -104,7 +104,7 @@ class OperationStatistics:
 
     def parts(self, source: int) -> Parts:
         """The bits of a source's delta, part by part."""
-        return self.store.parts((self.base, self.sources[source]))
+        return self.store.tensors.parts((self.base, self.sources[source]))
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
         def one(member: FamilyMember) -> float:

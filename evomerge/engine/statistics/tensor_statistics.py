@@ -23,10 +23,8 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.engine.statistics.exact_topk import (
     COARSE,
     FINE,
-    Bits,
     Histogram,
     JointCutoff,
-    Parts,
     count_magnitudes,
     joint_cutoff,
     last_index,
@@ -35,24 +33,14 @@ from evomerge.engine.statistics.exact_topk import (
 )
 from evomerge.engine.statistics.row_ranks import SEGMENT, Levels, LruCache, row_rank_levels
 from evomerge.engine.statistics.sce_selection import Selection, VarianceCounts, count_variances, select, variance_levels
+from evomerge.engine.statistics.tensor_reader import CHUNK, SCAN, Pair, TensorReader, chunks
 from evomerge.methods import arcee_fusion
 from evomerge.methods.contract import Cutoff
 from evomerge.methods.topk import band_counts, keep_count
 from evomerge.planning.operation import Family, FamilyMember, Input
 
-CHUNK = 1 << 17  # elements: float32 temporaries of this size stay in the caches, and Python has few of them to hand out
-_SCAN = 1 << 20  # elements that are only counted
 _RANK_SEGMENTS = 32  # segments of ranks: for the chunks that follow
 _FAMILIES = 16  # models whose tensors are trimmed together
-_READ_AT_ONCE = 64  # tensors; those of an adapter cost a matrix product each
-
-Pair = tuple[Input | None, Input]
-
-
-def chunks(count: int, step: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Ranges that cover 0..count in steps."""
-    for start in range(0, count, step):
-        yield start, min(count, start + step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +77,8 @@ class StatisticsStore:
     """
 
     def __init__(self, checkpoints: Mapping[str, Checkpoint], thresholds: int = 1 << 14, room: int = 0) -> None:
-        self._checkpoints = checkpoints
+        self.tensors = TensorReader(checkpoints)
         self._kept: dict[Hashable, _Once] = {}
-        self._read: OrderedDict[Input, Tensor] = OrderedDict()
         self._families: OrderedDict[Family, int] = OrderedDict()
         self._family: tuple[Family, int] = ((), -1)
         self._numbers = itertools.count(1)
@@ -101,19 +88,6 @@ class StatisticsStore:
         self._room = room
         self._latest = LruCache(_RANK_SEGMENTS)
         self._lock = threading.Lock()
-
-    def flat(self, tensor: Input) -> Tensor:
-        """The stored tensor, flat: a view of the memory map; with an adapter, computed and kept for a while."""
-        with self._lock:
-            if tensor in self._read:
-                self._read.move_to_end(tensor)
-                return self._read[tensor]
-        value = self._checkpoints[tensor.model].tensor(tensor.tensor).reshape(-1)
-        with self._lock:
-            self._read[tensor] = value
-            if len(self._read) > _READ_AT_ONCE:
-                self._read.popitem(last=False)
-        return value
 
     def _once(self, key: Hashable, compute: Callable[[], Any], limit: int | None = None) -> Any:
         """A statistic; computed by the first who asks, while those who ask for the same one wait."""
@@ -147,48 +121,13 @@ class StatisticsStore:
                 self._room -= size
         return value
 
-    def _bits(self, *tensors: Input | None) -> Iterator[tuple[int, list[Bits]]]:
-        """(start, bits of each tensor, zeros where it is None) over flat tensors, in pieces and one dtype."""
-        stored = [None if tensor is None else self.flat(tensor) for tensor in tensors]
-        given = [value for value in stored if value is not None]
-        dtype, size = given[0].dtype, given[0].numel()
-        direct = dtype in (torch.bfloat16, torch.float32) and all(value.dtype == dtype for value in given)
-        for start, stop in chunks(size, _SCAN if direct else CHUNK):
-            parts = [torch.zeros(stop - start, dtype=dtype) if value is None else value[start:stop] for value in stored]
-            yield start, [_bits_of(part if direct else part.float()) for part in parts]
-
-    def parts(self, pair: Pair) -> Parts:
-        """The bits of a delta, part by part."""
-
-        def parts() -> Iterator[tuple[int, Bits, Bits]]:
-            for start, (base_bits, source_bits) in self._bits(*pair):
-                yield start, base_bits, source_bits
-
-        return parts
-
-    def rows(
-        self, tensors: Sequence[Input], start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(flat index of the first column, float32 [tensors, columns]) over elements start..stop, chunk by chunk.
-
-        The array is the same one every time.
-        """
-        stored = [self.flat(tensor)[start:stop] for tensor in tensors]
-        size = stored[0].numel()
-        stage = torch.empty(len(stored) * min(CHUNK, size))
-        for first, last in chunks(size):
-            chunk = stage[: len(stored) * (last - first)].view(len(stored), last - first)
-            for row, tensor in zip(chunk, stored, strict=True):
-                row.copy_(tensor[first:last])
-            yield start + first, chunk.numpy()
-
     def histogram(self, base: Input | None, source: Input) -> Histogram:
         """Magnitudes of the delta, counted by their upper bits."""
 
         def compute() -> Histogram:
-            stored = [self.flat(tensor).dtype for tensor in (base, source) if tensor is not None]
+            stored = [self.tensors.flat(tensor).dtype for tensor in (base, source) if tensor is not None]
             return count_magnitudes(
-                self.parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE
+                self.tensors.parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE
             )
 
         return self._once(("histogram", base, source), compute)  # type: ignore[no-any-return]
@@ -245,12 +184,14 @@ class StatisticsStore:
             ("cut", name, keep), lambda: self._joint_cutoff(pairs, whole, keep), self._limit
         )
         pair, bits, stay = pairs[here], cutoff.bits, cutoff.stay[here]
-        last = self._once(("last", pair, bits, stay), lambda: last_index(self.parts(pair), bits, stay), self._limit)
+        last = self._once(
+            ("last", pair, bits, stay), lambda: last_index(self.tensors.parts(pair), bits, stay), self._limit
+        )
         return cutoff.threshold, last
 
     def _joint_cutoff(self, pairs: tuple[Pair, ...], whole: Histogram, keep: int) -> JointCutoff:
         return joint_cutoff(
-            [self.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], whole, keep
+            [self.tensors.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], whole, keep
         )
 
     def dot(self, base: Input | None, left: Input, right: Input, others: Sequence[Input] = ()) -> float:
@@ -276,7 +217,7 @@ class StatisticsStore:
 
         pairs = list(itertools.combinations(range(len(operands)), 2)) or [(0, 0)]
         sums = np.zeros((len(pairs), 3, reductions.PARTIAL))
-        for _, (base_bits, *source_bits) in self._bits(base, *operands):
+        for _, (base_bits, *source_bits) in self.tensors.bits(base, *operands):
             for (i, j), partial_sums in zip(pairs, sums, strict=True):
                 reductions.add_gram(base_bits, source_bits[i], source_bits[j], base is not None, partial_sums)
         products: dict[frozenset[Input], float] = {}
@@ -301,7 +242,9 @@ class StatisticsStore:
 
         def compute() -> Tensor:
             columns, length = math.prod(shape[1:]), shape[-1]
-            base_values, one, other = (None if tensor is None else self.flat(tensor) for tensor in (base, left, right))
+            base_values, one, other = (
+                None if tensor is None else self.tensors.flat(tensor) for tensor in (base, left, right)
+            )
             products = torch.zeros(columns if along == "columns" else math.prod(shape[:-1]), dtype=torch.float64)
             for start, stop in chunks(math.prod(shape), max(1, columns, CHUNK // max(1, columns) * columns)):
                 a, b = (_apart(tensor[start:stop], base_values, start) for tensor in (one, other) if tensor is not None)
@@ -320,12 +263,12 @@ class StatisticsStore:
         def compute() -> Tensor:
             from evomerge.engine.kernels import reductions
 
-            size = self.flat(source).numel()
+            size = self.tensors.flat(source).numel()
             width = columns or size
             if width == 0:
                 return torch.zeros(1, dtype=torch.float64)
             means, squares = np.zeros(size // width), np.zeros(size // width)
-            for start, (base_bits, source_bits) in self._bits(base, source):
+            for start, (base_bits, source_bits) in self.tensors.bits(base, source):
                 reductions.add_moments(base_bits, source_bits, start, width, means, squares)
             return torch.from_numpy(squares / width)
 
@@ -344,9 +287,9 @@ class StatisticsStore:
         """The levels of whole rows."""
 
         def compute() -> tuple[Tensor]:
-            delta = self.flat(source)[start:stop].float()
+            delta = self.tensors.flat(source)[start:stop].float()
             if base is not None:
-                delta = delta - self.flat(base)[start:stop].float()
+                delta = delta - self.tensors.flat(base)[start:stop].float()
             return (torch.from_numpy(row_rank_levels(delta.abs().view(-1, columns).numpy()).reshape(-1)),)
 
         key = ("levels", base, source, columns, start)
@@ -356,7 +299,7 @@ class StatisticsStore:
         """See `Statistics.selection`; with a fraction of 1 without marks."""
         if fraction >= 1.0:
             return Selection((-1.0, -1), [self.dot(base, source, source, sources) for source in sources], None)
-        rows = partial(self.rows, (base, *sources))
+        rows = partial(self.tensors.rows, (base, *sources))
         variances: VarianceCounts = self._once(
             ("variances", base, sources), lambda: count_variances(rows, len(sources))
         )
@@ -368,20 +311,20 @@ class StatisticsStore:
         def gather(start: int, indices: NDArray[np.int32]) -> NDArray[np.float32]:
             at = torch.from_numpy(indices)
             last = start + int(indices[-1]) + 1
-            read = [self.flat(tensor)[start:last].index_select(0, at).float() for tensor in (base, *sources)]
+            read = [self.tensors.flat(tensor)[start:last].index_select(0, at).float() for tensor in (base, *sources)]
             return torch.stack(read).numpy()
 
         return select(variances, levels, gather, fraction)
 
     def importance(self, base: Input, source: Input, columns: int) -> tuple[Tensor, float]:
         """See `Statistics.importance`, of all rows."""
-        step = max(1, _SCAN // columns) * columns
-        size = self.flat(source).numel()
+        step = max(1, SCAN // columns) * columns
+        size = self.tensors.flat(source).numel()
 
         def rows() -> Iterator[tuple[int, Tensor, Tensor]]:
             for start, stop in chunks(size, step):
                 source_rows, base_rows = (
-                    self.flat(tensor)[start:stop].float().view(-1, columns) for tensor in (source, base)
+                    self.tensors.flat(tensor)[start:stop].float().view(-1, columns) for tensor in (source, base)
                 )
                 yield start, source_rows, base_rows
 
@@ -405,9 +348,3 @@ def _apart(tensor: Tensor, base: Tensor | None, start: int) -> Tensor:
     """A part of a tensor, or of its delta, float64; the delta is rounded to float32 first, as everywhere."""
     values = tensor.float()
     return (values if base is None else values - base[start : start + values.numel()].float()).double()
-
-
-def _bits_of(tensor: Tensor) -> Bits:
-    """The bits of bfloat16 or float32 elements, in place where they lie on even addresses."""
-    bits = tensor.view(torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32).numpy()
-    return bits if bits.flags.aligned else bits.copy()

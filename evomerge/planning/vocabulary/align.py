@@ -115,9 +115,9 @@ def _by_token(
     warnings = [
         f"{model}: has no tokenizer; taken to have that of {reference}" for model in models if not tokenizers.has(model)
     ]
-    held = Vocabularies(tokens, rows, recipe.base_model)
-    maps = map_rows(vocabulary.tokens, vocabulary.rows, held, dict(block.tokens))
-    warnings += [*vocabulary.warnings, *_doubts(held, vocabulary, maps)]
+    vocabularies = Vocabularies(tokens, rows, recipe.base_model)
+    maps = map_rows(vocabulary.tokens, vocabulary.rows, vocabularies, dict(block.tokens))
+    warnings += [*vocabulary.warnings, *_doubts(vocabularies, vocabulary, maps)]
     aligned = _aligned(models, maps, exact=recipe.output_dtype is not None)
     before = None if start.folder == own.folder else own
     return _finished(reference, aligned, vocabulary, before, warnings)
@@ -137,17 +137,18 @@ def _start(source: str, own: Tokenizer, models: Mapping[str, Checkpoint], tokeni
     return read_tokenizer(reference, folder)
 
 
-def _doubts(held: Vocabularies, vocabulary: Vocabulary, maps: RowMaps) -> list[str]:
+def _doubts(vocabularies: Vocabularies, vocabulary: Vocabulary, maps: RowMaps) -> list[str]:
     doubts = []
     if maps.unknown:
         named = name_some(repr(token) for token in maps.unknown)
         doubts.append(f"no model has the {_tokens(len(maps.unknown))} {named}: zeros, until they are trained")
     count = len(vocabulary.tokens)
-    for model in held.tokens:
-        mine = sum(held.row(model, token) is not None for token in vocabulary.tokens)
-        if 2 * mine < count:
+    for model in vocabularies.tokens:
+        own_count = sum(vocabularies.row(model, token) is not None for token in vocabulary.tokens)
+        if 2 * own_count < count:
             doubts.append(
-                f"{model}: has {mine} of the merged vocabulary's {_tokens(count)}; the others' rows are not its own"
+                f"{model}: has {own_count} of the merged vocabulary's {_tokens(count)}; "
+                "the others' rows are not its own"
             )
     return doubts
 
@@ -189,22 +190,26 @@ def _first_rows(models: Iterable[str], rows: int) -> RowMaps:
 
 def _unlike(reference: str, rows: int, tokenizers: _Tokenizers, models: Mapping[str, Checkpoint]) -> list[str]:
     """Models whose rows stand for other tokens than the reference's, though they will be merged by number."""
-    found: list[str] = []
+    problems: list[str] = []
     if not tokenizers.has(reference):
-        return found
+        return problems
     files = _tokenizer_json(models[reference])
     for model, checkpoint in models.items():
         if model == reference or not tokenizers.has(model) or (files and files == _tokenizer_json(checkpoint)):
             continue
-        ours, theirs = ({i: t for t, i in tokenizers.of(m).tokens.items() if i < rows} for m in (reference, model))
-        different = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
+        reference_tokens, model_tokens = (
+            {i: t for t, i in tokenizers.of(m).tokens.items() if i < rows} for m in (reference, model)
+        )
+        different = sorted(
+            i for i in reference_tokens.keys() & model_tokens.keys() if reference_tokens[i] != model_tokens[i]
+        )
         if different:
             i = different[0]
-            found.append(
+            problems.append(
                 f"{model}: another vocabulary: {len(different)} rows stand for other tokens than in {reference} (row "
-                f"{i}: {theirs[i]!r} against {ours[i]!r})"
+                f"{i}: {model_tokens[i]!r} against {reference_tokens[i]!r})"
             )
-    return found
+    return problems
 
 
 def _tokenizer_json(checkpoint: Checkpoint) -> bytes | None:
@@ -265,9 +270,9 @@ def _finished(
     return Aligned({**aligned, reference: sized}, files, tuple(every))
 
 
-def _with_template(recipe: Recipe, wanted: str, aligned: Aligned, tokenizers: _Tokenizers) -> Aligned:
+def _with_template(recipe: Recipe, chat_template: str, aligned: Aligned, tokenizers: _Tokenizers) -> Aligned:
     reference = recipe.models()[0]
-    template = chosen_template(wanted, tokenizers.all())
+    template = chosen_template(chat_template, tokenizers.all())
     if template is None:
         warnings = (*aligned.warnings, "chat_template: auto finds none: no model has one")
         return Aligned(aligned.checkpoints, aligned.tokenizer, warnings)

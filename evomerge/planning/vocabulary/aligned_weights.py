@@ -92,14 +92,14 @@ class AlignedWeights:
         """Puts the defaults into the rows that the model has nothing for; those without any stay zero."""
         single = {row: parts[0] for row, parts in self._defaults.items() if len(parts) == 1}
         for donor in sorted({model for model, _ in single.values()}):
-            places = [place for place, (model, _) in single.items() if model == donor]
-            rows = [single[place][1] for place in places]
-            _copy(self._weights[donor].read(name), np.array(rows), np.array(places), result)
-        several = {place: parts for place, parts in self._defaults.items() if len(parts) > 1}
+            targets = [target for target, (model, _) in single.items() if model == donor]
+            rows = [single[target][1] for target in targets]
+            _copy(self._weights[donor].read(name), np.array(rows), np.array(targets), result)
+        several = {target: parts for target, parts in self._defaults.items() if len(parts) > 1}
         tables = {model: self._weights[model].read(name) for parts in several.values() for model, _ in parts}
-        for place, parts in several.items():
+        for target, parts in several.items():
             total = torch.stack([tables[model][row].float() for model, row in parts]).sum(0)
-            result[place] = (total / len(parts)).to(result.dtype)
+            result[target] = (total / len(parts)).to(result.dtype)
 
     def fingerprint(self) -> str:
         prints = {model: weights.fingerprint() for model, weights in self._weights.items()}
@@ -140,11 +140,11 @@ def sized_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return sized
 
 
-def _copy(stored: torch.Tensor, rows: NDArray[np.int64], places: NDArray[np.int64], result: torch.Tensor) -> None:
+def _copy(stored: torch.Tensor, rows: NDArray[np.int64], targets: NDArray[np.int64], result: torch.Tensor) -> None:
     """result[places] = stored[rows], but for rows of -1, a few megabytes at a time."""
     there = rows >= 0
     step = max(1, _AT_ONCE // max(1, stored[0].numel()))
-    source, target = torch.from_numpy(rows[there]), torch.from_numpy(places[there])
+    source, target = torch.from_numpy(rows[there]), torch.from_numpy(targets[there])
     for start in range(0, len(source), step):
         result[target[start : start + step]] = stored[source[start : start + step]].to(result.dtype)
 
@@ -154,11 +154,11 @@ def _mean_row(table: torch.Tensor, blank: NDArray[np.int64]) -> torch.Tensor:
 
     Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
     """
-    held = torch.ones(len(table), dtype=torch.bool)
-    held[torch.from_numpy(blank)] = False
+    given = torch.ones(len(table), dtype=torch.bool)
+    given[torch.from_numpy(blank)] = False
     total = torch.zeros(table.shape[1:], dtype=torch.float64)
     step = max(1, _AT_ONCE // max(1, table[0].numel()))
     for start in range(0, len(table), step):
         part = table[start : start + step]
-        total += part[held[start : start + step]].double().sum(0)
-    return total / max(1, int(held.sum()))
+        total += part[given[start : start + step]].double().sum(0)
+    return total / max(1, int(given.sum()))

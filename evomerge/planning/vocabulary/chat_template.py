@@ -62,11 +62,12 @@ FORMATS: Mapping[str, str] = {
 }
 
 
-def chosen_template(wanted: str, tokenizers: Iterable[Tokenizer]) -> str | None:
+def chosen_template(chat_template: str, tokenizers: Iterable[Tokenizer]) -> str | None:
     """The template that a recipe asks for.
 
     Args:
-        wanted: ``auto`` for the one that most models have (of equally many the first), a format's name, or Jinja.
+        chat_template: ``auto`` for the one that most models have (of equally many the first), a format's name, or
+            Jinja.
         tokenizers: The models' tokenizers in the order of the recipe.
 
     Returns:
@@ -75,16 +76,16 @@ def chosen_template(wanted: str, tokenizers: Iterable[Tokenizer]) -> str | None:
     Raises:
         RecipeError: There is no format of that name, or the template is no Jinja.
     """
-    if wanted == "auto":
-        found = Counter(t.chat_template for t in tokenizers if t.chat_template)
-        return found.most_common(1)[0][0] if found else None
-    if "{" in wanted:
-        _refuse_broken(wanted)
-        return wanted
-    if wanted not in FORMATS:
-        known = suggest(wanted, FORMATS) or f": known are {', '.join(FORMATS)}"
-        raise RecipeError(f"chat_template: no format is called '{wanted}', and it is no Jinja template{known}")
-    return FORMATS[wanted]
+    if chat_template == "auto":
+        templates = Counter(t.chat_template for t in tokenizers if t.chat_template)
+        return templates.most_common(1)[0][0] if templates else None
+    if "{" in chat_template:
+        _refuse_broken(chat_template)
+        return chat_template
+    if chat_template not in FORMATS:
+        hint = suggest(chat_template, FORMATS) or f": known are {', '.join(FORMATS)}"
+        raise RecipeError(f"chat_template: no format is called '{chat_template}', and it is no Jinja template{hint}")
+    return FORMATS[chat_template]
 
 
 def _refuse_broken(template: str) -> None:

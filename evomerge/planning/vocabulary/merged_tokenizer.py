@@ -84,9 +84,9 @@ def fitting_ids(
     warnings: list[str] = []
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
-        theirs = given.get("text_config")
-        theirs = theirs if isinstance(theirs, Mapping) else given
-        result["text_config"], warnings = fitting_ids(inner, theirs, vocabulary, reference)
+        given_inner = given.get("text_config")
+        given_inner = given_inner if isinstance(given_inner, Mapping) else given
+        result["text_config"], warnings = fitting_ids(inner, given_inner, vocabulary, reference)
     for key, value in config.items():
         match = _TOKEN_ID.fullmatch(key)
         if match is None or value is None:

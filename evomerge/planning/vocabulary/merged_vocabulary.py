@@ -57,8 +57,8 @@ def output_vocabulary(
         tokens, document, changed = _stripped(start, rows[start.model])
     union = list(others) if block.source == "union" else []
     ordinary, added, warnings = _united(tokens, document, union, rows)
-    wanted = [token for token, _ in block.tokens if token not in tokens and token not in ordinary]
-    added |= {token: plain_entry(token) for token in wanted if token not in added}
+    named = [token for token, _ in block.tokens if token not in tokens and token not in ordinary]
+    added |= {token: plain_entry(token) for token in named if token not in added}
     free = max(tokens.values(), default=-1) + 1
     new = [token for token in (*ordinary, *added) if token not in tokens]
     tokens |= {token: free + i for i, token in enumerate(new)}
@@ -95,20 +95,20 @@ def _united(
 ) -> tuple[dict[str, None], dict[str, Mapping[str, Any]], list[str]]:
     """(new ordinary tokens in order, entries of added tokens that are new or new in that role, warnings)."""
     ordinary: dict[str, None] = {}
-    held = added_tokens(document) if document is not None else {}
+    present = added_tokens(document) if document is not None else {}
     added: dict[str, Mapping[str, Any]] = {}
     warnings: list[str] = []
     for other in others:
-        theirs = added_tokens(_needed(other, other.document, "unite"))
+        other_added = added_tokens(_needed(other, other.document, "unite"))
         new = False
         for token, number in other.tokens.items():
             if number >= rows[other.model]:
                 continue
-            if token in theirs:
-                known = held.get(token, added.get(token))
-                if known is None:
-                    added[token] = theirs[token]
-                elif _flags(known) != _flags(theirs[token]):
+            if token in other_added:
+                first = present.get(token, added.get(token))
+                if first is None:
+                    added[token] = other_added[token]
+                elif _flags(first) != _flags(other_added[token]):
                     warnings.append(f"{other.model}: adds {token!r} with other settings than before: the first count")
             elif token not in tokens:
                 ordinary[token] = None
@@ -123,11 +123,11 @@ def _flags(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_notation(document: Mapping[str, Any], other: Tokenizer) -> None:
-    ours, theirs = notation(document), notation(other.document or {})
-    if ours != theirs:
+    base_notation, other_notation = notation(document), notation(other.document or {})
+    if base_notation != other_notation:
         raise RecipeError(
-            f"tokenizer source union: {other.model} writes its tokens as {', '.join(theirs)}, the base as "
-            f"{', '.join(ours)}: they cannot share one tokenizer; use tokenizer_source: base"
+            f"tokenizer source union: {other.model} writes its tokens as {', '.join(other_notation)}, the base as "
+            f"{', '.join(base_notation)}: they cannot share one tokenizer; use tokenizer_source: base"
         )
 
 

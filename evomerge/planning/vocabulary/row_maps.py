@@ -34,8 +34,8 @@ class Vocabularies:
 
     def row(self, model: str, token: str) -> int | None:
         """A model's row of a token; None where it has no such token, or no row for it."""
-        found = self.tokens[model].get(token)
-        return None if found is None or found >= self.rows[model] else found
+        row = self.tokens[model].get(token)
+        return None if row is None or row >= self.rows[model] else row
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,19 @@ def map_rows(
     unknown: list[str] = []
     problems: list[str] = []
     rules = rules or {}
-    for token, place in tokens.items():
+    for token, output_row in tokens.items():
         rule = rules.get(token, TokenRule())
-        held = [(model, row) for model in own if (row := models.row(model, token)) is not None]
+        rows_held = [(model, row) for model in own if (row := models.row(model, token)) is not None]
         if not rule.force:
-            for model, row in held:
-                own[model][place] = row
-            if len(held) == len(own):
+            for model, row in rows_held:
+                own[model][output_row] = row
+            if len(rows_held) == len(own):
                 continue
         try:
-            defaults[place] = _default(token, rule, held, models)
+            defaults[output_row] = _default(token, rule, rows_held, models)
         except RecipeError as error:
             problems += error.problems
-        if not held and rule.source is None:
+        if not rows_held and rule.source is None:
             unknown.append(token)
     if problems:
         raise RecipeError(problems)
@@ -99,12 +99,12 @@ def map_rows(
     return RowMaps(own, defaults, blank, tuple(unknown))
 
 
-def _default(token: str, rule: TokenRule, held: list[Row], models: Vocabularies) -> tuple[Row, ...]:
+def _default(token: str, rule: TokenRule, rows: list[Row], models: Vocabularies) -> tuple[Row, ...]:
     """The rows whose mean is the token in the models that lack it."""
     if rule.source is not None:
         return _ruled(token, rule.source, models)
-    of_base = [row for row in held if row[0] == models.base]
-    return tuple(of_base or held)
+    of_base = [row for row in rows if row[0] == models.base]
+    return tuple(of_base or rows)
 
 
 def _ruled(token: str, source: str | ZeroToken | ModelToken, models: Vocabularies) -> tuple[Row, ...]:

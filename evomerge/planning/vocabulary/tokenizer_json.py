@@ -67,9 +67,9 @@ def with_tokens(
     if not ordinary and _counted_right(model, result["added_tokens"]):
         return result
     donors = list(donors)
-    known = set(_ids(model)) | set(entries)
+    tokens_before = set(_ids(model)) | set(entries)
     if model["type"] == "BPE":
-        model["merges"] += _new_merges(model["merges"], donors, set(ordinary), known | set(ordinary))
+        model["merges"] += _new_merges(model["merges"], donors, set(ordinary), tokens_before | set(ordinary))
     _pin(model, {token: ids[token] for token in entries} | dict(ordinary), _scores(donors))
     return result
 
@@ -104,9 +104,9 @@ def _ids(model: Mapping[str, Any]) -> Mapping[str, int]:
 
 def _counted_right(model: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the library comes to the ids of the added tokens by itself."""
-    held, last = _ids(model), -1
+    vocab, last = _ids(model), -1
     for entry in entries:
-        given = held.get(entry["content"], max(last + 1, len(held)))
+        given = vocab.get(entry["content"], max(last + 1, len(vocab)))
         if given != entry["id"]:
             return False
         last = max(last, given)
@@ -114,21 +114,23 @@ def _counted_right(model: Mapping[str, Any], entries: Iterable[Mapping[str, Any]
 
 
 def _scores(donors: Iterable[Document]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for donor in donors:
         if donor["model"]["type"] == _UNIGRAM:
-            found = dict(donor["model"]["vocab"]) | found
-    return found
+            scores = dict(donor["model"]["vocab"]) | scores
+    return scores
 
 
-def _new_merges(held: list[Any], donors: Iterable[Document], new: set[str], known: set[str]) -> list[list[str]]:
+def _new_merges(
+    merges_before: list[Any], donors: Iterable[Document], new: set[str], tokens: set[str]
+) -> list[list[str]]:
     """The merges that make new tokens, after all that are held: a text without new tokens is cut up as before."""
     merges: dict[tuple[str, str], None] = {}
     for donor in donors:
         for left, right in donor["model"]["merges"]:
-            if left + right in new and left in known and right in known:
+            if left + right in new and left in tokens and right in tokens:
                 merges[left, right] = None
-    for left, right in held:
+    for left, right in merges_before:
         merges.pop((left, right), None)
     return [list(merge) for merge in merges]
 
@@ -138,9 +140,9 @@ def _pin(model: dict[str, Any], ids: Mapping[str, int], scores: Mapping[str, flo
     if model["type"] != _UNIGRAM:
         model["vocab"] = dict(sorted((model["vocab"] | dict(ids)).items(), key=lambda item: int(item[1])))
         return
-    held = {piece for piece, _ in model["vocab"]}
+    pieces = {piece for piece, _ in model["vocab"]}
     for token, number in sorted(ids.items(), key=lambda item: item[1]):
-        if token in held:
+        if token in pieces:
             continue
         if number != len(model["vocab"]):
             raise RecipeError(f"a Unigram vocabulary has no gaps: {token!r} would have to be token {number} of it")

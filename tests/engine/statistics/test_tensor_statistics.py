@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.engine.statistics.operation_statistics import OperationStatistics
-from evomerge.engine.statistics.tensor_statistics import CHUNK
+from evomerge.engine.statistics.tensor_reader import CHUNK
 from evomerge.methods.plain_statistics import PlainStatistics
 from evomerge.methods.random_field import field_key
 from evomerge.methods.topk import cutoff_mask

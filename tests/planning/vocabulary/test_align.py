@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.engine.resident import Resident
 from evomerge.errors import CheckpointError, RecipeError
-from evomerge.planning.plan import make_plan, prepare
+from evomerge.planning.plan import align_and_plan, make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.run.check import check_file
 from evomerge.run.merge import merge_to_folder
@@ -148,7 +148,7 @@ def test_in_memory_as_on_disk(untied: dict[str, Path], tmp_path: Path) -> None:
     """The resident model, a search's and a notebook's, holds what is written."""
     recipe = dict(recipes(untied))["ties-union"]
     on_disk, _, _ = merged(recipe, tmp_path / "out")
-    plan, checkpoints, _ = prepare(wanted := parse_recipe(recipe), open_checkpoints(wanted.models()))
+    plan, checkpoints, _ = align_and_plan(wanted := parse_recipe(recipe), open_checkpoints(wanted.models()))
     model, _ = Resident(checkpoints).write(plan)
     held = model.state_dict()
     assert all(torch.equal(held[name], on_disk[name]) for name in on_disk)
