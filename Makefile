@@ -3,14 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test coverage thorough check format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/evomerge run search_spaces/quickstart.yaml
 	$(BIN)/evomerge export runs/quickstart runs/quickstart/export --overwrite
 
 test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+# By itself, for the tracer takes as long again as the tests do.
+coverage: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --cov=evomerge --cov-report=term:skip-covered --cov-fail-under=85
+
+# Five hundred random examples of every property, drawn anew; `make test` has twenty-five, the same every time.
+thorough: $(VENV)/.installed-test
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

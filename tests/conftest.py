@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from hypothesis import settings
 
 from evomerge.spec.load import load_spec
 from tests.architectures import ARCHITECTURES, write_family
@@ -25,6 +26,11 @@ from tests.models import write_tiny_llama
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small gain nothing from a second thread, and wait for it on a busy machine
+
+
+settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session")
