@@ -235,7 +235,7 @@ def frankenmerge() -> Document:
 
 def pareto() -> Document:
     """A front of two tasks and the number of layers."""
-    options = {**FIXED_OPERATORS, "slopes": False}  # so few children are to be of both methods
+    options = {**FIXED_OPERATORS, "gradient_steps": False}  # so few children are to be of both methods
     return _spec(
         space=_copied(methods=["task_arithmetic", "frankenmerge"]),
         search={"objectives": "pareto", "also_minimize": ["layers"], "seed": 1, "population": 5, "options": options},
