@@ -26,7 +26,7 @@ from evomerge.system.hashing import digest
 LIMIT = 512 * 2**20
 """Bytes that the cache may grow to."""
 _WRITES = 500
-"""Files written between two looks at the cache's size."""
+"""Files written between two checks of the cache's size."""
 _ABANDONED = 3600.0
 """Seconds after which a half-written file is a dead process's."""
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def key_of(content: Mapping[str, Any]) -> str:
-    """The name of what these facts (JSON) decide."""
+    """Returns the key of scores, given everything that decides them, as JSON."""
     return digest(json.dumps(content, sort_keys=True))
 
 
@@ -53,7 +53,7 @@ class ScoreCache:
         self._written = 0
 
     def get(self, key: str, items: Mapping[str, tuple[str, ...]]) -> dict[str, ItemScores] | None:
-        """The scores under a key, or None.
+        """Returns the scores under a key, or None.
 
         Args:
             key: From `key_of`.
@@ -122,7 +122,7 @@ class RunScores:
         self._folder = folder
 
     def load(self, plan: str, split: str) -> dict[str, ItemScores] | None:
-        """The scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
+        """Reads the scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
         path = self._scores_path(plan, split)
         return load_scores(path) if path.is_file() else None
 
@@ -133,7 +133,7 @@ class RunScores:
         write_atomic(self._scores_path(plan, split), buffer.getvalue())
 
     def load_gradients(self, plan: str) -> tuple[Mapping[str, float] | None] | None:
-        """The derivatives of a plan's fitness, as (derivatives or None,); None where they were never asked for."""
+        """Reads the derivatives of a plan's fitness, as (derivatives or None,); None where none were asked for."""
         path = self._gradients_path(plan)
         return (json.loads(path.read_text())["slopes"],) if path.is_file() else None
 
@@ -142,7 +142,7 @@ class RunScores:
         write_atomic(self._gradients_path(plan), json.dumps({"slopes": gradients}, sort_keys=True))
 
     def load_samples(self) -> dict[str, Any] | None:
-        """The items that were drawn of each task, as JSON; None where none were."""
+        """Reads the items that were drawn of each task, as JSON; None where none were."""
         path = self._samples_path
         return dict(json.loads(path.read_text())) if path.is_file() else None
 

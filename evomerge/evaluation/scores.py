@@ -83,7 +83,7 @@ class ItemScores:
         return (*self.metrics, *self.corpus)
 
     def is_itemwise(self, metric: str) -> bool:
-        """Whether `metric` is a mean or ratio of items, so that candidates can be compared on part of them."""
+        """Checks whether `metric` is a mean or ratio of items, so that candidates can be compared on part of them."""
         return metric in self.metrics
 
     def score(self, metric: str) -> Score:

@@ -96,7 +96,7 @@ class Fitness:
         return self._mean(self._pooled_values(parts))
 
     def pooled_objectives(self, parts: Sequence[Scores]) -> dict[str, float]:
-        """As `objectives`, over several disjoint sets of items taken together."""
+        """Returns `objectives` over several disjoint sets of items taken together."""
         return self._by_objective(self._pooled_values(parts))
 
     def stderr(self, scores: Scores) -> float:
@@ -117,7 +117,7 @@ class Fitness:
         return self(a) - self(b), self._stderr(influences)
 
     def pooled_difference(self, a: Sequence[Scores], b: Sequence[Scores]) -> tuple[float, float]:
-        """As `difference`, over several disjoint sets of items taken together."""
+        """Returns `difference` over several disjoint sets of items taken together."""
         value = self.pooled(a) - self.pooled(b)
         if not all(s[goal.task].is_itemwise(goal.metric) for goal in self.goals for s in (*a, *b)):
             return value, math.nan

@@ -245,7 +245,7 @@ def _break_ties(
     best: npt.NDArray[np.bool_],
     requests: npt.NDArray[np.int64],
 ) -> None:
-    """Of equally likely tokens, greedy decoding takes the first: looks where a request is still greedy."""
+    """Of equally likely tokens, greedy decoding takes the first: checks where a request is still greedy."""
     undecided = torch.from_numpy(np.flatnonzero(best & ~np.isin(requests, requests[~best]))).to(logits.device)
     if len(undecided):
         best[undecided.cpu().numpy()] = (logits[rows[undecided]].argmax(dim=-1) == targets[undecided]).cpu().numpy()
@@ -281,7 +281,7 @@ def supports_tree_masks(forward: Forward) -> bool:
     exact = model.dtype == torch.float32
     supported = bool(errors.max() < 1e-3) if exact else bool(errors.mean() < 0.05 and errors.max() < 0.5)
     if not supported:
-        log.info("no shared prefixes: %s does not honour tree masks (off by %.2g)", type(model).__name__, errors.max())
+        log.info("no shared prefixes: %s does not support tree masks (off by %.2g)", type(model).__name__, errors.max())
     return supported
 
 

@@ -27,7 +27,7 @@ class PrefixTree:
 
     Attributes:
         tokens: [n] token ids.
-        depths: [n] position of each token in its own sequence.
+        position_ids: [n] position of each token in its own sequence.
         ends: [n] position after the last descendant.
         positions: [p] positions whose next token is scored, one entry for each scored token.
         targets: [p] the scored tokens.
@@ -35,7 +35,7 @@ class PrefixTree:
     """
 
     tokens: Ints
-    depths: Ints
+    position_ids: Ints
     ends: Ints
     positions: Ints
     targets: Ints
@@ -95,7 +95,7 @@ class PackedTrees:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the layout: equal digests give equal rounding."""
+        """Identity of the batches: equal digests give equal rounding."""
         parts: list[str | bytes] = []
         for batch in self.batches:
             parts.append(repr(batch.input_ids.shape))
@@ -120,7 +120,7 @@ def build_tree(
     arrays = [np.asarray(tokens, dtype=np.int64) for tokens in inputs]
     # In lexicographic order, what a sequence shares with any earlier one it shares with the one just before it.
     order = sorted(range(len(arrays)), key=lambda k: tuple(inputs[k]))
-    tokens, depths, ends = [], [], np.zeros(sum(map(len, arrays)), dtype=np.int64)
+    tokens, position_ids, ends = [], [], np.zeros(sum(map(len, arrays)), dtype=np.int64)
     paths: dict[int, Ints] = {}
     path, previous, size = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0
     for k in order:
@@ -129,14 +129,14 @@ def build_tree(
         ends[path[shared:]] = size
         path = np.concatenate([path[:shared], np.arange(size, size + new)])
         tokens.append(arrays[k][shared:])
-        depths.append(np.arange(shared, shared + new))
+        position_ids.append(np.arange(shared, shared + new))
         size += new
         paths[k], previous = path, arrays[k]
     ends[path] = size
     inputs_in_order = range(len(arrays))
     return PrefixTree(
         np.concatenate(tokens),
-        np.concatenate(depths),
+        np.concatenate(position_ids),
         ends[:size],
         np.concatenate([paths[k][len(paths[k]) - len(targets[k]) :] for k in inputs_in_order]),
         np.concatenate([np.asarray(targets[k], dtype=np.int64) for k in inputs_in_order]),
@@ -193,7 +193,7 @@ def _unshared_tokens(tree: PrefixTree) -> int:
     """Tokens of the tree's inputs, each counted in full: the depth of each request's last position."""
     last: dict[int, int] = {}
     for position, request in zip(tree.positions.tolist(), tree.requests.tolist(), strict=True):
-        last[request] = max(last.get(request, 0), int(tree.depths[position]) + 1)
+        last[request] = max(last.get(request, 0), int(tree.position_ids[position]) + 1)
     return sum(last.values())
 
 
@@ -255,7 +255,7 @@ def _batch(rows: Sequence[Sequence[PrefixTree]], pad: int) -> Batch:
         for tree in row:
             span = slice(start, start + tree.size)
             input_ids[r, span] = tree.tokens
-            position_ids[r, span] = tree.depths
+            position_ids[r, span] = tree.position_ids
             ends[r, span] = tree.ends + start
             positions.append(r * length + start + tree.positions)
             targets.append(tree.targets)

@@ -18,7 +18,7 @@ def test_a_tree_by_hand() -> None:
     # 5 6 7 and 5 6 8 9 share 5 6; in depth-first order: 5 6 7 8 9.
     tree = build_tree([[5, 6, 7], [5, 6, 8, 9]], [[1], [2, 3]], [0, 1])
     assert tree.tokens.tolist() == [5, 6, 7, 8, 9]
-    assert tree.depths.tolist() == [0, 1, 2, 2, 3]
+    assert tree.position_ids.tolist() == [0, 1, 2, 2, 3]
     assert tree.ends.tolist() == [5, 5, 3, 5, 5]
     assert tree.positions.tolist() == [2, 3, 4]
     assert tree.targets.tolist() == [1, 2, 3]
