@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,14 @@ class Bench:
         fewshot = options.pop("num_fewshot", None)
         tasks = load_tasks(names or list(CONFIGS), include_path=self.folder, num_fewshot=fewshot)
         return Evaluator(tasks, self.tokenizer, self.model.config, **options)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def no_inventory() -> Iterator[None]:
+    """Spares `simple_evaluate` its inventory of the machine (`pip list` and more), most of its time on tiny models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,58 +42,71 @@ def reference(evaluator: Evaluator, lm: HFLM, task: str) -> list[Any]:
         return list(getattr(lm, instances[0].request_type)(instances, disable_tqdm=True))
 
 
+@pytest.fixture(scope="module")
+def hflm_responses(bench: Bench) -> Callable[..., list[Any]]:
+    """What HFLM answers to a task of the folder at a length of the context; each is asked once."""
+
+    @functools.cache
+    def ask(task: str, max_length: int | None = None) -> list[Any]:
+        return reference(bench.evaluator(task, max_length=max_length), hflm(bench, max_length=max_length), task)
+
+    return ask
+
+
 @pytest.mark.parametrize(
     ("task", "max_length"), [("mc", None), ("mc", 24), ("pairs", None), ("pairs", 420), ("ll", None), ("ll", 24)]
 )
-def test_loglikelihoods_equal_hflm(bench: Bench, task: str, max_length: int | None) -> None:
+def test_loglikelihoods_equal_hflm(
+    bench: Bench, hflm_responses: Callable[..., list[Any]], task: str, max_length: int | None
+) -> None:
     # At 24 tokens most contexts lose their left part, so that hardly anything is shared any more.
     evaluator = bench.evaluator(task, max_length=max_length)
-    ours = responses(evaluator, bench, task)
-    theirs = reference(evaluator, hflm(bench, max_length=max_length), task)
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    np.testing.assert_allclose([ll for ll, _ in ours], [ll for ll, _ in theirs], atol=TOLERANCE, rtol=2e-6)
+    native, expected = responses(evaluator, bench, task), hflm_responses(task, max_length)
+    assert [greedy for _, greedy in native] == [greedy for _, greedy in expected]
+    np.testing.assert_allclose([ll for ll, _ in native], [ll for ll, _ in expected], atol=TOLERANCE, rtol=2e-6)
 
 
 def test_no_number_depends_on_threads(bench: Bench) -> None:
-    before, found = torch.get_num_threads(), []
+    before, outcomes = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(responses(bench.evaluator("mc"), bench, "mc"))
+            outcomes.append(responses(bench.evaluator("mc"), bench, "mc"))
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1] == found[2]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 def test_generated_text_is_batched_for_the_threads_of_the_run(bench: Bench) -> None:
     """Not for those of the process, which has a share of them where there are several workers."""
-    before, found = torch.get_num_threads(), []
+    before, outcomes = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(bench.evaluator("gen", threads=3).batch_digest())
+            outcomes.append(bench.evaluator("gen", threads=3).batch_digest())
         alone = bench.evaluator("gen").batch_digest()
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1] == alone
-    assert found[0] != bench.evaluator("gen", threads=1).batch_digest()
+    assert outcomes[0] == outcomes[1] == alone
+    assert outcomes[0] != bench.evaluator("gen", threads=1).batch_digest()
 
 
 @pytest.mark.parametrize("max_length", [None, 50])
-def test_rolling_loglikelihoods_equal_hflm(bench: Bench, max_length: int | None) -> None:
+def test_rolling_loglikelihoods_equal_hflm(
+    bench: Bench, hflm_responses: Callable[..., list[Any]], max_length: int | None
+) -> None:
     # At 50 tokens nearly every text takes several windows.
     evaluator = bench.evaluator("rolling", max_length=max_length)
-    ours = responses(evaluator, bench, "rolling")
-    theirs = reference(evaluator, hflm(bench, max_length=max_length), "rolling")
-    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=2e-6)
+    native, expected = responses(evaluator, bench, "rolling"), hflm_responses("rolling", max_length)
+    np.testing.assert_allclose(native, expected, atol=TOLERANCE, rtol=2e-6)
 
 
 @pytest.mark.parametrize("batch_tokens", [64, 4096])
-def test_generations_equal_hflm(bench: Bench, batch_tokens: int) -> None:
+def test_generations_equal_hflm(bench: Bench, hflm_responses: Callable[..., list[Any]], batch_tokens: int) -> None:
     evaluator = bench.evaluator("gen", batch_tokens=batch_tokens)
-    ours = responses(evaluator, bench, "gen")
-    assert ours == reference(evaluator, hflm(bench), "gen")
-    assert len({len(text) for text in ours}) > 3  # rows stop at different times
+    native = responses(evaluator, bench, "gen")
+    assert native == hflm_responses("gen")
+    assert len({len(text) for text in native}) > 3  # rows stop at different times
 
 
 def test_prompts_with_a_shared_beginning_equal_hflm(bench: Bench, tmp_path: Any) -> None:
@@ -106,19 +121,19 @@ def test_prompts_with_a_shared_beginning_equal_hflm(bench: Bench, tmp_path: Any)
     hook = bench.model.model.register_forward_pre_hook(
         lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True
     )
-    ours = responses(evaluator, bench, "gen")
+    native = responses(evaluator, bench, "gen")
     hook.remove()
-    assert ours == reference(evaluator, hflm(bench), "gen")
-    assert len(set(ours)) > 3
+    assert native == reference(evaluator, hflm(bench), "gen")
+    assert len(set(native)) > 3
     assert any(rows == 1 and length > 32 for rows, length in read[-40:])
 
 
-def test_generations_by_transformers_equal_hflm(bench: Bench) -> None:
+def test_generations_by_transformers_equal_hflm(bench: Bench, hflm_responses: Callable[..., list[Any]]) -> None:
     """The path for models that do not take part in our own loop."""
     evaluator = bench.evaluator("gen")
     instances = [i for group in evaluator.requests("gen").by_item for i in group]
-    ours = evaluator.backend.generator.respond(bench.model, instances, own_loop=False)  # type: ignore[attr-defined]
-    assert [texts[0] for texts in ours] == reference(evaluator, hflm(bench), "gen")
+    texts = evaluator.backend.generator.respond(bench.model, instances, own_loop=False)  # type: ignore[attr-defined]
+    assert [text for (text,) in texts] == hflm_responses("gen")
 
 
 @pytest.fixture(scope="module")
@@ -180,14 +195,14 @@ def test_few_shot_prompts_equal_lm_eval(bench: Bench, tmp_path: Any) -> None:
     samples = sorted(results["samples"]["mc"], key=lambda sample: sample["doc_id"])
     assert [sample["acc"] for sample in samples] == scores.values("acc").tolist()
     again = Evaluator(load_tasks(["mc"], include_path=tmp_path / "tasks"), bench.tokenizer, bench.model.config)
-    ours = [i.args[0] for group in again.requests("mc").by_item for i in group]
-    assert ours == [argument[0] for sample in samples for argument in sample["arguments"]]
+    prompts = [i.args[0] for group in again.requests("mc").by_item for i in group]
+    assert prompts == [argument[0] for sample in samples for argument in sample["arguments"]]
 
 
 def test_bfloat16_is_within_rounding_of_hflm(bench: Bench) -> None:
     model = copy.deepcopy(bench.model).to(torch.bfloat16)
     half = Bench(model, bench.tokenizer, bench.folder, bench.checkpoint)
     evaluator = half.evaluator("mc")
-    ours = [ll for ll, _ in responses(evaluator, half, "mc")]
-    theirs = [ll for ll, _ in reference(evaluator, hflm(half), "mc")]
-    np.testing.assert_allclose(ours, theirs, rtol=0.03)
+    native = [ll for ll, _ in responses(evaluator, half, "mc")]
+    expected = [ll for ll, _ in reference(evaluator, hflm(half), "mc")]
+    np.testing.assert_allclose(native, expected, rtol=0.03)
