@@ -72,10 +72,11 @@ def resume(
 @app.command()
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     """Progress of a run, its best candidate so far, its rate and the time left."""
-    from evomerge.run.status import read_status, render_status
+    from evomerge.report.tables import status_text
+    from evomerge.run.status import read_status
 
     state = read_status(run)
-    typer.echo(json.dumps(state, indent=2) if as_json else render_status(state))
+    typer.echo(json.dumps(state.to_json(), indent=2) if as_json else status_text(state))
 
 
 @app.command()

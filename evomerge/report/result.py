@@ -1,4 +1,4 @@
-"""What a finished run found: the types behind result.json."""
+"""What a run found: the types behind result.json, and behind `evomerge status` while it is under way."""
 
 from __future__ import annotations
 
@@ -274,6 +274,73 @@ class RunResult:
                 for problem in error.errors(include_url=False)
             ]
         raise RunError([*problems, f"{where}: not the result of this version; without it, `evomerge resume` writes it"])
+
+
+@dataclass(frozen=True)
+class BestCandidate:
+    """The best candidate so far, or the winner.
+
+    Attributes:
+        candidate: Its number.
+        fitness: On the items that steer.
+        scores: Split to the scores of every task and metric.
+    """
+
+    candidate: int
+    fitness: float
+    scores: Mapping[str, ScoreTable]
+
+
+@dataclass(frozen=True)
+class FrontMember:
+    """A candidate that no other dominates on the items that steer, and its objectives by name."""
+
+    candidate: int
+    fitness: float
+    objectives: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class FrontSoFar:
+    """The front of a search: its size, its hypervolume (None before generation 0 is scored), the fittest first."""
+
+    size: int
+    hypervolume: float | None
+    candidates: tuple[FrontMember, ...]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands.
+
+    Attributes:
+        run: The run's name.
+        state: "running", "stopped" or "finished".
+        candidates: How many there are.
+        items: How many items were evaluated.
+        best: The best candidate so far, or the winner of a finished run; None while nothing is scored.
+        front: The front so far; None with one objective.
+        baselines: The scores of generation 0 by name and split, and of the finished run's baselines.
+        candidates_per_hour: The rate so far; None while nothing is scored.
+        seconds_left: At that rate.
+        verdict: As in `RunResult`; None of a run that has no result yet.
+    """
+
+    run: str
+    state: str
+    candidates: CandidateCounts
+    items: ItemCounts
+    best: BestCandidate | None
+    front: FrontSoFar | None
+    baselines: Mapping[str, Mapping[str, ScoreTable]]
+    candidates_per_hour: float | None
+    seconds_left: float | None
+    verdict: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `evomerge status --json` prints."""
+        content: dict[str, Any] = TypeAdapter(RunStatus).dump_python(self, mode="json")
+        return content
 
 
 @cache

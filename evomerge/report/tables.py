@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 from evomerge.errors import BadInput, suggest
 from evomerge.evaluation.scores import Score, ScoreTable
 from evomerge.objective.comparison import Difference, TaskDifference
-from evomerge.report.result import Estimate, FrontEntry, GoalResult, InformativeItems, ResultRow, RunResult
+from evomerge.report.result import (
+    Estimate,
+    FrontEntry,
+    FrontSoFar,
+    GoalResult,
+    InformativeItems,
+    ResultRow,
+    RunResult,
+    RunStatus,
+)
+
+_SHOWN = 12  # members of a front
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
+    """Draws a Markdown table with aligned columns."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -22,13 +34,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def score_text(score: Score | Difference) -> str:
-    """0.640 ± 0.048 (100)."""
+    """Writes a score as 0.640 ± 0.048 (100): value, standard error, items."""
     spread = "" if score.stderr is None else f" ± {score.stderr:.3f}"
     return f"{score.value:.3f}{spread} ({score.n})"
 
 
 def score_table(tasks: ScoreTable, groups: ScoreTable | None = None) -> str:
-    """The scores of a model, task by task, then those of groups of tasks."""
+    """Draws the scores of a model, task by task, then those of groups of tasks."""
     named = [*tasks.items(), *((f"group {name}", metrics) for name, metrics in (groups or {}).items())]
     rows = [
         [task, metric, f"{score.value:.4f}", "-" if score.stderr is None else f"{score.stderr:.4f}", str(score.n)]
@@ -39,12 +51,12 @@ def score_table(tasks: ScoreTable, groups: ScoreTable | None = None) -> str:
 
 
 def gradients_text(candidates: int) -> str:
-    """What a search's count of item evaluations does not hold; empty where no gradients were taken."""
+    """Says what a search's count of item evaluations leaves out; empty where no gradients were taken."""
     return f"Beside these, the fitness' slopes were taken at {candidates} candidates." if candidates else ""
 
 
 def result_table(result: RunResult) -> str:
-    """A finished run: everyone on the test items, the winner's three scores, the best baseline task by task."""
+    """Draws a finished run: everyone on the test items, the winner's three scores, the best baseline task by task."""
     counts = result.candidates
     saved = f"; racing saved {result.items.saved:.0%} of the item evaluations" if result.items.saved else ""
     parts = [
@@ -60,6 +72,49 @@ def result_table(result: RunResult) -> str:
         result.verdict,
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def status_text(status: RunStatus) -> str:
+    """Says where a run stands: counts, what racing saved, the rate, the best candidate, the front."""
+    counts, items = status.candidates, status.items
+    lines = [
+        f"{status.run}: {status.state}; {counts.done} scored, {counts.failed} failed, "
+        f"{counts.pruned} pruned of {counts.budget}"
+    ]
+    if counts.pruned:
+        lines.append(
+            f"racing: {items.evaluated} item evaluations instead of {items.without_racing}, {items.saved:.0%} saved"
+        )
+    if gradients := gradients_text(items.gradients):
+        lines.append(gradients)
+    if status.candidates_per_hour and status.seconds_left is not None and status.state != "finished":
+        left = timedelta(seconds=round(status.seconds_left))
+        lines.append(f"{status.candidates_per_hour:.0f} candidates an hour, {left} left")
+    if status.best is not None:
+        lines.append(f"best: candidate {status.best.candidate}, fitness {status.best.fitness:.4f}")
+        rows = [
+            [split, task, metric, score_text(score)]
+            for split, tasks in status.best.scores.items()
+            for task, metrics in tasks.items()
+            for metric, score in metrics.items()
+        ]
+        lines.append(table(["items", "task", "metric", "value"], rows))
+    if status.front is not None and status.front.size:
+        lines += _front_lines(status.front)
+    if status.verdict:
+        lines.append(status.verdict)
+    return "\n".join(lines)
+
+
+def _front_lines(front: FrontSoFar) -> list[str]:
+    volume = "" if front.hypervolume is None else f", hypervolume {front.hypervolume:.4g}"
+    shown = front.candidates[:_SHOWN]
+    more = "" if len(shown) == front.size else f"; the {len(shown)} fittest:"
+    names = list(shown[0].objectives)
+    rows = [
+        [str(row.candidate), f"{row.fitness:.4f}", *(f"{row.objectives[name]:.4f}" for name in names)] for row in shown
+    ]
+    return [f"front: {front.size} candidates{volume}{more}", table(["candidate", "fitness", *names], rows)]
 
 
 def _test_table(result: RunResult) -> str:
@@ -188,7 +243,7 @@ def _cell(row: ResultRow | FrontEntry, split: str, task: str, metric: str) -> st
 
 
 def method_table(name: str | None = None) -> str:
-    """All methods, or one of them with its parameters.
+    """Draws a table of all methods, or one of them with its parameters.
 
     Raises:
         BadInput: When there is no such method.

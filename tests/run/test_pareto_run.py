@@ -13,11 +13,11 @@ import pytest
 from evomerge.evaluation.splits import SEARCH
 from evomerge.problem.problem import Workbench
 from evomerge.report.result import Ending, RunResult
-from evomerge.report.tables import result_table
+from evomerge.report.tables import result_table, status_text
 from evomerge.run import export
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
-from evomerge.run.status import read_status, render_status
+from evomerge.run.status import read_status
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study import pareto
@@ -142,11 +142,12 @@ def test_what_is_told_of_the_front(front_run: Path, capsys: pytest.CaptureFixtur
     candidates, result = found(front_run), result_of(front_run)
     status = read_status(front_run)
     front = pareto_front(candidates)
-    assert status["front"]["size"] == len(front)
-    assert status["front"]["hypervolume"] == result["hypervolume"]["generations"][-1]["hypervolume"]
-    told = {row["candidate"]: row["objectives"] for row in status["front"]["candidates"]}
-    assert told == {c.number: dict(zip(NAMES, c.objectives or (), strict=True)) for c in front}
-    assert f"\nfront: {len(front)} candidates, hypervolume " in render_status(status)
+    assert status.front is not None
+    assert status.front.size == len(front)
+    assert status.front.hypervolume == result["hypervolume"]["generations"][-1]["hypervolume"]
+    members = {row.candidate: row.objectives for row in status.front.candidates}
+    assert members == {c.number: dict(zip(NAMES, c.objectives or (), strict=True)) for c in front}
+    assert f"\nfront: {len(front)} candidates, hypervolume " in status_text(status)
     text = result_table(RunResult.from_json(result))
     assert "| front, on the test items" in text
     assert f"| candidate {result['winner']['candidate']}: the winner " in text
@@ -191,7 +192,9 @@ def test_a_front_in_parts_is_the_front_in_one(
         known = found(tmp_path / "run")
         knee = best(known)
         assert knee is not None
-        assert read_status(tmp_path / "run")["best"]["candidate"] == knee.number
+        leader = read_status(tmp_path / "run").best
+        assert leader is not None
+        assert leader.candidate == knee.number
     left[0] = 0
     start(spec, folder=tmp_path / "run")
     assert lasting(found(tmp_path / "run")) == lasting(found(front_run))
@@ -208,7 +211,7 @@ def test_good_enough_ends_a_run_that_can_be_extended(tiny_family: dict[str, Path
     assert (first.ended.reason, first.ended.extended_from) == ("target", 0)
     assert {c.generation for c in found(tmp_path / "run")} == {0}
     assert start(spec, folder=tmp_path / "run") == first
-    assert read_status(tmp_path / "run")["state"] == "finished"
+    assert read_status(tmp_path / "run").state == "finished"
     more = resume(tmp_path / "run", candidates=12)
     assert (more.ended.reason, more.ended.extended_from) == ("budget", count)
     assert len(found(tmp_path / "run")) == 12

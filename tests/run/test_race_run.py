@@ -14,9 +14,11 @@ from evomerge.errors import SpecError
 from evomerge.evaluation.splits import SEARCH
 from evomerge.problem.fitness_gradients import COST
 from evomerge.problem.problem import Workbench
+from evomerge.report.tables import status_text
 from evomerge.run.folder import RunFolder
+from evomerge.run.preflight import parse_search
 from evomerge.run.search import resume, start
-from evomerge.run.status import read_status, render_status
+from evomerge.run.status import read_status
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.budget import spent_items
@@ -89,8 +91,8 @@ def test_what_racing_saved_is_reported(raced: Path) -> None:
     expected["gradients"] = len({gradient_parent(c) for c in candidates} - {None})
     assert json.loads((raced / "result.json").read_text())["items"] == expected
     status = read_status(raced)
-    assert status["items"] == expected
-    assert f"racing: {seen} item evaluations instead of 360" in render_status(status)
+    assert status.to_json()["items"] == expected
+    assert f"racing: {seen} item evaluations instead of 360" in status_text(status)
 
 
 def test_the_whole_score_does_not_depend_on_the_blocks(raced: Path, finished_run: Path) -> None:
@@ -213,4 +215,4 @@ def test_the_cache_and_the_baseline_may_change_under_a_run_and_racing_may_not(sp
 
 def test_a_baseline_that_is_the_algorithm_is_refused(tiny_family: dict[str, Path]) -> None:
     with pytest.raises(SpecError, match=r"search\.baseline: random is the algorithm itself"):
-        parse_spec(search_spec(tiny_family, search__algorithm="random", search__baseline="random"))
+        parse_search(search_spec(tiny_family, search__algorithm="random", search__baseline="random"))

@@ -19,10 +19,10 @@ from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.planner import Planner
 from evomerge.problem.problem import Workbench
 from evomerge.report.result import CandidateCounts
-from evomerge.report.tables import result_table
+from evomerge.report.tables import result_table, status_text
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
-from evomerge.run.status import read_status, render_status
+from evomerge.run.status import read_status
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, Proposal
@@ -247,7 +247,7 @@ def test_a_run_of_an_older_version_goes_on(finished_run: Path, tmp_path: Path) -
         read_status(root)
     assert "without it, `evomerge resume` writes it" in raised.value.problems[-1]
     (root / "result.json").unlink()
-    assert "stopped; 18 scored" in render_status(read_status(root))
+    assert "stopped; 18 scored" in status_text(read_status(root))
     assert resume(root, candidates=19).candidates.done == 19
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from evomerge.report.result import CandidateCounts
+from evomerge.report.tables import status_text
 from evomerge.run.folder import RunFolder
-from evomerge.run.status import read_status, render_status
+from evomerge.run.status import read_status
 from evomerge.study.candidate import Candidate
 from tests.frame import invoke
 
@@ -34,10 +36,10 @@ def test_status_contract(finished_run: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_rate_counts_each_second_once(finished_run: Path) -> None:
-    found = read_status(finished_run)
+    status = read_status(finished_run)
     totals = [c.seconds["total"] for c in RunFolder.existing(finished_run).candidates()]
-    assert found["candidates_per_hour"] == pytest.approx(3600 * len(totals) / sum(totals))
-    assert found["seconds_left"] == 0
+    assert status.candidates_per_hour == pytest.approx(3600 * len(totals) / sum(totals))
+    assert status.seconds_left == 0
 
 
 def test_status_of_a_run_under_way(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,24 +47,25 @@ def test_status_of_a_run_under_way(finished_run: Path, tmp_path: Path, capsys: p
     (run / "result.json").unlink()
     folder = RunFolder.existing(run)
     with folder.hold():
-        found = read_status(run)
+        status = read_status(run)
         shown = invoke(capsys, "status", run)
-    assert found["state"] == "running"
-    assert found["best"]["fitness"] == max(c.fitness for c in folder.candidates() if c.fitness is not None)
-    assert set(found["best"]["scores"]) == {"search"}
+    assert status.state == "running"
+    assert status.best is not None
+    assert status.best.fitness == max(c.fitness for c in folder.candidates() if c.fitness is not None)
+    assert set(status.best.scores) == {"search"}
     assert shown.out.startswith("tiny: running; 18 scored, 0 failed, 0 pruned of 18\n")
     assert "candidates an hour" in shown.out
     assert "| search | tiny_choice" in shown.out
-    assert read_status(run)["state"] == "stopped"
+    assert read_status(run).state == "stopped"
 
 
 def test_status_before_the_first_candidate(finished_run: Path, tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", RunFolder.existing(finished_run).spec, "")
-    found = read_status(folder.root)
-    assert found["best"] is None
-    assert found["candidates_per_hour"] is None
-    assert found["candidates"] == {"done": 0, "failed": 0, "pruned": 0, "budget": 18}
-    assert render_status(found) == "tiny: stopped; 0 scored, 0 failed, 0 pruned of 18"
+    status = read_status(folder.root)
+    assert status.best is None
+    assert status.candidates_per_hour is None
+    assert status.candidates == CandidateCounts(done=0, failed=0, pruned=0, budget=18)
+    assert status_text(status) == "tiny: stopped; 0 scored, 0 failed, 0 pruned of 18"
 
 
 def test_lineage_contract(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
