@@ -154,7 +154,6 @@ LIGHT = [
     "evomerge.run.status",
     "evomerge.report.tables",
     "evomerge.spec.load",
-    "evomerge.executors.worker",
     "evomerge.executors.local",
 ]
 HEAVY = ["torch", "transformers", "lm_eval", "datasets"]

@@ -21,7 +21,7 @@ from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.study.interfaces import Algorithm, AlgorithmSettings
 from evomerge.study.optuna_trials import distributions_of, genome_of, layer_params, params_of
-from evomerge.system.quiet_optuna import quiet_optuna
+from evomerge.system.quiet import quiet_optuna
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler

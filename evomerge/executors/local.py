@@ -1,40 +1,53 @@
-"""Several processes on this machine that score candidates at once. Imports no torch."""
+"""Several processes on this machine that score candidates at once: both ends of the connection to them.
+
+A worker knows nothing but what to open, named as ``module:function``. It ends by itself when the other end of its
+connection closes, whatever it is doing: with the process that started it.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NoReturn
 
 from evomerge.errors import EvoMergeError
+from evomerge.executors.in_process import attempt
 from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.system.memory import collect_rarely
 
 ATTEMPTS = 2
 """How many workers a candidate may cost, and how many in a row may die before they are ready."""
 
 _PATIENCE = 60.0  # seconds; writing a core file takes some
 
+Opened = tuple[Callable[[Any], None], Callable[[Proposal], Outcome]]
+"""What an opener returns: what takes whom to compare candidates with, and what scores one."""
+
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Worker:
-    """A process, and what it is at.
+    """A process, seen from the one that started it.
 
     Attributes:
         process: The process.
         connection: Our end of the connection to it.
-        place: The worker's number; another that takes its place has the same.
+        slot: The worker's number; another that replaces it has the same.
         ready: Whether it has opened what it needs.
-        told: Whom it was last told to compare candidates with.
+        incumbents: Whom it was last given to compare candidates with.
         proposal: What it is scoring.
         attempt: Which attempt at that this is, from 1.
         since: When it got it.
@@ -42,9 +55,9 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     connection: Connection
-    place: int
+    slot: int
     ready: bool = False
-    told: Any = None
+    incumbents: Any = None
     proposal: Proposal | None = None
     attempt: int = 0
     since: float = 0.0
@@ -54,7 +67,7 @@ class _Worker:
         try:
             self.connection.send(message)
         except OSError as error:
-            log.info("worker %d takes no message: %s", self.place, error)
+            log.info("worker %d takes no message: %s", self.slot, error)
 
 
 class LocalWorkers:
@@ -62,11 +75,11 @@ class LocalWorkers:
 
     Args:
         count: How many.
-        opener: What a worker opens first, as ``module:function``; see `evomerge.executors.worker`.
+        opener: What a worker opens first, as ``module:function``; it returns `Opened`.
         arguments: What the opener is called with.
         digest: What a worker has to know of a history to compare candidates with; None where that is nothing.
         log_file: Where the workers' logs go, with whatever else they print.
-        environment: What the environment of a worker, by its place, has beside ours.
+        environment: What the environment of a worker, by its slot, has beside ours.
     """
 
     def __init__(
@@ -76,7 +89,7 @@ class LocalWorkers:
         arguments: Sequence[Any],
         digest: Callable[[tuple[Candidate, ...]], Any],
         log_file: Path,
-        environment: Callable[[int], Mapping[str, str]] = lambda place: {},
+        environment: Callable[[int], Mapping[str, str]] = lambda slot: {},
     ) -> None:
         self._count = count
         self._opener = opener
@@ -85,7 +98,7 @@ class LocalWorkers:
         self._log_file = log_file
         self._environment = environment
         self._workers: dict[int, _Worker] = {}
-        self._known: Any = None
+        self._incumbents: Any = None
         self._stillborn = 0
 
     @property
@@ -95,14 +108,14 @@ class LocalWorkers:
 
     def begin_generation(self, history: tuple[Candidate, ...]) -> None:
         """Keeps what the workers have to know of the history; each is told with its next proposal."""
-        known = self._digest(history)
-        if known != self._known:
-            self._known = known
+        incumbents = self._digest(history)
+        if incumbents != self._incumbents:
+            self._incumbents = incumbents
 
     def submit(self, proposal: Proposal) -> None:
         """Gives the proposal to a worker that has none."""
-        for place in range(self._count):
-            worker = self._workers.get(place) or self._start(place)
+        for slot in range(self._count):
+            worker = self._workers.get(slot) or self._start(slot)
             if worker.proposal is None:
                 self._give(worker, proposal, 1)
                 return
@@ -114,7 +127,7 @@ class LocalWorkers:
             busy = {worker.connection: worker for worker in self._workers.values() if worker.proposal is not None}
             for connection in wait(list(busy)):
                 worker = busy[connection]  # type: ignore[index]
-                finished = self._hear(worker)
+                finished = self._receive(worker)
                 if finished is not None:
                     return finished
 
@@ -124,7 +137,7 @@ class LocalWorkers:
             _end(worker)
         self._workers.clear()
 
-    def _hear(self, worker: _Worker) -> tuple[Proposal, Outcome] | None:
+    def _receive(self, worker: _Worker) -> tuple[Proposal, Outcome] | None:
         """What the worker's next message means for its proposal."""
         try:
             kind, content = worker.connection.recv()
@@ -133,57 +146,57 @@ class LocalWorkers:
         if kind == "error":
             raise content
         if kind == "bug":
-            raise RuntimeError(f"worker {worker.place}:\n{content}")
+            raise RuntimeError(f"worker {worker.slot}:\n{content}")
         if kind == "ready":
             worker.ready, self._stillborn = True, 0
             return None
         proposal, worker.proposal = worker.proposal, None
         if proposal is None:
-            raise RuntimeError(f"worker {worker.place} has scored what nobody asked for")
+            raise RuntimeError(f"worker {worker.slot} has scored what nobody asked for")
         return proposal, content
 
     def _lost(self, worker: _Worker) -> tuple[Proposal, Outcome] | None:
         """Has another worker try, or gives the candidate up."""
         how = _ending(_exit_code(worker.process))
         _end(worker)
-        del self._workers[worker.place]
+        del self._workers[worker.slot]
         if worker.proposal is None:
             return None
-        log.warning("worker %d died (%s) with candidate %d", worker.place, how, worker.proposal.number)
+        log.warning("worker %d died (%s) with candidate %d", worker.slot, how, worker.proposal.number)
         if not worker.ready:  # which is not the candidate's fault
             self._stillborn += 1
             if self._stillborn >= ATTEMPTS:
-                raise EvoMergeError(f"worker {worker.place} died before it could score: {how}; see {self._log_file}")
+                raise EvoMergeError(f"worker {worker.slot} died before it could score: {how}; see {self._log_file}")
             worker.attempt -= 1
         if worker.attempt < ATTEMPTS:
-            self._give(self._start(worker.place), worker.proposal, worker.attempt + 1)
+            self._give(self._start(worker.slot), worker.proposal, worker.attempt + 1)
             return None
         failure = f"worker died: {how}, {worker.attempt} times; see {self._log_file.name}"
         seconds = {"total": time.perf_counter() - worker.since}
         return worker.proposal, Outcome(None, state="failed", failure=failure, seconds=seconds)
 
     def _give(self, worker: _Worker, proposal: Proposal, attempt: int) -> None:
-        if worker.told is not self._known:
-            worker.send(("begin", self._known))
-            worker.told = self._known
+        if worker.incumbents is not self._incumbents:
+            worker.send(("begin", self._incumbents))
+            worker.incumbents = self._incumbents
         worker.send(("score", proposal))
         worker.proposal, worker.attempt, worker.since = proposal, attempt, time.perf_counter()
 
-    def _start(self, place: int) -> _Worker:
-        ours, theirs = Pipe()
+    def _start(self, slot: int) -> _Worker:
+        connection, other_end = Pipe()
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-        arguments = ["-c", "from evomerge.executors.worker import main; main()", str(theirs.fileno()), self._opener]
-        with theirs, self._log_file.open("ab") as out:
+        arguments = ["-c", "from evomerge.executors.local import serve; serve()", str(other_end.fileno()), self._opener]
+        with other_end, self._log_file.open("ab") as out:
             process = subprocess.Popen(
                 [sys.executable, *arguments],
-                env={**os.environ, "PYTHONPATH": path, **self._environment(place)},
+                env={**os.environ, "PYTHONPATH": path, **self._environment(slot)},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(other_end.fileno(),),
                 start_new_session=True,  # Ctrl-C is for this process, which ends its workers
             )
-        worker = self._workers[place] = _Worker(process, ours, place)
+        worker = self._workers[slot] = _Worker(process, connection, slot)
         worker.send(self._arguments)
         return worker
 
@@ -209,3 +222,44 @@ def _ending(code: int) -> str:
         return f"exit code {code}"
     hint = ", as when memory runs out" if -code == signal.SIGKILL else ""
     return f"signal {-code} ({signal.Signals(-code).name}{hint})"
+
+
+def serve() -> NoReturn:
+    """Runs a worker: serves the connection of file descriptor ``argv[1]`` with what the opener ``argv[2]`` returns."""
+    collect_rarely()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("evomerge").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    connection = Connection(int(sys.argv[1]))
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_fill, args=(connection, inbox), daemon=True).start()
+    try:
+        _score(connection, inbox, sys.argv[2])
+    except EvoMergeError as error:
+        connection.send(("error", error))
+    except Exception:
+        connection.send(("bug", traceback.format_exc()))
+    sys.exit(1)
+
+
+def _fill(connection: Connection, inbox: SimpleQueue[Any]) -> None:
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        pass  # nobody is left to score for
+    except Exception:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def _score(connection: Connection, inbox: SimpleQueue[Any], opener: str) -> NoReturn:
+    module, _, name = opener.partition(":")
+    begin, evaluate = getattr(importlib.import_module(module), name)(*inbox.get())
+    connection.send(("ready", None))
+    while True:
+        kind, content = inbox.get()
+        if kind == "begin":
+            begin(content)
+        else:
+            connection.send(("outcome", attempt(evaluate, content)))

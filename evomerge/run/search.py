@@ -14,7 +14,7 @@ from pathlib import Path
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.errors import EvoMergeError, RunError, SpecError
 from evomerge.executors.in_process import InProcess
-from evomerge.executors.local import LocalWorkers
+from evomerge.executors.local import LocalWorkers, Opened
 from evomerge.problem.candidate_evaluator import Scorer
 from evomerge.problem.problem import Workbench
 from evomerge.report.result import Ending, RunResult
@@ -26,7 +26,7 @@ from evomerge.run.warm_start import read_seeds, warm_starts
 from evomerge.spec.schema import Search, SearchSpec
 from evomerge.study.budget import StopConditions, spent_items
 from evomerge.study.candidate import Candidate, Outcome, Proposal
-from evomerge.study.interfaces import AlgorithmSettings, Executor, SearchInfo, Tracker
+from evomerge.study.interfaces import AlgorithmSettings, Executor, NullTracker, SearchInfo, Tracker
 from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
@@ -199,17 +199,34 @@ def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, tracker: Trac
     bench.release()
     workers = LocalWorkers(
         count,
-        "evomerge.executors.worker:open_scorer",
+        "evomerge.run.search:open_worker",
         (folder.root, bench.threads, share),
         scorer.rivals,
         folder.root / "log.txt",
-        partial(_place, folder.spec.evaluation.device, share),
+        partial(_worker_environment, folder.spec.evaluation.device, share),
     )
     try:
         yield workers
     finally:
         workers.close()
         folder.sweep()
+
+
+def open_worker(root: Path, threads: int, share: int) -> Opened:
+    """Opens a run's models and tasks in a worker process, and fixes what its driver has fixed.
+
+    Args:
+        root: The run folder.
+        threads: Of the run.
+        share: Of these, how many are this process's.
+    """
+    import torch
+
+    torch.set_num_threads(share)
+    folder = RunFolder.existing(root)
+    scorer = Scorer(Workbench(folder.spec, threads), folder)
+    scorer.settle(NullTracker())
+    return scorer.race_against, scorer
 
 
 def _survived(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
@@ -221,7 +238,7 @@ def _survived(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], propos
     return Outcome(None, state="failed", failure=failure)
 
 
-def _place(device: str, share: int, place: int) -> dict[str, str]:
+def _worker_environment(device: str, share: int, slot: int) -> dict[str, str]:
     """The environment that gives a worker its share of the cores, and the devices in turn."""
     environment = {"OMP_NUM_THREADS": str(share)}
     if device == "cuda":
@@ -229,7 +246,7 @@ def _place(device: str, share: int, place: int) -> dict[str, str]:
 
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
-        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)] if devices else ""
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)] if devices else ""
     return environment
 
 

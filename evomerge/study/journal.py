@@ -11,16 +11,16 @@ opened: a line torn by a kill is cut off before anything is appended to it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import OutputError, RunError
+from evomerge.system.locks import in_turn
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -33,15 +33,9 @@ METRIC_NAMES = "study:metric_names"  # where `Study.set_metric_names` puts them
 MAXIMIZE = 2
 
 
-@contextmanager
-def locked(journal: Path) -> Iterator[None]:
+def locked(journal: Path) -> AbstractContextManager[None]:
     """Holds an exclusive lock on a file beside the journal; a killed holder leaves nothing to clean up."""
-    descriptor = os.open(journal.with_name(journal.name + ".flock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return in_turn(journal.with_name(journal.name + ".flock"))
 
 
 def repair(journal: Path) -> int:
@@ -79,9 +73,9 @@ def _after_last_newline(file: Any, stop: int) -> int:
     while stop > 0:
         start = max(stop - _CHUNK, 0)
         file.seek(start)
-        place = file.read(stop - start).rfind(b"\n")
-        if place >= 0:
-            return start + int(place) + 1
+        newline = file.read(stop - start).rfind(b"\n")
+        if newline >= 0:
+            return start + int(newline) + 1
         stop = start
     return 0
 
@@ -200,18 +194,14 @@ def optuna_storage(journal: Path) -> BaseStorage:
         """Optuna's interface to `locked`."""
 
         def __init__(self) -> None:
-            self._held: Any = None
+            self._stack = ExitStack()
 
         def acquire(self) -> bool:
-            held = locked(journal)
-            held.__enter__()
-            self._held = held
+            self._stack.enter_context(locked(journal))
             return True
 
         def release(self) -> None:
-            held, self._held = self._held, None
-            if held is not None:
-                held.__exit__(None, None, None)
+            self._stack.close()
 
     journal.parent.mkdir(parents=True, exist_ok=True)
     repair(journal)

@@ -243,12 +243,12 @@ def _state(candidate: Candidate) -> int:
 def journal_line(candidate: Candidate, parameters: Parameters) -> dict[str, Any]:
     """The fields of a finished trial in Optuna's journal."""
     began, ended = times(candidate)
-    found = values(candidate)
-    several = found is not None and len(found) > 1
+    reached = values(candidate)
+    several = reached is not None and len(reached) > 1
     return {
         "state": _state(candidate),
-        "value": found[0] if found is not None and not several else None,
-        "values": found if several else None,
+        "value": reached[0] if reached is not None and not several else None,
+        "values": reached if several else None,
         "datetime_start": began.isoformat(timespec="microseconds"),
         "datetime_complete": ended.isoformat(timespec="microseconds"),
         **parameters.journalled(candidate),

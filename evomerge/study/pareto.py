@@ -37,17 +37,17 @@ def ranks(values: Array, enough: int | None = None) -> Integers:
     points, inverse = np.unique(-values, axis=0, return_inverse=True)  # sorted: a point is dominated by earlier ones
     inverse = inverse.reshape(-1)  # numpy 2.0 gives it a second axis
     copies = np.bincount(inverse, minlength=len(points))
-    found = np.zeros(len(points), dtype=np.int64)
+    fronts = np.zeros(len(points), dtype=np.int64)
     waiting = np.arange(len(points))
     front = ranked = 0
     while len(waiting) and (enough is None or ranked < enough):
         best = _first_front(points[waiting])
-        found[waiting[best]] = front
+        fronts[waiting[best]] = front
         ranked += int(copies[waiting[best]].sum())
         waiting = waiting[~best]
         front += 1
-    found[waiting] = front
-    return found[inverse]
+    fronts[waiting] = front
+    return fronts[inverse]
 
 
 def _first_front(losses: Array) -> NDArray[np.bool_]:
@@ -73,18 +73,18 @@ def crowding(values: Array) -> Array:
         Shape [points].
     """
     points, first = np.unique(values, axis=0, return_index=True)
-    found = np.zeros(len(points))
+    distances = np.zeros(len(points))
     for column in points.T:
         order = np.argsort(column, kind="stable")
         sorted_column = column[order]
         span = sorted_column[-1] - sorted_column[0] if len(order) else 0.0
         if span > 0:
-            found[order[[0, -1]]] = np.inf
-            found[order[1:-1]] += (sorted_column[2:] - sorted_column[:-2]) / span
+            distances[order[[0, -1]]] = np.inf
+            distances[order[1:-1]] += (sorted_column[2:] - sorted_column[:-2]) / span
     if len(points) == 1:
-        found[:] = np.inf
+        distances[:] = np.inf
     spread = np.zeros(len(values))
-    spread[first] = found
+    spread[first] = distances
     return spread
 
 
@@ -128,13 +128,13 @@ def growing_hypervolume(values: Array, reference: Array) -> Array:
     gains = values - reference
     front = gains[:0]
     volume = 0.0
-    found = np.zeros(len(gains))
+    volumes = np.zeros(len(gains))
     for k, gain in enumerate(gains):
         if (gain > 0).all() and not (front >= gain).all(axis=1).any():
             volume += float(gain.prod()) - _volume(np.minimum(front, gain))
             front = np.vstack([front[~(front <= gain).all(axis=1)], gain])
-        found[k] = volume
-    return found
+        volumes[k] = volume
+    return volumes
 
 
 def _volume(gains: Array) -> float:
@@ -214,7 +214,7 @@ def _normal(scaled: Array) -> Array:
     ends = points[np.argmax(points, axis=0)] if count else np.zeros((0, 0))
     normal = np.ones(count)
     if count and np.linalg.matrix_rank(ends) == count:
-        found = np.linalg.solve(ends, np.ones(count))
-        normal = found if (found > 0).all() else normal
+        solution = np.linalg.solve(ends, np.ones(count))
+        normal = solution if (solution > 0).all() else normal
     length = float(np.linalg.norm(normal))
     return normal / length if length else normal

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from evomerge.errors import RunError
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, find, number_of
-from evomerge.study.storage import StorageLost, Store, open_store, without_password
+from evomerge.study.storage import StorageUnavailable, Store, open_store, without_password
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -39,14 +39,16 @@ def _undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
         yield
         return
-    met: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: met.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for n in dict.fromkeys(met):
+        for n in dict.fromkeys(received):
             signal.raise_signal(n)
 
 
@@ -86,10 +88,10 @@ class Record:
         self._report = report
         self._waits = waits
         # The first one of a number counts: a commit whose answer was lost may have been made twice.
-        known: dict[int, Candidate] = {}
+        by_number: dict[int, Candidate] = {}
         for candidate in store.read():
-            known.setdefault(candidate.number, candidate)
-        self._candidates = sorted(known.values(), key=number_of)
+            by_number.setdefault(candidate.number, candidate)
+        self._candidates = sorted(by_number.values(), key=number_of)
 
     @classmethod
     def open(
@@ -161,7 +163,7 @@ class Record:
 
         try:
             return _patiently(work, TO_OPEN, report, without_password(str(where)))
-        except StorageLost as error:
+        except StorageUnavailable as error:
             raise RunError(f"run.storage: cannot open {without_password(str(where))}: {error}") from error
 
     @property
@@ -209,7 +211,7 @@ class Record:
 
         try:
             _patiently(write, self._waits, self._report, self._where)
-        except StorageLost as error:
+        except StorageUnavailable as error:
             raise RunError(
                 f"run.storage: {self._where} did not come back within {sum(self._waits):.0f} s ({error}). Candidate "
                 f"{candidate.number} is not recorded, but its scores are kept in the run's folder: when the storage "
@@ -218,15 +220,15 @@ class Record:
 
 
 def _patiently(work: Callable[[], T], waits: Sequence[float], report: Callable[[str], None], where: str) -> T:
-    """Does the work, again after each of the waits while the storage is lost.
+    """Does the work, again after each of the waits while the storage is unavailable.
 
     Raises:
-        StorageLost: It stayed so.
+        StorageUnavailable: It stayed so.
     """
     for wait in waits:
         try:
             return work()
-        except StorageLost as error:
+        except StorageUnavailable as error:
             report(f"run.storage: {where} cannot be reached ({error}); trying again in {wait:g} s")
         time.sleep(wait)  # where Ctrl-C is heard
     return work()

@@ -12,7 +12,7 @@ from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate
 from evomerge.study.journal import Journal, optuna_storage, repair
 from evomerge.study.optuna_trials import Parameters, frozen_trial, journal_line, unpacked
-from evomerge.system.quiet_optuna import quiet_optuna
+from evomerge.system.quiet import quiet_optuna
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -30,7 +30,7 @@ _LIBPQ = {
 }
 
 
-class StorageLost(Exception):
+class StorageUnavailable(Exception):
     """A database cannot be reached just now, or broke off in the middle: what it was asked may be done or not."""
 
 
@@ -47,7 +47,7 @@ class Store(Protocol):
         ...
 
     def append(self, candidate: Candidate) -> None:
-        """Writes a finished candidate; after a `StorageLost`, writes it unless it is there."""
+        """Writes a finished candidate; after a `StorageUnavailable`, writes it unless it is there."""
         ...
 
     def set_attribute(self, key: str, value: Any) -> None:
@@ -66,7 +66,7 @@ def open_store(
 
     Raises:
         RunError: The storage cannot be used.
-        StorageLost: It cannot be reached just now.
+        StorageUnavailable: It cannot be reached just now.
     """
     if "://" in str(where):
         return DatabaseStore.open(str(where), name, space, objectives, create, names)
@@ -138,7 +138,7 @@ class DatabaseStore:
         """Connects; None when there is no such study and it is not to be created."""
         import optuna
 
-        with quiet_optuna(), _losses():
+        with quiet_optuna(), _unavailability():
             storage = connect(url)
             try:
                 study = optuna.load_study(storage=storage, study_name=name)
@@ -160,13 +160,13 @@ class DatabaseStore:
 
         Raises:
             RunError: Another process has written to the study since it was read.
-            StorageLost: The database broke off. Whether it has the candidate is looked up at the next try.
+            StorageUnavailable: The database broke off. Whether it has the candidate is looked up at the next try.
         """
-        with quiet_optuna(), _losses():
+        with quiet_optuna(), _unavailability():
             try:
                 if not (self._in_doubt and self._has(candidate.number)):
                     self._add(candidate)
-            except StorageLost:
+            except StorageUnavailable:
                 self._in_doubt = True
                 raise
             self._in_doubt = False
@@ -189,7 +189,7 @@ class DatabaseStore:
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Sets a user attribute of the study."""
-        with quiet_optuna(), _losses():
+        with quiet_optuna(), _unavailability():
             self._study.set_user_attr(key, value)
 
     def study(self) -> Study:
@@ -198,7 +198,7 @@ class DatabaseStore:
 
 
 def connect(url: str) -> RDBStorage:
-    """A database by URL, which raises `StorageLost` as soon as the connection is.
+    """A database by URL, which raises `StorageUnavailable` as soon as the connection is.
 
     Optuna would try again by itself; but where the connection broke after the commit, that writes a trial twice.
 
@@ -224,8 +224,8 @@ def connect(url: str) -> RDBStorage:
 
 def _patience(url: URL) -> dict[str, Any]:
     """Settings of libpq that let a connection to a host that is gone fail, where it would wait for hours."""
-    known = url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
-    return {name: value for name, value in _LIBPQ.items() if name not in url.query} if known else {}
+    uses_libpq = url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+    return {name: value for name, value in _LIBPQ.items() if name not in url.query} if uses_libpq else {}
 
 
 def _at_once(context: Any) -> None:
@@ -234,12 +234,12 @@ def _at_once(context: Any) -> None:
 
     transient = sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError
     if not context.is_pre_ping and (context.is_disconnect or isinstance(context.sqlalchemy_exception, transient)):
-        raise StorageLost(_first_line(context.original_exception)) from context.original_exception
+        raise StorageUnavailable(_first_line(context.original_exception)) from context.original_exception
 
 
 @contextmanager
-def _losses() -> Iterator[None]:
-    """What Optuna and SQLAlchemy raise for a database that cannot be reached, as `StorageLost`."""
+def _unavailability() -> Iterator[None]:
+    """What Optuna and SQLAlchemy raise for a database that cannot be reached, as `StorageUnavailable`."""
     import optuna
     import sqlalchemy
 
@@ -247,11 +247,11 @@ def _losses() -> Iterator[None]:
     try:
         yield
     except transient as error:
-        raise StorageLost(_first_line(error.orig)) from error
+        raise StorageUnavailable(_first_line(error.orig)) from error
     except optuna.exceptions.StorageInternalError as error:
         if not isinstance(error.__cause__, transient):
             raise
-        raise StorageLost(_first_line(error.__cause__.orig)) from error
+        raise StorageUnavailable(_first_line(error.__cause__.orig)) from error
 
 
 def _first_line(error: BaseException | None) -> str:

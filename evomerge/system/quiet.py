@@ -1,4 +1,4 @@
-"""Around other packages' code while it builds tasks: no chatter on the screen, no chance in what it draws."""
+"""Runs other packages' code without chatter on the screen, and without chance in what it draws."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import random
+import warnings
 from collections.abc import Iterator
 
 _CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub", "fsspec")
@@ -16,26 +17,45 @@ def quiet() -> Iterator[None]:
     """Silences the progress bars and the informational logs of lm-eval, datasets and transformers within."""
     import datasets
 
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    levels = [logger.level for logger in loggers]
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
         # tqdm bars that nobody can switch off go to whatever standard error is at the moment.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with _errors_only(*_CHATTY), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Silences Optuna's log lines and its notes on experimental functions within."""
+    import optuna
+
+    optuna.logging.get_verbosity()  # which sets its logger up, where that has not been done yet
+    with _errors_only("optuna"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    """Loggers of these names pass on nothing below ERROR within."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """The seeds of `lm_eval` in the global generators within; afterwards they are as they were.
+    """Gives the global generators the seeds of `lm_eval` within; afterwards they are as they were.
 
     Some tasks shuffle choices with Python's or numpy's global generator, and would ask something else every time.
     """

@@ -11,8 +11,7 @@ from typing import Any
 
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError, RunError
-from evomerge.executors.local import LocalWorkers
-from evomerge.executors.worker import Opened
+from evomerge.executors.local import LocalWorkers, Opened
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings

@@ -24,7 +24,7 @@ from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generat
 from evomerge.study.journal import repair
 from evomerge.study.optuna_trials import params_of
 from evomerge.study.record import Record
-from evomerge.system.quiet_optuna import quiet_optuna
+from evomerge.system.quiet import quiet_optuna
 from tests.algorithms.landscapes import make_space
 from tests.frame import ROOT, environment
 from tests.study.scripted_run import SPACE, run

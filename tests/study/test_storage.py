@@ -26,7 +26,7 @@ from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.journal import Journal
 from evomerge.study.loop import search
 from evomerge.study.record import Record
-from evomerge.study.storage import StorageLost
+from evomerge.study.storage import StorageUnavailable
 from tests.algorithms.landscapes import Memory, plain
 from tests.study.scripted_run import SPACE, evaluate
 
@@ -53,10 +53,10 @@ def breaking(record: Record, script: list[str]) -> None:
     def broken(*arguments: Any) -> int:
         what = script.pop(0) if script else "well"
         if what == "before":
-            raise StorageLost("connection refused")
+            raise StorageUnavailable("connection refused")
         trial = int(create(*arguments))
         if what == "after":
-            raise StorageLost("server closed the connection unexpectedly")
+            raise StorageUnavailable("server closed the connection unexpectedly")
         return trial
 
     storage.create_new_trial = broken
