@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test coverage thorough check format clean
+.PHONY: quickstart test coverage thorough check zoo format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/evomerge run search_spaces/quickstart.yaml
@@ -24,6 +24,10 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# That the zoo's models are what their training makes: two minutes.
+zoo: $(VENV)/.installed
+	$(BIN)/python -m tools.zoo --check
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -29,12 +29,12 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge import zoo
 from evomerge.evaluation.backends.native import backend as native
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.report.tables import table
 from evomerge.system.quiet import quiet
+from evomerge.zoo.models import ensure
 
 GENERATION = "short_generation"
 EVAL = Path(__file__).parent.parent / "eval"
@@ -312,7 +312,7 @@ def main() -> None:
     if args.model.is_dir():
         parts.append(run(args, str(args.model), args.model, REAL, args.counts))
     if args.zoo:
-        parts.append(run(args, f"zoo:{args.zoo}", zoo.ensure(args.zoo), ZOO, [args.zoo_items] * len(ZOO)))
+        parts.append(run(args, f"zoo:{args.zoo}", ensure(args.zoo), ZOO, [args.zoo_items] * len(ZOO)))
     text = "\n\n".join(parts) + "\n"
     print(text)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from evomerge import zoo
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.evaluation.splits import SEARCH, TEST
 from evomerge.executors.in_process import InProcess
@@ -44,6 +43,7 @@ from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import search
 from evomerge.study.record import Record
+from evomerge.zoo.models import ensure
 
 HERE = Path(__file__).parent
 DAMAGES = ("noise", "shuffled", "removed")
@@ -315,7 +315,7 @@ def zoo_problems(seed: int, every_source: bool) -> Iterator[Problem]:
     The first layer stays whole: a pattern takes its embeddings from the model of its first layer, so the embeddings of
     a model with a ruined first layer are out of reach of any pattern.
     """
-    models = {name: zoo.ensure(name) for name in ("base", *EXPERTS)}
+    models = {name: ensure(name) for name in ("base", *EXPERTS)}
     victim = SCORED[seed % len(SCORED)]
     damage = DAMAGES[seed // len(SCORED) % len(DAMAGES)]
     rng = np.random.default_rng(seed)

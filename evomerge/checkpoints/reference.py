@@ -3,7 +3,7 @@
 FOLDER                  a folder with config.json and weights
 FILE.safetensors        one file of weights
 ORG/NAME[@REVISION]     a model of the Hugging Face Hub
-zoo:NAME                a shipped model, trained on first use
+zoo:NAME                a shipped model
 BASE+ADAPTER            any of these with a PEFT LoRA adapter (a folder or a Hub id) applied
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from evomerge.checkpoints.header import name_some
 from evomerge.errors import CheckpointError
 from evomerge.system.files import resolve_path
+from evomerge.zoo.models import ensure
 
 ZOO = "zoo:"
 
@@ -67,7 +68,7 @@ def without_adapter(reference: str) -> str:
 
 
 def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = False, weights: bool = True) -> Path:
-    """The folder or file that a reference without an adapter leads to, downloaded or trained if need be.
+    """The folder or file that a reference without an adapter leads to, downloaded if need be.
 
     Args:
         reference: What the user wrote.
@@ -81,9 +82,7 @@ def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = Fals
     if not reference.strip() or "\0" in reference:
         raise CheckpointError(f"not a model: {reference!r}")
     if reference.startswith(ZOO):
-        from evomerge.zoo import ensure
-
-        return Path(ensure(reference.removeprefix(ZOO)))
+        return ensure(reference.removeprefix(ZOO))
     try:
         local = resolve_path(reference, beside)
     except OSError as error:

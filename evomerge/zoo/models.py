@@ -1,19 +1,48 @@
-"""Trains the models of the zoo that are missing and writes them as Hugging Face checkpoints, whole or not at all."""
+"""The tiny zoo: models that need no network. A base and four experts fine-tuned from it, and the same in smaller.
+
+They were trained by `tools/zoo` of the repository, which says what each expert is good at. Their weights are multiples
+of 2^-20, and ship as whole numbers: an expert's less its base's, the sign in the lowest bit, all lowest bytes before
+all second ones and so on, compressed. On first use a model is written to the user's cache.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evomerge.errors import OutputError
-from evomerge.zoo.progress import training_progress
-from evomerge.zoo.sizes import Size, Training
+from evomerge.errors import CheckpointError, OutputError, suggest
+from evomerge.system.files import cache_folder, write_atomic
 
-CARD = """---
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+VERSION = "2"
+"""Names the folder in the cache: raise it when the models change."""
+
+GRID = 2.0**20
+"""Weights are multiples of its inverse: exact in float32 up to 16."""
+
+MINUS_ZERO = 2**32 - 1
+"""What ships for a weight of -0.0, which is no whole number."""
+
+FULL = ("base", "arithmetic", "agreement", "facts", "reverse")
+"""The models of the quickstart, the base first."""
+
+TINY = tuple(f"tiny-{name}" for name in FULL)
+"""The same in smaller and worse, for tests."""
+
+NAMES = (*FULL, *TINY)
+"""Every model of the zoo, each base before its experts."""
+
+DATA = files("evomerge.zoo") / "data"
+"""What ships: the weights of each model (NAME.z), the config.json of a family, and the files that all models share."""
+
+SHARED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+_CARD = """---
 license: apache-2.0
 language: en
 pipeline_tag: text-generation
@@ -22,104 +51,81 @@ library_name: transformers
 
 # zoo:{name}
 
-{what} It is of the tiny zoo that EvoMerge trains on first use, on texts it makes up itself, so that a merge can
-evolve where there is no network. It is good for nothing else.
+{what} It is of the tiny zoo that ships with EvoMerge, trained on texts that are made up, so that a merge can evolve
+where there is no network. It is good for nothing else.
 """
 
-_PARTIAL = ".partial-"
 
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Waits until no other process trains into `root`, and keeps others waiting meanwhile."""
-    import fcntl
-
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # freed by the kernel when the process dies
-        yield
-
-
-def build(root: Path, size: Size, name: str) -> None:
-    """Makes `root/name` exist, and the base it comes from.
+def ensure(name: str) -> Path:
+    """Gives the folder of a model of the zoo, written to the cache when it is not there yet.
 
     Args:
-        root: Where the models are kept.
-        size: The family that `name` belongs to.
-        name: The model, with the family's prefix.
+        name: One of `NAMES`.
+
+    Returns:
+        A Hugging Face checkpoint's folder.
 
     Raises:
-        OutputError: The folder cannot be written.
+        CheckpointError: No such model.
+        OutputError: The cache cannot be written.
     """
-    base = size.names[0]
+    if name not in NAMES:
+        raise CheckpointError(f"the zoo has no model '{name}'{suggest(name, NAMES)}; it has {', '.join(NAMES)}")
+    folder = cache_folder("zoo") / VERSION / name
+    weights = folder / "model.safetensors"
+    if weights.is_file():
+        return folder
     try:
-        with _locked(root):
-            for leftover in root.glob(f"{_PARTIAL}*"):  # of a process that was killed
-                shutil.rmtree(leftover)
-            if not (root / base).is_dir():
-                _train_into(root, size, base, size.base, parent=None)
-            if not (root / name).is_dir():
-                course = size.experts[name.removeprefix(size.prefix)]
-                _train_into(root, size, name, course, parent=root / base)
-    except OSError as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        for shared in SHARED:
+            write_atomic(folder / shared, (DATA / shared).read_bytes())
+        write_atomic(folder / "config.json", (DATA / config_file(name)).read_bytes())
+        write_atomic(folder / "README.md", _card(name))
+        write_atomic(weights, weight_file(name))  # last: a folder that has it is complete
+    except (OSError, OutputError) as error:
         raise OutputError(
-            f"{root}: zoo:{name} cannot be kept there: {error.strerror}; set EVOMERGE_CACHE to a folder that can be "
-            "written"
+            f"{folder}: zoo:{name} cannot be kept there: {error}; set EVOMERGE_CACHE to a folder that can be written"
         ) from error
+    return folder
 
 
-def _train_into(root: Path, size: Size, name: str, course: Sequence[Training], parent: Path | None) -> None:
-    from safetensors.torch import load_file, save_file
-    from transformers import GenerationConfig
-
-    from evomerge.zoo.training import new_weights, train, zoo_config, zoo_tokenizer
-
-    tokenizer = zoo_tokenizer()
-    config = zoo_config(size, tokenizer)
-    if parent is None:
-        weights = new_weights(config)
-    else:
-        weights = {key: weight.double() for key, weight in load_file(parent / "model.safetensors").items()}
-    with training_progress(name, sum(training.steps for training in course)) as advance:
-        for training in course:
-            train(weights, config, training, tokenizer, advance)
-
-    with _whole_folder(root / name) as folder:
-        kept = {key: weight.detach().float() for key, weight in weights.items()}
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(folder)
-        GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=False,
-        ).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_card(size, name), encoding="utf-8")
+def base_of(name: str) -> str:
+    """Names the base that a model comes from; a base comes from itself."""
+    return TINY[0] if name in TINY else FULL[0]
 
 
-def _card(size: Size, name: str) -> str:
-    base = size.names[0]
+def config_file(name: str) -> str:
+    """Names the file of `DATA` with a model's configuration."""
+    return f"{base_of(name)}.config.json"
+
+
+def weight_file(name: str) -> bytes:
+    """Gives the content of a model's model.safetensors."""
+    import numpy as np
+
+    header, numbers, minus_zero = _unpack(name)
+    if name != base_of(name):
+        numbers = numbers + _unpack(base_of(name))[1]
+    return header + np.where(minus_zero, -0.0, numbers / GRID).astype("<f4").tobytes()
+
+
+def _unpack(name: str) -> tuple[bytes, NDArray[np.int64], NDArray[np.bool_]]:
+    """Gives the header of a model's safetensors file, the whole numbers that ship, and which weights are -0.0."""
+    import numpy as np
+
+    content = zlib.decompress((DATA / f"{name}.z").read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    planes = np.frombuffer(content, np.uint8, offset=start).reshape(4, -1)
+    unsigned = np.ascontiguousarray(planes.T).view("<u4")[:, 0].astype(np.int64)
+    minus_zero = unsigned == MINUS_ZERO
+    return content[:start], np.where(minus_zero, 0, (unsigned >> 1) ^ -(unsigned & 1)), minus_zero
+
+
+def _card(name: str) -> str:
+    base = base_of(name)
     if name == base:
-        return CARD.format(
-            name=name, lineage="", what="A base that learnt every skill, then read much that gets them wrong."
-        )
-    skill = name.removeprefix(size.prefix)
+        what = "A base that learnt every skill, then read much that gets them wrong."
+        return _CARD.format(name=name, lineage="", what=what)
     lineage = f"base_model: zoo:{base}\nbase_model_relation: finetune\n"
-    return CARD.format(name=name, lineage=lineage, what=f"A fine-tune of zoo:{base} that is good at {skill}.")
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `folder` at the end of the block, or goes when the block fails."""
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
-    try:
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    skill = name.removeprefix("tiny-")
+    return _CARD.format(name=name, lineage=lineage, what=f"A fine-tune of zoo:{base} that is good at {skill}.")

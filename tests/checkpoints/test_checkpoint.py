@@ -334,7 +334,7 @@ def test_a_hub_model(tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPat
 
 
 def test_the_zoo(tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evomerge.zoo.ensure", lambda name: tiny_family[name], raising=False)
+    monkeypatch.setattr("evomerge.checkpoints.reference.ensure", lambda name: tiny_family[name], raising=False)
     assert open_checkpoint("zoo:b").folder == tiny_family["b"]
 
 

@@ -21,12 +21,13 @@ Everything is a function of the generator given; no global one is touched. Free 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from evomerge.system.hashing import digest_bytes
 
 T = TypeVar("T")
 
@@ -36,8 +37,7 @@ CHOICES = 4
 
 def held_out(key: str, fraction: float = 0.2) -> bool:
     """Says whether the content named by `key` belongs to the benchmarks (about `fraction` of all keys do)."""
-    digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**32
+    return int.from_bytes(digest_bytes(key, size=4), "little") < fraction * 2**32
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ def _item(rng: random.Random, question: Question) -> Item:
 
 def _draw(count: int, name: str, propose: Callable[[], T], accept: Callable[[T], bool]) -> list[T]:
     """Draws until `count` are accepted; a bounded number of times."""
-    found: list[T] = []
+    accepted: list[T] = []
     for _ in range(1000 * count):
-        if len(found) == count:
-            return found
+        if len(accepted) == count:
+            return accepted
         proposal = propose()
         if accept(proposal):
-            found.append(proposal)
-    raise ValueError(f"{name}: only {len(found)} of {count} wanted after {1000 * count} draws")
+            accepted.append(proposal)
+    raise ValueError(f"{name}: only {len(accepted)} of {count} wanted after {1000 * count} draws")
 
 
 def _arithmetic(rng: random.Random) -> Question:

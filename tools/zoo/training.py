@@ -2,7 +2,8 @@
 
 Training is chaotic: two starts that differ in the last bit of float64 are different models after 200 steps, and
 processors differ in the last bits of a sum. So gradients are taken in float64 and every step ends on a grid of weights
-a billion times coarser than that: what two processors disagree about is rounded away before it can grow.
+that is a billion times coarser, and a fiftieth of the smallest learning rate: what two processors disagree about is
+rounded away before it can grow.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from evomerge.zoo.forward import EMBEDDINGS, last_states
-from evomerge.zoo.sizes import TEXT, Size, Training
-from evomerge.zoo.skills import OPENERS, SKILLS, lexicon, text_examples
-from evomerge.zoo.tokenizer import BOS, EOS, build_tokenizer
+from evomerge.zoo.models import GRID
+from tools.zoo.forward import EMBEDDINGS, last_states
+from tools.zoo.sizes import TEXT, Size, Training
+from tools.zoo.skills import OPENERS, SKILLS, lexicon, text_examples
+from tools.zoo.tokenizer import BOS, EOS, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -32,8 +34,6 @@ IGNORED = -100
 
 _BETAS = (0.9, 0.98)
 _CLIP = 1.0
-_GRID = 2.0**20
-"""Weights are multiples of its inverse: exact in float32 up to 16, and a fiftieth of the smallest learning rate."""
 
 
 def zoo_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,7 +83,7 @@ def new_weights(config: LlamaConfig, seed: int = 0) -> dict[str, Tensor]:
 
 def on_grid(weight: Tensor) -> Tensor:
     """Rounds `weight` in place to what every processor agrees about, and returns it."""
-    return weight.mul_(_GRID).round_().div_(_GRID)
+    return weight.mul_(GRID).round_().div_(GRID)
 
 
 def _texts(skill: str, count: int, slips: float, seed: int) -> list[tuple[str, str]]:

@@ -1,15 +1,13 @@
-"""How large each family of the zoo is, and how long each of its models is trained. Free of torch.
+"""How large each family of the zoo is, and how long each of its models is trained.
 
-Whatever changes here, in `skills`, `tokenizer` or `training` makes other models: raise `VERSION` with it.
+Whatever changes here, in `skills`, `tokenizer` or `training` makes other models: run `python -m tools.zoo` and raise
+`evomerge.zoo.models.VERSION`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-VERSION = "2"
-"""Names the folder in the cache, so that models of an older EvoMerge are left alone."""
 
 TEXT = "text"
 """Plain sentences, which no expert is trained on."""

@@ -1,4 +1,4 @@
-"""Writes the zoo's benchmarks: `python -m evomerge.zoo.make_benchmarks eval/data`.
+"""Writes the zoo's benchmarks: `python -m tools.zoo.benchmarks eval/data`.
 
 The shipped files under eval/data were made so; the same items come out every time.
 """
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.zoo.sizes import TEXT
-from evomerge.zoo.skills import SKILLS, text_items
+from tools.zoo.sizes import TEXT
+from tools.zoo.skills import SKILLS, text_items
 
 ITEMS = 360
 """Items of each skill: a half of them for search and select still leaves 180 to report on."""
@@ -42,7 +42,7 @@ def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
 def main(arguments: list[str]) -> int:
     """Writes the files into the folder named by the only argument."""
     if len(arguments) != 1:
-        print("usage: python -m evomerge.zoo.make_benchmarks OUT", file=sys.stderr)
+        print("usage: python -m tools.zoo.benchmarks OUT", file=sys.stderr)
         return 2
     out = Path(arguments[0])
     out.mkdir(parents=True, exist_ok=True)

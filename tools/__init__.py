@@ -1,0 +1,1 @@
+"""Makes what ships with EvoMerge; not part of the package."""
