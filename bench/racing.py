@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.evaluation.splits import SEARCH, TEST
-from evomerge.problem.candidate_evaluator import Scorer
-from evomerge.problem.problem import Workbench
+from evomerge.problem.candidate_evaluator import prepare_objective
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import Problem, open_problem
 from evomerge.report.result import RunResult
 from evomerge.report.tables import table
 from evomerge.run.folder import RunFolder
@@ -69,14 +70,15 @@ def compare(name: str, without: Path, raced: Path) -> tuple[list[str], list[floa
     if results[0] is None or results[1] is None:
         raise SystemExit(f"{name}: both runs must be finished")
     items = [_items(folder, result) for folder, result in zip(folders, results, strict=True)]
-    bench = Workbench(folders[0].spec)
+    problem = open_problem(folders[0].spec)
+    runner = ModelRunner(problem)
     scores = [
-        folder.scores.load(bench.plan(result.winner.recipe).digest, TEST)
+        folder.scores.load(runner.plan(result.winner.recipe).digest, TEST)
         for folder, result in zip(folders, results, strict=True)
     ]
     if scores[0] is None or scores[1] is None:
         raise SystemExit(f"{name}: the winners' per-item scores are gone")
-    fitness = _fitness(bench, folders[0])
+    fitness = _fitness(problem, runner, folders[0])
     values = [fitness(part) for part in scores]
     difference, stderr = fitness.difference(scores[1], scores[0])
     ratio = items[0] / items[1]
@@ -95,12 +97,9 @@ def _items(folder: RunFolder, result: RunResult) -> int:
     return len(scored) * sum(metrics[min(metrics)]["n"] for metrics in scored[0].scores[SEARCH].values())
 
 
-def _fitness(bench: Workbench, folder: RunFolder) -> Any:
+def _fitness(problem: Problem, runner: ModelRunner, folder: RunFolder) -> Any:
     """The run's own fitness; its sources' scores are read back from its folder."""
-
-    scorer = Scorer(bench, folder)
-    scorer.settle(NullTracker())
-    return scorer.fitness
+    return prepare_objective(problem, runner, folder.scores, NullTracker()).fitness
 
 
 def summary(rows: list[list[float]]) -> list[str]:

@@ -31,7 +31,8 @@ import numpy as np
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.evaluation.splits import SEARCH, TEST
 from evomerge.executors.in_process import InProcess
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
 from evomerge.report.tables import table
 from evomerge.space.baselines import baselines
 from evomerge.space.decode import decode
@@ -151,18 +152,19 @@ def real_tasks() -> Path:
 
 
 class Scores:
-    """Fitness of recipes on the items of a workbench, each scored once."""
+    """Fitness of recipes on the items of a problem, each scored once."""
 
     def __init__(self, spec: SearchSpec) -> None:
-        self.bench = Workbench(spec)
+        self.problem = open_problem(spec)
+        self.runner = ModelRunner(self.problem)
         self._known: dict[tuple[str, str], float] = {}
 
     def of(self, recipe: Mapping[str, Any], split: str) -> float:
         """By what steers on search items, by the task's own metric on test items."""
-        plan = self.bench.plan(recipe)
+        plan = self.runner.plan(recipe)
         if (plan.digest, split) not in self._known:
-            scores, _ = self.bench.measure(plan, self.bench.selections[split])
-            fitness = self.bench.steering if split == SEARCH else self.bench.goals
+            scores, _ = self.runner.measure(plan, self.problem.splits[split])
+            fitness = self.problem.steering if split == SEARCH else self.problem.reported
             self._known[plan.digest, split] = fitness(scores)
         return self._known[plan.digest, split]
 
@@ -194,7 +196,7 @@ class InMemory:
 
 def run(scores: Scores, algorithm: str, budget: int, population: int, seed: int) -> tuple[Candidate, ...]:
     """The candidates of a search: whole sources, for `ga` the pattern space's other starts, then what it proposes."""
-    space = scores.bench.space
+    space = scores.problem.space
     starts = [
         start
         for start in baselines(space)
@@ -260,7 +262,7 @@ def regained(posed: Posed, candidates: Sequence[Candidate]) -> tuple[float, int 
 
 def told(posed: Posed) -> float:
     """The best share that one has who knows the ruined layers and takes them from one other model."""
-    problem, space = posed.problem, posed.scores.bench.space
+    problem, space = posed.problem, posed.scores.problem.space
     lost = problem.layers[problem.victim]
     found = []
     for name in problem.models:
@@ -273,7 +275,7 @@ def told(posed: Posed) -> float:
 def solve(posed: Posed, budget: int, population: int) -> tuple[list[str], dict[str, Any]]:
     """A line of the table, and its figures."""
     problem, scores = posed.problem, posed.scores
-    space = scores.bench.space
+    space = scores.problem.space
     others = [alone(Path(space.reference(name))) for name in problem.models if name != problem.victim]
     figures: dict[str, Any] = {"other": max(posed.share(recipe) for recipe in others), "told": told(posed)}
     for algorithm in ("ga", "random"):

@@ -20,7 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,9 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.algorithms.registry import get_algorithm
     from evomerge.evaluation.splits import TEST
     from evomerge.executors.in_process import InProcess
-    from evomerge.problem.candidate_evaluator import Scorer
-    from evomerge.problem.problem import Workbench, make_space
+    from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+    from evomerge.problem.model_runner import ModelRunner
+    from evomerge.problem.problem import make_space, open_problem
     from evomerge.report.result import Ending
     from evomerge.run.finalists import choose_winner
     from evomerge.run.folder import RunFolder
@@ -139,28 +140,29 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     contender = CONTENDERS[name]
     spec = spec_of(path, contender, seed, candidates)
     opened = RunFolder.create(folder, spec, "")
-    bench = Workbench(spec)
+    problem = open_problem(spec)
     if not contender.outer:
-        bench.space = make_space(spec, bench.checkpoints, outer=False)
-    scorer = Scorer(bench, opened)
-    scorer.settle(NullTracker())
+        problem = replace(problem, space=make_space(spec, problem.checkpoints, outer=False))
+    runner = ModelRunner(problem)
+    objective = prepare_objective(problem, runner, opened.scores, NullTracker())
+    evaluator = CandidateEvaluator(problem, runner, opened.scores, objective)
     ended = search(
-        bench.space,
+        problem.space,
         get_algorithm(spec.search.algorithm),
-        InProcess(scorer, scorer.before_generation),
-        opened.record(bench.space),
-        StopConditions(candidates, items=items, gradient_items=scorer.gradient_items),
+        InProcess(evaluator, evaluator.begin_generation),
+        opened.record(problem.space),
+        StopConditions(candidates, items=items, gradient_items=evaluator.gradient_items),
         seed=seed,
-        settings=settings_of(spec.search, scorer),
+        settings=settings_of(spec.search, evaluator),
         starts=None if contender.baselines else (),
     )
     ending = Ending(ended.reason, ended.message, extended_from=0)
-    result = choose_winner(bench, scorer, ended.candidates, NullTracker(), ending, where=str(folder))
+    result = choose_winner(problem, evaluator, ended.candidates, NullTracker(), ending, where=str(folder))
     opened.write_result(result)
     order = sorted(ended.candidates, key=lambda c: c.number)
-    spent = list(spent_items(order, scorer.gradient_items))
-    track = _track(order, spent, lambda c: scorer.fitness.unweighted(scorer.scores(c.recipe, TEST)[0]))
-    winner, _ = scorer.scores(result.winner.recipe, TEST)
+    spent = list(spent_items(order, evaluator.gradient_items))
+    track = _track(order, spent, lambda c: objective.fitness.unweighted(evaluator.scores(c.recipe, TEST)[0]))
+    winner, _ = evaluator.scores(result.winner.recipe, TEST)
     found = {
         "name": name,
         "seed": seed,
@@ -172,8 +174,8 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         "winner": {
             "candidate": result.winner.candidate,
             "recipe": result.winner.recipe,
-            "fitness": scorer.fitness.unweighted(winner),
-            "reported": scorer.reported(winner),
+            "fitness": objective.fitness.unweighted(winner),
+            "reported": objective.reported(winner),
         },
     }
     write_atomic(summary, json.dumps(found, indent=1))
@@ -251,8 +253,9 @@ def summary(folder: Path, default: str) -> str:
 def winners(folder: Path, default: str, seed: int) -> str:
     """The winners of one seed on its `test` items, paired: as reported, and by the fitness that steered."""
     from evomerge.evaluation.splits import TEST
-    from evomerge.problem.candidate_evaluator import Scorer
-    from evomerge.problem.problem import Workbench
+    from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+    from evomerge.problem.model_runner import ModelRunner
+    from evomerge.problem.problem import open_problem
     from evomerge.run.folder import RunFolder
     from evomerge.study.interfaces import NullTracker
 
@@ -260,16 +263,18 @@ def winners(folder: Path, default: str, seed: int) -> str:
     for name in CONTENDERS:
         if (folder / f"{_slug(name)}-{seed}" / "result.json").is_file():
             opened = RunFolder.existing(folder / f"{_slug(name)}-{seed}")
-            scorer = Scorer(Workbench(opened.spec), opened)
-            scorer.settle(NullTracker())
+            problem = open_problem(opened.spec)
+            runner = ModelRunner(problem)
+            objective = prepare_objective(problem, runner, opened.scores, NullTracker())
+            evaluator = CandidateEvaluator(problem, runner, opened.scores, objective)
             result = opened.result()
             if result is not None:
-                read[name] = scorer, scorer.scores(result.winner.recipe, TEST)[0]
-    scorer, best = read[default]
+                read[name] = objective, evaluator.scores(result.winner.recipe, TEST)[0]
+    objective, best = read[default]
     rows = []
     for name, (_, scores) in read.items():
         row = [name]
-        for fitness in (scorer.reported, scorer.fitness.unweighted):
+        for fitness in (objective.reported, objective.fitness.unweighted):
             row.append(f"{fitness(scores):.3f} ± {fitness.stderr(scores):.3f}")
             row.append("" if name == default else "{:+.3f} ± {:.3f}".format(*fitness.difference(best, scores)))
         rows.append(row)
@@ -327,9 +332,9 @@ def main() -> None:
 def search_items(path: Path) -> int:
     """Items that steer the search of a specification."""
     from evomerge.evaluation.splits import SEARCH
-    from evomerge.problem.problem import Workbench
+    from evomerge.problem.problem import open_problem
 
-    return sum(map(len, Workbench(load_spec(path)).selections[SEARCH].values()))
+    return sum(map(len, open_problem(load_spec(path)).splits[SEARCH].values()))
 
 
 def _slug(name: str) -> str:

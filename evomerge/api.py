@@ -53,7 +53,9 @@ def search(spec: SearchSpec | Mapping[str, Any] | str | Path, **options: Any) ->
     """
     from evomerge.run.preflight import load_search, parse_search
     from evomerge.run.search import start
+    from evomerge.trackers.console import ConsoleTracker
 
+    options.setdefault("tracker", ConsoleTracker())
     if isinstance(spec, str | Path):
         return start(load_search(Path(spec)), source=Path(spec), **options).to_json()
     if isinstance(spec, Mapping):

@@ -71,11 +71,12 @@ def heard_interrupts() -> Iterator[None]:
 def finished_run(tiny_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search, for reading only; copy it to change it."""
     from evomerge.run.search import start
+    from evomerge.trackers.console import ConsoleTracker
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     path = folder.parent / "tiny.yaml"
     path.write_text(yaml.safe_dump(search_spec(tiny_family), sort_keys=False))
-    start(load_spec(path), source=path, folder=folder)
+    start(load_spec(path), source=path, folder=folder, tracker=ConsoleTracker())
     return folder
 
 

@@ -48,10 +48,18 @@ def run(
     from evomerge.run.preflight import load_search
     from evomerge.run.search import start
     from evomerge.spec.load import find_search
+    from evomerge.trackers.console import ConsoleTracker
 
     _interruptible()
     path = find_search(search)
-    result = start(load_search(path), candidates=candidates, folder=directory, source=path, workers=workers)
+    result = start(
+        load_search(path),
+        source=path,
+        candidates=candidates,
+        folder=directory,
+        workers=workers,
+        tracker=ConsoleTracker(),
+    )
     typer.echo(result_table(result))
 
 
@@ -64,9 +72,11 @@ def resume(
     """Go on with a search from where it stopped."""
     from evomerge.report.tables import result_table
     from evomerge.run.search import resume as resume_run
+    from evomerge.trackers.console import ConsoleTracker
 
     _interruptible()
-    typer.echo(result_table(resume_run(run, candidates=candidates, workers=workers)))
+    result = resume_run(run, candidates=candidates, workers=workers, tracker=ConsoleTracker())
+    typer.echo(result_table(result))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""How the fitness of a candidate changes with its genes: the slopes that a search may climb along.
+"""How the fitness of a candidate changes with its genes: the gradient that a search may step along.
 
 By the chain rule: from the fitness to the items' log-likelihoods, by one pass backward to the model's weights, from
 there to the numbers in the recipe by differences of merges, and from these to the genes that set them. The pass is over
@@ -12,16 +12,14 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, float_parameters, parameter_gradients
+from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, float_parameters
 from evomerge.errors import CandidateError, RecipeError
+from evomerge.evaluation.scores import Array
 from evomerge.evaluation.splits import Selection
+from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Fitness, Scores
-from evomerge.planning.operation import Operation
 from evomerge.planning.plan import Plan
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import Runner
 from evomerge.space.decode import LiteralRecipe, active_genes, decode_literally
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
@@ -29,137 +27,133 @@ from evomerge.space.space import SearchSpace
 log = logging.getLogger(__name__)
 
 COST = 5.0
-"""What slopes cost, in scores of the same items: about 4 for the pass forward and backward, the rest for the merges.
+"""What a gradient costs, in scores of the same items: about 4 for the pass forward and backward, the rest for the
+merges. Measured in processor seconds on 135M models in bfloat16."""
 
-Measured in processor seconds on 135M models in bfloat16."""
-
-SHARE = 0.25
+SAMPLED_SHARE = 0.25
 """Of a task's items, drawn anew for every candidate; bench/results/search.md says why so few."""
-LEAST = 16
+SAMPLED_LEAST = 16
 """Items of a task, where it has them."""
 
-Effects = Mapping[str, Mapping[ParameterKey, Mapping[str, float]]]
+GeneFactors = Mapping[str, Mapping[ParameterKey, Mapping[str, float]]]
 """Output tensor -> number in its settings -> gene -> derivative of the number with respect to the gene."""
 
 
-def genes_of_settings(space: SearchSpace, genome: Genome, literal: LiteralRecipe, plan: Plan) -> Effects:
+def genes_of_settings(space: SearchSpace, genome: Genome, literal: LiteralRecipe, plan: Plan) -> GeneFactors:
     """Finds which genes set which numbers in the plan of a genome's literal recipe, and how."""
     active = active_genes(space, genome)
     free = {gene.name for gene in space.reals if gene.name in active and gene.low < gene.high}
-    effects: dict[str, dict[ParameterKey, dict[str, float]]] = defaultdict(dict)
+    factors: dict[str, dict[ParameterKey, dict[str, float]]] = defaultdict(dict)
     for op in plan.operations:
         for entry in float_parameters(op.settings):
             tensor = op.output if entry[1] is None else op.sources[entry[1]].tensor
-            factors = literal.gene_gradient(op.slice_index, entry, tensor, op.t)
-            by_gene = {gene: factor for gene, factor in factors.items() if gene in free}
-            if by_gene:
-                effects[op.output][entry] = by_gene
-    return effects
+            by_gene = literal.gene_gradient(op.slice_index, entry, tensor, op.t)
+            of_free = {gene: factor for gene, factor in by_gene.items() if gene in free}
+            if of_free:
+                factors[op.output][entry] = of_free
+    return factors
 
 
-def sample(selection: Selection, seed: str) -> dict[str, tuple[int, ...]]:
-    """Draws the items that slopes are taken on.
+def sample_items(selection: Selection, seed: str) -> dict[str, tuple[int, ...]]:
+    """Draws the items that a gradient is taken on.
 
     Args:
         selection: Task to items.
         seed: Names the draw.
 
     Returns:
-        Task to places in its selection, ascending.
+        Task to indices into its selection, ascending.
     """
     drawn = {}
     for task, items in sorted(selection.items()):
-        count = min(len(items), max(LEAST, round(SHARE * len(items))))
+        count = min(len(items), max(SAMPLED_LEAST, round(SAMPLED_SHARE * len(items))))
         drawn[task] = tuple(sorted(random.Random(f"{seed} {task}").sample(range(len(items)), count)))
     return drawn
 
 
-def fitness_slopes(
-    bench: Workbench,
+def fitness_gradients(
+    space: SearchSpace,
+    runner: Runner,
+    tasks: Mapping[str, Task],
     fitness: Fitness,
     selection: Selection,
     genome: Genome,
     scores: Scores,
-    places: Mapping[str, Sequence[int]] | None = None,
+    sample: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, float] | None:
-    """The derivative of the fitness with respect to each active real gene, by name, in units of the gene.
+    """Differentiates the fitness with respect to each active real gene.
 
     Args:
-        bench: Models and tasks.
+        space: The search space.
+        runner: Plans and runs models.
+        tasks: The tasks by name.
         fitness: What steers.
         selection: The items that steer.
         genome: The candidate's genes.
         scores: Its scores on the selection.
-        places: Task to places in the selection: items that stand for all of their task. None for all items.
+        sample: Task to indices into the selection: items that stand for all of their task. None for all items.
 
     Returns:
-        None where there is none: no active real genes, no metric that changes smoothly, or a model that has no
-        gradient.
+        Derivative by name of gene, in units of the gene. None where there is none: no active real genes, no metric that
+        changes smoothly, or a model that has no gradient.
     """
-    pulls = _smooth(bench, fitness.score_gradients(scores))
-    if not pulls:
+    numerators = _smooth(tasks, fitness.score_gradients(scores))
+    if not numerators:
         return None
-    if places is not None:
-        pulls = {
-            task: {metric: pull[list(places[task])] * (len(pull) / len(places[task])) for metric, pull in row.items()}
-            for task, row in pulls.items()
+    if sample is not None:
+        numerators = {
+            task: {metric: d[list(sample[task])] * (len(d) / len(sample[task])) for metric, d in row.items()}
+            for task, row in numerators.items()
         }
-        selection = {task: tuple(selection[task][place] for place in places[task]) for task in pulls}
+        selection = {task: tuple(selection[task][k] for k in sample[task]) for task in numerators}
     try:
-        literal = decode_literally(bench.space, genome)
-        plan = bench.plan(literal.recipe)
-        effects = genes_of_settings(bench.space, genome, literal, plan)
-        work = [(op, _bounds(bench, effects[op.output])) for op in plan.operations if op.output in effects]
-        found = _of_settings(bench, plan, selection, pulls, work)
+        literal = decode_literally(space, genome)
+        plan = runner.plan(literal.recipe)
+        factors = genes_of_settings(space, genome, literal, plan)
+        of_settings = _setting_gradients(space, runner, plan, factors, selection, numerators)
     except (CandidateError, RecipeError) as error:
-        log.warning("no slopes: %s", error)
+        log.warning("no gradients: %s", error)
         return None
-    if found is None:
+    if of_settings is None:
         return None
-    total = {gene: 0.0 for by_entry in effects.values() for by_gene in by_entry.values() for gene in by_gene}
-    for output in sorted(found):
-        for entry, slope in found[output].items():
-            for gene, factor in effects[output][entry].items():
-                total[gene] += slope * factor
+    total = {gene: 0.0 for by_entry in factors.values() for by_gene in by_entry.values() for gene in by_gene}
+    for output in sorted(of_settings):
+        for entry, derivative in of_settings[output].items():
+            for gene, factor in factors[output][entry].items():
+                total[gene] += derivative * factor
     return dict(sorted(total.items()))
 
 
-def _of_settings(
-    bench: Workbench,
+def _setting_gradients(
+    space: SearchSpace,
+    runner: Runner,
     plan: Plan,
+    factors: GeneFactors,
     selection: Selection,
-    pulls: Mapping[str, Mapping[str, NDArray[np.float64]]],
-    work: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
+    numerators: Mapping[str, Mapping[str, Array]],
 ) -> dict[str, dict[ParameterKey, float]] | None:
     """The derivative of the fitness with respect to the numbers in the plan's settings."""
-    if not work:
+    ranges = [(op, _ranges(space, factors[op.output])) for op in plan.operations if op.output in factors]
+    if not ranges:
         return None
-    model, _ = bench.resident.write(plan)
-    parameters = {name for name, _ in model.named_parameters()}
-    if not parameters <= {op.output for op in plan.operations}:
-        log.warning("no slopes: the parameters of %s are not the tensors of its checkpoints", type(model).__name__)
-        return None
-    names = [op.output for op, _ in work if op.output in parameters]
-    gradient = bench.evaluator.weight_gradient(model, selection, pulls, names)
-    return None if gradient is None else parameter_gradients(work, gradient, bench.resident.store, plan.family)
+    gradients = runner.weight_gradients(plan, selection, numerators, [op.output for op, _ in ranges])
+    return None if gradients is None else runner.parameter_gradients(plan, ranges, gradients)
 
 
-def _smooth(
-    bench: Workbench, pulls: Mapping[str, Mapping[str, NDArray[np.float64]]]
-) -> dict[str, dict[str, NDArray[np.float64]]]:
+def _smooth(tasks: Mapping[str, Task], numerators: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
     """Without the metrics that jump between right and wrong: they change nowhere else."""
     kept = {
-        task: {metric: pull for metric, pull in row.items() if bench.tasks[task].smooth_metric(metric) == metric}
-        for task, row in pulls.items()
+        task: {metric: derivative for metric, derivative in row.items() if tasks[task].smooth_metric(metric) == metric}
+        for task, row in numerators.items()
     }
     return {task: row for task, row in kept.items() if row}
 
 
-def _bounds(
-    bench: Workbench, by_entry: Mapping[ParameterKey, Mapping[str, float]]
+def _ranges(
+    space: SearchSpace, by_entry: Mapping[ParameterKey, Mapping[str, float]]
 ) -> dict[ParameterKey, ParameterRange]:
     """The range of each number: where all its genes may be."""
-    ranges = {gene.name: (gene.low, gene.high) for gene in bench.space.reals}
+    ranges = {gene.name: (gene.low, gene.high) for gene in space.reals}
     return {
         entry: (max(ranges[gene][0] for gene in genes), min(ranges[gene][1] for gene in genes))
         for entry, genes in by_entry.items()

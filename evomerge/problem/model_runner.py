@@ -1,43 +1,176 @@
-"""The scores of one model on some items: from the user's cache if any run has measured them, else measured now."""
+"""Recipes to per-item scores: one live model, the evaluator, and the user's cache of scores."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
+from torch import Tensor
+
+from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.tokenizer import tokenizer_digest
+from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, parameter_gradients
+from evomerge.engine.resident import Resident
 from evomerge.errors import CandidateError
+from evomerge.evaluation.backends.native.hidden_state_cache import LayerDigests, order_by_shared_layers
+from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.score_store import ScoreCache, key_of
-from evomerge.evaluation.scores import ItemScores, concatenate
+from evomerge.evaluation.scores import Array, ItemScores, concatenate
 from evomerge.evaluation.splits import Selection
+from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Scores
-from evomerge.planning.plan import Plan
-from evomerge.problem.problem import Workbench
+from evomerge.planning.layer_digests import depth_digests
+from evomerge.planning.operation import Operation
+from evomerge.planning.plan import Plan, make_plan
+from evomerge.problem.problem import Problem, versions
+from evomerge.recipe import parse_recipe
+from evomerge.recipe.parse import single_model
+from evomerge.study.candidate import Proposal
 from evomerge.system.files import cache_folder
 
 log = logging.getLogger(__name__)
 
+_DIGESTED = 256  # plans whose layer digests are kept
 
-class Measurer:
-    """Measures models, and asks the cache first.
+
+@dataclass(frozen=True)
+class _Planned:
+    """A proposal's plan, its layer digests, and the seconds that both took."""
+
+    plan: Plan
+    layer_digests: LayerDigests
+    seconds: float
+
+
+class Runner(Protocol):
+    """Turns recipes into per-item scores: a `ModelRunner`, or a formula in its place."""
+
+    @property
+    def reused(self) -> int:
+        """Item evaluations that came from the user's cache."""
+        ...
+
+    def plan(self, recipe: Mapping[str, Any]) -> Plan:
+        """Resolves a candidate's recipe."""
+        ...
+
+    def plan_next(self, proposal: Proposal) -> tuple[Plan, float]:
+        """Returns the plan of the proposal that is about to be scored, and the seconds that it took."""
+        ...
+
+    def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
+        """Orders the proposals of a generation, as positions, so that scoring them costs least."""
+        ...
+
+    def scores(self, plan: Plan, selection: Selection) -> tuple[Scores, dict[str, float]]:
+        """Returns per-item scores of a plan by task, and the seconds that each stage took."""
+        ...
+
+    def sizes(self, plan: Plan) -> dict[str, int]:
+        """Counts the layers and the parameters of a plan's result."""
+        ...
+
+    def weight_gradients(
+        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, Array]], names: Sequence[str]
+    ) -> Mapping[str, Tensor] | None:
+        """Differentiates a weighted sum of the items' numerators with respect to weights; None where that is not
+        possible."""
+        ...
+
+    def parameter_gradients(
+        self,
+        plan: Plan,
+        ranges: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
+        gradient: Mapping[str, Tensor],
+    ) -> dict[str, dict[ParameterKey, float]]:
+        """Contracts a gradient of the weights with how they move with the settings of a plan's operations."""
+        ...
+
+    def release(self) -> None:
+        """Gives back the memory of what runs, until it is needed again."""
+        ...
+
+
+class ModelRunner:
+    """Turns recipes into plans, plans into a live model, and that into per-item scores.
+
+    The proposals of a generation may be planned before any of them is scored (`arrange`): those that share their first
+    layers then follow each other, and each announces the next.
 
     Args:
-        bench: Models and tasks.
+        problem: Models and tasks.
 
     Attributes:
-        reused: Item evaluations that came from the cache.
+        evaluator: Scores the live model.
+        reused: Item evaluations that came from the user's cache.
     """
 
-    def __init__(self, bench: Workbench) -> None:
-        self._bench = bench
-        self._cache = ScoreCache(cache_folder("scores")) if bench.spec.evaluation.cache else None
-        self._contents: dict[str, Mapping[str, Any]] = {}
+    def __init__(self, problem: Problem) -> None:
+        evaluation = problem.spec.evaluation
+        self._evaluation = evaluation
+        self._checkpoints = problem.checkpoints
+        self._tasks = problem.tasks
+        self._tokenizer = problem.tokenizer
+        self._threads = problem.threads
+        self._reference = problem.reference_model
+        self.evaluator = Evaluator(
+            problem.tasks,
+            problem.tokenizer,
+            problem.reference_model.load_config(),
+            batch_tokens=evaluation.batch_tokens,
+            max_length=evaluation.max_length,
+            apply_chat_template=evaluation.apply_chat_template,
+            fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+            system_instruction=evaluation.system_instruction,
+            backend=evaluation.backend,
+            reuse_prefixes=evaluation.reuse_prefixes,
+            threads=problem.threads,
+        )
         self.reused = 0
+        self._cache = ScoreCache(cache_folder("scores")) if evaluation.cache else None
+        self._resident: Resident | None = None
+        self._layer_digests: dict[str, LayerDigests] = {}  # by plan
+        self._contents: dict[str, Mapping[str, Any]] = {}  # by digest of the batches
+        self._planned: dict[str, _Planned] = {}  # by recipe hash
+        self._next: dict[str, LayerDigests] = {}  # recipe hash to the layer digests of the one that is scored after it
 
-    def __call__(self, plan: Plan, part: Selection) -> tuple[Scores, dict[str, float]]:
-        """Scores a plan on some items.
+    def plan(self, recipe: Mapping[str, Any]) -> Plan:
+        """Resolves a candidate's recipe.
+
+        Raises:
+            RecipeError: When it is not possible.
+        """
+        return make_plan(parse_recipe(recipe, where="candidate"), self._checkpoints)
+
+    def layer_digests(self, plan: Plan) -> LayerDigests:
+        """Returns for each layer the identity of the hidden states before it; kept for the latest plans."""
+        if plan.digest not in self._layer_digests:
+            if len(self._layer_digests) >= _DIGESTED:
+                del self._layer_digests[next(iter(self._layer_digests))]
+            self._layer_digests[plan.digest] = depth_digests(plan)
+        return self._layer_digests[plan.digest]
+
+    def materialise(self, plan: Plan) -> Any:
+        """Makes the live model be the plan's result, and returns it; it lasts until the next call.
+
+        Raises:
+            CandidateError: When it cannot be materialised.
+        """
+        model, _ = self._live.write(plan)
+        return model
+
+    def release(self) -> None:
+        """Gives back the live model's memory, until it is needed again."""
+        self._resident = None
+
+    def scores(self, plan: Plan, selection: Selection) -> tuple[Scores, dict[str, float]]:
+        """Scores a plan on some items, or reads its scores from the user's cache.
 
         Returns:
             Per-item scores by task, and the seconds that each stage took: none when they were in the cache.
@@ -45,81 +178,178 @@ class Measurer:
         Raises:
             CandidateError: When the merged model gives no finite scores.
         """
-        settings = self._settings  # also without a cache: numbers must not depend on there being one
+        settings = self._score_settings  # also without a cache: numbers must not depend on there being one
         if self._cache is None or settings is None:
-            return self._bench.measure(plan, part)
-        key = key_of({"plan": plan.digest, "settings": settings, "items": self._content(part)})
-        known = self._cache.get(key, self.items(part))
-        if known is not None:
-            self.reused += size(part)
-            return known, {}
-        scores, seconds = self._bench.measure(plan, part)
+            return self.measure(plan, selection)
+        key = key_of({"plan": plan.digest, "settings": settings, "items": self._content(selection)})
+        cached = self._cache.get(key, item_ids(self._tasks, selection))
+        if cached is not None:
+            self.reused += selection_size(selection)
+            return cached, {}
+        scores, seconds = self.measure(plan, selection)
         self._cache.put(key, scores)
         return scores, seconds
 
-    def items(self, part: Selection) -> dict[str, tuple[str, ...]]:
-        """The ids of a part's items, by task."""
-        ids = {task: self._bench.evaluator.items(task) for task in part}
-        return {task: tuple(ids[task][position] for position in positions) for task, positions in part.items()}
+    def measure(self, plan: Plan, selection: Selection) -> tuple[dict[str, ItemScores], dict[str, float]]:
+        """Materialises a plan and scores it on some items, whatever the cache has. As `scores`."""
+        started = time.perf_counter()
+        model = self.materialise(plan)
+        written = time.perf_counter()
+        scores = self.evaluator.score(model, selection, self.layer_digests(plan))
+        return scores, {"materialise": written - started, "score": time.perf_counter() - written}
+
+    def sizes(self, plan: Plan) -> dict[str, int]:
+        """Counts the layers and the parameters of a merged model; a tied head counts once."""
+        parameters = sum(math.prod(operation.shape) for operation in plan.operations)
+        return {"layers": len(self.layer_digests(plan)), "parameters": parameters}
+
+    def weight_gradients(
+        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, Array]], names: Sequence[str]
+    ) -> Mapping[str, Tensor] | None:
+        """Differentiates a weighted sum of the items' numerators with respect to the weights of a plan's result.
+
+        Args:
+            plan: The plan.
+            selection: Task to items.
+            numerators: Task to metric to the weight of each item's numerator in the sum.
+            names: Output tensors that matter; the others of a model's parameters may be left out.
+
+        Returns:
+            As `Evaluator.weight_gradient`; None also where the model's parameters are not the plan's tensors.
+        """
+        model = self.materialise(plan)
+        parameters = {name for name, _ in model.named_parameters()}
+        if not parameters <= {op.output for op in plan.operations}:
+            log.warning("no gradients: the parameters of %s are not its checkpoints' tensors", type(model).__name__)
+            return None
+        return self.evaluator.weight_gradient(
+            model, selection, numerators, [name for name in names if name in parameters]
+        )
+
+    def parameter_gradients(
+        self,
+        plan: Plan,
+        ranges: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
+        gradient: Mapping[str, Tensor],
+    ) -> dict[str, dict[ParameterKey, float]]:
+        """Contracts a gradient of the weights with how they move with the settings of a plan's operations."""
+        return parameter_gradients(ranges, gradient, self._live.store, plan.family)
+
+    def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
+        """Plans proposals and orders them, as positions: those that share their first layers follow each other.
+
+        The scores are the same bits in any order. One that cannot be planned shares nothing with any; it fails in its
+        own turn.
+        """
+        self._planned = {}
+        for proposal in proposals:
+            try:
+                self._planned[proposal.recipe_hash] = self._plan(proposal)
+            except Exception as error:  # raised again, and recorded, when its turn comes
+                log.info("candidate %d is not arranged: %s", proposal.number, error)
+        digests = [self._digests_of(proposal) for proposal in proposals]
+        order = order_by_shared_layers(digests)
+        self._next = {proposals[one].recipe_hash: digests[other] for one, other in pairwise(order)}
+        return order
+
+    def plan_next(self, proposal: Proposal) -> tuple[Plan, float]:
+        """Returns the plan of the proposal that is about to be scored, and the seconds that it took.
+
+        Raises:
+            RecipeError: When its recipe is not possible.
+        """
+        planned = self._planned.pop(proposal.recipe_hash, None) or self._plan(proposal)
+        self.evaluator.announce_next(self._next.pop(proposal.recipe_hash, ()))
+        return planned.plan, planned.seconds
+
+    def _plan(self, proposal: Proposal) -> _Planned:
+        started = time.perf_counter()
+        plan = self.plan(proposal.recipe)
+        digests = self.layer_digests(plan)
+        return _Planned(plan, digests, time.perf_counter() - started)
+
+    def _digests_of(self, proposal: Proposal) -> LayerDigests:
+        planned = self._planned.get(proposal.recipe_hash)
+        return planned.layer_digests if planned else ()
+
+    @property
+    def _live(self) -> Resident:
+        """The live model, made on first use."""
+        if self._resident is None:
+            self._resident = Resident(
+                self._checkpoints, torch_dtype(parse_dtype(self._evaluation.dtype)), self._evaluation.device
+            )
+        return self._resident
 
     @cached_property
-    def _settings(self) -> Mapping[str, Any] | None:
-        """What the scores depend on beside the model and the items; None when that cannot be said."""
+    def _score_settings(self) -> Mapping[str, Any] | None:
+        """What the scores depend on beside the model and the items; None when that cannot be said.
+
+        The reference model decides how models are scored, so that no candidate's turn does.
+        """
         try:
-            self._bench.settle()
+            self.evaluator.prepare(self.materialise(self.plan(single_model(self._reference.reference))))
         except CandidateError as error:
             log.warning("scores are not cached, because the reference model cannot be scored: %s", error)
             return None
-        evaluation = self._bench.spec.evaluation
         return {
             "format": 2,
-            "settings": evaluation.model_dump(include={"device", "dtype", "backend"}),
-            "max_length": self._bench.evaluator.max_length,
-            "tokenizer": tokenizer_digest(self._bench.tokenizer),
-            "versions": self._bench.environment()["versions"],
+            "settings": self._evaluation.model_dump(include={"device", "dtype", "backend"}),
+            "max_length": self.evaluator.max_length,
+            "tokenizer": tokenizer_digest(self._tokenizer),
+            "versions": versions(self._threads),
         }
 
-    def _content(self, part: Selection) -> Mapping[str, Any]:
+    def _content(self, selection: Selection) -> Mapping[str, Any]:
         """The items themselves, their tasks' settings, and the batches they come in."""
-        evaluator = self._bench.evaluator
-        layout = evaluator.batch_digest(part)
-        if layout not in self._contents:
-            self._contents[layout] = {
-                "layout": layout,
-                "tasks": {task: self._bench.tasks[task].digest for task in part},
-                "items": {task: [evaluator.item_hash(task, k) for k in positions] for task, positions in part.items()},
+        batches = self.evaluator.batch_digest(selection)
+        if batches not in self._contents:
+            self._contents[batches] = {
+                "layout": batches,
+                "tasks": {task: self._tasks[task].digest for task in selection},
+                "items": {
+                    task: [self.evaluator.item_hash(task, k) for k in positions]
+                    for task, positions in selection.items()
+                },
             }
-        return self._contents[layout]
+        return self._contents[batches]
 
 
-def size(part: Selection) -> int:
-    """How many items a selection has."""
-    return sum(map(len, part.values()))
+def selection_size(selection: Selection) -> int:
+    """Counts the items of a selection."""
+    return sum(map(len, selection.values()))
 
 
-def taken(scores: Scores, items: Mapping[str, tuple[str, ...]]) -> Scores | None:
-    """The scores on some of the items, in that order; None when some are not there."""
-    found: dict[str, ItemScores] = {}
-    for task, wanted in items.items():
+def item_ids(tasks: Mapping[str, Task], selection: Selection) -> dict[str, tuple[str, ...]]:
+    """Returns the ids of a selection's items, by task."""
+    return {task: tuple(tasks[task].items[k] for k in positions) for task, positions in selection.items()}
+
+
+def take_items(scores: Scores, items: Mapping[str, tuple[str, ...]]) -> Scores | None:
+    """Takes the scores on some of the items, in that order; None when some are not there."""
+    taken: dict[str, ItemScores] = {}
+    for task, ids in items.items():
         part = scores.get(task)
         if part is None:
             return None
-        if part.items == wanted:
-            found[task] = part
+        if part.items == ids:
+            taken[task] = part
             continue
-        places = {item: place for place, item in enumerate(part.items)}
-        if not all(item in places for item in wanted):
+        positions = {item: k for k, item in enumerate(part.items)}
+        if not all(item in positions for item in ids):
             return None
-        found[task] = part.take([places[item] for item in wanted])
-    return found
+        taken[task] = part.take([positions[item] for item in ids])
+    return taken
 
 
-def joined(before: Scores, more: Scores, order: Mapping[str, Mapping[str, int]]) -> Scores:
-    """Scores on two disjoint sets of items as one, in the order of the items' places."""
+def join_items(before: Scores, more: Scores, positions: Mapping[str, Mapping[str, int]]) -> Scores:
+    """Joins scores on two disjoint sets of items, in the order of the items' positions in their task."""
     if not before:
         return more
     both = {task: concatenate([before[task], part]) for task, part in more.items()}
     return {
-        task: part.take(sorted(range(len(part.items)), key=lambda k, part=part, task=task: order[task][part.items[k]]))  # type: ignore[misc]
+        task: part.take(
+            sorted(range(len(part.items)), key=lambda k, ids=part.items, of=positions[task]: of[ids[k]])  # type: ignore[misc]
+        )
         for task, part in both.items()
     }

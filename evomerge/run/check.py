@@ -10,14 +10,15 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.compatible import not_finite
 from evomerge.errors import BadInput, CheckpointError
-from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
+from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection
 from evomerge.planning.plan import Plan
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
 from evomerge.recipe import load_recipe
 from evomerge.recipe.parse import single_model
 from evomerge.report.tables import table
 from evomerge.run.merge import plan_documents, refuse_crimes
-from evomerge.run.preflight import load_search, look_before
+from evomerge.run.preflight import check_models, load_search
 from evomerge.run.warm_start import warm_starts
 from evomerge.space.baselines import baselines
 from evomerge.spec.schema import SearchSpec
@@ -78,24 +79,26 @@ def check_recipe(path: Path, *, allow_crimes: bool = False) -> str:
 
 def check_search(spec: SearchSpec) -> str:
     """Checks a search: models, tasks, splits, space; scores a few items to estimate the time."""
-    bench = Workbench(spec)
-    seeds = len(warm_starts(bench)) - len(baselines(bench.space)) if spec.search.warm_starts else 0
-    warnings = [*bench.look_at_items(), *look_before(bench)]
-    source = next(iter(spec.models.sources.values()))
-    plan = bench.plan(single_model(source))
+    problem = open_problem(spec)
+    runner = ModelRunner(problem)
+    space = problem.space
+    starts = warm_starts(spec, space, problem.reference_model, runner.plan) if spec.search.warm_starts else ()
+    seeds = max(0, len(starts) - len(baselines(space)))
+    warnings = check_models(problem, runner)
+    plan = runner.plan(single_model(next(iter(spec.models.sources.values()))))
     size = output_bytes(plan)
-    opened = sum(checkpoint.nbytes for checkpoint in bench.checkpoints.values())
-    splits = [split for split in (SEARCH, SELECT, TEST, GUARD) if bench.selections[split]]
+    opened = sum(checkpoint.nbytes for checkpoint in problem.checkpoints.values())
+    splits = [split for split in (SEARCH, SELECT, TEST, GUARD) if problem.splits[split]]
     rows = [
-        [task, loaded.output_type, *(str(len(bench.selections[split].get(task, ()))) for split in splits)]
-        for task, loaded in bench.tasks.items()
+        [name, task.output_type, *(str(len(problem.splits[split].get(name, ()))) for split in splits)]
+        for name, task in problem.tasks.items()
     ]
-    seconds = _seconds_per_candidate(bench)
+    seconds = _seconds_per_candidate(runner, plan, problem.splits[SEARCH])
     budget = spec.search.candidates
     return "\n".join(
         [
             *(f"warning: {text}" for text in warnings),
-            f"{spec.name}: {len(spec.models.sources)} sources, {bench.space.size} genes, {budget} candidates of "
+            f"{spec.name}: {len(spec.models.sources)} sources, {space.size} genes, {budget} candidates of "
             f"{spec.search.algorithm}",
             *([f"warm start: {seeds} of generation 0 from {', '.join(spec.search.warm_starts)}"] if seeds else []),
             table(["task", "type", *splits], rows),
@@ -115,17 +118,16 @@ def output_bytes(plan: Plan) -> int:
     return sum(TensorSpec(op.output, op.shape, op.dtype).nbytes for op in plan.operations)
 
 
-def _seconds_per_candidate(bench: Workbench) -> float:
-    """From scoring a few of each task's search items once to warm up and once more."""
-    few = {task: indices[:8] for task, indices in bench.selections[SEARCH].items()}
-    source = next(iter(bench.spec.models.sources.values()))
-    model, _ = bench.resident.write(bench.plan(single_model(source)))
-    bench.evaluator.score(model, few)
+def _seconds_per_candidate(runner: ModelRunner, plan: Plan, selection: Selection) -> float:
+    """From scoring a few items of each task once to warm up and once more."""
+    few = {task: indices[:8] for task, indices in selection.items()}
+    model = runner.materialise(plan)
+    runner.evaluator.score(model, few)
     seconds = 0.0
     for task, indices in few.items():
         started = time.perf_counter()
-        bench.evaluator.score(model, {task: indices})
-        seconds += (time.perf_counter() - started) * len(bench.selections[SEARCH][task]) / len(indices)
+        runner.evaluator.score(model, {task: indices})
+        seconds += (time.perf_counter() - started) * len(selection[task]) / len(indices)
     return seconds
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.engine.to_disk import write_checkpoint
 from evomerge.errors import BadInput, RunError
+from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.scores import ItemScores, score_table
-from evomerge.evaluation.splits import SEARCH, TEST
-from evomerge.problem.problem import Workbench
-from evomerge.recipe import expand_frankenmerge
+from evomerge.evaluation.splits import SEARCH, TEST, Selection
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import Problem, environment, open_problem
+from evomerge.recipe import expand_frankenmerge, parse_recipe
 from evomerge.recipe.mergekit import to_mergekit_yaml
 from evomerge.recipe.parse import single_model
 from evomerge.report.model_card import (
@@ -46,7 +48,6 @@ def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwri
         BadInput: When the run, the candidate or the place does not serve.
     """
     from evomerge.checkpoints.checkpoint import open_checkpoint
-    from evomerge.recipe import parse_recipe
 
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; --overwrite replaces it")
@@ -81,12 +82,13 @@ def export_candidate(
     chosen = _find(folder, candidate)
     if chosen.state != "done":
         raise RunError(f"{run}: candidate {chosen.number} has no scores ({chosen.state}: {chosen.failure})")
-    bench = Workbench(folder.spec)
-    folder.settle_environment(bench.environment())
-    return write_export(bench, folder, chosen, out, overwrite=overwrite, max_shard_size=max_shard_size)
+    problem = open_problem(folder.spec)
+    folder.check_environment(environment(problem))
+    runner = ModelRunner(problem)
+    return write_export(problem, runner, folder, chosen, out, overwrite=overwrite, max_shard_size=max_shard_size)
 
 
-def keep_best(bench: Workbench, folder: RunFolder, result: RunResult, tracker: Tracker) -> None:
+def keep_best(problem: Problem, runner: ModelRunner, folder: RunFolder, result: RunResult, tracker: Tracker) -> None:
     """Keeps the best finalists as checkpoints in the run's `best/`, as many as the specification says."""
     rest = sorted(result.finalists, key=lambda finalist: (-finalist.pooled, finalist.candidate))
     in_order = [result.winner.candidate, *(row.candidate for row in result.front), *(row.candidate for row in rest)]
@@ -96,11 +98,12 @@ def keep_best(bench: Workbench, folder: RunFolder, result: RunResult, tracker: T
         if not out.exists():
             tracker.report(f"writing candidate {number} to {out}")
             out.parent.mkdir(exist_ok=True)
-            tracker.report(write_export(bench, folder, _find(folder, number), out))
+            tracker.report(write_export(problem, runner, folder, _find(folder, number), out))
 
 
 def write_export(
-    bench: Workbench,
+    problem: Problem,
+    runner: ModelRunner,
     folder: RunFolder,
     candidate: Candidate,
     out: Path,
@@ -109,27 +112,27 @@ def write_export(
     max_shard_size: str = "5GB",
 ) -> str:
     """Writes one candidate of an open run; see `export_candidate`."""
-    plan = bench.plan(candidate.recipe)
-    recipe = bench.recipe(candidate.recipe)
+    plan = runner.plan(candidate.recipe)
+    recipe = parse_recipe(candidate.recipe, where="candidate")
     sentences: list[str] = []
 
     def finish(partial: Path) -> None:
         """Reads the written weights back, scores them, and completes the card before the folder gets its name."""
         model = _load(partial, folder.spec.evaluation.dtype)
         split = _rescored_split(folder, plan.digest)
-        again = _rescore(bench, folder, model, plan.digest, split)
-        samples = _samples(bench, model)
+        again = _rescore(runner.evaluator, problem.splits[split], folder, model, plan.digest, split)
+        samples = _samples(problem, runner, model)
         sentences.append(again.sentence())
         body = _card_body(folder, candidate, again, samples)
-        (partial / "README.md").write_text(merge_card(recipe, bench.checkpoints, body), encoding="utf-8")
+        (partial / "README.md").write_text(merge_card(recipe, problem.checkpoints, body), encoding="utf-8")
         (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         scores = {"split": split, "measured": again.measured, "now": again.now}
         (partial / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
 
     write_checkpoint(
-        plan, bench.checkpoints, out, card="", overwrite=overwrite, max_shard_size=max_shard_size, finish=finish
+        plan, problem.checkpoints, out, card="", overwrite=overwrite, max_shard_size=max_shard_size, finish=finish
     )
-    _, warning = licence_verdict(licences(bench.checkpoints))
+    _, warning = licence_verdict(licences(problem.checkpoints))
     notes = [f"candidate {candidate.number} ({candidate.operator}) is in {out}", *sentences]
     return "\n".join(notes + ([f"warning: {warning}"] if warning else []))
 
@@ -158,8 +161,10 @@ def _rescored_split(folder: RunFolder, plan: str) -> str:
     return TEST if folder.scores.load(plan, TEST) is not None else SEARCH
 
 
-def _rescore(bench: Workbench, folder: RunFolder, model: Any, plan: str, split: str) -> Rescored:
-    now = bench.evaluator.score(model, bench.selections[split])
+def _rescore(
+    evaluator: Evaluator, selection: Selection, folder: RunFolder, model: Any, plan: str, split: str
+) -> Rescored:
+    now = evaluator.score(model, selection)
     measured = folder.scores.load(plan, split)
     if measured is None:
         raise RunError(f"{folder.root}: the candidate was never scored, so there is nothing to compare with")
@@ -170,13 +175,13 @@ def _values(scores: Mapping[str, ItemScores]) -> dict[str, dict[str, float]]:
     return {task: {metric: score.value for metric, score in row.items()} for task, row in score_table(scores).items()}
 
 
-def _samples(bench: Workbench, model: Any) -> list[tuple[str, str, str]]:
+def _samples(problem: Problem, runner: ModelRunner, model: Any) -> list[tuple[str, str, str]]:
     """(prompt, the merged model's continuation, the first source's), one for each of a few tasks."""
-    source = next(iter(bench.spec.models.sources.values()))
-    prompts = [prompt_of(bench.evaluator, task) for task in list(bench.tasks)[:_SAMPLES]]
-    ours = [continuation(model, bench.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
-    theirs_model, _ = bench.resident.write(bench.plan(single_model(source)))
-    theirs = [continuation(theirs_model, bench.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
+    source = next(iter(problem.spec.models.sources.values()))
+    prompts = [prompt_of(runner.evaluator, task) for task in list(problem.tasks)[:_SAMPLES]]
+    ours = [continuation(model, problem.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
+    theirs_model = runner.materialise(runner.plan(single_model(source)))
+    theirs = [continuation(theirs_model, problem.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
     return list(zip(prompts, ours, theirs, strict=True))
 
 

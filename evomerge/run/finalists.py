@@ -14,7 +14,7 @@ from evomerge.evaluation.scores import Score, ScoreTable, score_table
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
 from evomerge.objective.comparison import compare, nan_to_none, verdict, within_noise
 from evomerge.objective.fitness import Fitness, Scores
-from evomerge.problem.problem import Workbench
+from evomerge.problem.problem import Problem
 from evomerge.report.result import (
     BaselineRow,
     CandidateCounts,
@@ -41,7 +41,7 @@ from evomerge.study.ranking import finalists as choose_finalists
 from evomerge.study.ranking import growth, ranked, reference_point
 
 if TYPE_CHECKING:
-    from evomerge.problem.candidate_evaluator import Scorer
+    from evomerge.problem.candidate_evaluator import CandidateEvaluator
     from evomerge.study.interfaces import Tracker
 
 
@@ -59,8 +59,8 @@ class _Model:
 
 
 def choose_winner(
-    bench: Workbench,
-    scorer: Scorer,
+    problem: Problem,
+    evaluator: CandidateEvaluator,
     history: tuple[Candidate, ...],
     tracker: Tracker,
     ended: Ending,
@@ -77,8 +77,8 @@ def choose_winner(
     same models. A candidate that gives no finite scores on the new items is left out, and said to be.
 
     Args:
-        bench: Models, tasks and splits.
-        scorer: Scores recipes.
+        problem: Models, tasks and splits.
+        evaluator: Scores recipes.
         history: The search's candidates.
         tracker: Where progress is shown.
         ended: Why the search ended.
@@ -88,13 +88,13 @@ def choose_winner(
     Raises:
         RunError: When no candidate has a score.
     """
-    spec = bench.spec
+    spec = problem.spec
     chosen = choose_finalists(history, spec.search.finalists)
     if not chosen:
         reasons = sorted({c.failure_kind or "unknown" for c in history})
         raise RunError(f"{where}: none of {len(history)} candidates could be scored ({', '.join(reasons)})")
-    steering, reported = scorer.fitness.unweighted, scorer.reported
-    reader = _Reader(bench, scorer, tracker)
+    steering, reported = evaluator.objective.fitness.unweighted, evaluator.objective.reported
+    reader = _Reader(problem, evaluator, tracker)
     finalists = reader.finalists(chosen, "finalist")
     winner = next(filter(None, map(reader.complete, reader.best_first(finalists))), None)
     if winner is None:
@@ -135,14 +135,14 @@ def choose_winner(
             FrontEntry(
                 _number(model),
                 reader.objectives_by_split(model),
-                bench.sizes(bench.plan(model.recipe)),
+                evaluator.sizes(model.recipe),
                 _fitness(model, reported),
                 _tables(model),
             )
             for model in reader.front(winner, finalists)
         ),
         hypervolume=_hypervolume(spec.objectives, history),
-        informative=_informative(scorer, {c.number: c.fitness for c in chosen}, finalists),
+        informative=_informative(evaluator, {c.number: c.fitness for c in chosen}, finalists),
         within_noise_of=tuple(within_noise(differences)),
         verdict=verdict(differences, {name: reported(model.splits[TEST]) for name, model in baselines.items()}),
     )
@@ -152,14 +152,16 @@ def choose_winner(
 class _Reader:
     """Reads models on splits, and ranks them by search and select items together."""
 
-    bench: Workbench
-    scorer: Scorer
+    problem: Problem
+    evaluator: CandidateEvaluator
     tracker: Tracker
 
     def read(self, model: _Model, splits: Sequence[str]) -> _Model | None:
         """The model with its scores on these splits; None when they are not finite, which is said."""
         try:
-            read = {split: self.scorer.scores(model.recipe, split)[0] for split in splits if split not in model.splits}
+            read = {
+                split: self.evaluator.scores(model.recipe, split)[0] for split in splits if split not in model.splits
+            }
         except CandidateError as error:
             self.tracker.report(f"{model.name} is left out: {error}")
             return None
@@ -177,11 +179,11 @@ class _Reader:
     def complete(self, model: _Model) -> _Model | None:
         """The model with its test and guard scores; None when it gives none."""
         self.tracker.report(f"scoring {model.name} on the test items")
-        return self.read(model, [split for split in (SEARCH, TEST, GUARD) if self.bench.selections[split]])
+        return self.read(model, [split for split in (SEARCH, TEST, GUARD) if self.problem.splits[split]])
 
     def pooled(self, model: _Model) -> float:
         """Its fitness over search and select items."""
-        return self.scorer.fitness.unweighted.pooled([model.splits[SEARCH], model.splits[SELECT]])
+        return self.evaluator.objective.fitness.unweighted.pooled([model.splits[SEARCH], model.splits[SELECT]])
 
     def best_first(self, models: Sequence[_Model]) -> list[_Model]:
         """The finalists by what they are on `search` and `select` items together, best first.
@@ -190,7 +192,7 @@ class _Reader:
         their pooled fitness, and of equal ones the first.
         """
         fitness = np.array([self.pooled(model) for model in models])
-        if not models or not self.bench.spec.objectives:
+        if not models or not self.evaluator.objective.several:
             return [models[k] for k in np.argsort(-fitness, kind="stable").tolist()]
         return [models[k] for k in pareto.by_knee(self._pooled_objectives(models), fitness)]
 
@@ -199,7 +201,7 @@ class _Reader:
 
         The others than the winner are read on the test items here.
         """
-        if not self.bench.spec.objectives:
+        if not self.evaluator.objective.several:
             return []
         on_front = pareto.ranks(self._pooled_objectives(finalists), 1) == 0
         others = [
@@ -222,8 +224,8 @@ class _Reader:
 
     def _objectives(self, model: _Model, splits: Sequence[str]) -> dict[str, float]:
         """Its objectives by name, on the items of some splits together."""
-        tasks = self.scorer.fitness.unweighted.pooled_objectives([model.splits[split] for split in splits])
-        return {**tasks, **self.bench.smallness(self.bench.plan(model.recipe))}
+        tasks = self.evaluator.objective.fitness.unweighted.pooled_objectives([model.splits[split] for split in splits])
+        return {**tasks, **self.evaluator.smallness(model.recipe)}
 
 
 def _random_winner(spec: SearchSpec, reader: _Reader, history: Sequence[Candidate]) -> list[_Model]:
@@ -306,12 +308,12 @@ def _hypervolume(objectives: Sequence[str], history: Sequence[Candidate]) -> Hyp
 
 
 def _informative(
-    scorer: Scorer, estimates: Mapping[int, float | None], models: Sequence[_Model]
+    evaluator: CandidateEvaluator, estimates: Mapping[int, float | None], models: Sequence[_Model]
 ) -> InformativeItems | None:
     """The items that steered, and for the finalists what these said beside what all search items say."""
-    if not scorer.samples:
+    if not evaluator.objective.samples:
         return None
-    steering = scorer.fitness.unweighted
+    steering = evaluator.objective.fitness.unweighted
     tasks = {
         task: DrawnItems(
             items=len(sample.items),
@@ -319,7 +321,7 @@ def _informative(
             effective=sample.effective,
             strata=tuple(Stratum(size, drawn) for size, drawn in sample.strata),
         )
-        for task, sample in scorer.samples.items()
+        for task, sample in evaluator.objective.samples.items()
     }
     return InformativeItems(
         tasks,

@@ -129,7 +129,7 @@ class RunFolder:
         finally:  # whatever else ends the block, the process lives
             path.unlink(missing_ok=True)
 
-    def settle_environment(self, environment: Mapping[str, Any]) -> list[str]:
+    def check_environment(self, environment: Mapping[str, Any]) -> list[str]:
         """Stores the environment, or compares it with the one the run began in.
 
         Returns:

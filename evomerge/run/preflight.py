@@ -1,4 +1,4 @@
-"""Looks at what can be wrong before anything is spent: names, models that read no text, chat models without a stop.
+"""Checks before anything is spent: names, items, whether each model reads text, whether a chat model knows its stop.
 
 Weights that are not finite are refused when the models are opened, and a merged candidate whose logits are not finite
 fails at its first batch.
@@ -9,21 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evomerge.algorithms.registry import problems_of
+from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
+from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.splits import Selection
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import Problem
 from evomerge.recipe.parse import single_model
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
 
-if TYPE_CHECKING:
-    from evomerge.checkpoints.checkpoint import Checkpoint
-    from evomerge.problem.problem import Workbench
-
 _TEXTS = 2  # of each task
 _TOKENS = 64  # of each text
-_SLACK = 1.0  # nats that a model may be worse than guessing before it is said
+_SLACK = 1.0  # nats that a model may be worse than guessing before there is a warning
 
 
 def algorithm_problems(spec: SearchSpec) -> list[str]:
@@ -58,44 +60,66 @@ def parse_search(data: Mapping[str, Any], *, where: str = "search.yaml", beside:
     return parse_spec(data, where=where, beside=beside, checks=[algorithm_problems])
 
 
-def look_before(bench: Workbench) -> list[str]:
-    """Every gate.
+def check_models(problem: Problem, runner: ModelRunner) -> list[str]:
+    """Looks at the items of every split, and at each model.
 
     Returns:
         Warnings.
 
     Raises:
+        TaskError: With every task that has an item that cannot be scored.
         CheckpointError: A model's logits are not finite.
     """
-    models = bench.spec.models
+    models = problem.spec.models
     references = {**({"base": models.base} if models.base else {}), **models.sources}
-    opened = {name: bench.checkpoints[reference] for name, reference in references.items()}
-    return stop_tokens(opened, bench.reference_model) + smoke(bench, references)
+    opened = {name: problem.checkpoints[reference] for name, reference in references.items()}
+    return [
+        *check_items(runner.evaluator, problem.splits),
+        *stop_tokens(opened, problem.reference_model),
+        *read_texts(runner, references, problem.spec.evaluation.dtype),
+    ]
 
 
-def smoke(bench: Workbench, references: Mapping[str, str]) -> list[str]:
+def check_items(evaluator: Evaluator, splits: Mapping[str, Selection]) -> list[str]:
+    """Builds what the items of every split ask, so that what cannot be scored shows before a model is.
+
+    Returns:
+        What is worth a warning.
+
+    Raises:
+        TaskError: With every task that has an item that cannot be scored.
+    """
+    selections = [selection for selection in splits.values() if selection]
+    tasks = dict.fromkeys(task for selection in selections for task in selection)
+    return evaluator.check(
+        {task: tuple(k for selection in selections for k in selection.get(task, ())) for task in tasks}
+    )
+
+
+def read_texts(runner: ModelRunner, references: Mapping[str, str], dtype: str) -> list[str]:
     """Reads a few lines of the tasks with each model.
 
     Args:
-        bench: Models and tasks.
+        runner: Runs the models.
         references: Name to reference of the models to look at.
+        dtype: What they run in.
 
     Returns:
-        What to say of models that predict worse than guessing.
+        Warnings of models that predict worse than guessing.
 
     Raises:
         CheckpointError: Those whose logits are not finite.
     """
-    rows = [bench.evaluator.encoder.tok_encode(text)[:_TOKENS] for text in sample_texts(bench)]
+    evaluator = runner.evaluator
+    rows = [evaluator.encoder.tok_encode(text)[:_TOKENS] for text in sample_texts(evaluator)]
     rows = [row for row in rows if len(row) > 1]
     warnings, broken = [], []
     for name, reference in references.items():
-        model, _ = bench.resident.write(bench.plan(single_model(reference)))
-        loss, guessing = text_loss(model, rows)
+        loss, guessing = text_loss(runner.materialise(runner.plan(single_model(reference))), rows)
         if not math.isfinite(loss):
             broken.append(
                 f"{name}: its logits are not finite on {len(rows)} lines of the tasks, though its weights are; "
-                f"evaluation.dtype is {bench.spec.evaluation.dtype}"
+                f"evaluation.dtype is {dtype}"
             )
         elif loss > guessing + _SLACK:
             warnings.append(
@@ -107,17 +131,20 @@ def smoke(bench: Workbench, references: Mapping[str, str]) -> list[str]:
     return warnings
 
 
-def sample_texts(bench: Workbench) -> list[str]:
-    """The first few texts of each task, prompt and answer together."""
+def sample_texts(evaluator: Evaluator) -> list[str]:
+    """Takes the first few texts of each task, prompt and answer together."""
     texts = []
-    for task in bench.tasks:
-        for instances in bench.evaluator.requests(task).by_item[:_TEXTS]:
+    for task in evaluator.tasks:
+        for instances in evaluator.requests(task).by_item[:_TEXTS]:
             texts.append("".join(part for part in instances[0].args if isinstance(part, str)))
     return texts
 
 
 def text_loss(model: Any, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Nats a token that a model needs for some token sequences, and what guessing evenly costs: log(vocabulary).
+    """Measures the nats a token that a model needs for some token sequences.
+
+    Returns:
+        These, and what guessing evenly costs: log(vocabulary).
 
     Zero sequences cost zero nats.
     """
@@ -136,7 +163,7 @@ def text_loss(model: Any, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
 
 
 def stop_tokens(models: Mapping[str, Checkpoint], reference: Checkpoint) -> list[str]:
-    """What to say of chat models whose answers end with a token at which generation does not stop.
+    """Finds chat models whose answers end with a token at which generation does not stop.
 
     Args:
         models: Name to model.
@@ -164,7 +191,7 @@ def stop_tokens(models: Mapping[str, Checkpoint], reference: Checkpoint) -> list
 
 
 def end_of_turn(tokenizer: Any) -> tuple[str, int] | None:
-    """The special token that a chat template writes after an answer; None where it writes none."""
+    """Finds the special token that a chat template writes after an answer; None where it writes none."""
     import jinja2
 
     answer = "an answer"
@@ -175,14 +202,12 @@ def end_of_turn(tokenizer: Any) -> tuple[str, int] | None:
         return None
     special = {*tokenizer.all_special_ids, *(k for k, t in tokenizer.added_tokens_decoder.items() if t.special)}
     after = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
-    found = next((k for k in after if k in special), None)
-    return None if found is None else (str(tokenizer.convert_ids_to_tokens(found)), found)
+    end = next((k for k in after if k in special), None)
+    return None if end is None else (str(tokenizer.convert_ids_to_tokens(end)), end)
 
 
 def _has_chat_template(model: Checkpoint) -> bool:
     """From the files' names and one small JSON file; loading a tokenizer takes much longer."""
-    from evomerge.checkpoints.weight_files import read_json_object
-
     folder = model.folder
     if folder is None:
         return False

@@ -1,4 +1,4 @@
-"""One search from start to end: the only module that knows everything."""
+"""One search from start to end: opens its parts, joins them, and lets the loop run."""
 
 from __future__ import annotations
 
@@ -8,34 +8,56 @@ import resource
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.errors import EvoMergeError, RunError, SpecError
 from evomerge.executors.in_process import InProcess
 from evomerge.executors.local import LocalWorkers, Opened
-from evomerge.problem.candidate_evaluator import Scorer
-from evomerge.problem.problem import Workbench
+from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+from evomerge.problem.model_runner import ModelRunner, Runner
+from evomerge.problem.problem import Problem, environment, open_problem
 from evomerge.report.result import Ending, RunResult
 from evomerge.run.export import keep_best
 from evomerge.run.finalists import choose_winner
 from evomerge.run.folder import STARTS, RunFolder
-from evomerge.run.preflight import algorithm_problems, look_before
+from evomerge.run.preflight import algorithm_problems, check_models
 from evomerge.run.warm_start import read_seeds, warm_starts
 from evomerge.spec.schema import Search, SearchSpec
 from evomerge.study.budget import StopConditions, spent_items
 from evomerge.study.candidate import Candidate, Outcome, Proposal
-from evomerge.study.interfaces import AlgorithmSettings, Executor, NullTracker, SearchInfo, Tracker
+from evomerge.study.interfaces import AlgorithmSettings, Executor, LogTracker, NullTracker, SearchInfo, Tracker
 from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
 from evomerge.system.yaml import write_yaml
-from evomerge.trackers.console import ConsoleTracker
 
 log = logging.getLogger("evomerge")
 
-_MOST_DEATHS = 4  # of processes, over one candidate: fewer may be kills that are none of its doing
-_MOST_RANDOM = 10  # times the search's candidates, for a random search whose candidates see few items each
+_MAX_DEATHS = 4  # of processes, over one candidate: fewer may be kills that are none of its doing
+_MAX_RANDOM = 10  # times the search's candidates, for a random search whose candidates see few items each
+
+
+@dataclass(frozen=True)
+class SearchParts:
+    """What of a search touches models. Tests put a formula in its place (`evomerge.problem.fake_evaluator`).
+
+    Attributes:
+        open_problem: Opens what a specification names; with the threads of the run.
+        make_runner: Makes what turns recipes into per-item scores.
+        check: Looks at models before anything is spent; returns what is worth a warning.
+        open_worker: What a worker process calls first, as ``module:function``; see `open_worker`.
+    """
+
+    open_problem: Callable[[SearchSpec, int | None], Problem] = open_problem
+    make_runner: Callable[[Problem], Runner] = ModelRunner
+    check: Callable[[Problem, Any], list[str]] = check_models
+    open_worker: str = "evomerge.run.search:open_worker"
+
+
+MODELS = SearchParts()
 
 
 def start(
@@ -45,6 +67,8 @@ def start(
     candidates: int | None = None,
     folder: Path | None = None,
     workers: int | None = None,
+    tracker: Tracker | None = None,
+    parts: SearchParts | None = None,
 ) -> RunResult:
     """Runs a search, or goes on with it when its folder exists.
 
@@ -54,6 +78,8 @@ def start(
         candidates: Budget instead of the specification's. That of a run that exists can only grow.
         folder: Run folder instead of the specification's.
         workers: Processes that score candidates, instead of the specification's number.
+        tracker: Is told of the progress, and closed; None for the log alone.
+        parts: What of the search touches models; None for models.
 
     Raises:
         BadInput: When anything named in the specification cannot be used; found before the search begins.
@@ -70,23 +96,32 @@ def start(
     opened = RunFolder.create(root, spec, given)
     if candidates is None:  # the run may have been extended beyond the file's budget
         spec = _with_budget(spec, max(spec.search.candidates, opened.spec.search.candidates))
-    return _go(opened, _with_workers(spec, workers))
+    return _run(opened, _with_workers(spec, workers), tracker, parts)
 
 
-def resume(root: Path, *, candidates: int | None = None, workers: int | None = None) -> RunResult:
+def resume(
+    root: Path,
+    *,
+    candidates: int | None = None,
+    workers: int | None = None,
+    tracker: Tracker | None = None,
+    parts: SearchParts | None = None,
+) -> RunResult:
     """Goes on with a run from where it stopped.
 
     Args:
         root: The run folder.
         candidates: Extend the budget to this many candidates.
         workers: Processes that score candidates from now on.
+        tracker: As for `start`.
+        parts: As for `start`.
 
     Raises:
         RunError: When there is no run, another process holds it, or its models or data have changed.
     """
     folder = RunFolder.existing(root)
     spec = folder.spec if candidates is None else _with_budget(folder.spec, candidates)
-    return _go(folder, _with_workers(spec, workers))
+    return _run(folder, _with_workers(spec, workers), tracker, parts)
 
 
 def _with_budget(spec: SearchSpec, candidates: int) -> SearchSpec:
@@ -101,138 +136,207 @@ def _with_workers(spec: SearchSpec, workers: int | None) -> SearchSpec:
     return spec.model_copy(update={"run": spec.run.model_copy(update={"workers": workers})})
 
 
-def _go(folder: RunFolder, spec: SearchSpec) -> RunResult:
+def open_worker(root: Path, threads: int, share: int, parts: SearchParts | None = None) -> Opened:
+    """Opens a run in a worker process, and fixes what its driver has fixed.
+
+    Args:
+        root: The run folder.
+        threads: Of the run.
+        share: Of these, how many are this process's.
+        parts: As for `start`.
+
+    Returns:
+        What takes whom to race against, and what scores a proposal.
+    """
+    import torch
+
+    torch.set_num_threads(share)
+    folder, parts = RunFolder.existing(root), parts or MODELS
+    problem = parts.open_problem(folder.spec, threads)
+    runner = parts.make_runner(problem)
+    objective = prepare_objective(problem, runner, folder.scores, NullTracker())
+    evaluator = CandidateEvaluator(problem, runner, folder.scores, objective)
+    return evaluator.race_against, evaluator
+
+
+def _run(folder: RunFolder, spec: SearchSpec, tracker: Tracker | None, parts: SearchParts | None) -> RunResult:
     """Searches under `spec`, which is the folder's own but for what may change under a run."""
     budget = folder.spec.search.candidates
     if spec.search.candidates < budget:
         raise RunError(f"{folder.root}: the budget is {budget}; --candidates can only extend it")
-    with folder.hold(), _logging_to(folder.root / "log.txt"), closing(ConsoleTracker()) as tracker:
-        tracker.begin(folder.spec.name)
+    with folder.hold(), _logging_to(folder.root / "log.txt"), closing(tracker or LogTracker()) as shown:
+        shown.begin(folder.spec.name)
         folder.sweep()
         if spec != folder.spec:
             folder.write_spec(spec)
+        return _Session.open(folder, shown, parts or MODELS).run()
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A run that is open and held, and what it works with."""
+
+    folder: RunFolder
+    tracker: Tracker
+    parts: SearchParts
+    problem: Problem
+    runner: Runner
+    evaluator: CandidateEvaluator
+    record: Record
+
+    @classmethod
+    def open(cls, folder: RunFolder, tracker: Tracker, parts: SearchParts) -> _Session:
+        """Opens models and tasks, and fixes what candidates are compared by."""
+        spec = folder.spec
         tracker.report("opening models and tasks")
-        bench = Workbench(folder.spec)
-        for text in folder.settle_environment(bench.environment()):
+        problem = parts.open_problem(spec, None)
+        for text in folder.check_environment(environment(problem)):
             tracker.report(text)
-        _settle_starts(folder, bench)
-        scorer = Scorer(bench, folder)
-        record = folder.record(bench.space, report=tracker.report)
+        runner = parts.make_runner(problem)
+        if spec.search.warm_starts and folder.starts() is None:  # going on needs nothing but the run's own folder
+            folder.write_starts(warm_starts(spec, problem.space, problem.reference_model, runner.plan))
+        record = folder.record(problem.space, report=tracker.report)
         if not len(record):  # a run that goes on has passed them
-            for text in [*bench.look_at_items(), *look_before(bench)]:
+            for text in parts.check(problem, runner):
                 tracker.report(text, "warning")
-        wanted = folder.spec.search
         tracker.started(
             SearchInfo(
                 folder=str(folder.root),
-                algorithm=wanted.algorithm,
-                budget=wanted.candidates,
-                genes=bench.space.size,
-                objectives=tuple(folder.spec.objectives),
+                algorithm=spec.search.algorithm,
+                budget=spec.search.candidates,
+                genes=problem.space.size,
+                objectives=tuple(spec.objectives),
                 recorded=record.candidates(),
             )
         )
-        scorer.settle(tracker)
+        objective = prepare_objective(problem, runner, folder.scores, tracker)
+        evaluator = CandidateEvaluator(problem, runner, folder.scores, objective)
+        return cls(folder, tracker, parts, problem, runner, evaluator, record)
+
+    def run(self) -> RunResult:
+        """Searches, measures the winner, and keeps the best."""
+        folder, tracker, spec = self.folder, self.tracker, self.folder.spec
         stop = StopConditions(
-            wanted.candidates,
-            **wanted.stop.model_dump(),
-            gradient_items=scorer.gradient_items,
+            spec.search.candidates,
+            **spec.search.stop.model_dump(),
+            gradient_items=self.evaluator.gradient_items,
             since=folder.extended_from(),
         )
-        with _executor(folder, bench, scorer, tracker) as executor:
-            ended = _search(folder, bench, scorer, executor, record, wanted.algorithm, stop, tracker.candidate)
+        with self._executor() as executor:
+            ended = self._search(executor, self.record, spec.search.algorithm, stop, tracker.candidate)
             tracker.report(ended.message)
             if ended.reason == "interrupted":
                 raise KeyboardInterrupt
             if ended.reason == "failures":
                 raise EvoMergeError(f"{folder.root}: {ended.message}{_what_to_do(ended.candidates)}")
             if ended.reason in ("stale", "target"):
-                tracker.report(
-                    f"`evomerge resume {folder.root} --candidates N` goes on, with N above {wanted.candidates}"
-                )
-            baseline = _baseline(folder, bench, scorer, executor, ended.candidates, tracker)
+                budget = spec.search.candidates
+                tracker.report(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {budget}")
+            baseline = self._baseline(executor, ended.candidates)
         ending = Ending(ended.reason, ended.message, extended_from=stop.since)
-        result = choose_winner(bench, scorer, ended.candidates, tracker, ending, baseline, where=str(folder.root))
+        result = choose_winner(
+            self.problem, self.evaluator, ended.candidates, tracker, ending, baseline, where=str(folder.root)
+        )
         folder.write_result(result)
-        if scorer.reused:
-            tracker.report(f"{scorer.reused} item evaluations of this session came from the cache of earlier runs")
+        if self.runner.reused:
+            tracker.report(f"{self.runner.reused} item evaluations of this session came from the cache of earlier runs")
         if result.within_noise_of:
             tracker.report(result.verdict, "warning")
-        keep_best(bench, folder, result, tracker)
-        tracker.report(f"peak memory {_peak(folder.spec.run.workers)}, the models' memory-mapped files included")
-    return result
+        if isinstance(self.runner, ModelRunner):  # a formula has no weights
+            keep_best(self.problem, self.runner, folder, result, tracker)
+        tracker.report(f"peak memory {_peak_memory(spec.run.workers)}, the models' memory-mapped files included")
+        return result
 
-
-def _settle_starts(folder: RunFolder, bench: Workbench) -> None:
-    """Keeps what a warm start begins with, so that going on needs nothing but the run's own folder."""
-    if folder.spec.search.warm_starts and folder.starts() is None:
-        folder.write_starts(warm_starts(bench))
-
-
-def _what_to_do(found: tuple[Candidate, ...]) -> str:
-    """The way on from failures that have one cause."""
-    kinds = {c.failure_kind for c in found[-1:]} & {"out of memory", "MemoryError", "OutOfMemoryError"}
-    memory = "; a lower evaluation.batch_tokens takes less memory" if kinds else ""
-    return f". One cause is likely, and no recipe's; log.txt has the details{memory}; then the same command goes on"
-
-
-def _peak(workers: int) -> str:
-    """The most memory that this process has had, and the largest of its workers."""
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    own, worker = (resource.getrusage(who).ru_maxrss * 1024 / 1e9 for who in whose)
-    return f"{own:.2f} GB" + (f", and {worker:.2f} GB of the largest of {workers} workers" if workers > 1 else "")
-
-
-@contextmanager
-def _executor(folder: RunFolder, bench: Workbench, scorer: Scorer, tracker: Tracker) -> Iterator[Executor]:
-    """What scores candidates, for the length of a block: this process, or as many workers as are wanted."""
-    count = folder.spec.run.workers
-    if count == 1:
-        yield InProcess(partial(_survived, folder, scorer), scorer.before_generation)
-        return
-    share = max(1, bench.threads // count)
-    tracker.report(f"{count} workers, of {share} of the {bench.threads} threads each; what they say is in log.txt")
-    if folder.spec.evaluation.backend != "native":
-        tracker.report(
-            "with this backend, numbers are the same for any number of workers up to rounding only", "warning"
+    def _search(
+        self,
+        executor: Executor,
+        record: Record,
+        algorithm: str,
+        stop: StopConditions,
+        progress: Callable[[Candidate], None],
+    ) -> Finished:
+        """One search of the run's space, on its items and by its seed."""
+        spec = self.folder.spec
+        # Where items end a search in the middle of a generation, the order decides which candidates there are.
+        arranged = spec.evaluation.reuse_prefixes and stop.items is None
+        return search(
+            self.problem.space,
+            get_algorithm(algorithm),
+            executor,
+            record,
+            stop,
+            seed=spec.search.seed,
+            settings=settings_of(spec.search, self.evaluator, algorithm),
+            starts=self.folder.starts(),
+            progress=progress,
+            arrange=self.runner.arrange if arranged else None,
+            asynchronous=spec.search.mode == "asynchronous",
         )
-    bench.release()
-    workers = LocalWorkers(
-        count,
-        "evomerge.run.search:open_worker",
-        (folder.root, bench.threads, share),
-        scorer.rivals,
-        folder.root / "log.txt",
-        partial(_worker_environment, folder.spec.evaluation.device, share),
-    )
-    try:
-        yield workers
-    finally:
-        workers.close()
-        folder.sweep()
+
+    def _baseline(self, executor: Executor, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        """The candidates of a random search with as many item evaluations as the search had, if one is asked for.
+
+        It begins with the same generation 0, races by the same rule, and may try several times as many candidates where
+        racing stops most of them early.
+        """
+        if self.folder.spec.search.baseline is None:
+            return ()
+        items = max(spent_items(candidates, self.evaluator.gradient_items))
+        self.tracker.report(f"random search as a baseline: {items} item evaluations, as the search had")
+
+        def progress(candidate: Candidate) -> None:
+            value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
+            self.tracker.report(f"random search, candidate {candidate.number}: {value}")
+
+        record = self.folder.record(self.problem.space, baseline=True, report=self.tracker.report)
+        ended = self._search(
+            executor, record, "random", StopConditions(_MAX_RANDOM * len(candidates), items=items), progress
+        )
+        if ended.reason == "interrupted":
+            raise KeyboardInterrupt
+        self.tracker.report(f"random search: {ended.message}")
+        return ended.candidates
+
+    @contextmanager
+    def _executor(self) -> Iterator[Executor]:
+        """What scores candidates, for the length of a block: this process, or as many workers as the spec says."""
+        folder, count, threads = self.folder, self.folder.spec.run.workers, self.problem.threads
+        if count == 1:
+            yield InProcess(partial(unless_deadly, folder, self.evaluator), self.evaluator.begin_generation)
+            return
+        share = max(1, threads // count)
+        self.tracker.report(f"{count} workers, of {share} of the {threads} threads each; their output is in log.txt")
+        if folder.spec.evaluation.backend != "native":
+            text = "with this backend, numbers are the same for any number of workers up to rounding only"
+            self.tracker.report(text, "warning")
+        self.runner.release()
+        workers = LocalWorkers(
+            count,
+            self.parts.open_worker,
+            (folder.root, threads, share),
+            self.evaluator.incumbents,
+            folder.root / "log.txt",
+            partial(_worker_environment, folder.spec.evaluation.device, share),
+        )
+        try:
+            yield workers
+        finally:
+            workers.close()
+            folder.sweep()
 
 
-def open_worker(root: Path, threads: int, share: int) -> Opened:
-    """Opens a run's models and tasks in a worker process, and fixes what its driver has fixed.
-
-    Args:
-        root: The run folder.
-        threads: Of the run.
-        share: Of these, how many are this process's.
-    """
-    import torch
-
-    torch.set_num_threads(share)
-    folder = RunFolder.existing(root)
-    scorer = Scorer(Workbench(folder.spec, threads), folder)
-    scorer.settle(NullTracker())
-    return scorer.race_against, scorer
+def settings_of(section: Search, evaluator: CandidateEvaluator, algorithm: str | None = None) -> AlgorithmSettings:
+    """Returns what an algorithm gets: its options, where it is the specification's own, and whom to ask."""
+    own = algorithm in (None, section.algorithm)
+    population = section.population or get_algorithm(section.algorithm).population
+    options = section.options if own else {}
+    return AlgorithmSettings(population, options, item_scores=evaluator.item_scores, gradients=evaluator.gradients)
 
 
-def _survived(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
+def unless_deadly(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
     """Scores a proposal here, unless it has killed one process after the other: then it has failed."""
     with folder.attempting(proposal.recipe_hash) as deaths:
-        if deaths < _MOST_DEATHS:
+        if deaths < _MAX_DEATHS:
             return evaluate(proposal)
     failure = f"killed: {deaths} processes in a row died while they scored it; the system may have run out of memory"
     return Outcome(None, state="failed", failure=failure)
@@ -250,72 +354,18 @@ def _worker_environment(device: str, share: int, slot: int) -> dict[str, str]:
     return environment
 
 
-def _search(
-    folder: RunFolder,
-    bench: Workbench,
-    scorer: Scorer,
-    executor: Executor,
-    record: Record,
-    algorithm: str,
-    stop: StopConditions,
-    progress: Callable[[Candidate], None],
-) -> Finished:
-    """One search of the run's space, on its items and by its seed."""
-    # Where items end a search in the middle of a generation, the order decides which candidates there are.
-    arrange = scorer.arrange if folder.spec.evaluation.reuse_prefixes and stop.items is None else None
-    return search(
-        bench.space,
-        get_algorithm(algorithm),
-        executor,
-        record,
-        stop,
-        seed=folder.spec.search.seed,
-        settings=settings_of(folder.spec.search, scorer, algorithm),
-        starts=folder.starts(),
-        progress=progress,
-        arrange=arrange,
-        asynchronous=folder.spec.search.mode == "asynchronous",
-    )
+def _what_to_do(candidates: tuple[Candidate, ...]) -> str:
+    """The way on from failures that have one cause."""
+    kinds = {c.failure_kind for c in candidates[-1:]} & {"out of memory", "MemoryError", "OutOfMemoryError"}
+    memory = "; a lower evaluation.batch_tokens takes less memory" if kinds else ""
+    return f". One cause is likely, and no recipe's; log.txt has the details{memory}; then the same command goes on"
 
 
-def settings_of(wanted: Search, scorer: Scorer, algorithm: str | None = None) -> AlgorithmSettings:
-    """What an algorithm is told: its options, where it is the specification's own, and whom to ask."""
-    own = algorithm in (None, wanted.algorithm)
-    population = wanted.population or get_algorithm(wanted.algorithm).population
-    return AlgorithmSettings(
-        population, wanted.options if own else {}, item_scores=scorer.items, gradients=scorer.slopes
-    )
-
-
-def _baseline(
-    folder: RunFolder,
-    bench: Workbench,
-    scorer: Scorer,
-    executor: Executor,
-    found: tuple[Candidate, ...],
-    tracker: Tracker,
-) -> tuple[Candidate, ...]:
-    """The candidates of a random search that spends as many item evaluations as the search did, if one is asked for.
-
-    It begins with the same generation 0, races by the same rule, and may try several times as many candidates where
-    racing stops most of them early.
-    """
-    if folder.spec.search.baseline is None:
-        return ()
-    items = max(spent_items(found, scorer.gradient_items))
-    tracker.report(f"random search as a baseline: {items} item evaluations, as the search had")
-
-    def progress(candidate: Candidate) -> None:
-        value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
-        tracker.report(f"random search, candidate {candidate.number}: {value}")
-
-    record = folder.record(bench.space, baseline=True, report=tracker.report)
-    stop = StopConditions(_MOST_RANDOM * len(found), items=items)
-    ended = _search(folder, bench, scorer, executor, record, "random", stop, progress)
-    if ended.reason == "interrupted":
-        raise KeyboardInterrupt
-    tracker.report(f"random search: {ended.message}")
-    return ended.candidates
+def _peak_memory(workers: int) -> str:
+    """The most memory that this process has had, and the largest of its workers."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    own, worker = (resource.getrusage(who).ru_maxrss * 1024 / 1e9 for who in whose)
+    return f"{own:.2f} GB" + (f", and {worker:.2f} GB of the largest of {workers} workers" if workers > 1 else "")
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""Generation 0 of a warm start: the baselines, and what other runs and recipes have to offer."""
+"""Generation 0 of a warm start: the baselines, then candidates of other runs and recipes from files."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.errors import BadInput, SpecError
 from evomerge.methods.registry import get_method
 from evomerge.recipe import Recipe, load_recipe, parse_recipe
@@ -20,13 +21,11 @@ from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import ranked
 
-if TYPE_CHECKING:
-    from evomerge.problem.problem import Workbench
+PlanRecipe = Callable[[Mapping[str, Any]], object]
 
 WHERE = "search.warm_start"
 
-
-AS_MANY = 8
+MAX_OF_A_RUN = 8
 """Candidates that are taken of a run."""
 
 
@@ -73,109 +72,123 @@ def _read(spec: SearchSpec, path: Path) -> Seed:
     recipe = load_recipe(path)
     if recipe.steps or recipe.modules or recipe.asks_for_tokenizer:
         raise SpecError(f"{path}: a candidate is one merge with the models' tokenizer; no steps, modules or tokenizer")
-    known = [*([spec.models.base] if spec.models.base else []), *spec.models.sources.values()]
-    unknown = [model for model in recipe.models() if model not in known]
+    models = [*([spec.models.base] if spec.models.base else []), *spec.models.sources.values()]
+    unknown = [model for model in recipe.models() if model not in models]
     if unknown:
-        raise SpecError(f"{path}: names {', '.join(unknown)}, which this search does not have ({', '.join(known)})")
+        raise SpecError(f"{path}: names {', '.join(unknown)}, which this search does not have ({', '.join(models)})")
     return Seed(path, recipe=recipe)
 
 
 def _read_run(spec: SearchSpec, path: Path) -> Seed:
     folder = RunFolder.existing(path)
-    if not same_names(folder.spec, spec):
-        theirs, ours = ", ".join(folder.spec.models.sources), ", ".join(spec.models.sources)
-        raise SpecError(f"{path}: has no source in common with this search: {theirs} there, {ours} here")
-    known = folder.candidates()
-    order = ranked(known)
+    if not common_sources(folder.spec, spec):
+        there, here = ", ".join(folder.spec.models.sources), ", ".join(spec.models.sources)
+        raise SpecError(f"{path}: has no source in common with this search: {there} there, {here} here")
+    candidates = folder.candidates()
+    order = ranked(candidates)
     if not order:
         raise SpecError(f"{path}: no candidate of that run has been scored")
-    winner = folder.winner(known)
+    winner = folder.winner(candidates)
     first = [candidate for candidate in order if candidate.number == winner]
     best = [*first, *(candidate for candidate in order if candidate.number != winner)]
     return Seed(path, spec=folder.spec, candidates=tuple(best))
 
 
-def same_names(theirs: SearchSpec, ours: SearchSpec) -> dict[str, str]:
-    """The sources that two searches have in common, their names there and here: the same model, or the same name."""
-    by_reference = {reference: name for name, reference in ours.models.sources.items()}
-    found = {name: by_reference[ref] for name, ref in theirs.models.sources.items() if ref in by_reference}
-    taken = set(found.values())
-    names = [name for name in theirs.models.sources if name in ours.models.sources]
-    return found | {name: name for name in names if name not in found and name not in taken}
+def common_sources(there: SearchSpec, here: SearchSpec) -> dict[str, str]:
+    """Returns the sources that two searches share, their names there and here: the same model, or the same name."""
+    by_reference = {reference: name for name, reference in here.models.sources.items()}
+    names = {name: by_reference[ref] for name, ref in there.models.sources.items() if ref in by_reference}
+    taken = set(names.values())
+    alike = [name for name in there.models.sources if name in here.models.sources]
+    return names | {name: name for name in alike if name not in names and name not in taken}
 
 
-def warm_starts(bench: Workbench) -> tuple[Start, ...]:
-    """Generation 0: the baselines, then each seed in the order of the specification, every recipe once.
+def warm_starts(spec: SearchSpec, space: SearchSpace, reference: Checkpoint, plan: PlanRecipe) -> tuple[Start, ...]:
+    """Collects generation 0: the baselines, then each seed in the order of the specification, every recipe once.
 
-    Of a run, the best that are not there yet, `AS_MANY`.
+    Of a run, the best that are not there yet, `MAX_OF_A_RUN`.
+
+    Args:
+        spec: The specification.
+        space: Its search space.
+        reference: The model whose layout counts.
+        plan: Resolves a recipe, and raises where it cannot be carried out.
 
     Raises:
         SpecError: As `read_seeds`; and for a recipe that cannot be carried out, or a run that does not fit.
     """
-    starts = {recipe_hash(start.recipe): start for start in baselines(bench.space)}
+    here = _Here(spec, space, _tensors(reference), plan)
+    starts = {recipe_hash(start.recipe): start for start in baselines(space)}
     problems: list[str] = []
-    for seed in read_seeds(bench.spec):
+    for seed in read_seeds(spec):
         try:
-            found = _of_recipe_file(bench, seed) if seed.recipe is not None else _of_run(bench, seed, starts)
+            more = [_of_recipe(here, seed)] if seed.recipe is not None else _of_run(here, seed, starts)
         except BadInput as error:
             problems += [f"{WHERE}: {seed.path}: {problem}" for problem in error.problems]
             continue
-        for start in found:
+        for start in more:
             starts.setdefault(recipe_hash(start.recipe), start)
     if problems:
         raise SpecError(problems)
     return tuple(starts.values())
 
 
-def _places(bench: Workbench) -> list[Place]:
+@dataclass(frozen=True)
+class _Here:
+    """The search that is to begin."""
+
+    spec: SearchSpec
+    space: SearchSpace
+    tensors: Sequence[Place]
+    plan: PlanRecipe
+
+
+def _tensors(model: Checkpoint) -> list[Place]:
     """The tensors of the models, with their layer in the stack that is searched."""
-    model = bench.reference_model
     main = model.layout.main
-    found: list[Place] = []
-    for name in model.tensors:
-        where = model.layout.locate(name)
-        found.append((name, where.layer if main is not None and where.stack == main.prefix else None))
-    return found
+    located = {name: model.layout.locate(name) for name in model.tensors}
+    return [(name, at.layer if main is not None and at.stack == main.prefix else None) for name, at in located.items()]
 
 
-def _of_recipe_file(bench: Workbench, seed: Seed) -> list[Start]:
+def _of_recipe(here: _Here, seed: Seed) -> Start:
+    """The start that a recipe's file gives."""
     if seed.recipe is None:
-        return []
+        raise ValueError(f"{seed.path} is no recipe")
     recipe = seed.recipe.to_mapping()
-    bench.plan(recipe)  # whether it can be carried out
-    return [Start(f"seed: {seed.path.name}", recipe, of_recipe(bench.space, seed.recipe, _places(bench)))]
+    here.plan(recipe)  # whether it can be carried out
+    return Start(f"seed: {seed.path.name}", recipe, of_recipe(here.space, seed.recipe, here.tensors))
 
 
-def _of_run(bench: Workbench, seed: Seed, known: Container[str]) -> list[Start]:
-    """The best candidates of a run whose recipes are not known yet, `AS_MANY` at most."""
+def _of_run(here: _Here, seed: Seed, known_recipes: Container[str]) -> list[Start]:
+    """The best candidates of a run whose recipes are new, `MAX_OF_A_RUN` at most."""
     if seed.spec is None:
-        return []
-    names = same_names(seed.spec, bench.spec)
-    shape = _shape(seed.spec, bench.space)
+        raise ValueError(f"{seed.path} is no run")
+    names = common_sources(seed.spec, here.spec)
+    shape = _shape(seed.spec, here.space)
     starts: dict[str, Start] = {}
-    said = False
+    any_fits = False
     for candidate in seed.candidates:
-        start = _of_candidate(bench, seed.spec, shape, names, candidate, f"seed: {seed.path.name} #{candidate.number}")
-        said = said or start is not None
-        if start is not None and recipe_hash(start.recipe) not in known:
+        start = _of_candidate(here, seed.spec, shape, names, candidate, f"seed: {seed.path.name} #{candidate.number}")
+        any_fits = any_fits or start is not None
+        if start is not None and recipe_hash(start.recipe) not in known_recipes:
             starts.setdefault(recipe_hash(start.recipe), start)
-        if len(starts) >= AS_MANY:
+        if len(starts) >= MAX_OF_A_RUN:
             break
-    if not said:
+    if not any_fits:
         raise SpecError(f"nothing of its {len(seed.candidates)} candidates can be said in this space")
     return list(starts.values())
 
 
 def _of_candidate(
-    bench: Workbench, theirs: SearchSpec, shape: Shape, names: Mapping[str, str], candidate: Candidate, name: str
+    here: _Here, there: SearchSpec, shape: Shape, names: Mapping[str, str], candidate: Candidate, name: str
 ) -> Start | None:
     """One candidate here: of generation 0 the exact recipe, which need not be in either space; else its genome's."""
-    space = bench.space
+    space = here.space
     if candidate.generation == 0:
-        exact = _translated(candidate.recipe, theirs, bench.spec, names)
+        exact = _translated(candidate.recipe, there, here.spec, names)
         if exact is not None:
-            bench.plan(exact)  # whether it can be carried out
-            return Start(name, exact, of_recipe(space, parse_recipe(exact, where=name), _places(bench)))
+            here.plan(exact)  # whether it can be carried out
+            return Start(name, exact, of_recipe(space, parse_recipe(exact, where=name), here.tensors))
     genome = of_genome(space, candidate.genome, shape, names)
     if genome is None or why_invalid(space, genome) is not None:
         return None
@@ -198,20 +211,20 @@ def _shape(spec: SearchSpec, space: SearchSpace) -> Shape:
 
 
 def _translated(
-    recipe: Mapping[str, Any], theirs: SearchSpec, ours: SearchSpec, names: Mapping[str, str]
+    recipe: Mapping[str, Any], there: SearchSpec, here: SearchSpec, names: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """A recipe with the models' references of this search; None where it has a model that is not here."""
-    here = {theirs.models.sources[other]: ours.models.sources[mine] for other, mine in names.items()}
-    if theirs.models.base is not None and ours.models.base is not None:
-        here[theirs.models.base] = ours.models.base
-    if not set(parse_recipe(recipe).models()) <= set(here):
+    references = {there.models.sources[name]: here.models.sources[own] for name, own in names.items()}
+    if there.models.base is not None and here.models.base is not None:
+        references[there.models.base] = here.models.base
+    if not set(parse_recipe(recipe).models()) <= set(references):
         return None
 
-    def moved(value: Any, key: str = "") -> Any:
+    def translate(value: Any, key: str = "") -> Any:
         if isinstance(value, Mapping):
-            return {name: moved(entry, name) for name, entry in value.items()}
+            return {name: translate(entry, name) for name, entry in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, str):
-            return [moved(entry) for entry in value]
-        return here[value] if key in ("model", "base_model") else value
+            return [translate(entry) for entry in value]
+        return references[value] if key in ("model", "base_model") else value
 
-    return dict(moved(recipe))
+    return dict(translate(recipe))

@@ -164,3 +164,16 @@ class NullTracker:
 
     def close(self) -> None:
         """Ends nothing."""
+
+
+class LogTracker(NullTracker):
+    """Shows nothing; what is reported is in the log at its own level."""
+
+    def report(self, text: str, level: Level = "info") -> None:
+        """Logs the line."""
+        log.log(logging.WARNING if level == "warning" else logging.INFO, text)
+
+    def candidate(self, candidate: Candidate) -> None:
+        """Logs the candidate."""
+        value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
+        self.report(f"candidate {candidate.number}, {candidate.operator}: {value}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ import pytest
 import torch
 
 from evomerge.engine.parameter_gradients import STEP
-from evomerge.evaluation.splits import SEARCH
-from evomerge.objective.fitness import Fitness
-from evomerge.problem.candidate_evaluator import Scorer
-from evomerge.problem.fitness_gradients import COST, fitness_slopes, genes_of_settings
-from evomerge.problem.problem import Workbench
+from evomerge.evaluation.splits import SEARCH, Selection
+from evomerge.objective.fitness import Fitness, Scores
+from evomerge.planning.plan import Plan
+from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+from evomerge.problem.fitness_gradients import COST, fitness_gradients, genes_of_settings
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import Problem, open_problem
 from evomerge.run.folder import RunFolder
 from evomerge.space.decode import active_genes, decode, decode_literally, why_invalid
 from evomerge.space.genome import Genome
 from evomerge.spec.load import parse_spec
+from evomerge.study.interfaces import NullTracker
 from evomerge.system.memory import available
 from tests.frame import changed, search_spec
 from tests.models import write_tiny_llama
@@ -38,7 +41,34 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def bench_of(family: Mapping[str, Path], method: str, **changes: Any) -> Workbench:
+@dataclass(frozen=True)
+class Opened:
+    """A problem, and what runs its models."""
+
+    problem: Problem
+    runner: ModelRunner
+
+    @property
+    def selection(self) -> Selection:
+        return self.problem.splits[SEARCH]
+
+    @property
+    def steering(self) -> Fitness:
+        return self.problem.steering
+
+    def plan(self, genome: Genome) -> Plan:
+        return self.runner.plan(decode(self.problem.space, genome))
+
+    def scores(self, genome: Genome) -> Scores:
+        return self.runner.measure(self.plan(genome), self.selection)[0]
+
+    def gradients(self, fitness: Fitness, genome: Genome, scores: Scores) -> dict[str, float] | None:
+        """The gradient over all items of the selection."""
+        problem = self.problem
+        return fitness_gradients(problem.space, self.runner, problem.tasks, fitness, self.selection, genome, scores)
+
+
+def opened(family: Mapping[str, Path], method: str, **changes: Any) -> Opened:
     """A search with one method in two layer groups, on the smooth metrics; `changes` as for `search_spec`."""
     spec = search_spec(
         {**family, "c": family["b"]},
@@ -47,34 +77,32 @@ def bench_of(family: Mapping[str, Path], method: str, **changes: Any) -> Workben
         evaluation__guard=[],
         evaluation__splits={"search": 0.2, "select": 0.2, "test": 0.2},
     )
-    return Workbench(parse_spec(changed(spec, changes)))
+    problem = open_problem(parse_spec(changed(spec, changes)))
+    return Opened(problem, ModelRunner(problem))
 
 
-def point(bench: Workbench, seed: int = 0) -> Genome:
+def point(search: Opened, seed: int = 0) -> Genome:
     """A genome inside the ranges of all genes."""
     rng = np.random.default_rng(seed)
-    return bench.space.genome(0.2 + 0.6 * rng.random(len(bench.space.reals)))
+    return search.problem.space.genome(0.2 + 0.6 * rng.random(len(search.problem.space.reals)))
 
 
-def found(bench: Workbench, genome: Genome, fitness: Fitness) -> dict[str, float]:
-    plan = bench.plan(decode(bench.space, genome))
-    selection = bench.selections[SEARCH]
-    scores, _ = bench.measure(plan, selection)
-    slopes = fitness_slopes(bench, fitness, selection, genome, scores)
-    assert slopes is not None
-    return slopes
+def found(search: Opened, genome: Genome, fitness: Fitness) -> dict[str, float]:
+    gradients = search.gradients(fitness, genome, search.scores(genome))
+    assert gradients is not None
+    return gradients
 
 
-def differences(bench: Workbench, genome: Genome, fitness: Fitness) -> dict[str, float]:
+def differences(search: Opened, genome: Genome, fitness: Fitness) -> dict[str, float]:
     """Central differences of the fitness: materialise, score, one gene at a time."""
 
     def at(name: str, value: float) -> float:
         moved = Genome.of({**genome.values, name: value}, genome.layers)
-        return fitness(bench.measure(bench.plan(decode(bench.space, moved)), bench.selections[SEARCH])[0])
+        return fitness(search.scores(moved))
 
-    used = active_genes(bench.space, genome)
+    used = active_genes(search.problem.space, genome)
     slopes = {}
-    for gene in bench.space.reals:
+    for gene in search.problem.space.reals:
         if gene.name in used:
             value, step = float(genome.values[gene.name]), STEP * (gene.high - gene.low)
             low, high = max(gene.low, value - step), min(gene.high, value + step)
@@ -101,33 +129,33 @@ def apart(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
     ],
 )
 def test_slopes_are_differences_of_the_fitness(family: dict[str, Path], method: str, near: float) -> None:
-    bench = bench_of(family, method)
-    genome = point(bench)
-    assert apart(found(bench, genome, bench.steering), differences(bench, genome, bench.steering)) < near
+    search = opened(family, method)
+    genome = point(search)
+    assert apart(found(search, genome, search.steering), differences(search, genome, search.steering)) < near
 
 
 def test_relative_goals_weighted_items_and_tensor_groups(family: dict[str, Path]) -> None:
     """A goal's own slope (over its reference, and inverted where lower is better) and the items' weights count."""
     groups = {"space__tensor_groups": ["attention", "mlp"]}
-    bench = bench_of(family, "task_arithmetic", evaluation__scale="relative", **groups)
-    genome = point(bench)
-    scores, _ = bench.measure(bench.plan(decode(bench.space, genome)), bench.selections[SEARCH])
+    search = opened(family, "task_arithmetic", evaluation__scale="relative", **groups)
+    genome = point(search)
+    scores = search.scores(genome)
     items = {task: {item: 1.0 + k for k, item in enumerate(part.items)} for task, part in scores.items()}
-    relative = bench.steering.relative_to([scores])
+    relative = search.steering.relative_to([scores])
     fitness = Fitness(relative.goals, items)
-    ours = found(bench, genome, fitness)
+    ours = found(search, genome, fitness)
     assert {"weight.a.g0.attention", "weight.b.g1.mlp", "weight.b.g1.rest", "lambda.outer"} <= set(ours)
-    assert apart(ours, differences(bench, genome, fitness)) < 0.002
-    assert apart(ours, differences(bench, genome, relative)) > 0.02
+    assert apart(ours, differences(search, genome, fitness)) < 0.002
+    assert apart(ours, differences(search, genome, relative)) > 0.02
 
 
 def test_the_ends_of_a_range_have_slopes_from_within(family: dict[str, Path]) -> None:
-    bench = bench_of(family, "ties")
-    low = np.zeros(len(bench.space.reals))
-    low[[gene.parameter == "lambda" for gene in bench.space.reals]] = 0.5
-    low[[gene.source == "a" for gene in bench.space.reals]] = 1.0
-    genome = bench.space.genome(low)
-    ours, theirs = found(bench, genome, bench.steering), differences(bench, genome, bench.steering)
+    search = opened(family, "ties")
+    low = np.zeros(len(search.problem.space.reals))
+    low[[gene.parameter == "lambda" for gene in search.problem.space.reals]] = 0.5
+    low[[gene.source == "a" for gene in search.problem.space.reals]] = 1.0
+    genome = search.problem.space.genome(low)
+    ours, theirs = found(search, genome, search.steering), differences(search, genome, search.steering)
     assert set(genome.values.values()) >= {1.0}
     assert all(np.isfinite(value) for value in ours.values())
     linear = [name for name in ours if name.startswith("lambda")]
@@ -135,51 +163,49 @@ def test_the_ends_of_a_range_have_slopes_from_within(family: dict[str, Path]) ->
 
 
 def test_genes_of_a_frozen_range_and_of_other_methods_have_none(family: dict[str, Path]) -> None:
-    bench = bench_of(
+    search = opened(
         family, "ties", space__methods=["task_arithmetic", "ties"], space__genes={"lambda": {"low": 1.0, "high": 1.0}}
     )
-    genome = point(bench)
+    genome = point(search)
     assert genome.values["method"] == "task_arithmetic"
-    ours = found(bench, genome, bench.steering)
+    ours = found(search, genome, search.steering)
     assert {name.split(".")[0] for name in ours} == {"weight"}
-    spelled_out = decode_literally(bench.space, genome)
-    effects = genes_of_settings(bench.space, genome, spelled_out, bench.plan(spelled_out.recipe))
+    literal = decode_literally(search.problem.space, genome)
+    effects = genes_of_settings(search.problem.space, genome, literal, search.runner.plan(literal.recipe))
     assert {factor for e in effects.values() for genes in e.values() for factor in genes.values()} == {1.0}
 
 
 def test_the_model_and_the_next_scores_are_as_before(family: dict[str, Path]) -> None:
-    bench = bench_of(family, "task_arithmetic", evaluation__dtype="bfloat16")
-    genome, other = point(bench), point(bench, 1)
-    plans = [bench.plan(decode(bench.space, g)) for g in (genome, other)]
-    selection = bench.selections[SEARCH]
-    before = [bench.measure(plan, selection)[0] for plan in plans]
-    model, _ = bench.resident.write(plans[0])
+    search = opened(family, "task_arithmetic", evaluation__dtype="bfloat16")
+    genome, other = point(search), point(search, 1)
+    before = [search.scores(g) for g in (genome, other)]
+    model = search.runner.materialise(search.plan(genome))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    first = fitness_slopes(bench, bench.steering, selection, genome, before[0])
+    first = search.gradients(search.steering, genome, before[0])
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    after = [bench.measure(plan, selection)[0] for plan in plans]
+    after = [search.scores(g) for g in (genome, other)]
     for one, again in zip(before, after, strict=True):
         for task, part in one.items():
             for metric, columns in part.metrics.items():
                 np.testing.assert_array_equal(columns, again[task].metrics[metric])
-    assert fitness_slopes(bench, bench.steering, selection, genome, before[0]) == first
+    assert search.gradients(search.steering, genome, before[0]) == first
 
 
 def test_threads_and_the_size_of_pieces(family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No bit depends on the number of threads; smaller pieces round differently, and no more."""
     from evomerge.evaluation.backends.native import weight_gradients as backward
 
-    bench = bench_of(family, "task_arithmetic")
-    genome = point(bench)
-    one = found(bench, genome, bench.steering)
+    search = opened(family, "task_arithmetic")
+    genome = point(search)
+    one = found(search, genome, search.steering)
     monkeypatch.setattr(backward, "MAX_TOKENS", 64)
-    small = found(bench, genome, bench.steering)
+    small = found(search, genome, search.steering)
     assert apart(small, one) < 1e-4
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert found(bench, genome, bench.steering) == small
+        assert found(search, genome, search.steering) == small
     finally:
         torch.set_num_threads(threads)
 
@@ -189,46 +215,44 @@ def test_where_nothing_changes_smoothly_there_are_none(family: dict[str, Path]) 
     tasks = [{"task": "tiny_choice", "metric": "acc"}, {"task": "tiny_answer", "metric": "exact_match"}]
     splits = {"search": 0.3, "select": 0.3, "test": 0.3}
     metric = {"evaluation__fitness": "metric", "evaluation__splits": splits}
-    bench = bench_of(family, "linear", evaluation__tasks=tasks, **metric)
-    genome = point(bench)
-    plan, selection = bench.plan(decode(bench.space, genome)), bench.selections[SEARCH]
-    scores, _ = bench.measure(plan, selection)
-    assert fitness_slopes(bench, bench.goals, selection, genome, scores) is None
-    assert fitness_slopes(bench, bench.steering, selection, genome, scores) is None
+    search = opened(family, "linear", evaluation__tasks=tasks, **metric)
+    genome = point(search)
+    scores = search.scores(genome)
+    assert search.gradients(search.problem.reported, genome, scores) is None
+    assert search.gradients(search.steering, genome, scores) is None
 
 
 def test_a_model_without_a_gradient_has_none_and_stays_as_it_is(
     family: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench = bench_of(family, "linear")
-    genome = point(bench)
-    plan, selection = bench.plan(decode(bench.space, genome)), bench.selections[SEARCH]
-    scores, _ = bench.measure(plan, selection)
+    search = opened(family, "linear")
+    genome = point(search)
+    scores = search.scores(genome)
 
     def no_memory(*_: Any, **__: Any) -> None:
         raise RuntimeError("can't allocate memory")
 
     monkeypatch.setattr(torch.autograd, "grad", no_memory)
-    assert fitness_slopes(bench, bench.steering, selection, genome, scores) is None
+    assert search.gradients(search.steering, genome, scores) is None
     assert "cannot be differentiated: can't allocate memory" in caplog.text
-    model, _ = bench.resident.write(plan)
+    model = search.runner.materialise(search.plan(genome))
     assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_without_memory_for_a_gradient_there_are_none(
     family: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench = bench_of(family, "task_arithmetic")
-    genome = point(bench)
-    scores, _ = bench.measure(bench.plan(decode(bench.space, genome)), bench.selections[SEARCH])
+    search = opened(family, "task_arithmetic")
+    genome = point(search)
+    scores = search.scores(genome)
     monkeypatch.setattr("evomerge.evaluation.backends.native.weight_gradients.available", lambda: 1000)
-    assert fitness_slopes(bench, bench.steering, bench.selections[SEARCH], genome, scores) is None
+    assert search.gradients(search.steering, genome, scores) is None
     assert "a gradient takes 0.0 GB, and 0.0 GB are free" in caplog.text
-    ours = 12 * sum(p.numel() for p in bench.resident.write(bench.plan(decode(bench.space, genome)))[0].parameters())
+    ours = 12 * sum(p.numel() for p in search.runner.materialise(search.plan(genome)).parameters())
     monkeypatch.setattr(
         "evomerge.evaluation.backends.native.weight_gradients.available", lambda: ours
     )  # for one piece at a time
-    assert fitness_slopes(bench, bench.steering, bench.selections[SEARCH], genome, scores)
+    assert search.gradients(search.steering, genome, scores)
 
 
 def test_the_kernel_is_asked_what_is_free(tmp_path: Path) -> None:
@@ -244,32 +268,37 @@ def copied(finished_run: Path, tmp_path: Path) -> RunFolder:
     return RunFolder.existing(Path(shutil.copytree(finished_run, tmp_path / "copied")))
 
 
+def evaluator_of(folder: RunFolder) -> tuple[Problem, CandidateEvaluator]:
+    problem = open_problem(folder.spec)
+    runner = ModelRunner(problem)
+    objective = prepare_objective(problem, runner, folder.scores, NullTracker())
+    return problem, CandidateEvaluator(problem, runner, folder.scores, objective)
+
+
 def test_a_run_finds_them_once(copied: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Workbench(copied.spec)
-    scorer = Scorer(bench, copied)
+    problem, evaluator = evaluator_of(copied)
     known = {c.number: c for c in copied.candidates()}
     done = [c for c in known.values() if c.generation > 0 and c.state == "done"]
     merged = next(c for c in done if c.genome.values["method"] != "frankenmerge")
-    ours = scorer.slopes(merged)
+    ours = evaluator.gradients(merged)
     assert ours
-    assert set(ours) <= active_genes(bench.space, merged.genome)
-    assert scorer.gradient_items == round(COST * sum(map(len, bench.selections[SEARCH].values())))
-    monkeypatch.setattr("evomerge.problem.candidate_evaluator.fitness_slopes", lambda *_: pytest.fail("asked twice"))
-    assert Scorer(bench, copied).slopes(merged) == ours
-    digest = bench.plan(merged.recipe).digest
+    assert set(ours) <= active_genes(problem.space, merged.genome)
+    assert evaluator.gradient_items == round(COST * sum(map(len, problem.splits[SEARCH].values())))
+    monkeypatch.setattr("evomerge.problem.candidate_evaluator.fitness_gradients", lambda *_: pytest.fail("asked twice"))
+    assert evaluator_of(copied)[1].gradients(merged) == ours
+    digest = ModelRunner(problem).plan(merged.recipe).digest
     assert json.loads((copied.root / "scores" / f"{digest}-slopes.json").read_text()) == {"slopes": dict(ours)}
 
 
 def test_who_has_none(copied: RunFolder) -> None:
     """Copies of layers; baselines that are not their genome's recipe; candidates that were not scored."""
-    bench = Workbench(copied.spec)
-    scorer = Scorer(bench, copied)
+    problem, evaluator = evaluator_of(copied)
     found = copied.candidates()
     copies = next(c for c in found if c.recipe["merge_method"] == "frankenmerge")
-    assert scorer.slopes(copies) is None
+    assert evaluator.gradients(copies) is None
     by_name = {c.operator: c for c in found if c.generation == 0}
-    assert why_invalid(bench.space, by_name["parent:base"].genome)  # no source has a weight: no recipe
-    assert scorer.slopes(by_name["parent:base"]) is None
+    assert why_invalid(problem.space, by_name["parent:base"].genome)  # no source has a weight: no recipe
+    assert evaluator.gradients(by_name["parent:base"]) is None
     arithmetic = next(c for name, c in by_name.items() if name.startswith("task_arithmetic λ"))
-    assert scorer.slopes(replace(arithmetic, state="pruned")) is None
-    assert scorer.slopes(arithmetic)
+    assert evaluator.gradients(replace(arithmetic, state="pruned")) is None
+    assert evaluator.gradients(arithmetic)

@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from evomerge.evaluation.splits import TEST
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
 from evomerge.recipe import load_recipe, parse_recipe
 from evomerge.report.model_card import Rescored
 from evomerge.run.folder import RunFolder
@@ -48,7 +49,7 @@ def test_lm_eval_counts_the_same(finished_run: Path, exported: Path, monkeypatch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    bench = Workbench(RunFolder.existing(finished_run).spec)
+    problem = open_problem(RunFolder.existing(finished_run).spec)
     monkeypatch.chdir(TASKS)  # lm-eval looks for a task's data from the working directory
     with quiet():
         model = HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=4)
@@ -56,7 +57,7 @@ def test_lm_eval_counts_the_same(finished_run: Path, exported: Path, monkeypatch
             model,
             tasks=["tiny_choice", "tiny_text"],
             task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-            samples={task: list(items) for task, items in bench.selections[TEST].items()},
+            samples={task: list(items) for task, items in problem.splits[TEST].items()},
             bootstrap_iters=0,
         )["results"]
     stated = json.loads((exported / "scores.json").read_text())["now"]
@@ -99,8 +100,9 @@ def test_any_candidate(finished_run: Path, tmp_path: Path, capsys: pytest.Captur
     loser = winner(finished_run)["candidate"]
     rows = [c for c in RunFolder.existing(finished_run).candidates() if c.generation > 0]
     tested = {path.name for path in (finished_run / "scores").glob("*-test.npz")}
-    bench = Workbench(RunFolder.existing(finished_run).spec)
-    chosen = next(c for c in rows if f"{bench.plan(c.recipe).digest}-test.npz" not in tested and c.number != loser)
+    problem = open_problem(RunFolder.existing(finished_run).spec)
+    runner = ModelRunner(problem)
+    chosen = next(c for c in rows if f"{runner.plan(c.recipe).digest}-test.npz" not in tested and c.number != loser)
     ended = invoke(capsys, "export", finished_run, tmp_path / "out", "--candidate", str(chosen.number))
     assert ended.code == 0, ended.err
     assert f"candidate {chosen.number} ({chosen.operator}) is in {tmp_path / 'out'}" in ended.out
@@ -118,14 +120,15 @@ def test_any_candidate(finished_run: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_every_recipe(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What `--recipe` writes means the candidate: mergekit's keys where mergekit can say it, the same weights."""
-    bench = Workbench(RunFolder.existing(finished_run).spec)
+    problem = open_problem(RunFolder.existing(finished_run).spec)
+    runner = ModelRunner(problem)
     known = RunFolder.existing(finished_run).candidates()
     for candidate in known:
         path = tmp_path / f"{candidate.number}.yaml"
         ended = invoke(capsys, "export", finished_run, path, "--recipe", "--candidate", str(candidate.number))
         assert ended.code == 0, ended.err
         written = parse_recipe(yaml.safe_load(path.read_text()))
-        ours, theirs = bench.plan(candidate.recipe), bench.plan(written.to_mapping())
+        ours, theirs = runner.plan(candidate.recipe), runner.plan(written.to_mapping())
         assert [(op.output, op.digest) for op in ours.operations] == [
             (op.output, op.digest) for op in theirs.operations
         ]
@@ -182,8 +185,9 @@ def test_numbers_that_differ_are_said_to() -> None:
 
 
 def test_exported_weights_are_the_resident_ones(finished_run: Path, exported: Path) -> None:
-    bench = Workbench(RunFolder.existing(finished_run).spec)
-    model, _ = bench.resident.write(bench.plan(winner(finished_run)["recipe"]))
+    problem = open_problem(RunFolder.existing(finished_run).spec)
+    runner = ModelRunner(problem)
+    model = runner.materialise(runner.plan(winner(finished_run)["recipe"]))
     held = model.state_dict()
     for name, value in load_file(exported / "model.safetensors").items():
         assert torch.equal(held[name], value)

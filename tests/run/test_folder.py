@@ -9,7 +9,7 @@ import pytest
 
 from evomerge.errors import RunError
 from evomerge.run.folder import RunFolder
-from evomerge.run.search import _survived
+from evomerge.run.search import unless_deadly
 from evomerge.space.genome import Genome
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
@@ -57,14 +57,14 @@ def test_reading_makes_nothing(spec: SearchSpec, tmp_path: Path) -> None:
 def test_environment(spec: SearchSpec, tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", spec, "")
     first = {"content": {"models": {"a": "123"}}, "versions": {"torch": "2.1", "threads": 2}}
-    assert folder.settle_environment(first) == []
-    assert folder.settle_environment(first) == []
-    warnings = folder.settle_environment({**first, "versions": {"torch": "2.2", "threads": 2}})
+    assert folder.check_environment(first) == []
+    assert folder.check_environment(first) == []
+    warnings = folder.check_environment({**first, "versions": {"torch": "2.2", "threads": 2}})
     assert len(warnings) == 1
     assert "-torch: '2.1'" in warnings[0]
     assert "+torch: '2.2'" in warnings[0]
     with pytest.raises(RunError, match=r"have changed since this run began(.|\n)*\+  a: '456'"):
-        folder.settle_environment({**first, "content": {"models": {"a": "456"}}})
+        folder.check_environment({**first, "content": {"models": {"a": "456"}}})
 
 
 def test_a_shared_storage_has_one_folder_a_study(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_candidate_that_kills_every_process_fails_in_the_end(tmp_path: Path, s
     proposal = Proposal(3, 1, Genome.of({}), {}, "one", (), "random")
 
     def scored() -> Outcome:
-        return _survived(folder, lambda _: Outcome(0.5), proposal)
+        return unless_deadly(folder, lambda _: Outcome(0.5), proposal)
 
     for _ in range(3):  # as many as may be kills that are none of its doing
         die_scoring(folder, "one")

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
+from evomerge.evaluation.score_store import RunScores
 from evomerge.evaluation.splits import SEARCH
-from evomerge.problem.candidate_evaluator import Scorer
-from evomerge.problem.problem import Workbench
+from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.spec.load import parse_spec
@@ -143,16 +145,16 @@ def test_sigterm_stops_as_ctrl_c_does(
     tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(search_spec(tiny_family, run__keep=0)))
-    measure, before = Workbench.measure, signal.getsignal(signal.SIGTERM)
+    measure, before = ModelRunner.measure, signal.getsignal(signal.SIGTERM)
     measured: list[Any] = []
 
-    def terminated(self: Workbench, plan: Any, part: Any) -> Any:
+    def terminated(self: ModelRunner, plan: Any, part: Any) -> Any:
         measured.append(part)
         if len(measured) == 6:
             signal.raise_signal(signal.SIGTERM)
         return measure(self, plan, part)
 
-    monkeypatch.setattr(Workbench, "measure", terminated)
+    monkeypatch.setattr(ModelRunner, "measure", terminated)
     try:
         stopped = invoke(capsys, "run", tmp_path / "tiny.yaml", "--dir", tmp_path / "run")
     finally:
@@ -264,9 +266,10 @@ def test_an_asynchronous_search_of_two_workers(tiny_family: dict[str, Path], tmp
     assert any(name.startswith("random search") for name in result.baselines)
     assert not list((folder.root / "scores").glob(".*.partial"))
     (tmp_path / "again" / "scores").mkdir(parents=True)
-    bench = Workbench(spec)
-    scorer = Scorer(bench, RunFolder(tmp_path / "again", spec))
-    scorer.settle(NullTracker())
+    problem, store = open_problem(spec), RunScores(tmp_path / "again")
+    runner = ModelRunner(problem)
+    objective = prepare_objective(problem, runner, store, NullTracker())
+    evaluator = CandidateEvaluator(problem, runner, store, objective)
     for candidate in [c for c in found if c.state == "done"][-3:]:
-        again, _ = scorer.scores(candidate.recipe, SEARCH)
-        assert scorer.fitness(again) == candidate.fitness
+        again, _ = evaluator.scores(candidate.recipe, SEARCH)
+        assert objective.fitness(again) == candidate.fitness

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from evomerge.evaluation.splits import SEARCH
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
+from evomerge.recipe.parse import single_model
 from evomerge.report.result import Ending, RunResult
 from evomerge.report.tables import result_table, status_text
 from evomerge.run import export
@@ -69,14 +71,15 @@ def test_objectives_are_the_tasks_values_and_the_size(front_run: Path) -> None:
     sources = [by_name[f"parent:{name}"] for name in "abc"]
     best_prob = max(s["tiny_choice"]["prob"]["value"] for s in sources)
     best_bits = min(s["tiny_text"]["bits_per_byte"]["value"] for s in sources)
-    bench = Workbench(RunFolder.existing(front_run).spec)
+    problem = open_problem(RunFolder.existing(front_run).spec)
+    runner = ModelRunner(problem)
     depths = set()
     for candidate in candidates:
         prob = candidate.scores[SEARCH]["tiny_choice"]["prob"]["value"] / best_prob
         bits = best_bits / candidate.scores[SEARCH]["tiny_text"]["bits_per_byte"]["value"]
-        depth = bench.plan(candidate.recipe).config["num_hidden_layers"]
+        depth = runner.plan(candidate.recipe).config["num_hidden_layers"]
         depths.add(depth)
-        own = bench.reference_model.config["num_hidden_layers"]
+        own = problem.reference_model.config["num_hidden_layers"]
         assert candidate.objectives == pytest.approx((prob, bits, own / depth))
         assert candidate.fitness == pytest.approx((prob + 2 * bits) / 3)
         assert candidate.state == "done"  # nobody is raced
@@ -111,10 +114,12 @@ def test_the_winner_is_the_knee_of_the_finalists_front(front_run: Path) -> None:
 def test_sizes_count_every_tensor(front_run: Path, tiny_family: dict[str, Path]) -> None:
     from safetensors.numpy import load_file
 
-    bench = Workbench(RunFolder.existing(front_run).spec)
+    problem = open_problem(RunFolder.existing(front_run).spec)
+    runner = ModelRunner(problem)
+    sizes = runner.sizes(runner.plan(single_model(problem.reference)))
     stored = load_file(tiny_family["base"] / "model.safetensors")
-    assert bench.reference_sizes["parameters"] == sum(tensor.size for tensor in stored.values())
-    assert bench.reference_sizes["layers"] == bench.reference_model.layout.layer_count
+    assert sizes["parameters"] == sum(tensor.size for tensor in stored.values())
+    assert sizes["layers"] == problem.reference_model.layout.layer_count
 
 
 def test_the_study_names_its_objectives(front_run: Path) -> None:
@@ -176,16 +181,16 @@ def test_a_front_in_parts_is_the_front_in_one(
 ) -> None:
     """Stopped in the middle of the search and in the middle of its end; a status in between has the knee so far."""
     spec = pareto_spec(tiny_family, search__baseline="random", evaluation__racing=True)
-    measure = Workbench.measure
+    measure = ModelRunner.measure
     left = [0]
 
-    def stopping(self: Workbench, plan: Any, part: Any) -> Any:
+    def stopping(self: ModelRunner, plan: Any, part: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
         return measure(self, plan, part)
 
-    monkeypatch.setattr(Workbench, "measure", stopping)
+    monkeypatch.setattr(ModelRunner, "measure", stopping)
     for left[0] in (12, 14):
         with pytest.raises(KeyboardInterrupt):
             start(spec, folder=tmp_path / "run")
@@ -238,8 +243,9 @@ def test_the_front_is_kept_before_what_is_behind_it(
         finalists=tuple(replace(whole.finalists[0], candidate=n, pooled=p) for n, p in pooled),
     )
     kept: list[int] = []
-    monkeypatch.setattr(export, "write_export", lambda bench, folder, candidate, out: kept.append(candidate.number))
+    monkeypatch.setattr(export, "write_export", lambda *arguments: kept.append(arguments[3].number))
     folder = RunFolder(tmp_path, pareto_spec(tiny_family, run__keep=4))
     monkeypatch.setattr(folder, "candidates", lambda: found(front_run))
-    export.keep_best(Workbench(folder.spec), folder, result, NullTracker())
+    problem = open_problem(folder.spec)
+    export.keep_best(problem, ModelRunner(problem), folder, result, NullTracker())
     assert kept == [4, 7, 2, 9]

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.errors import CheckpointError
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
 from evomerge.run.check import check_search
 from evomerge.run.folder import RunFolder
-from evomerge.run.preflight import end_of_turn, smoke, stop_tokens, text_loss
+from evomerge.run.preflight import end_of_turn, read_texts, stop_tokens, text_loss
 from evomerge.run.search import start
 from evomerge.spec.load import parse_spec
 from tests.frame import search_spec
@@ -70,8 +71,8 @@ def test_loss_is_the_mean_over_tokens(tiny_family: dict[str, Path]) -> None:
 
 
 def test_models_that_are_fine_say_nothing(tiny_family: dict[str, Path]) -> None:
-    bench = Workbench(parse_spec(search_spec(tiny_family)))
-    assert smoke(bench, {name: str(folder) for name, folder in tiny_family.items()}) == []
+    runner = ModelRunner(open_problem(parse_spec(search_spec(tiny_family))))
+    assert read_texts(runner, {name: str(folder) for name, folder in tiny_family.items()}, "float32") == []
 
 
 def test_logits_that_overflow_end_the_run_before_its_first_candidate(family: dict[str, Path], tmp_path: Path) -> None:

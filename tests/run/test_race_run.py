@@ -13,7 +13,8 @@ import pytest
 from evomerge.errors import SpecError
 from evomerge.evaluation.splits import SEARCH
 from evomerge.problem.fitness_gradients import COST
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
 from evomerge.report.tables import status_text
 from evomerge.run.folder import RunFolder
 from evomerge.run.preflight import parse_search
@@ -56,13 +57,13 @@ def found(folder: Path, *, baseline: bool = False) -> tuple[Candidate, ...]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the item sets that are really scored from now on."""
     sizes: list[int] = []
-    measure = Workbench.measure
+    measure = ModelRunner.measure
 
-    def counting(self: Workbench, plan: Any, part: Any) -> Any:
+    def counting(self: ModelRunner, plan: Any, part: Any) -> Any:
         sizes.append(sum(map(len, part.values())))
         return measure(self, plan, part)
 
-    monkeypatch.setattr(Workbench, "measure", counting)
+    monkeypatch.setattr(ModelRunner, "measure", counting)
     return sizes
 
 
@@ -98,9 +99,9 @@ def test_what_racing_saved_is_reported(raced: Path) -> None:
 def test_the_whole_score_does_not_depend_on_the_blocks(raced: Path, finished_run: Path) -> None:
     """A candidate that went the whole way has the per-item scores that it has without racing, within rounding."""
     whole = RunFolder.existing(finished_run)
-    bench = Workbench(whole.spec)
+    runner = ModelRunner(open_problem(whole.spec))
     for candidate in (c for c in found(raced) if c.generation == 0):
-        digest = bench.plan(candidate.recipe).digest
+        digest = runner.plan(candidate.recipe).digest
         ours, theirs = RunFolder.existing(raced).scores.load(digest, SEARCH), whole.scores.load(digest, SEARCH)
         assert ours is not None
         assert theirs is not None
@@ -154,17 +155,17 @@ def test_without_the_cache_everything_is_measured_and_comes_out_the_same(
     """And in three sessions, stopped in the middle of a candidate's blocks."""
     sizes = measured(monkeypatch)
     off = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"cache": False})})
-    scored = Workbench.measure
+    scored = ModelRunner.measure
     for limit in (12, 40):
         sizes.clear()
 
-        def stopping(self: Workbench, plan: Any, part: Any, limit: int = limit) -> Any:
+        def stopping(self: ModelRunner, plan: Any, part: Any, limit: int = limit) -> Any:
             if len(sizes) == limit:
                 raise KeyboardInterrupt
             return scored(self, plan, part)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Workbench, "measure", stopping)
+            patch.setattr(ModelRunner, "measure", stopping)
             with pytest.raises(KeyboardInterrupt):
                 start(off, folder=tmp_path / "run")
     result = resume(tmp_path / "run")

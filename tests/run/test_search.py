@@ -15,9 +15,9 @@ from evomerge.errors import BadInput, CandidateError, EvoMergeError, RecipeError
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import SEARCH, SELECT, TEST
 from evomerge.objective.item_sampling import Sample
-from evomerge.problem.candidate_evaluator import Scorer
-from evomerge.problem.planner import Planner
-from evomerge.problem.problem import Workbench
+from evomerge.problem.candidate_evaluator import CandidateEvaluator
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
 from evomerge.report.result import CandidateCounts
 from evomerge.report.tables import result_table, status_text
 from evomerge.run.folder import RunFolder
@@ -195,9 +195,10 @@ def test_items_that_tell_candidates_apart_steer(tiny_family: dict[str, Path], tm
     drawn_items = RunFolder.existing(tmp_path / "whole").scores.load_samples()
     assert drawn_items is not None
     samples = {task: Sample.from_json(sample) for task, sample in drawn_items.items()}
-    bench = Workbench(whole)
+    problem = open_problem(whole)
+    runner = ModelRunner(problem)
     for task, sample in samples.items():
-        assert set(sample.items) < {bench.evaluator.items(task)[k] for k in bench.selections[SEARCH][task]}
+        assert set(sample.items) < {problem.tasks[task].items[k] for k in problem.splits[SEARCH][task]}
         assert sum(sample.weights) == pytest.approx(informative.tasks[task].of)
     found = {c.number: c for c in candidates(tmp_path / "whole")}
     folder = RunFolder.existing(tmp_path / "whole")
@@ -205,7 +206,7 @@ def test_items_that_tell_candidates_apart_steer(tiny_family: dict[str, Path], tm
         candidate = found[finalist.candidate]
         assert finalist.estimate == candidate.fitness
         assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
-        kept = folder.scores.load(bench.plan(candidate.recipe).digest, SEARCH)
+        kept = folder.scores.load(runner.plan(candidate.recipe).digest, SEARCH)
         assert kept is not None
         acc = kept["tiny_choice"]
         drawn = dict(zip(samples["tiny_choice"].items, samples["tiny_choice"].weights, strict=True))
@@ -214,7 +215,7 @@ def test_items_that_tell_candidates_apart_steer(tiny_family: dict[str, Path], tm
         assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["value"] == pytest.approx(expected)
     for candidate in found.values():
         if candidate.generation == 0:  # was scored on all of them, and is judged by the same part as the others
-            kept = folder.scores.load(bench.plan(candidate.recipe).digest, SEARCH)
+            kept = folder.scores.load(runner.plan(candidate.recipe).digest, SEARCH)
             assert kept is not None
             assert len(kept["tiny_choice"].items) == 12
         assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
@@ -223,12 +224,12 @@ def test_items_that_tell_candidates_apart_steer(tiny_family: dict[str, Path], tm
 
 
 def test_splits_are_disjoint(small: SearchSpec) -> None:
-    bench = Workbench(small)
+    problem = open_problem(small)
     for task, count in (("tiny_choice", 24), ("tiny_text", 16)):
-        parts = [bench.selections[split][task] for split in (SEARCH, SELECT, TEST)]
+        parts = [problem.splits[split][task] for split in (SEARCH, SELECT, TEST)]
         assert sorted(i for part in parts for i in part) == list(range(count))
         assert [len(part) for part in parts] == [count // 2, count // 4, count // 4]
-    assert list(bench.selections["guard"]) == ["tiny_answer"]
+    assert list(problem.splits["guard"]) == ["tiny_answer"]
 
 
 def test_a_run_of_an_older_version_goes_on(finished_run: Path, tmp_path: Path) -> None:
@@ -359,22 +360,22 @@ def test_folder_begun_and_killed(small: SearchSpec, tmp_path: Path) -> None:
 
 def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     """Makes the scorer raise where `fails(recipe, split)` gives an error."""
-    scores, planned = Scorer.scores, Planner.__call__
+    scores, planned = CandidateEvaluator.scores, ModelRunner.plan_next
 
-    def breaking(self: Scorer, recipe: Any, split: str) -> Any:
+    def breaking(self: CandidateEvaluator, recipe: Any, split: str) -> Any:
         error = fails(recipe, split)
         if error is not None:
             raise error
         return scores(self, recipe, split)
 
-    def failing(self: Planner, proposal: Proposal) -> Any:
+    def failing(self: ModelRunner, proposal: Proposal) -> Any:
         error = fails(proposal.recipe, SEARCH)
         if error is not None:
             raise error
         return planned(self, proposal)
 
-    monkeypatch.setattr(Scorer, "scores", breaking)
-    monkeypatch.setattr(Planner, "__call__", failing)
+    monkeypatch.setattr(CandidateEvaluator, "scores", breaking)
+    monkeypatch.setattr(ModelRunner, "plan_next", failing)
 
 
 @pytest.mark.parametrize(
@@ -489,14 +490,14 @@ def test_what_is_wrong_is_told_together(tiny_family: dict[str, Path], tmp_path: 
     content = search_spec(tiny_family, models__sources={"a": str(tmp_path / "none"), "b": str(tiny_family["b"])})
     spec = parse_spec(changed(content, {"evaluation__include_path": str(tasks)}))
     with pytest.raises(BadInput) as caught:
-        Workbench(spec)
+        open_problem(spec)
     assert len(caught.value.problems) == 2
     assert "none" in caught.value.problems[0]
     assert "no data file tiny_choice.jsonl" in caught.value.problems[1]
     content = search_spec(tiny_family, space__genes={"wait": {"low": 0}})
     spec = parse_spec(changed(content, {"evaluation__tasks": [{"task": "tiny_text", "metric": "acc"}]}))
     with pytest.raises(BadInput) as caught:
-        Workbench(spec)
+        open_problem(spec)
     assert "has no metric 'acc'" in caught.value.problems[0]
     assert "no gene 'wait' (did you mean 'weight'?)" in caught.value.problems[1]
 
@@ -517,9 +518,9 @@ def test_the_record_is_an_optuna_study(finished_run: Path) -> None:
 def test_kept_scores_are_the_candidates_own(finished_run: Path) -> None:
     """What the run folder keeps by plan and split gives the record's scores again."""
     folder = RunFolder.existing(finished_run)
-    bench = Workbench(folder.spec)
+    runner = ModelRunner(open_problem(folder.spec))
     for candidate in folder.candidates():
-        kept = folder.scores.load(bench.plan(candidate.recipe).digest, SEARCH)
+        kept = folder.scores.load(runner.plan(candidate.recipe).digest, SEARCH)
         assert kept is not None
         for task, item_scores in kept.items():
             assert isinstance(item_scores, ItemScores)

@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from evomerge.errors import RunError, SpecError
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import Problem, open_problem
 from evomerge.run.check import check_search
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
-from evomerge.run.warm_start import AS_MANY, read_seeds, warm_starts
-from evomerge.space.baselines import baselines
+from evomerge.run.warm_start import MAX_OF_A_RUN, read_seeds, warm_starts
+from evomerge.space.baselines import Start, baselines
 from evomerge.space.decode import genome_hash, recipe_hash
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
@@ -27,6 +28,11 @@ SMALL: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__gu
 
 def spec_of(family: dict[str, Path], warm: Any, **changes: Any) -> SearchSpec:
     return parse_spec(search_spec(family, **{**SMALL, "search__warm_start": warm, **changes}))
+
+
+def starts_of(problem: Problem) -> tuple[Start, ...]:
+    """Generation 0 of a problem's search."""
+    return warm_starts(problem.spec, problem.space, problem.reference_model, ModelRunner(problem).plan)
 
 
 @pytest.fixture
@@ -43,22 +49,22 @@ def recipe_file(tiny_family: dict[str, Path], tmp_path: Path) -> Path:
 def test_generation_0_is_the_baselines_then_the_best_of_the_run_then_the_recipe(
     finished_run: Path, tiny_family: dict[str, Path], recipe_file: Path
 ) -> None:
-    bench = Workbench(spec_of(tiny_family, [str(finished_run), str(recipe_file)], search__population=6))
-    starts = warm_starts(bench)
-    first = baselines(bench.space)
+    problem = open_problem(spec_of(tiny_family, [str(finished_run), str(recipe_file)], search__population=6))
+    starts = starts_of(problem)
+    first = baselines(problem.space)
     assert starts[: len(first)] == first
     known = {candidate.number: candidate for candidate in RunFolder.existing(finished_run).candidates()}
     winner = RunFolder.existing(finished_run).winner(tuple(known.values()))
     order = [winner, *(c.number for c in ranked(known.values()) if c.number != winner)]
     old = {recipe_hash(s.recipe) for s in first}
-    expected = [f"seed: tiny #{k}" for k in order if recipe_hash(known[k].recipe) not in old][:AS_MANY]
+    expected = [f"seed: tiny #{k}" for k in order if recipe_hash(known[k].recipe) not in old][:MAX_OF_A_RUN]
     assert [s.name for s in starts[len(first) :]] == [*expected, "seed: known-good.yaml"]
     for seed in starts[len(first) : -1]:
         candidate = known[int(seed.name.split("#")[1])]
-        assert (seed.recipe, genome_hash(bench.space, seed.genome)) == (candidate.recipe, candidate.recipe_hash)
+        assert (seed.recipe, genome_hash(problem.space, seed.genome)) == (candidate.recipe, candidate.recipe_hash)
     assert starts[-1].recipe["parameters"] == {"normalize": True, "lambda": 0.8}
     assert starts[-1].genome.values["method"] == "task_arithmetic"
-    assert all(bench.space.contains(s.genome) for s in starts)
+    assert all(problem.space.contains(s.genome) for s in starts)
     assert len({recipe_hash(s.recipe) for s in starts}) == len(starts)
 
 
@@ -142,7 +148,7 @@ def test_groups_that_do_not_fit_these_models_are_told(
     space = folder.spec.space.model_copy(update={"layer_groups": 9})
     folder.write_spec(folder.spec.model_copy(update={"space": space}))
     with pytest.raises(SpecError, match=r"search\.warm_start: .*deep: space\.layer_groups: a number from 1 to 4"):
-        warm_starts(Workbench(spec_of(tiny_family, str(copied))))
+        starts_of(open_problem(spec_of(tiny_family, str(copied))))
 
 
 @pytest.mark.parametrize("command", ["check", "run"])

@@ -10,8 +10,8 @@ import pytest
 
 from evomerge.errors import RecipeError
 from evomerge.evaluation.backends.native.hidden_state_cache import HiddenStateCache
-from evomerge.problem.planner import Planner
-from evomerge.problem.problem import Workbench
+from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.problem import open_problem
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import start
 from evomerge.space.genome import Genome
@@ -22,8 +22,8 @@ from tests.run.test_search import lasting
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_family: dict[str, Path]) -> Workbench:
-    return Workbench(parse_spec(search_spec(tiny_family)))
+def runner(tiny_family: dict[str, Path]) -> ModelRunner:
+    return ModelRunner(open_problem(parse_spec(search_spec(tiny_family))))
 
 
 def stacked(family: Mapping[str, Path], number: int, pattern: str) -> Proposal:
@@ -34,36 +34,35 @@ def stacked(family: Mapping[str, Path], number: int, pattern: str) -> Proposal:
 
 
 def test_those_that_share_layers_follow_each_other_and_announce_the_next(
-    bench: Workbench, tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    runner: ModelRunner, tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`aabb` and `aaba` share three layers; `bbbb` came between them, and a recipe that is not possible before them."""
     planned, announced = [], []
-    plan = bench.plan
+    plan = runner.plan
 
-    def counting(recipe: Mapping[str, Any]) -> Any:
+    def counting(recipe: Mapping[str, Any], **options: Any) -> Any:
         planned.append(recipe)
-        return plan(recipe)
+        return plan(recipe, **options)
 
-    monkeypatch.setattr(bench, "plan", counting)
-    monkeypatch.setattr(bench.evaluator, "announce_next", announced.append)
+    monkeypatch.setattr(runner, "plan", counting)
+    monkeypatch.setattr(runner.evaluator, "announce_next", announced.append)
     proposals = [stacked(tiny_family, k, pattern) for k, pattern in enumerate(["aabb", "bbbb", "aaba"])]
     nothing = Proposal(3, 1, Genome({}), {"merge_method": "linear"}, "nothing", (), "by hand")
-    planner = Planner(bench)
-    order = planner.arrange([nothing, *proposals])
+    order = runner.arrange([nothing, *proposals])
     assert [k - 1 for k in order] == [-1, 0, 2, 1]
     with pytest.raises(RecipeError):
-        planner(nothing)
-    plans = [planner(proposals[k])[0] for k in (0, 2, 1)]
+        runner.plan_next(nothing)
+    plans = [runner.plan_next(proposals[k])[0] for k in (0, 2, 1)]
     assert plans == [plan(proposals[k].recipe) for k in (0, 2, 1)]
-    assert announced == [bench.depths(plans[1]), bench.depths(plans[2]), ()]
+    assert announced == [runner.layer_digests(plans[1]), runner.layer_digests(plans[2]), ()]
     assert [p.recipe for p in proposals] == planned[1:4]
     assert len(planned) == 5  # the impossible one twice
 
 
-def test_what_was_not_arranged_is_planned_in_its_turn(bench: Workbench, tiny_family: dict[str, Path]) -> None:
+def test_what_was_not_arranged_is_planned_in_its_turn(runner: ModelRunner, tiny_family: dict[str, Path]) -> None:
     proposal = stacked(tiny_family, 0, "abab")
-    plan, seconds = Planner(bench)(proposal)
-    assert plan == bench.plan(proposal.recipe)
+    plan, seconds = runner.plan_next(proposal)
+    assert plan == runner.plan(proposal.recipe)
     assert seconds > 0
 
 
