@@ -122,7 +122,7 @@ def test_winner_is_the_best_finalist_over_search_and_select(finished_run: Path) 
         assert {"wins", "losses", "p"} <= set(row["winner_less_this"]["tasks"]["tiny_choice"])
     assert result["verdict"].startswith("The winner is ")
     log = (finished_run / "log.txt").read_text()
-    assert (f"warning: {result['verdict']}" in log) == bool(result["within_noise_of"])
+    assert (f"WARNING evomerge.run: {result['verdict']}" in log) == bool(result["within_noise_of"])
     fitness = result["winner"]["fitness"]
     assert result["selection_bias"]["value"] == pytest.approx(fitness[SEARCH]["value"] - fitness[TEST]["value"])
     for finalist in result["finalists"]:
