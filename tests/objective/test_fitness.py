@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.scores import BITS, ItemScores
 from evomerge.objective.fitness import Fitness
-from evomerge.objective.goals import Goal, mixed_units
+from evomerge.objective.goals import Goal
 
 
 def mean(values: Any, task: str = "mc", metric: str = "acc", start: int = 0) -> ItemScores:
@@ -198,45 +196,3 @@ def test_no_ratio_to_nothing() -> None:
     with pytest.raises(TaskError, match="mc: the best source's acc is 0; use `scale: raw`") as caught:
         Fitness((ACC, BPB)).relative_to(sources)
     assert len(caught.value.problems) == 1
-
-
-def test_a_loss_of_zero_is_better_than_any() -> None:
-    goal = Goal("x", "loss", 1.0, False, reference=0.5)
-    value, slope = goal.value(0.0)
-    assert math.isfinite(value)
-    assert math.isfinite(slope)
-    assert value > goal.value(1e-6)[0] > goal.value(0.1)[0] == 5.0
-
-
-@given(
-    st.floats(0.01, 10),
-    st.floats(0.01, 10),
-    st.booleans(),
-    st.one_of(st.none(), st.floats(0.01, 10)),
-    st.floats(0.1, 9),
-)
-def test_better_scores_are_fitter(one: float, two: float, up: bool, reference: float | None, weight: float) -> None:
-    goal = Goal("x", "m", weight, up, reference)
-    left, right = goal.value(one)[0], goal.value(two)[0]
-    if one != two:
-        assert (left >= right) == ((one > two) == up) or left == right
-    step = 1e-6 * one
-    assert goal.value(one)[1] == pytest.approx((goal.value(one + step)[0] - left) / step, rel=1e-3, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("metrics", "mixed"),
-    [
-        (["acc", "acc_norm", "exact_match"], False),
-        (["acc", "exact_match,strict-match"], False),
-        (["bits_per_byte", "bits_per_byte"], False),
-        (["acc", "bits_per_byte"], True),
-        (["nll", "perplexity"], True),
-    ],
-)
-def test_raw_refuses_mixed_units(metrics: list[str], mixed: bool) -> None:
-    goals = [Goal(f"t{k}", metric, 1.0, True) for k, metric in enumerate(metrics)]
-    assert bool(mixed_units(goals, "raw")) == mixed
-    assert mixed_units(goals, "relative") == []
-    if mixed:
-        assert "raw cannot add up" in mixed_units(goals, "raw")[0]

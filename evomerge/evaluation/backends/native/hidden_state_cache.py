@@ -31,8 +31,8 @@ MAX_BYTES = 2**30
 """Bytes of hidden states kept."""
 
 
-def first_difference(a: LayerDigests, b: LayerDigests) -> int:
-    """Returns the last layer before which both have the same hidden states; 0 where they share nothing to keep."""
+def shared_layers(a: LayerDigests, b: LayerDigests) -> int:
+    """Counts the first layers that both share: the hidden states behind them, before the next one, are equal."""
     return max((k for k, (one, other) in enumerate(zip(a, b, strict=False)) if one == other), default=0)
 
 
@@ -85,7 +85,7 @@ class HiddenStateCache:
             if self._current == self._next:  # it has come
                 self._next = ()
         neighbours = (self._previous, self._next)
-        return frozenset({first_difference(layer_digests, other) for other in neighbours} - {0})
+        return frozenset({shared_layers(layer_digests, other) for other in neighbours} - {0})
 
     def get(self, layer_digests: LayerDigests, packed: str, batch: int) -> tuple[int, Tensor | None]:
         """Returns the last layer whose input is kept for a batch, and that input; (0, None) if there is none.

@@ -20,9 +20,9 @@ from evomerge.engine.resident import Resident
 from evomerge.evaluation.backends.native.hidden_state_cache import (
     HiddenStateCache,
     can_be_resumed,
-    first_difference,
     order_by_shared_layers,
     resumable,
+    shared_layers,
 )
 from evomerge.planning.layer_digests import depth_digests
 from tests.engine.recipes import layers, plan_of
@@ -147,9 +147,9 @@ def test_ordering_by_hand() -> None:
     # bb came first; then aa with a branch ab before it in time.
     candidates = [digests(*"bbx"), digests(*"abx"), digests(*"bax"), digests(*"aax"), digests(*"abx")]
     assert order_by_shared_layers(candidates) == [0, 2, 1, 4, 3]
-    assert first_difference(candidates[0], candidates[2]) == 1
-    assert first_difference(candidates[1], candidates[4]) == 2
-    assert first_difference(candidates[0], []) == 0
+    assert shared_layers(candidates[0], candidates[2]) == 1
+    assert shared_layers(candidates[1], candidates[4]) == 2
+    assert shared_layers(candidates[0], []) == 0
 
 
 def test_the_budget_spares_the_present_candidate() -> None:
