@@ -94,8 +94,14 @@ def ties_merge_llama(
     device: str = "cpu",
 ) -> PreTrainedModel:
     """TIES over fine-tunes of one base, in float32: `merge_models("ties", ...)` under the names of other helpers."""
-    given = _given(weights=weights, densities=densities)
-    return merge_models("ties", base=base_model_path, models=ft_model_paths, dtype="float32", device=device, **given)
+    return merge_models(
+        "ties",
+        base=base_model_path,
+        models=ft_model_paths,
+        dtype="float32",
+        device=device,
+        **_not_none(weights=weights, densities=densities),
+    )
 
 
 def dare_merge_llama(
@@ -118,18 +124,18 @@ def dare_merge_llama(
         dtype="float16" if use_fp16 else "float32",
         device=device,
         seed=seed,
-        **_given(weights=weights, densities=densities),
+        **_not_none(weights=weights, densities=densities),
     )
 
 
-def _given(**parameters: Any) -> dict[str, Any]:
+def _not_none(**parameters: Any) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
 def recipe_body(
     name: str, models: Sequence[str], base: str | None, parameters: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    """The recipe of a call, as its YAML would have it: keyword arguments, completed with the papers' values.
+    """Writes the recipe of a call as its YAML would have it: keyword arguments, completed with the papers' values.
 
     Raises:
         RecipeError: With every keyword that the method does not know, and every list of the wrong length.
@@ -137,14 +143,14 @@ def recipe_body(
     from evomerge.methods.registry import get_method
 
     method = get_method(name)
-    known = {word: parameter for parameter in method.parameters for word in _words(parameter)}
+    by_word = {word: parameter for parameter in method.parameters for word in _words(parameter)}
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in models]
     problems, seen = [], set()
     for word, value in parameters.items():
-        parameter = known.get(word)
+        parameter = by_word.get(word)
         if parameter is None:
-            problems.append(f"merge_models: {method.name} has no parameter '{word}'{suggest(word, known)}")
+            problems.append(f"merge_models: {method.name} has no parameter '{word}'{suggest(word, by_word)}")
             continue
         if parameter.name in seen:
             problems.append(f"merge_models: {parameter.name} is given twice, as '{word}' too")
@@ -158,7 +164,7 @@ def recipe_body(
                 entry |= {} if one is None else {parameter.name: one}
     if problems:
         raise RecipeError(problems)
-    shared = _papers(method, seen, base, len(models)) | shared
+    shared = _paper_values(method, seen, base, len(models)) | shared
     if seed and method.parameter("seed") and "pattern" not in seen:
         shared.setdefault("seed", seed)
     entries = [{"model": model, "parameters": entry} for model, entry in zip(models, own, strict=True)]
@@ -171,8 +177,8 @@ def _words(parameter: Parameter) -> list[str]:
     return [parameter.name, f"{parameter.name}_", *([plural] if parameter.per_source else [])]
 
 
-def _papers(method: Method, given: set[str], base: str | None, count: int) -> dict[str, Any]:
-    """The papers' values of what a call leaves out.
+def _paper_values(method: Method, given: set[str], base: str | None, count: int) -> dict[str, Any]:
+    """Looks up the papers' values of what a call leaves out.
 
     Not of what another parameter took the place of: beside a drop rate, a density would be a second trim. Nor where the
     value makes a base necessary that there is not, or leaves nothing to interpolate between.
@@ -180,14 +186,14 @@ def _papers(method: Method, given: set[str], base: str | None, count: int) -> di
     replaced = {p.instead_of for p in method.parameters if p.name in given} | (
         {"density"} if "drop_rate" in given else set()
     )
-    found = {}
+    values = {}
     for parameter in method.parameters:
         if parameter.paper is None or parameter.name in given | replaced:
             continue
         needs = method.base_needed({parameter.name: parameter.paper}) and not method.base_needed({})
         if not needs or (base is not None and count > 1):
-            found[parameter.name] = parameter.paper
-    return found
+            values[parameter.name] = parameter.paper
+    return values
 
 
 def _reference(stack: ExitStack, model: Model) -> str:
@@ -225,7 +231,7 @@ def _shared_vocabulary(opened: Mapping[str, Checkpoint], base: str | None) -> st
 
 
 def _loaded(plan: Plan, checkpoints: Mapping[str, Checkpoint], device: str) -> PreTrainedModel:
-    """The plan's result as transformers would have loaded it from a folder."""
+    """Loads the plan's result as transformers would have from a folder."""
     from transformers import AutoTokenizer, GenerationConfig
 
     from evomerge.engine.resident import Resident

@@ -1,4 +1,4 @@
-"""Model cards: what the Hub reads, and whether the licences agree."""
+"""Model cards: what the Hub reads, whether the licences agree, and whether the numbers do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from evomerge.recipe import parse_recipe
-from evomerge.report.model_card import licence_verdict, licences, merge_card
+from evomerge.report.model_card import Rescored, licence_verdict, licences, merge_card
 from tests.engine.recipes import opened
 
 
@@ -85,3 +85,10 @@ def test_verdict() -> None:
 def test_licences_of_what_has_no_folder(tiny_family: dict[str, Path], tmp_path: Path) -> None:
     lone = shutil.copyfile(tiny_family["a"] / "model.safetensors", tmp_path / "lone.safetensors")
     assert licences(opened([str(lone)])) == {str(lone): None}
+
+
+def test_numbers_that_differ_are_said_to() -> None:
+    same = Rescored("test", {"t": {"acc": 0.5}}, {"t": {"acc": 0.5 + 1e-9}})
+    assert same.sentence().endswith("the same numbers as in the search.")
+    other = Rescored("test", {"t": {"acc": 0.5, "loss": 1.0}}, {"t": {"acc": 0.5, "loss": 1.25}})
+    assert other.sentence().endswith("the numbers DIFFER from the search's, by up to 0.2500.")

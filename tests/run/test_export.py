@@ -16,7 +16,6 @@ from evomerge.evaluation.splits import TEST
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.problem import open_problem
 from evomerge.recipe import load_recipe, parse_recipe
-from evomerge.report.model_card import Rescored
 from evomerge.run.folder import RunFolder
 from evomerge.run.merge import merge_to_folder
 from evomerge.study.record import Record
@@ -175,13 +174,6 @@ def test_changed_models_are_noticed(
     ended = invoke(capsys, "export", run, tmp_path / "out")
     assert ended.code == 2
     assert "the models or the data have changed" in ended.err
-
-
-def test_numbers_that_differ_are_said_to() -> None:
-    same = Rescored("test", {"t": {"acc": 0.5}}, {"t": {"acc": 0.5 + 1e-9}})
-    assert same.sentence().endswith("the same numbers as in the search.")
-    other = Rescored("test", {"t": {"acc": 0.5, "loss": 1.0}}, {"t": {"acc": 0.5, "loss": 1.25}})
-    assert other.sentence().endswith("the numbers DIFFER from the search's, by up to 0.2500.")
 
 
 def test_exported_weights_are_the_resident_ones(finished_run: Path, exported: Path) -> None:
