@@ -24,7 +24,7 @@ from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
-from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.study.interfaces import AlgorithmSettings, NullTracker
 from evomerge.study.loop import search
 from evomerge.study.record import Record
 from evomerge.system.memory import collect_rarely
@@ -62,8 +62,9 @@ def measure(algorithm: str, candidates: int, genes: int, population: int | None)
     space = space_of(genes)
     marks: list[float] = []
 
-    def tick(candidate: Candidate) -> None:
-        marks.append(user_seconds())
+    class Tick(NullTracker):
+        def candidate(self, candidate: Candidate) -> None:
+            marks.append(user_seconds())
 
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "study.log"
@@ -77,7 +78,7 @@ def measure(algorithm: str, candidates: int, genes: int, population: int | None)
             record,
             StopConditions(candidates),
             settings=settings,
-            progress=tick,
+            tracker=Tick(),
         )
         size = journal.stat().st_size
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

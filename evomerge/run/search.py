@@ -223,7 +223,7 @@ class _Session:
             since=folder.extended_from(),
         )
         with self._executor() as executor:
-            ended = self._search(executor, self.record, spec.search.algorithm, stop, tracker.candidate)
+            ended = self._search(executor, self.record, spec.search.algorithm, stop, tracker)
             tracker.report(ended.message)
             if ended.reason == "interrupted":
                 raise KeyboardInterrupt
@@ -253,7 +253,7 @@ class _Session:
         record: Record,
         algorithm: str,
         stop: StopConditions,
-        progress: Callable[[Candidate], None],
+        tracker: Tracker,
     ) -> Finished:
         """One search of the run's space, on its items and by its seed."""
         spec = self.folder.spec
@@ -268,7 +268,7 @@ class _Session:
             seed=spec.search.seed,
             settings=settings_of(spec.search, self.evaluator, algorithm),
             starts=self.folder.starts(),
-            progress=progress,
+            tracker=tracker,
             arrange=self.runner.arrange if arranged else None,
             asynchronous=spec.search.mode == "asynchronous",
         )
@@ -284,14 +284,9 @@ class _Session:
         items = max(spent_items(candidates, self.evaluator.gradient_items))
         self.tracker.report(f"random search as a baseline: {items} item evaluations, as the search had")
 
-        def progress(candidate: Candidate) -> None:
-            value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
-            self.tracker.report(f"random search, candidate {candidate.number}: {value}")
-
         record = self.folder.record(self.problem.space, baseline=True, report=self.tracker.report)
-        ended = self._search(
-            executor, record, "random", StopConditions(_MAX_RANDOM * len(candidates), items=items), progress
-        )
+        stop = StopConditions(_MAX_RANDOM * len(candidates), items=items)
+        ended = self._search(executor, record, "random", stop, _BaselineTracker(self.tracker))
         if ended.reason == "interrupted":
             raise KeyboardInterrupt
         self.tracker.report(f"random search: {ended.message}")
@@ -352,6 +347,18 @@ def _worker_environment(device: str, share: int, slot: int) -> dict[str, str]:
         devices = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)] if devices else ""
     return environment
+
+
+class _BaselineTracker(NullTracker):
+    """Reports the candidates of a baseline's search, line by line, to the run's tracker."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def candidate(self, candidate: Candidate) -> None:
+        """Reports its fitness or its failure."""
+        value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
+        self._tracker.report(f"random search, candidate {candidate.number}: {value}")
 
 
 def _what_to_do(candidates: tuple[Candidate, ...]) -> str:

@@ -20,7 +20,7 @@ from evomerge.space.baselines import Start, baselines
 from evomerge.space.space import SearchSpace
 from evomerge.study.budget import End, Reason, StopConditions, StopMonitor
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation, number_of
-from evomerge.study.interfaces import Algorithm, AlgorithmSettings, Executor
+from evomerge.study.interfaces import Algorithm, AlgorithmSettings, Executor, NullTracker, Tracker
 from evomerge.study.ranking import best
 from evomerge.study.record import Record
 
@@ -49,7 +49,7 @@ def search(
     seed: int = 0,
     settings: AlgorithmSettings | None = None,
     starts: Sequence[Start] | None = None,
-    progress: Callable[[Candidate], None] | None = None,
+    tracker: Tracker | None = None,
     arrange: Callable[[Sequence[Proposal]], Sequence[int]] | None = None,
     asynchronous: bool = False,
 ) -> Finished:
@@ -64,7 +64,7 @@ def search(
         seed: Seed of the proposals.
         settings: Settings of the algorithm.
         starts: Generation 0; default: the baselines.
-        progress: Called with each candidate after it is recorded.
+        tracker: Is told of each candidate after it is recorded.
         arrange: Gives the order in which a generation's proposals are scored, as positions in it. The candidates and
             their numbers are the same in any order. Nothing is arranged in an asynchronous search.
         asynchronous: Propose a candidate whenever there is room for one, instead of whole generations. The algorithm
@@ -74,9 +74,17 @@ def search(
         The reason for the end, after what was under way has been recorded. Ctrl-C ends it too, between records
         ("interrupted").
     """
-    order = arrange or (lambda proposals: range(len(proposals)))
     loop = _Loop(
-        space, algorithm, executor, record, stop, seed, settings or AlgorithmSettings(), progress, order, asynchronous
+        space=space,
+        algorithm=algorithm,
+        executor=executor,
+        record=record,
+        stop=stop,
+        seed=seed,
+        settings=settings or AlgorithmSettings(),
+        tracker=tracker or NullTracker(),
+        arrange=arrange or (lambda proposals: range(len(proposals))),
+        asynchronous=asynchronous,
     )
     try:
         reason, message = loop.run(tuple(baselines(space) if starts is None else starts))
@@ -94,8 +102,8 @@ class _Loop:
     stop: StopConditions
     seed: int
     settings: AlgorithmSettings
-    progress: Callable[[Candidate], None] | None
-    order: Callable[[Sequence[Proposal]], Sequence[int]]
+    tracker: Tracker
+    arrange: Callable[[Sequence[Proposal]], Sequence[int]]
     asynchronous: bool
 
     def run(self, starts: tuple[Start, ...]) -> End:
@@ -146,12 +154,12 @@ class _Loop:
 
     def _score(self, proposals: Sequence[Proposal], monitor: StopMonitor) -> End | None:
         """Scores and records what is not recorded of a generation; the end, if it comes in the middle."""
-        known = self.record.candidates()
-        before = bisect_left(known, proposals[0].number, key=number_of) if proposals else 0
-        recorded = {candidate.number for candidate in known[before:]}
+        candidates = self.record.candidates()
+        before = bisect_left(candidates, proposals[0].number, key=number_of) if proposals else 0
+        recorded = {candidate.number for candidate in candidates[before:]}
         waiting = deque(proposal for proposal in self._arranged(proposals) if proposal.number not in recorded)
         if waiting:
-            self.executor.begin_generation(known[:before])
+            self.executor.begin_generation(candidates[:before])
         turns = deque(proposal.number for proposal in waiting)
         finished: dict[int, Candidate] = {}
         under_way = 0
@@ -182,13 +190,12 @@ class _Loop:
     def _keep(self, candidate: Candidate, monitor: StopMonitor) -> End | None:
         """Records a candidate; the end, if it brings it."""
         self.record.append(candidate)
-        if self.progress is not None:
-            self.progress(candidate)
+        self.tracker.candidate(candidate)
         return monitor.after_candidate(candidate)
 
     def _arranged(self, proposals: Sequence[Proposal]) -> list[Proposal]:
         """The proposals in the order in which to score them."""
-        order = self.order(proposals)
+        order = self.arrange(proposals)
         if sorted(order) != list(range(len(proposals))):
             raise ValueError(f"arrange gave {list(order)}, which is no order of {len(proposals)} proposals")
         return [proposals[position] for position in order]
@@ -215,19 +222,19 @@ class _Loop:
         """Submits a proposal with this number; why not, if there is nothing to propose."""
         if number >= self.stop.candidates:
             return self._spent
-        known = self.record.candidates()
+        candidates = self.record.candidates()
         generation = self._generation(number, len(first))
         if generation == 0:
             drawn = [first[number]]
         else:
             under_way = (Candidate.of(proposal, _PENDING) for proposal in pending.values())
-            history = tuple(sorted((*known, *under_way), key=number_of))
+            history = tuple(sorted((*candidates, *under_way), key=number_of))
             numbers = range(number, number + 1)
             drawn = self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
         if not drawn:
             return self._exhausted
         # Generation 0 is compared with nobody, so that all of it has full scores.
-        self.executor.begin_generation(known if generation else ())
+        self.executor.begin_generation(candidates if generation else ())
         self.executor.submit(drawn[0])
         pending[number] = drawn[0]
         return None
@@ -240,12 +247,12 @@ class _Loop:
         """The end, if it comes with the last generation of which all have finished."""
         if self.stop.stale_generations is None and self.stop.fitness is None:
             return None
-        known = self.record.candidates()
-        missing = _lowest({candidate.number for candidate in known})
+        candidates = self.record.candidates()
+        missing = _lowest({candidate.number for candidate in candidates})
         generation = self._generation(missing, starts)
         if generation == 0 or missing >= self.stop.candidates:
             return None
-        return monitor.after_generation(known, generation - 1)
+        return monitor.after_generation(candidates, generation - 1)
 
 
 _PENDING = Outcome(None, state="pending")

@@ -204,8 +204,8 @@ class Parameters:
         if self._space is None:
             return {}, {}
         params = params_of(self._space, candidate.genome)
-        known = distributions_of(self._space)
-        return params, {name: known[name] for name in params}
+        distributions = distributions_of(self._space)
+        return params, {name: distributions[name] for name in params}
 
     def journalled(self, candidate: Candidate) -> dict[str, Any]:
         """The fields ``params`` and ``distributions`` of a line of the journal."""

@@ -10,8 +10,8 @@ from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError
 from evomerge.executors.in_process import InProcess
 from evomerge.study.budget import StopConditions
-from evomerge.study.candidate import Outcome, Proposal
-from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.interfaces import AlgorithmSettings, NullTracker
 from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import Bowl, make_space
@@ -33,6 +33,13 @@ def evaluate(proposal: Proposal, pause: float = 0.0) -> Outcome:
     return Outcome(score, scores, estimates={3: score - 0.0625, 7: score})
 
 
+class Printing(NullTracker):
+    """Prints the number of each candidate as soon as it is recorded."""
+
+    def candidate(self, candidate: Candidate) -> None:
+        print(candidate.number, flush=True)
+
+
 def run(folder: Path, algorithm: str, budget: int, pause: float = 0.0) -> Finished:
     """Starts or goes on with the run in `folder`."""
     record = Record.open(folder / "study.log", "run", space=SPACE)
@@ -45,7 +52,7 @@ def run(folder: Path, algorithm: str, budget: int, pause: float = 0.0) -> Finish
         StopConditions(budget),
         seed=5,
         settings=settings,
-        progress=lambda candidate: print(candidate.number, flush=True),
+        tracker=Printing(),
     )
 
 

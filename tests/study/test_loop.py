@@ -14,7 +14,7 @@ from evomerge.executors.in_process import InProcess
 from evomerge.space.baselines import baselines
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
-from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.study.interfaces import AlgorithmSettings, NullTracker
 from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
@@ -256,14 +256,15 @@ def test_an_exhausted_space_ends_the_run() -> None:
     assert len(finished.candidates) <= len(baselines(space)) + 1
 
 
-def test_progress_sees_each_candidate_after_it_is_recorded(tmp_path: Path) -> None:
+def test_the_tracker_sees_each_candidate_after_it_is_recorded(tmp_path: Path) -> None:
     record = Record.open(tmp_path / "study.log", "run", space=SPACE)
     seen: list[tuple[int, int]] = []
 
-    def look(candidate: Candidate) -> None:
-        seen.append((candidate.number, len(record)))
+    class Look(NullTracker):
+        def candidate(self, candidate: Candidate) -> None:
+            seen.append((candidate.number, len(record)))
 
-    go(record, StopConditions(5), progress=look)
+    go(record, StopConditions(5), tracker=Look())
     assert seen == [(n, n + 1) for n in range(5)]
 
 

@@ -1,0 +1,72 @@
+"""What every tracker takes, in the order of the port, and what the console shows of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from evomerge.space.baselines import baselines
+from evomerge.study.candidate import Candidate, Outcome, first_generation
+from evomerge.study.interfaces import NullTracker, SearchInfo, Tracker
+from evomerge.trackers.console import ConsoleTracker
+from tests.study.scripted_run import SPACE
+
+TRACKERS: dict[str, type[Tracker]] = {"null": NullTracker, "console": ConsoleTracker}
+PROPOSALS = first_generation(baselines(SPACE), 4)
+DONE = [Candidate.of(proposal, Outcome(0.1 * number)) for number, proposal in enumerate(PROPOSALS)]
+FAILED = Candidate.of(PROPOSALS[3], Outcome(None, state="failed", failure="MemoryError: no memory"))
+SEARCH = SearchInfo("runs/x", "ga", 10, 7, recorded=(DONE[1],))
+
+
+def follow(tracker: Tracker) -> None:
+    """A short run."""
+    tracker.begin("x")
+    tracker.report("opening models and tasks")
+    tracker.report("the data differ", "warning")
+    tracker.started(SEARCH)
+    for candidate in (DONE[2], FAILED):
+        tracker.candidate(candidate)
+    tracker.report("the budget is spent")
+    tracker.close()
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_run_is_followed_and_standard_output_is_left_alone(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    follow(TRACKERS[name]())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_run_may_end_before_its_search_begins(name: str) -> None:
+    tracker = TRACKERS[name]()
+    tracker.begin("x")
+    tracker.close()
+    tracker.close()
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_search_of_several_objectives_without_scores_is_followed(name: str) -> None:
+    tracker = TRACKERS[name]()
+    tracker.begin("x")
+    tracker.started(replace(SEARCH, objectives=("a", "b"), recorded=()))
+    tracker.candidate(FAILED)
+    tracker.close()
+
+
+def test_the_console_shows_a_line_for_everything(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "evomerge.run"):
+        follow(ConsoleTracker())
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [
+        "x: opening models and tasks",
+        "x: warning: the data differ",
+        "x: 1 of 10 candidates are recorded; 7 genes, ga; the run is in runs/x",
+    ]
+    best = "best 0.2000 (candidate 2), generation 0 0.2000"
+    assert lines[3].startswith(f"x: candidate 2 of 10, generation 0, {DONE[2].operator}: 0.2000; {best}; about ")
+    assert f": failed [MemoryError: no memory]; {best}; about " in lines[4]
+    assert lines[5] == "x: the budget is spent"
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO", "INFO", "INFO", "INFO"]
