@@ -8,11 +8,11 @@ import pytest
 
 from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, Outcome, first_generation
-from evomerge.study.interfaces import NullTracker, SearchInfo, Tracker
+from evomerge.study.interfaces import LogTracker, NullTracker, SearchInfo, Tracker
 from evomerge.trackers.console import ConsoleTracker
 from tests.study.scripted_run import SPACE
 
-TRACKERS: dict[str, type[Tracker]] = {"null": NullTracker, "console": ConsoleTracker}
+TRACKERS: dict[str, type[Tracker]] = {"null": NullTracker, "log": LogTracker, "console": ConsoleTracker}
 PROPOSALS = first_generation(baselines(SPACE), 4)
 DONE = [Candidate.of(proposal, Outcome(0.1 * number)) for number, proposal in enumerate(PROPOSALS)]
 FAILED = Candidate.of(PROPOSALS[3], Outcome(None, state="failed", failure="MemoryError: no memory"))
