@@ -9,15 +9,15 @@ quickstart: $(VENV)/.installed
 	$(BIN)/evomerge run search_spaces/quickstart.yaml
 	$(BIN)/evomerge export runs/quickstart runs/quickstart/export --overwrite
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 # By itself, for the tracer takes as long again as the tests do.
-coverage: $(VENV)/.installed-test
+coverage: $(VENV)/.installed-test $(VENV)/.kernels
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --cov=evomerge --cov-report=term:skip-covered --cov-fail-under=85
 
 # Five hundred random examples of every property, drawn anew; `make test` has twenty-five, the same every time.
-thorough: $(VENV)/.installed-test
+thorough: $(VENV)/.installed-test $(VENV)/.kernels
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: $(VENV)/.installed-test
@@ -32,6 +32,14 @@ zoo: $(VENV)/.installed
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Compiled once, before test processes start that would each do it. Numba's cache watches only the file that a kernel
+# stands in, not those whose parts it takes in: a change to any of them empties it.
+KERNELS := $(wildcard evomerge/engine/kernels/*.py) evomerge/methods/random_field.py
+$(VENV)/.kernels: $(KERNELS) | $(VENV)/.installed-test
+	rm -f evomerge/engine/kernels/__pycache__/*.nbi evomerge/engine/kernels/__pycache__/*.nbc
+	$(BIN)/python -m tests.engine.compile_kernels
+	touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage

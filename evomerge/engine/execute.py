@@ -34,7 +34,7 @@ _SENT = 1 << 24  # elements of a block that is sent to a device: 64 MB in float3
 
 
 def find_device(name: str) -> torch.device | None:
-    """The device to compute on; None for the processor, where compiled kernels do the work.
+    """Finds the device to compute on; None for the processor, where compiled kernels do the work.
 
     Raises:
         BadInput: torch knows no such device, or there is none in this machine.
@@ -95,7 +95,7 @@ class Part:
 def parts(
     operation: Operation, store: StatisticsStore, family: Family = (), device: torch.device | None = None
 ) -> Iterator[Part]:
-    """An operation's result in independent parts.
+    """Yields an operation's result in independent parts.
 
     Args:
         operation, store, family, device: As for `execute`.
@@ -133,7 +133,7 @@ class Piece:
 def pieces(
     operation: Operation, store: StatisticsStore, out: Tensor, family: Family = (), device: torch.device | None = None
 ) -> Iterator[Piece]:
-    """The work of `execute` in independent pieces of a bounded size, for several threads."""
+    """Yields the work of `execute` in independent pieces of a bounded size, for several threads."""
     flat = out.view(-1)
     for part in parts(operation, store, family, device):
         run = functools.partial(part.compute, flat[part.start : part.stop])
@@ -163,7 +163,7 @@ def materialise(
     family: Family = (),
     device: torch.device | None = None,
 ) -> Tensor:
-    """The operation's result as a new tensor in memory, rounded once to `dtype`; `device` as for `execute`."""
+    """Computes the operation's result as a new tensor in memory, rounded once to `dtype`; `device` as for `execute`."""
     out = torch.empty(operation.shape, dtype=dtype)
     execute(operation, store, out, family, device)
     return out

@@ -62,7 +62,7 @@ Dispatch = Callable[[str, Settings, OperationStatistics], KernelCall | None]
 
 
 def find_kernel(method: str, settings: Settings, statistics: OperationStatistics) -> KernelCall | None:
-    """The kernel for a method, or None when the method has to be called.
+    """Finds the kernel for a method, or None when the method has to be called.
 
     Args:
         method: Its name.

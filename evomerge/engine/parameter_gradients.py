@@ -29,7 +29,7 @@ STEP = 0.04
 
 
 def float_parameters(settings: Settings) -> dict[ParameterKey, float]:
-    """The settings that are real numbers."""
+    """Returns the settings that are real numbers."""
     floats: dict[ParameterKey, float] = {(name, None): v for name, v in settings.shared.items() if isinstance(v, float)}
     for k, source in enumerate(settings.sources):
         floats |= {(name, k): value for name, value in source.items() if isinstance(value, float)}

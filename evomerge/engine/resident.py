@@ -158,7 +158,7 @@ class Resident:
 
 
 def empty_model(config: Mapping[str, object], device: torch.device) -> nn.Module:
-    """The architecture that a config.json describes, parameters on the meta device, buffers real.
+    """Builds the architecture that a config.json describes, parameters on the meta device, buffers real.
 
     Raises:
         CandidateError: When the config names no architecture that transformers knows.

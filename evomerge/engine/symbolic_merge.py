@@ -30,7 +30,7 @@ class LinearCombination:
 
 
 def linear_combination(method: str, settings: Settings, statistics: OperationStatistics) -> LinearCombination | None:
-    """The combination that a method computes with these settings; None where it computes anything else."""
+    """Finds the combination that a method computes with these settings; None where it computes anything else."""
     merge = get_method(method).merge
     if merge is None:
         return None

@@ -26,7 +26,7 @@ QUARTERS = (1, 2, 3)
 
 
 def divergence(rows: Tensor, base: Tensor) -> Tensor:
-    """The divergence of each row from the base's, [rows, columns] -> float64 [rows]; at least 0.
+    """Returns the divergence of each row from the base's, [rows, columns] -> float64 [rows]; at least 0.
 
     In float32 the terms of fine-tunes, which cancel to their squares, drown in rounding.
     """
@@ -41,7 +41,7 @@ def relative(divergences: Tensor) -> Tensor:
 
 
 def quartile_ranks(size: int) -> list[int]:
-    """The places of the three quartiles, counted from the largest (1) down."""
+    """Returns the places of the three quartiles, counted from the largest (1) down."""
     return [size - quarter * (size - 1) // 4 for quarter in QUARTERS]
 
 
@@ -63,7 +63,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
 
 
 def granularity(settings: Settings) -> Granularity:
-    """Each row has its own divergence."""
+    """Sees whole rows: each has its own divergence."""
     return "row"
 
 

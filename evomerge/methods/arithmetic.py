@@ -29,14 +29,14 @@ SMALLEST_LENGTH = 1e-30
 
 
 def participants(settings: Settings) -> tuple[list[int], list[float]]:
-    """The sources that take part, those whose weight is not 0: (indices, weights)."""
+    """Returns the sources that take part, those whose weight is not 0: (indices, weights)."""
     weights = settings.column("weight")
     indices = [i for i, weight in enumerate(weights) if weight]
     return indices, [float(weights[i]) for i in indices]
 
 
 def zero_sum_problem(method: str, weights: Sequence[float]) -> list[str]:
-    """A message when a normaliser would divide by zero, else nothing."""
+    """Returns a message when a normaliser would divide by zero, else nothing."""
     if abs(math.fsum(weights)) > SMALLEST_SUM * math.fsum(map(abs, weights)):
         return []
     got = ", ".join(f"{weight:g}" for weight in weights) or "none but 0"
@@ -44,7 +44,7 @@ def zero_sum_problem(method: str, weights: Sequence[float]) -> list[str]:
 
 
 def normalized_weights(method: str, weights: Sequence[float]) -> list[float]:
-    """Weights over their sum.
+    """Divides weights by their sum.
 
     Raises:
         RecipeError: They sum to zero.
@@ -89,7 +89,7 @@ def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Te
 
 
 def base_of(block: Block) -> Tensor:
-    """The block's base, for the methods that need one."""
+    """Returns the block's base, for the methods that need one."""
     if block.base is None:
         raise ValueError("this method works on deltas and the block has no base")
     return block.base
@@ -140,23 +140,23 @@ def from_origin(block: Block, indices: Sequence[int], coefficients: Sequence[flo
 
 
 def origin_dot(block: Block, left: int, right: int) -> float:
-    """Inner product of two sources of `from_origin`: of their deltas where there is a base."""
+    """Returns the inner product of two sources of `from_origin`: of their deltas where there is a base."""
     return block.statistics.dot(min(left, right), max(left, right), "weights" if block.base is None else "deltas")
 
 
 def unit_factors(lengths: Sequence[float]) -> list[float]:
-    """The factors that make vectors unit vectors, from their lengths; 0 for those that have no direction."""
+    """Returns the factors that make vectors unit vectors, from their lengths; 0 for those that have no direction."""
     least = SMALLEST_LENGTH * max(lengths, default=0.0)
     return [1.0 / length if length > least else 0.0 for length in lengths]
 
 
 def snap_to_one(total: float) -> float:
-    """A sum of float64 coefficients, free of rounding where the maths has it one."""
+    """Returns a sum of float64 coefficients, free of rounding where the maths has it one."""
     return 1.0 if abs(total - 1.0) <= ROUNDING else total
 
 
 def as_float32(weight: float) -> float:
-    """A number rounded to float32, as a Python number."""
+    """Returns a number rounded to float32, as a Python number."""
     return float(struct.unpack("f", struct.pack("f", weight))[0])
 
 

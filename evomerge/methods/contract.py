@@ -112,11 +112,11 @@ class Statistics(Protocol):
         ...
 
     def field(self, source: int) -> Tensor:
-        """The source's random numbers for this block, shaped like it: int32, uniform on 0 .. 65535."""
+        """Returns the source's random numbers for this block, shaped like it: int32, uniform on 0 .. 65535."""
         ...
 
     def selection(self, fraction: float) -> tuple[Cutoff, list[float]]:
-        """What keeps the top `fraction` of the elements whose deltas vary across sources, by that variance.
+        """Returns what keeps the top `fraction` of the elements whose deltas vary across sources, by that variance.
 
         Returns:
             The cut, and for each source the sum of squares of its delta over what is kept.
@@ -128,13 +128,13 @@ class Statistics(Protocol):
         ...
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
-        """Inner product of two flattened sources; index -1 is the base."""
+        """Returns the inner product of two flattened sources; index -1 is the base."""
         ...
 
     def products(
         self, left: int, right: int, of: Literal["weights", "deltas"], along: Literal["rows", "columns"]
     ) -> Tensor:
-        """Inner products of two sources vector by vector, float64; index -1 is the base.
+        """Returns the inner products of two sources vector by vector, float64; index -1 is the base.
 
         Along "rows" the vectors run along the tensor's last dimension: [rows of the block, vectors of a row, 1], a
         matrix having one in a row. Along "columns" they run along the first: [1, columns, 1]. A tensor of fewer than
@@ -143,11 +143,11 @@ class Statistics(Protocol):
         ...
 
     def variance(self, source: int, scope: Literal["tensor", "row"] = "tensor") -> Tensor:
-        """Population variance of a delta: shape [1], or [rows of the block, 1] for scope "row"."""
+        """Returns the population variance of a delta: shape [1], or [rows of the block, 1] for scope "row"."""
         ...
 
     def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `compute` gives: something costly that follows from the tensors alone, not from the settings.
+        """Returns what `compute` gives: something costly that follows from the tensors alone, not from the settings.
 
         A run may keep it for its next candidate, within bounds; `key` says what it is, and of which sources.
         """
@@ -227,11 +227,11 @@ class Method:
     order_matters: bool = False
 
     def parameter(self, name: str) -> Parameter | None:
-        """The declared parameter of that name, or None."""
+        """Returns the declared parameter of that name, or None."""
         return next((p for p in self.parameters if p.name == name), None)
 
     def base_needed(self, shared: Mapping[str, Any]) -> bool:
-        """Whether a recipe with these shared parameters needs ``base_model``.
+        """Returns whether a recipe with these shared parameters needs ``base_model``.
 
         Where it does, the base is no source even if the recipe lists it. Where it does not, every listed model is one,
         except under a method that `takes_base`.

@@ -47,12 +47,12 @@ def drop_and_trim(block: Block, source: int, settings: Settings) -> Tensor:
 
 
 def trims_after_drop(source: Mapping[str, Any]) -> bool:
-    """Whether a source's settings ask for a trim after the drop."""
+    """Returns whether a source's settings ask for a trim after the drop."""
     return source["drop_rate"] is not None and float(source["density"]) < 1.0
 
 
 def granularity(settings: Settings) -> Granularity:
-    """A trim over survivors has to see the tensor; the rest works by element."""
+    """Sees the whole tensor for a trim after the drop; the rest works by element."""
     return "tensor" if any(trims_after_drop(source) for source in settings.sources) else "element"
 
 

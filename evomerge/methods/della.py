@@ -80,7 +80,7 @@ def line(source: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def keeps_all(source: Mapping[str, Any]) -> bool:
-    """Whether nothing of a source is dropped."""
+    """Returns whether nothing of a source is dropped."""
     return float(source["density"]) >= 1.0
 
 

@@ -66,7 +66,7 @@ def scaled_alphas(statistics: Statistics, settings: Settings) -> list[np.ndarray
 
 
 def row_anchor(scale: float) -> int:
-    """What a sum by rows is built around: 0 for the base, 1 for the first source; one for all rows."""
+    """Returns what a sum by rows is built around: 0 for the base, 1 for the first source; one for all rows."""
     return 0 if abs(1.0 - scale) >= 0.5 else 1
 
 

@@ -39,7 +39,7 @@ OPPOSITE = -1.0 + 1e-12
 
 
 def merge(block: Block, settings: Settings) -> Tensor:
-    """The weighted mean length times the Karcher mean of the directions."""
+    """Returns the weighted mean length times the Karcher mean of the directions."""
     indices, weights = participants(settings)
     alphas = np.array(normalized_weights("karcher", weights))
     gram = np.array([[block.statistics.dot(min(i, j), max(i, j), "weights") for j in indices] for i in indices])

@@ -59,7 +59,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
 
 
 def granularity(settings: Settings) -> Granularity:
-    """Each row has its own t under `filter_wise`."""
+    """Sees whole rows under `filter_wise`, where each has its own t."""
     return "row" if settings.shared["filter_wise"] else "element"
 
 

@@ -104,7 +104,7 @@ class VectorTerms:
 
 
 def vector_terms(statistics: Statistics, based: bool, settings: Settings) -> VectorTerms:
-    """What `merge_vectors` adds up, for the vectors of a block.
+    """Returns what `merge_vectors` adds up, for the vectors of a block.
 
     Args:
         statistics: Those of the block.

@@ -38,7 +38,7 @@ class PlainStatistics:
         self._shape: tuple[int, ...] = tuple(self._sources[0].shape)
 
     def block(self, granularity: Granularity = "element", start: int = 0, count: int | None = None) -> Block:
-        """A block of the tensor with these statistics.
+        """Returns a block of the tensor with these statistics.
 
         Args:
             granularity: Gives the shape: [count], [rows, columns] (a tensor with no rows is one row), or the tensor's
@@ -219,7 +219,7 @@ def merge_tensors(
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """A hash of a tensor's shape and float32 values, for sources that are no checkpoint."""
+    """Returns a hash of a tensor's shape and float32 values, for sources that are no checkpoint."""
     values = tensor.detach().float().cpu().contiguous().numpy()
     return digest(repr(values.shape), values.tobytes())
 

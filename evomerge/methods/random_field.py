@@ -26,7 +26,7 @@ STEPS = 1 << 16
 
 
 def field_key(seed: int, tensor: str, fingerprint: str) -> tuple[int, int]:
-    """The key of one tensor's field, for one source.
+    """Returns the key of one tensor's field, for one source.
 
     Args:
         seed: The recipe's.
@@ -42,7 +42,7 @@ def field_key(seed: int, tensor: str, fingerprint: str) -> tuple[int, int]:
 
 
 def uniform16(key: tuple[int, int], start: int, count: int) -> NDArray[np.uint16]:
-    """Elements start .. start + count of a field: uniform on 0 .. 65535, the same as that slice of the whole.
+    """Returns elements start .. start + count of a field: uniform on 0 .. 65535, the same as that slice of the whole.
 
     Raises:
         ValueError: A negative start or count.
@@ -60,12 +60,12 @@ def uniform16(key: tuple[int, int], start: int, count: int) -> NDArray[np.uint16
 
 
 def keep_threshold(density: float) -> int:
-    """An element is kept when its number in the field is below this: round(density · 65536)."""
+    """Rounds density · 65536: an element is kept when its number in the field is below this."""
     return round(density * STEPS)
 
 
 def kept_elements(key: tuple[int, int], start: int, count: int, density: float) -> NDArray[np.bool_]:
-    """Which of these elements are kept at this density: bool [count]."""
+    """Returns which of these elements are kept at this density: bool [count]."""
     threshold = keep_threshold(density)
     if threshold >= STEPS:
         return np.ones(count, dtype=np.bool_)

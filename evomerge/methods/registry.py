@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(name: str) -> Method:
-    """The method of this name or alias.
+    """Finds the method of this name or alias.
 
     Raises:
         RecipeError: There is none; the message names the nearest.

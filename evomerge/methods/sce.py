@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def element_variance(deltas: Sequence[Tensor]) -> Tensor:
-    """The population variance of each element across the models, computed in float64 and rounded to float32.
+    """Returns the population variance of each element across the models, computed in float64 and rounded to float32.
 
     In float64 the sum of a few float32 numbers hardly rounds: equal deltas have variance 0, and the order of the models
     does not matter.

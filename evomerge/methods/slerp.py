@@ -117,7 +117,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def needs_base(shared: Mapping[str, Any]) -> bool:
-    """The base is an operand of `t`, and the origin of the deltas."""
+    """Returns whether a base is needed: it is an operand of `t`, and the origin of the deltas."""
     return shared.get("t") is not None or shared.get("on") == "deltas"
 
 

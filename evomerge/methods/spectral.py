@@ -23,7 +23,7 @@ _ROWS = 4096
 
 
 def tall(matrix: Tensor) -> Tensor:
-    """The matrix, or its transpose where that has more rows than columns."""
+    """Returns the matrix, or its transpose where that has more rows than columns."""
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
 
@@ -43,7 +43,7 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def times(matrix: Tensor, small: Tensor) -> Tensor:
-    """A · B added up in float64 and rounded once: float32 [m, k], of A [m, n] and a float64 B [n, k]."""
+    """Multiplies A · B, added up in float64 and rounded once: float32 [m, k], of A [m, n] and a float64 B [n, k]."""
     result = matrix.new_empty(matrix.shape[0], small.shape[1])
     for start, rows in zip(range(0, matrix.shape[0], _ROWS), _widened(matrix), strict=True):
         result[start : start + _ROWS] = rows @ small

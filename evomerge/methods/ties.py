@@ -75,7 +75,7 @@ def elect_and_merge(
 
 
 def elect_sign(deltas: Sequence[Tensor], weights: Sequence[float], consensus: str) -> Tensor:
-    """The sign of each element, +1 or -1: of Σ wi δ̂i (mass) or of the majority (count); 0 elects +.
+    """Returns the sign of each element, +1 or -1: of Σ wi δ̂i (mass) or of the majority (count); 0 elects +.
 
     The mass is added up in float64, where float32 products are exact: sums that cancel (common among fine-tunes
     stored in bfloat16, whose deltas are small multiples of one step) then give 0 whatever the order of the sources.
@@ -99,7 +99,7 @@ def elect_sign(deltas: Sequence[Tensor], weights: Sequence[float], consensus: st
 def disjoint_merge(
     sign: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool, average: str
 ) -> Tensor:
-    """The magnitude of what agrees: Σ abs(wi) mi, where mi is abs(δ̂i) if wi δ̂i has the elected sign, else 0.
+    """Returns the magnitude of what agrees: Σ abs(wi) mi, where mi is abs(δ̂i) if wi δ̂i has the elected sign, else 0.
 
     Under `normalize` it is a weighted mean, updated one source at a time (mean += share · (value − mean)), so that
     equal values give exactly that value.

@@ -51,7 +51,7 @@ def cutoff(scores: Tensor, count: int) -> tuple[float, int]:
 
 
 def cutoff_mask(scores: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
-    """The mask of a block whose first element has flat index `start`: bool, shaped like `scores`."""
+    """Returns the mask of a block whose first element has flat index `start`: bool, shaped like `scores`."""
     mask = scores > threshold
     flat, ties = mask.view(-1), scores.reshape(-1)
     equals = min(max(last - start + 1, 0), ties.numel())
@@ -74,6 +74,6 @@ def trim(delta: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
 
 
 def density_mask(scores: Tensor, density: float) -> Tensor:
-    """The mask of exactly the top floor(density · n) of a whole tensor of scores, shaped like it."""
+    """Returns the mask of exactly the top floor(density · n) of a whole tensor of scores, shaped like it."""
     flat = scores.reshape(-1)
     return cutoff_mask(scores.contiguous(), *cutoff(flat, keep_count(flat.numel(), density)))

@@ -68,7 +68,7 @@ def distinct(block: Block, indices: Sequence[int]) -> list[list[int]]:
 
 
 def task_vectors(deltas: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The decorrelated singular vectors of K deltas (section 4.2 of the paper, algorithm 1).
+    """Returns the decorrelated singular vectors of K deltas (section 4.2 of the paper, algorithm 1).
 
     Args:
         deltas: float32 [m, n], m at least n; each is used once, so that they need not be held together.

@@ -31,7 +31,7 @@ def merged_config(
     layout: Layout,
     operations: Sequence[Operation],
 ) -> dict[str, Any]:
-    """The config of the merged model.
+    """Builds the config of the merged model.
 
     Args:
         checkpoints: Open checkpoints by reference.
@@ -69,7 +69,7 @@ def merged_config(
 
 
 def has_layer_list(config: Config, stack: Stack, layout: Layout) -> bool:
-    """Whether a model's config says something layer by layer of one of its stacks."""
+    """Returns whether a model's config says something layer by layer of one of its stacks."""
     path, _ = _settings_of(config, stack, layout)
     return bool(_layer_lists(_at(config, path), stack.length))
 

@@ -56,11 +56,11 @@ class ModulePlanner:
         self._writers: dict[str, frozenset[str]] = {}
 
     def under(self, recipe: Recipe) -> ModulePlanner:
-        """The same tensors by another recipe."""
+        """Returns the same tensors by another recipe."""
         return ModulePlanner(recipe, self._checkpoints, self._layout, self._identify, self.stack, self._owns)
 
     def output_tensors(self) -> Iterator[OutputTensor]:
-        """Every output tensor.
+        """Yields every output tensor.
 
         Raises:
             RecipeError: When slices ask for layers that are not there, or there is no one stack to count them in.
@@ -144,7 +144,7 @@ class ModulePlanner:
                 yield OutputTensor(self._layout.name(self.stack.prefix, output, suffix), layer, suffix)
 
     def operation(self, tensor: OutputTensor) -> Operation:
-        """The operation of one output tensor, without its digest.
+        """Plans the operation of one output tensor, without its digest.
 
         Raises:
             RecipeError: When the recipe does not say enough, or a model lacks the tensor.

@@ -30,7 +30,7 @@ class Share:
 
 
 def find_shares(modules: Sequence[str], layout: Layout) -> tuple[Share, ...]:
-    """The stack that each module's name means.
+    """Finds the stack that each module's name means.
 
     A name means the stack whose prefix it is a part of ("encoder" in "model.encoder.layers"), or the stack of its role.
     In a model with one stack, the only module is the whole model whatever it is called.
@@ -61,7 +61,7 @@ def find_shares(modules: Sequence[str], layout: Layout) -> tuple[Share, ...]:
 
 
 def owner(tensor: str, layout: Layout, shares: Sequence[Share]) -> Share | None:
-    """The share that decides a tensor; None where no module does.
+    """Finds the share that decides a tensor; None where no module does.
 
     A tensor outside the stacks belongs to a module of its own name, else to the stack that it stands beside
     ("encoder.final_layer_norm.weight" beside "encoder.block"), else to the text: the shared embedding and the head.
@@ -77,7 +77,7 @@ def owner(tensor: str, layout: Layout, shares: Sequence[Share]) -> Share | None:
 
 
 def text_stack(layout: Layout) -> Stack | None:
-    """The stack that reads or writes text, where one can be told."""
+    """Finds the stack that reads or writes text, where one can be told."""
     sure = [stack for stack in layout.stacks if _words(stack.prefix) & _TEXT]
     possible = sure or [s for s in layout.stacks if not _words(s.prefix) & (_PICTURES | _SOUND | _ENCODERS)]
     return possible[0] if len(possible) == 1 else None

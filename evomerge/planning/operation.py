@@ -64,12 +64,12 @@ class Operation:
 
 
 def inputs_of(operation: Operation) -> tuple[Input, ...]:
-    """Everything that an operation reads."""
+    """Returns everything that an operation reads."""
     return operation.sources if operation.base is None else (*operation.sources, operation.base)
 
 
 def operation_digest(operation: Operation, *, stochastic: bool, context: str = "") -> str:
-    """Hash of everything that the operation's result depends on.
+    """Hashes everything that the operation's result depends on.
 
     The output's name is left out (a layer copied to two places has one digest), except where the method draws from
     the random field of that name.

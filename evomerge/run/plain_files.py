@@ -33,7 +33,7 @@ def plan_files(
     *,
     seed: int = 0,
 ) -> tuple[list[Operation], list[str]]:
-    """One operation for each of the base's tensors, over the files that have it.
+    """Returns one operation for each of the base's tensors, over the files that have it.
 
     Args:
         checkpoints: Open files by reference.
@@ -89,7 +89,7 @@ def _fit(base: Checkpoint, name: str, file: Checkpoint) -> tuple[list[str], list
 
 
 def largest_deltas(operation: Operation, store: StatisticsStore) -> list[float]:
-    """The largest magnitude of each source's delta, read chunk by chunk; NaN where an element is."""
+    """Returns the largest magnitude of each source's delta, read chunk by chunk; NaN where an element is."""
     largest = np.zeros(len(operation.sources))
     if operation.base is None or math.prod(operation.shape) == 0:
         return [float(size) for size in largest]

@@ -50,7 +50,7 @@ class Dropout:
 def dropped_topk_cutoff(
     parts: Parts, population: Histogram, size: int, density: float, drop: Dropout, marks: Marks
 ) -> Cutoff:
-    """The cutoff of the top floor(density · n) of the n numbers that are kept.
+    """Returns the cutoff of the top floor(density · n) of the n numbers that are kept.
 
     Args:
         parts: The delta before the drop.
@@ -67,7 +67,7 @@ def dropped_topk_cutoff(
 
 
 def bracket(population: Histogram, density: float, chance: float, factor: np.float32) -> NDArray[np.uint32]:
-    """Where the threshold of a random sample of known magnitudes is, but for one in a thousand million samples.
+    """Finds where the threshold of a random sample of known magnitudes is, but for one in a thousand million samples.
 
     Args:
         population: The magnitudes that are drawn from.
@@ -112,7 +112,7 @@ class _Scan:
     sizes: NDArray[np.uint32]
 
     def cut(self, parts: Parts, drop: Dropout, density: float, marks: Marks) -> Cutoff | None:
-        """The cut; None where its threshold is not within the bracket."""
+        """Returns the cut; None where its threshold is not within the bracket."""
         keep = keep_count(self.alive, density)
         if keep >= self.alive:
             return (-1.0, -1) if keep else (math.inf, -1)

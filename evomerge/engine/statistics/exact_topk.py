@@ -56,7 +56,7 @@ class Histogram:
         return int(self.counts[at]), bool(self.mixed[at])
 
     def coarser(self, shift: int) -> Histogram:
-        """The same with fewer bins."""
+        """Returns the same with fewer bins."""
         if shift == self.shift:
             return self
         by = np.uint32(shift - self.shift)
@@ -68,7 +68,7 @@ class Histogram:
 
 
 def count_magnitudes(parts: Parts, shift: int) -> Histogram:
-    """The histogram of the magnitudes; what is no number is left out."""
+    """Returns the histogram of the magnitudes; what is no number is left out."""
     from evomerge.engine.kernels import reductions
 
     infinity = INFINITY >> shift
@@ -95,7 +95,7 @@ class JointCutoff:
 
 
 def merge_histograms(histograms: Sequence[Histogram]) -> Histogram:
-    """The histogram of all their elements, with as many bins as the coarsest has."""
+    """Returns the histogram of all their elements, with as many bins as the coarsest has."""
     if len(histograms) == 1:
         return histograms[0]
     shift = max(h.shift for h in histograms)
@@ -108,7 +108,7 @@ def merge_histograms(histograms: Sequence[Histogram]) -> Histogram:
 
 
 def joint_cutoff(parts: Sequence[Parts], histograms: Sequence[Histogram], whole: Histogram, keep: int) -> JointCutoff:
-    """Where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` <= their total.
+    """Finds where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` <= their total.
 
     At equal magnitude the earlier tensor, and within it the lower index, stays.
 
@@ -132,7 +132,7 @@ def joint_cutoff(parts: Sequence[Parts], histograms: Sequence[Histogram], whole:
 
 
 def last_index(parts: Parts, bits: int, stay: int) -> int:
-    """Flat index of the `stay`-th element of exactly this magnitude, -1 for none."""
+    """Finds the flat index of the `stay`-th element of exactly this magnitude, -1 for none."""
     from evomerge.engine.kernels import reductions
 
     if stay == 0:
@@ -214,7 +214,7 @@ def _count_within_bin(
 
 
 def bin_of(histogram: Histogram, keep: int) -> tuple[int, int]:
-    """The bin that holds the `keep`-th largest magnitude, and its rank within the bin (1: the bin's largest)."""
+    """Finds the bin that holds the `keep`-th largest magnitude, and its rank within the bin (1: the bin's largest)."""
     at, rank = rank_from_top(histogram.counts.astype(np.int64), keep)
     return int(histogram.bins[at]), rank
 

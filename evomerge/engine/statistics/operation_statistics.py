@@ -67,7 +67,7 @@ class OperationStatistics:
         return self.store.tensors.flat(self.sources[0]).numel()
 
     def at(self, start: int, shape: tuple[int, ...]) -> OperationStatistics:
-        """The statistics as seen from one block."""
+        """Returns the statistics as seen from one block."""
         return replace(self, start=start, shape=shape)
 
     def trim(self, source: int, density: float, scope: Scope = "tensor") -> Cutoff:
@@ -87,7 +87,7 @@ class OperationStatistics:
         return selection.cut, selection.energies
 
     def marked_selection(self, fraction: float) -> Selection:
-        """What `selection` says, and which elements it keeps."""
+        """Returns what `selection` says, and which elements it keeps."""
         base, *sources = self.inputs([-1, *range(len(self.sources))])
         return self.store.select(base, tuple(sources), fraction)
 
@@ -99,11 +99,11 @@ class OperationStatistics:
         return answer
 
     def magnitudes(self, source: int) -> Histogram:
-        """The magnitudes of a source's delta, counted."""
+        """Returns the magnitudes of a source's delta, counted."""
         return self.store.histogram(self.base, self.sources[source])
 
     def parts(self, source: int) -> Parts:
-        """The bits of a source's delta, part by part."""
+        """Returns the bits of a source's delta, part by part."""
         return self.store.tensors.parts((self.base, self.sources[source]))
 
     def dot(self, left: int, right: int, of: Literal["weights", "deltas"], scope: Scope = "tensor") -> float:
@@ -157,7 +157,7 @@ class OperationStatistics:
         return self.store.remember((key, self.base, self.sources, self.device), compute)
 
     def key(self, source: int) -> tuple[int, int]:
-        """The key of a source's random field for this tensor."""
+        """Returns the key of a source's random field for this tensor."""
         return field_key(self.seed, self.output, self.sources[source].fingerprint)
 
     def keep_mask(self, source: int, density: float) -> Tensor:
@@ -165,7 +165,7 @@ class OperationStatistics:
         return torch.from_numpy(mask).view(self.shape).to(self.device)
 
     def inputs(self, indices: Sequence[int]) -> tuple[Input, ...]:
-        """The tensors of these sources; -1 is the base.
+        """Returns the tensors of these sources; -1 is the base.
 
         Raises:
             ValueError: There is no base.

@@ -18,7 +18,7 @@ _PART = 1 << 16  # elements that are ordered at once
 
 
 def row_rank_levels(magnitudes: NDArray[np.float32]) -> Levels:
-    """`evomerge.methods.della.levels`: uint8 [rows, columns]."""
+    """`evomerge.methods.della.rank_levels`: uint8 [rows, columns]."""
     from evomerge.engine.kernels import sce_della
 
     out = np.full(magnitudes.shape, TOP // 2, dtype=np.uint8)
@@ -42,7 +42,7 @@ class LruCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, compute: Callable[[], Levels]) -> Levels:
-        """The array of this key; computed when it is not there."""
+        """Returns the array of this key; computed when it is not there."""
         with self._lock:
             if key in self._arrays:
                 self._arrays.move_to_end(key)

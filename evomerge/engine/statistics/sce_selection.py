@@ -90,7 +90,7 @@ def count_variances(rows: Rows, sources: int) -> VarianceCounts:
 
 
 def variance_levels(rows: Rows, variances: VarianceCounts) -> Levels:
-    """The level of every element: uint8, flat."""
+    """Returns the level of every element: uint8, flat."""
     from evomerge.engine.kernels import sce_della
 
     table, levels = np.zeros(1 << (31 - SHIFT), dtype=np.uint8), np.empty(variances.size, dtype=np.uint8)
@@ -101,7 +101,7 @@ def variance_levels(rows: Rows, variances: VarianceCounts) -> Levels:
 
 
 def select(variances: VarianceCounts, levels: Callable[[], Levels], gather: Gather, fraction: float) -> Selection:
-    """The top `fraction` of the elements that vary.
+    """Returns the top `fraction` of the elements that vary.
 
     Args:
         variances: The elements, counted.

@@ -42,7 +42,7 @@ class TensorReader:
         self._lock = threading.Lock()
 
     def flat(self, tensor: Input) -> Tensor:
-        """The stored tensor, flat: a view of the memory map; with an adapter, computed and kept for a while."""
+        """Returns the stored tensor, flat: a view of the memory map; with an adapter, computed and kept for a while."""
         with self._lock:
             if tensor in self._read:
                 self._read.move_to_end(tensor)
@@ -65,7 +65,7 @@ class TensorReader:
             yield start, [_bits_of(part if direct else part.float()) for part in parts]
 
     def parts(self, pair: Pair) -> Parts:
-        """The bits of a delta, part by part."""
+        """Returns the bits of a delta, part by part."""
 
         def parts() -> Iterator[tuple[int, Bits, Bits]]:
             for start, (base_bits, source_bits) in self.bits(*pair):

@@ -105,7 +105,7 @@ class StatisticsStore:
         return entry.value
 
     def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `compute` gave for this key, kept while there is room.
+        """Returns what `compute` gave for this key, kept while there is room.
 
         What was kept first stays: candidates ask for the same tensors in turn, and whichever of them replaced others
         would be gone itself before it is asked for again.
@@ -133,14 +133,14 @@ class StatisticsStore:
         return self._once(("histogram", base, source), compute)  # type: ignore[no-any-return]
 
     def trim(self, pair: Pair, density: float) -> Cutoff:
-        """Threshold and last index (see `Statistics.trim`) of one delta."""
+        """Returns the threshold and last index (see `Statistics.trim`) of one delta."""
         if density <= 0:
             return math.inf, -1
         whole = self.histogram(*pair)
         return self._largest(pair, (pair,), 0, keep_count(whole.total, density), whole)
 
     def trim_model(self, family: Family, member: FamilyMember, source: int, density: float) -> Cutoff:
-        """The same over all deltas of a source, for one tensor of the family."""
+        """Returns the same over all deltas of a source, for one tensor of the family."""
         if density <= 0:
             return math.inf, -1
         key = ("joint", self._number(family), source)
@@ -195,7 +195,7 @@ class StatisticsStore:
         )
 
     def dot(self, base: Input | None, left: Input, right: Input, others: Sequence[Input] = ()) -> float:
-        """Inner product of two tensors, or of their deltas where `base` is given; float64.
+        """Returns the inner product of two tensors, or of their deltas where `base` is given; float64.
 
         Args:
             base, left, right: The tensors.
@@ -208,7 +208,7 @@ class StatisticsStore:
         return products[frozenset((left, right))]
 
     def dot_model(self, family: Family, name: Hashable, one: Callable[[FamilyMember], float]) -> float:
-        """A sum of inner products over a family; `name` says of which."""
+        """Returns a sum of inner products over a family; `name` says of which."""
         key = ("dot", self._number(family), name)
         return self._once(key, lambda: math.fsum(map(one, family)), self._limit)  # type: ignore[no-any-return]
 
@@ -232,7 +232,7 @@ class StatisticsStore:
     def products(
         self, base: Input | None, left: Input, right: Input, shape: tuple[int, ...], along: Literal["rows", "columns"]
     ) -> Tensor:
-        """Inner products of two tensors (of their deltas where `base` is given) vector by vector, flat float64.
+        """Returns the inner products of two tensors (of their deltas where `base` is given) by vector, flat float64.
 
         Args:
             base, left, right: The tensors.
@@ -258,7 +258,7 @@ class StatisticsStore:
         return self._once(key, compute)  # type: ignore[no-any-return]
 
     def variance(self, base: Input | None, source: Input, columns: int | None) -> Tensor:
-        """Population variance of a delta: [1], or [rows] with `columns` given; float64."""
+        """Returns the population variance of a delta: [1], or [rows] with `columns` given; float64."""
 
         def compute() -> Tensor:
             from evomerge.engine.kernels import reductions

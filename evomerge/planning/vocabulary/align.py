@@ -77,7 +77,7 @@ class _Tokenizers:
         return bool(self._models[model].tokenizer_files)
 
     def of(self, model: str) -> Tokenizer:
-        """A model's tokenizer.
+        """Returns a model's tokenizer.
 
         Raises:
             CheckpointError: It has none.
@@ -90,7 +90,7 @@ class _Tokenizers:
         return self._read[model]
 
     def all(self) -> list[Tokenizer]:
-        """The tokenizers of the models that have one, in the order of the recipe."""
+        """Returns the tokenizers of the models that have one, in the order of the recipe."""
         return [self.of(model) for model in self._models if self.has(model)]
 
 

@@ -70,7 +70,7 @@ class AlignedWeights:
         return tuple(dict.fromkeys(path for weights in self._weights.values() for path in weights.files))
 
     def read(self, name: str) -> torch.Tensor:
-        """The model's own view where no row has moved, else a new tensor."""
+        """Returns the model's own view where no row has moved, else a new tensor."""
         stored = self._weights[self._model].read(name)
         if name not in self._names:
             return stored
@@ -111,7 +111,7 @@ class AlignedWeights:
 def aligned_checkpoint(
     model: str, checkpoints: Mapping[str, Checkpoint], maps: RowMaps, *, exact: bool = False
 ) -> Checkpoint:
-    """A model with the merged vocabulary's rows; the model itself where all of its rows stay where they are.
+    """Returns a model with the merged vocabulary's rows; the model itself where all of its rows stay where they are.
 
     Args:
         model: Its reference.

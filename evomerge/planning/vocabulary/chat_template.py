@@ -63,7 +63,7 @@ FORMATS: Mapping[str, str] = {
 
 
 def chosen_template(chat_template: str, tokenizers: Iterable[Tokenizer]) -> str | None:
-    """The template that a recipe asks for.
+    """Chooses the template that a recipe asks for.
 
     Args:
         chat_template: ``auto`` for the one that most models have (of equally many the first), a format's name, or

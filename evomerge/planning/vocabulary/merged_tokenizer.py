@@ -31,7 +31,7 @@ class WrittenTokenizer:
     generation_config: Mapping[str, Any]
 
     def digest(self) -> str:
-        """Hash of the content."""
+        """Hashes the content."""
         parts: list[str | bytes] = [json.dumps(self.generation_config, sort_keys=True)]
         for name, content in sorted(self.files.items()):
             parts += [f"{name} {len(content)}\n", content]
@@ -39,7 +39,7 @@ class WrittenTokenizer:
 
 
 def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
-    """The tokenizer's files: as they lie beside the model where nothing has changed.
+    """Returns the tokenizer's files: as they lie beside the model where nothing has changed.
 
     Raises:
         CheckpointError: What was changed does not come back from the files with the same ids.
@@ -57,7 +57,7 @@ def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
 
 
 def with_chat_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """The files with one chat template, in the one place where transformers looks first."""
+    """Returns the files with one chat template, in the one place where transformers looks first."""
     result = {name: content for name, content in files.items() if name != "chat_template.json"}
     config = json.loads(result.get("tokenizer_config.json", b"{}"))
     config.pop("chat_template", None)
@@ -69,7 +69,7 @@ def with_chat_template(files: Mapping[str, bytes], template: str) -> dict[str, b
 def fitting_ids(
     config: Mapping[str, Any], given: Mapping[str, Any], vocabulary: Vocabulary, reference: Tokenizer | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """A config whose special token ids are those of the merged vocabulary.
+    """Returns a config whose special token ids are those of the merged vocabulary.
 
     Args:
         config: The reference model's config.json or generation_config.json.

@@ -72,7 +72,7 @@ def output_vocabulary(
 
 
 def shortened(start: Tokenizer, rows: int) -> Vocabulary:
-    """A model's own vocabulary, cut to its first `rows` rows."""
+    """Cuts a model's own vocabulary to its first `rows` rows."""
     tokens, document, changed = _stripped(start, rows)
     return Vocabulary(tokens, rows, start, document if changed else None)
 

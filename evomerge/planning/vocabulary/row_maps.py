@@ -33,7 +33,7 @@ class Vocabularies:
     base: str | None
 
     def row(self, model: str, token: str) -> int | None:
-        """A model's row of a token; None where it has no such token, or no row for it."""
+        """Returns a model's row of a token; None where it has no such token, or no row for it."""
         row = self.tokens[model].get(token)
         return None if row is None or row >= self.rows[model] else row
 

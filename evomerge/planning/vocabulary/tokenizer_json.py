@@ -20,18 +20,18 @@ _CONTROL = 0.0  # the score that sentencepiece gives tokens that no text is cut 
 
 
 def added_tokens(document: Document) -> dict[str, dict[str, Any]]:
-    """The entries of tokens that are found in a text before it is cut up, by their text."""
+    """Returns the entries of tokens that are found in a text before it is cut up, by their text."""
     return {entry["content"]: entry for entry in document["added_tokens"]}
 
 
 def plain_entry(token: str) -> dict[str, Any]:
-    """The entry of a token that is added by its text alone."""
+    """Returns the entry of a token that is added by its text alone."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
     return {"content": token, **flags}
 
 
 def notation(document: Document) -> tuple[str, ...]:
-    """How the ordinary tokens are written: tokens of two notations cannot share a vocabulary."""
+    """Returns how the ordinary tokens are written: tokens of two notations cannot share a vocabulary."""
     model = document["model"]
     steps = [document.get(step) for step in ("normalizer", "pre_tokenizer", "decoder")]
     parts = json.dumps(steps, ensure_ascii=False)
