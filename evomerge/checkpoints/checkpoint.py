@@ -56,7 +56,7 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored dtype.
+        """Reads one tensor, in its stored dtype.
 
         Returns:
             A view of the memory-mapped file: read it, do not write to it. With an adapter, a changed tensor is
@@ -118,7 +118,7 @@ class Checkpoint:
             raise CheckpointError(message) from error
 
     def check_finite(self) -> list[str]:
-        """The names of tensors with NaN or infinite elements, sorted. Reads the whole model."""
+        """Names the tensors with NaN or infinite elements, sorted. Reads the whole model."""
         names = sorted(self.tensors)
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             finite = list(pool.map(lambda name: is_finite(self.tensor(name)), names))

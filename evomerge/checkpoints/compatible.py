@@ -37,7 +37,7 @@ def open_compatible(base: str | None, sources: Mapping[str, str]) -> dict[str, C
 
 
 def not_finite(checkpoint: Checkpoint) -> list[str]:
-    """What to say of a checkpoint's NaN or infinite weights; [] when there are none. Reads the whole model."""
+    """Says which of a checkpoint's weights are NaN or infinite; [] when none are. Reads the whole model."""
     broken = checkpoint.check_finite()
     return [f"{checkpoint.reference}: NaN or infinite weights in {name_some(broken)}"] if broken else []
 
@@ -118,7 +118,7 @@ def _architecture(model: Checkpoint) -> str:
 
 
 def _names_beyond(reference: Checkpoint, model: Checkpoint, stack: str, depth: int) -> set[str]:
-    """Tensors of the layers that only one of the two has: said once as a difference in depth."""
+    """Names the tensors of layers that only one of the two has: reported once, as a difference in depth."""
     beyond: set[str] = set()
     for one in (reference, model):
         for tensor in one.tensors:
@@ -131,7 +131,7 @@ def _names_beyond(reference: Checkpoint, model: Checkpoint, stack: str, depth: i
 def _heads(
     reference_name: str, reference: Checkpoint, name: str, model: Checkpoint, missing: list[str], extra: list[str]
 ) -> tuple[list[str], list[str], list[str]]:
-    """One model stores a head, the other ties it to the embedding."""
+    """Compares the heads where one model stores one and the other ties it to the embedding."""
     problems: list[str] = []
     head = model.layout.head
     if reference.layout.tied_head and head in extra:
@@ -146,7 +146,7 @@ def _heads(
 
 
 def _copies_embedding(model: Checkpoint) -> bool:
-    """A head stored beside the embedding that it is tied to: the same numbers twice, nothing is lost without it."""
+    """Says whether the head repeats the embedding, as a tied one that is stored does: nothing is lost without it."""
     import torch
 
     head, embedding = model.layout.head, model.layout.embedding
@@ -178,5 +178,5 @@ def _shapes(reference_name: str, reference: Checkpoint, name: str, model: Checkp
 
 
 def _only_rows_differ(tensor: str, reference: Checkpoint, model: Checkpoint) -> bool:
-    ours, theirs = reference.tensors[tensor].shape, model.tensors[tensor].shape
-    return len(ours) == len(theirs) and ours[1:] == theirs[1:]
+    one, other = reference.tensors[tensor].shape, model.tensors[tensor].shape
+    return len(one) == len(other) and one[1:] == other[1:]

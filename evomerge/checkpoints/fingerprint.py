@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _VERSION = "evomerge checkpoint 1"
 _HEX_DIGITS = 32
 # A file written to twice within one tick of its file system's clock looks unchanged.
-_SETTLED_NS = 2_000_000_000
+_TICK_NS = 2_000_000_000
 
 
 def content_fingerprint(tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> str:
@@ -51,11 +51,11 @@ def content_fingerprint(tensors: Mapping[str, TensorInfo], read: Callable[[str],
 
 
 def derived_fingerprint(*parts: str) -> str:
-    """The fingerprint of something made from fingerprinted parts and settings."""
+    """Gives the fingerprint of something made from fingerprinted parts and settings."""
     return digest(json.dumps([_VERSION, *parts]))
 
 
-class Fingerprints:
+class FingerprintCache:
     """The remembered fingerprint of one set of files, as they were when their headers were read."""
 
     def __init__(self, signatures: Mapping[Path, Signature]) -> None:
@@ -65,12 +65,12 @@ class Fingerprints:
         self._path = cache_folder("fingerprints") / key
 
     def get_or(self, compute: Callable[[], str]) -> str:
-        """The remembered fingerprint, else the computed one, which is then remembered if the files have not moved."""
+        """Gives the remembered fingerprint, else computes it and remembers it if the files have not changed."""
         remembered = self._remembered()
         if remembered is not None:
             return remembered
         fingerprint = compute()
-        if self._unchanged() and self._settled():
+        if self._unchanged() and self._old_enough():
             self._remember(fingerprint)
         return fingerprint
 
@@ -85,8 +85,8 @@ class Fingerprints:
     def _unchanged(self) -> bool:
         return all(signature(path) == signed for path, signed in self._signatures.items())
 
-    def _settled(self) -> bool:
-        return all(time.time_ns() - mtime > _SETTLED_NS for _, mtime, _ in self._signatures.values())
+    def _old_enough(self) -> bool:
+        return all(time.time_ns() - mtime > _TICK_NS for _, mtime, _ in self._signatures.values())
 
     def _remember(self, fingerprint: str) -> None:
         with suppress(OSError, OutputError):  # a cache that cannot be written costs time, nothing else

@@ -80,12 +80,12 @@ def read_header(path: Path) -> Header:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """(49152, 576) -> "49152x576"; a scalar is "scalar"."""
+    """Writes a shape: (49152, 576) -> "49152x576"; a scalar is "scalar"."""
     return "x".join(map(str, shape)) or "scalar"
 
 
 def name_some(names: Iterable[str], limit: int = _NAMED) -> str:
-    """The first few names, and how many more there are."""
+    """Lists the first few names, and how many more there are."""
     every = list(names)
     shown = ", ".join(every[:limit])
     return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"
@@ -126,7 +126,7 @@ def _no_constant(text: str) -> Any:
 
 
 def parse_strict_json(raw: bytes) -> Any:
-    """JSON without duplicate keys, NaN or infinities.
+    """Parses JSON without duplicate keys, NaN or infinities.
 
     Raises:
         ValueError: It is not; the message says why.
@@ -196,7 +196,7 @@ def _tensor(name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _check_coverage(path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
-    """The format asks for tensors that follow one another without gap or overlap up to the end of the file."""
+    """Checks that tensors follow one another without gap or overlap up to the end of the file, as the format asks."""
     problems: list[str] = []
     position, before = data_start, "the header"
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.end)):

@@ -110,11 +110,11 @@ class Layout:
         return Location(prefix, layer, suffix, _group(suffix), None)
 
     def name(self, stack: str, layer: int, suffix: str) -> str:
-        """The full name of a layer's tensor: the inverse of `locate`."""
+        """Gives the full name of a layer's tensor: the inverse of `locate`."""
         return f"{stack}.{layer}.{suffix}" if stack else f"{layer}.{suffix}"
 
     def suffixes(self, stack: str, layer: int) -> tuple[str, ...]:
-        """The tensors of one layer, named within it, sorted; () where there is no such layer."""
+        """Lists the tensors of one layer, named within it, sorted; () where there is no such layer."""
         return self._suffixes.get((stack, layer), ())
 
     @cached_property
@@ -176,7 +176,7 @@ def vocabulary_tensors(layout: Layout, tensors: Mapping[str, TensorSpec]) -> tup
 def residual_writers(
     layout: Layout, tensors: Mapping[str, TensorSpec], layer: int, *, stack: str | None = None
 ) -> tuple[str, ...]:
-    """The tensors by which the branches of one block last write to the residual stream.
+    """Lists the tensors by which the branches of one block last write to the residual stream.
 
     They are the weight and bias of the attention's output projection and of the MLP's down projection (every expert's),
     or the norm behind a branch where the branch ends in one (Gemma 2, OLMo 2). Multiplying them multiplies what the
@@ -204,7 +204,7 @@ def residual_writers(
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
-    """("model.layers", 3, "mlp.up_proj.weight"), cut at the outermost number; the layer is None without one."""
+    """Cuts a name at its outermost number: ("model.layers", 3, "mlp.up_proj.weight"); the layer is None without one."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
         if parts[:i] == [""]:
@@ -220,7 +220,7 @@ def _depths(config: Mapping[str, Any]) -> set[int]:
 
 
 def _stacks(tensors: Iterable[TensorSpec], depths: set[int]) -> list[Stack]:
-    """Numbered blocks that are layers: from 0, with few numbers missing, and more than one matrix in each.
+    """Lists the numbered blocks that are layers: from 0, with few numbers missing, and more than one matrix in each.
 
     The last rule keeps out plain sequences of modules (a projector's `0.weight`, `2.weight`; convolutional stems),
     unless config.json names exactly that depth.
@@ -273,7 +273,7 @@ def _position(name: str) -> Position:
 
 
 def _module_and_kind(suffix: str) -> tuple[list[str], str]:
-    """The modules of a name, and whether it is a "weight" or a "bias": `experts.down_proj_bias` counts as a bias."""
+    """Splits a name into its modules and "weight" or "bias": `experts.down_proj_bias` counts as a bias."""
     parts = suffix.split(".")
     if len(parts) > 1 and parts[-1] in ("weight", "bias"):
         return parts[:-1], parts[-1]
@@ -284,7 +284,7 @@ def _module_and_kind(suffix: str) -> tuple[list[str], str]:
 
 
 def _embedding(outer: list[TensorSpec], config: Mapping[str, Any]) -> TensorSpec | None:
-    """The matrix of one row per token: as many rows as the vocabulary, else the tallest that is no position table."""
+    """Finds the matrix of a row per token: as many rows as the vocabulary, else the tallest that holds no positions."""
     text = config.get("text_config")
     rows = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
     tables = [
@@ -300,7 +300,7 @@ def _embedding(outer: list[TensorSpec], config: Mapping[str, Any]) -> TensorSpec
 
 
 def _head(outer: list[TensorSpec], embedding: TensorSpec | None) -> str | None:
-    """The matrix after the layers with a row per token: by its shape, or by a name that says so."""
+    """Finds the matrix after the layers with a row per token: by its shape, or by a name that says so."""
     for info in outer:
         if len(info.shape) != 2 or _position(info.name) == "before":
             continue
@@ -311,9 +311,10 @@ def _head(outer: list[TensorSpec], embedding: TensorSpec | None) -> str | None:
 
 
 def _ties(config: Mapping[str, Any]) -> bool:
-    """What config.json says; where it is silent (older files leave defaults out), whether the model class has a head.
+    """Says whether the head is tied: what config.json says; where that is silent, whether the model class has a head.
 
-    Only asked when no head is stored, and a model that has one then has nowhere else to take it from.
+    Older files leave defaults out. Only asked when no head is stored, and a model that has one then has nowhere else to
+    take it from.
     """
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
@@ -325,7 +326,7 @@ def _ties(config: Mapping[str, Any]) -> bool:
 
 
 def _post_norms(block: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
-    """Norms that close a branch. Llama's `post_attention_layernorm` opens the MLP instead.
+    """Lists the norms that close a branch. Llama's `post_attention_layernorm` opens the MLP instead.
 
     The name alone does not tell: it closes the attention only in a block that also has a norm behind its MLP and no
     other norm behind its attention (GLM-4 has both kinds).

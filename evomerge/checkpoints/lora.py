@@ -51,11 +51,11 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float]
 
     def rank(self, module: str) -> int:
-        """The rank of one module's factors."""
+        """Gives the rank of one module's factors."""
         return self.rank_pattern.get(_first_match(self.rank_pattern, module), self.r)
 
     def scale(self, module: str) -> float:
-        """What B·A is multiplied by."""
+        """Gives what B·A is multiplied by."""
         alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, module), self.alpha)
         return alpha / (math.sqrt(self.rank(module)) if self.use_rslora else self.rank(module))
 
@@ -133,7 +133,7 @@ class LoraWeights:
         return (*self._base.files, *self._adapter.weights.files)
 
     def read(self, name: str) -> torch.Tensor:
-        """The base's own view where the adapter changes nothing, else a new tensor."""
+        """Reads a tensor: the base's own view where the adapter changes nothing, else a new one."""
         dtype = torch_dtype(self._tensors[name].dtype)
         replacement, delta = self._replacements.get(name), self._deltas.get(name)
         if replacement is not None:
@@ -160,13 +160,13 @@ class LoraWeights:
                 del self._replacements[name]
 
     def read_plain(self, name: str) -> torch.Tensor:
-        """A stored tensor of the adapter or, where it has none, of the base, without any product."""
+        """Reads a stored tensor of the adapter or, where it has none, of the base, without any product."""
         saved = self._replacements.get(name)
         return self._base.read(name) if saved is None else self._adapter.weights.read(saved)
 
 
 def _first_match(patterns: Iterable[str], module: str) -> str:
-    """PEFT's rule: the first key that matches the end of the module's name as a regular expression, else the name."""
+    """Finds, as PEFT does, the first key that matches the end of the name as a regular expression; else the name."""
     return next((key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module)), module)
 
 
@@ -229,7 +229,7 @@ def _assign(
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     whole: dict[str, str] = {}
     problems: list[str] = []
-    strangers: list[str] = []
+    unmatched: list[str] = []
     for key in adapter.weights.tensors:
         plain = key.removeprefix("base_model.model.")
         if match := _FACTOR.fullmatch(plain):
@@ -237,7 +237,7 @@ def _assign(
             continue
         target = _target(_WRAPPER.sub("", plain), base, layout)
         if target is None:
-            strangers.append(key)
+            unmatched.append(key)
         elif misfit := _misfit(adapter.weights.tensors[key].shape, base[_source(target, base, layout)]):
             problems.append(f"{key} {misfit}")
         else:
@@ -246,22 +246,22 @@ def _assign(
     for module, kinds in sorted(factors.items()):
         target = _target(f"{module}.weight", base, layout)
         if target is None:
-            strangers += kinds.values()
+            unmatched += kinds.values()
             continue
         delta = _delta(module, kinds, base[_source(target, base, layout)], adapter)
         if isinstance(delta, str):
             problems.append(delta)
         else:
             deltas[target] = delta
-    if strangers:
-        problems.append(f"the base has no tensor for {name_some(strangers)}")
+    if unmatched:
+        problems.append(f"the base has no tensor for {name_some(unmatched)}")
     if problems:
         raise CheckpointError([f"{adapter.folder} does not fit its base: {problem}" for problem in problems])
     return deltas, whole
 
 
 def _target(name: str, base: Mapping[str, TensorInfo], layout: Layout) -> str | None:
-    """The base's name for a tensor: bare models lack the first part of it, wrapped ones put more before it."""
+    """Finds the base's name for a tensor: bare models lack the first part of it, wrapped ones put more before it."""
     if name in base:
         return name
     if layout.tied_head and name.rpartition(".weight")[0].rpartition(".")[2] in ("lm_head", "embed_out"):
@@ -274,7 +274,7 @@ def _target(name: str, base: Mapping[str, TensorInfo], layout: Layout) -> str | 
 
 
 def _source(target: str, base: Mapping[str, TensorInfo], layout: Layout) -> str:
-    """The stored tensor that an adapted one starts from: itself, or the embedding that a head is tied to."""
+    """Names the stored tensor that an adapted one starts from: itself, or the embedding that a head is tied to."""
     return target if target in base or layout.embedding is None else layout.embedding
 
 
@@ -285,7 +285,7 @@ def _misfit(shape: tuple[int, ...], info: TensorInfo) -> str | None:
 
 
 def _delta(module: str, kinds: Mapping[str, str], info: TensorInfo, adapter: Adapter) -> _Delta | str:
-    """The product for one module, or what is wrong with it."""
+    """Gives the product for one module, or what is wrong with it."""
     embedding = "embedding_A" in kinds
     pair = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     if set(kinds) != set(pair):

@@ -27,7 +27,7 @@ _WEIGHTS = ["*.safetensors"]
 
 
 def split_adapter(reference: str, beside: Path | None) -> tuple[str, str | None]:
-    """("base", "adapter") of a `base+adapter` reference; (reference, None) of any other.
+    """Splits a `base+adapter` reference into ("base", "adapter"), any other into (reference, None).
 
     A plus sign may also be part of a name: what exists as written is taken as written, and of several plus signs the
     last one behind which an adapter lies.
@@ -43,7 +43,7 @@ def split_adapter(reference: str, beside: Path | None) -> tuple[str, str | None]
 
 
 def resolve_reference(reference: str, beside: Path | None) -> str:
-    """The reference with local paths made absolute; Hub ids and ``zoo:`` names stay as they are.
+    """Makes the local paths of a reference absolute; Hub ids and ``zoo:`` names stay as they are.
 
     Args:
         reference: As written in a recipe.
@@ -63,12 +63,12 @@ def resolve_part(part: str, beside: Path | None) -> str:
 
 
 def without_adapter(reference: str) -> str:
-    """What stands before the first plus sign: the model itself, where no name has a plus sign in it."""
+    """Gives what stands before the first plus sign: the model itself, where no name has a plus sign in it."""
     return reference.partition("+")[0].strip()
 
 
 def find_model(reference: str, beside: Path | None, *, allow_pickle: bool = False, weights: bool = True) -> Path:
-    """The folder or file that a reference without an adapter leads to, downloaded if need be.
+    """Finds the folder or file that a reference without an adapter leads to, downloaded if need be.
 
     Args:
         reference: What the user wrote.
@@ -106,7 +106,7 @@ def _where(beside: Path | None) -> str:
 
 
 def _patterns(weights: bool, allow_pickle: bool) -> list[str]:
-    """The files of a repository to download."""
+    """Lists the files of a repository to download."""
     return [*_SMALL, *(_WEIGHTS if weights else []), *(["*.bin"] if weights and allow_pickle else [])]
 
 

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from evomerge.checkpoints.dtypes import DTYPE_BYTES, dtype_name, torch_dtype
-from evomerge.checkpoints.fingerprint import Fingerprints, content_fingerprint
+from evomerge.checkpoints.fingerprint import FingerprintCache, content_fingerprint
 from evomerge.checkpoints.header import TensorInfo
-from evomerge.checkpoints.weight_files import Stored, WeightFiles, read_stored, signature
+from evomerge.checkpoints.weight_files import TensorIndex, WeightFiles, read_tensor_index, signature
 from evomerge.errors import CheckpointError
 
 # Not in Python's mmap module before 3.13. A private map of a file bigger than the memory may otherwise be refused,
@@ -44,23 +44,23 @@ class Weights(Protocol):
 class MappedWeights:
     """Safetensors files, each mapped once, on first use."""
 
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
+    def __init__(self, index: TensorIndex) -> None:
+        self._index = index
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return self._stored.tensors
+        return self._index.tensors
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(sorted(self._stored.signatures))
+        return tuple(sorted(self._index.signatures))
 
     def read(self, name: str) -> torch.Tensor:
-        """A view of the mapped file."""
-        info = self._stored.tensors[name]
-        path = self._stored.paths[name]
+        """Gives a view of the mapped file."""
+        info = self._index.tensors[name]
+        path = self._index.paths[name]
         try:
             dtype = torch_dtype(info.dtype)
         except KeyError:
@@ -76,19 +76,19 @@ class MappedWeights:
 
     def release(self, name: str) -> None:
         """Takes the tensor's pages out of this process's memory; a view of them is still good and brings them back."""
-        info, mapped = self._stored.tensors[name], self._maps.get(self._stored.paths[name])
+        info, mapped = self._index.tensors[name], self._maps.get(self._index.paths[name])
         if mapped is None or not hasattr(mmap, "MADV_DONTNEED") or info.end == info.start:
             return
         start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
         mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
     def fingerprint(self) -> str:
-        return Fingerprints(self._stored.signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))
+        return FingerprintCache(self._index.signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))
 
     def _map(self, path: Path) -> mmap.mmap:
         with self._lock:
             if path not in self._maps:
-                if signature(path) != self._stored.signatures[path]:
+                if signature(path) != self._index.signatures[path]:
                     raise CheckpointError(f"{path} has changed since it was opened: open the checkpoint again")
                 self._maps[path] = _private_map(path)
             return self._maps[path]
@@ -117,10 +117,10 @@ class PickledWeights:
         return self._state[name].detach().contiguous()
 
     def release(self, name: str) -> None:
-        """Nothing to do: the whole state dict is held."""
+        """Does nothing: the whole state dict stays in memory."""
 
     def fingerprint(self) -> str:
-        return Fingerprints(self._signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))
+        return FingerprintCache(self._signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))
 
 
 def open_weights(files: WeightFiles, *, allow_pickle: bool = False) -> Weights:
@@ -130,7 +130,7 @@ def open_weights(files: WeightFiles, *, allow_pickle: bool = False) -> Weights:
         CheckpointError: They are corrupt, or pickled without leave.
     """
     if files.kind == "safetensors":
-        return MappedWeights(read_stored(files))
+        return MappedWeights(read_tensor_index(files))
     if not allow_pickle:
         raise CheckpointError(
             f"{files.paths[0]} is a pickle, which can run code when loaded: convert it to safetensors, or allow it "

@@ -66,7 +66,7 @@ class Tokenizer:
         return template.strip() or None if isinstance(template, str) else None
 
     def role(self, name: str) -> int | None:
-        """The id of the token with a role ("bos", "eos", "pad", ...); None without one."""
+        """Gives the id of the token with a role ("bos", "eos", "pad", ...); None without one."""
         token = getattr(self.loaded, f"{name}_token", None) if name in _ROLES else None
         return None if token is None else self.tokens.get(str(token))
 

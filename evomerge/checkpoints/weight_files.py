@@ -37,8 +37,8 @@ class WeightFiles:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Tensors of safetensors files.
+class TensorIndex:
+    """Which tensors some safetensors files hold, and where.
 
     Attributes:
         tensors: By name, sorted.
@@ -52,7 +52,7 @@ class Stored:
 
 
 def signature(path: Path) -> Signature:
-    """What changes when a file is written to or replaced: (size, mtime in ns, inode).
+    """Gives what changes when a file is written to or replaced: (size, mtime in ns, inode).
 
     Raises:
         CheckpointError: The file cannot be looked at, or is a pipe or a device, which might never end.
@@ -67,7 +67,7 @@ def signature(path: Path) -> Signature:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file such as config.json; {} when it does not exist.
+    """Reads a JSON file such as config.json; {} when it does not exist.
 
     Raises:
         CheckpointError: It cannot be read, or is not a JSON object.
@@ -85,7 +85,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path) -> WeightFiles:
-    """The weight files of a folder: safetensors before pickle, a single file before shards, as transformers does.
+    """Finds the weight files of a folder: safetensors before pickle, a single file before shards, as transformers does.
 
     Raises:
         CheckpointError: There are none, or the index is corrupt, leaves the folder or names missing files.
@@ -102,7 +102,7 @@ def find_weights(folder: Path) -> WeightFiles:
     raise CheckpointError(_no_weights(folder))
 
 
-def read_stored(files: WeightFiles) -> Stored:
+def read_tensor_index(files: WeightFiles) -> TensorIndex:
     """Reads every header and checks it against the index.
 
     Raises:
@@ -123,7 +123,7 @@ def read_stored(files: WeightFiles) -> Stored:
         raise CheckpointError(problems)
     tensors = {name: info for header in headers for name, info in header.tensors.items()}
     paths = {name: header.path for header in headers for name in header.tensors}
-    return Stored(dict(sorted(tensors.items())), paths, signatures)
+    return TensorIndex(dict(sorted(tensors.items())), paths, signatures)
 
 
 def _no_weights(folder: Path) -> str:
@@ -150,7 +150,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _shards(index: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    """The files of an index, all beside or below it: an index that points elsewhere is an attack or a mistake."""
+    """Lists the files of an index, all beside or below it: an index that points elsewhere is an attack or a mistake."""
     problems: list[str] = []
     paths: list[Path] = []
     for name in sorted(set(names)):

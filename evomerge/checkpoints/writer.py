@@ -72,7 +72,7 @@ def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int) -> list[Sha
 
 
 class CheckpointWriter:
-    """Context manager that writes the weights of one checkpoint; leaving it without an error makes them the output.
+    """Writes the weights of one checkpoint; leaving the context without an error makes them the output.
 
     Args:
         out: The folder to make. Folders above it are made too.
@@ -91,11 +91,11 @@ class CheckpointWriter:
     ) -> None:
         self.out = out.resolve()
         self._shards = plan_shards(tensors, max_shard_bytes)
-        self._places = {info.name: (shard, info) for shard in self._shards for info in shard.tensors}
-        if len(self._places) != sum(len(shard.tensors) for shard in self._shards):
+        self._slots = {info.name: (shard, info) for shard in self._shards for info in shard.tensors}
+        if len(self._slots) != sum(len(shard.tensors) for shard in self._shards):
             raise ValueError("two tensors have the same name")
         self._overwrite = overwrite
-        self._missing = {name: math.prod(info.shape) for name, (_, info) in self._places.items()}
+        self._missing = {name: math.prod(info.shape) for name, (_, info) in self._slots.items()}
         self._lock = threading.Lock()
         self._files: dict[str, int] = {}
         self._stack = ExitStack()
@@ -111,7 +111,7 @@ class CheckpointWriter:
         return sum(shard.nbytes for shard in self._shards)
 
     def __enter__(self) -> CheckpointWriter:
-        with ExitStack() as stack, self._failures():
+        with ExitStack() as stack, self._own_errors():
             self.out.parent.mkdir(parents=True, exist_ok=True)
             lock = self.out.parent / f".{self.out.name}.lock"
             stack.enter_context(exclusive(lock, str(self.out), error=OutputError, remove=True))
@@ -137,7 +137,7 @@ class CheckpointWriter:
             OutputError: Writing failed.
             ValueError: The tensor was not announced, is another than announced, or was written before.
         """
-        _refuse_other(self._place(name)[1], tensor, whole=True)
+        _refuse_other(self._slot(name)[1], tensor, whole=True)
         self.put_part(name, 0, tensor.detach().reshape(-1))
 
     def put_part(self, name: str, start: int, values: torch.Tensor) -> None:
@@ -151,29 +151,29 @@ class CheckpointWriter:
         Raises:
             OutputError, ValueError: As for `put`.
         """
-        shard, info = self._place(name)
+        shard, info = self._slot(name)
         _refuse_other(info, values)
         raw = _bytes_of(values)
         with self._lock:
             self._missing[name] = self._missing.get(name, 0) - values.numel()
             if self._missing[name] < 0:
                 raise ValueError(f"tensor {name!r} was written before")
-        with self._failures():
+        with self._own_errors():
             position = info.start + start * values.element_size()
             _write_at(self._files[shard.file], raw, position)
             _start_flush(self._files[shard.file], position, len(raw))
 
-    def _place(self, name: str) -> tuple[Shard, TensorInfo]:
-        if name not in self._places:
+    def _slot(self, name: str) -> tuple[Shard, TensorInfo]:
+        if name not in self._slots:
             raise ValueError(f"tensor {name!r} was not announced")
-        return self._places[name]
+        return self._slots[name]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._stack, self._failures():
+        with self._stack, self._own_errors():
             if isinstance(error, OSError) and error.errno in _FULL:
-                raise error  # a full disk met outside of `put` is told in the same words
+                raise error  # a full disk met outside of `put` gets the same message
             if error is None:
                 self._commit()
 
@@ -190,15 +190,15 @@ class CheckpointWriter:
 
     def _recover(self) -> None:
         """Clears what a killed writer left. The lock is held, so nobody is at work on any of it."""
-        for old in self._left("previous"):
+        for old in self._leftovers("previous"):
             if self.out.exists():
                 shutil.rmtree(old)
             else:  # killed between the two renames: the previous output comes back
                 old.rename(self.out)
-        for partial in self._left("partial"):
+        for partial in self._leftovers("partial"):
             shutil.rmtree(partial)
 
-    def _left(self, role: str) -> list[Path]:
+    def _leftovers(self, role: str) -> list[Path]:
         pattern = re.compile(re.escape(self._beside(role, "").name) + r"\d+")
         return sorted(path for path in self.out.parent.iterdir() if pattern.fullmatch(path.name))
 
@@ -210,8 +210,8 @@ class CheckpointWriter:
     def _write_index(self) -> None:
         if len(self._shards) == 1:
             return
-        weight_map = {name: shard.file for name, (shard, _) in sorted(self._places.items())}
-        sizes = [info.nbytes for _, info in self._places.values()]
+        weight_map = {name: shard.file for name, (shard, _) in sorted(self._slots.items())}
+        sizes = [info.nbytes for _, info in self._slots.values()]
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         path = self.folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -222,7 +222,7 @@ class CheckpointWriter:
         _fsync(self.folder)
 
     def _replace_output(self) -> None:
-        """By one exchange of names where the system has it: there is no moment without an output."""
+        """Swaps names in one exchange where the system has it: there is no moment without an output."""
         if self.out.exists() and _exchange(self.folder, self.out):
             _fsync(self.out.parent)
             return  # what is called a temporary folder now is the previous output, and is cleared on leaving
@@ -241,8 +241,8 @@ class CheckpointWriter:
             shutil.rmtree(previous, ignore_errors=True)
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
-        """The operating system's errors in our words."""
+    def _own_errors(self) -> Iterator[None]:
+        """Turns the operating system's errors into ours."""
         try:
             yield
         except OSError as error:

@@ -74,7 +74,7 @@ def _folders(beside: Path | None) -> Iterator[Path]:
 
 
 def _exists(path: Path) -> bool:
-    """A name that the file system cannot even look up (too long, no permission) does not exist for us."""
+    """Says whether a path exists; a name that cannot even be looked up (too long, no permission) does not."""
     try:
         return path.exists()
     except OSError:

@@ -97,7 +97,7 @@ def _acquire(path: Path) -> int | None:
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
-    """Whether the file is still there: its last holder may have removed it after it was opened here."""
+    """Says whether the file is still there: its last holder may have removed it after it was opened here."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

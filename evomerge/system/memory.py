@@ -1,4 +1,4 @@
-"""How much memory this machine has to give, and how often a process looks for its own garbage. Imports no torch."""
+"""How much memory this machine has to give, and how often a process collects its garbage. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def available(meminfo: Path = MEMINFO) -> int | None:
-    """Bytes that can be had without swapping, as the kernel estimates them; None where it does not say."""
+    """Estimates the bytes that can be had without swapping, as the kernel does; None where it does not say."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
-    return next((int(parts[1]) * 1024 for parts in found), None)
+    fields = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(parts[1]) * 1024 for parts in fields), None)
 
 
 def collect_rarely() -> None:

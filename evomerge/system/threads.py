@@ -38,7 +38,7 @@ def run_all(work: Iterable[Callable[[], T]], threads: int) -> list[T]:
 
 @functools.lru_cache(maxsize=2)
 def _workers(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that stay, so that what they free is theirs to use again; a forked process needs its own."""
+    """Keeps some threads, so that they use again what they free; a forked process needs its own."""
     before, started = torch.get_num_threads(), threading.Barrier(threads + 1)
 
     def start() -> None:
