@@ -16,7 +16,6 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import RunError
 from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
@@ -207,14 +206,19 @@ def test_a_killed_holder_of_the_lock_leaves_no_lock(tmp_path: Path) -> None:
 
 
 def test_a_run_killed_again_and_again_is_the_run_that_was_never_stopped() -> None:
-    """A few kills of every algorithm; `python bench/kills.py` does 200."""
-    command = [sys.executable, "bench/kills.py", "--kills", str(4 * len(ALGORITHMS)), "--candidates", "30"]
+    """A few kills of an algorithm that learns and of one that does not; `python bench/kills.py` does 200 of all.
+
+    What a kill can spoil is the record, whoever proposes; that each algorithm goes on from any record as if it had
+    never been stopped, `test_loop` shows without processes.
+    """
+    killed = ["ga", "random"]
+    command = [sys.executable, "bench/kills.py", "--kills", "8", "--candidates", "30", "--algorithms", *killed]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    assert [(row[0], row[4]) for row in rows] == [(name, "4") for name in sorted(ALGORITHMS)]
+    assert [(row[0], row[4]) for row in rows] == [(name, "4") for name in killed]
     assert all(int(count) > 0 for row in rows for count in row[1].split(" / ")), (
         "no candidate failed, or none was pruned"
     )
