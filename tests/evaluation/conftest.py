@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
+from evomerge.evaluation.tasks.task import Task
 from tests.models import write_tiny_llama
 
 WORDS = ("red", "green", "blue", "seven", "eight", "river", "stone", "cloud", "is", "was", "the", "a", "under", "over")
@@ -121,6 +123,12 @@ def write_documents(path: Path, docs: list[dict[str, Any]]) -> Path:
     return path
 
 
+@functools.cache
+def tasks_of(folder: Path, names: tuple[str, ...], num_fewshot: int | None = None) -> dict[str, Task]:
+    """Tasks of a folder, each choice of them loaded once: requests are built by every evaluator anew."""
+    return load_tasks(names, include_path=folder, num_fewshot=num_fewshot)
+
+
 @dataclass
 class Bench:
     """A model, its tokenizer and the folder of the tasks."""
@@ -132,9 +140,7 @@ class Bench:
 
     def evaluator(self, *names: str, **options: Any) -> Evaluator:
         """An evaluator of some of the tasks."""
-        fewshot = options.pop("num_fewshot", None)
-        tasks = load_tasks(names or list(CONFIGS), include_path=self.folder, num_fewshot=fewshot)
-        return Evaluator(tasks, self.tokenizer, self.model.config, **options)
+        return Evaluator(tasks_of(self.folder, names or tuple(CONFIGS)), self.tokenizer, self.model.config, **options)
 
 
 @pytest.fixture(scope="package", autouse=True)

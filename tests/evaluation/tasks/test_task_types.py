@@ -16,7 +16,7 @@ from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.scores import score_table
 from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, group_scores, load_tasks
 from evomerge.system.quiet import quiet
-from tests.evaluation.conftest import Bench, documents, write_documents, write_task
+from tests.evaluation.conftest import Bench, documents, tasks_of, write_documents, write_task
 
 ABSOLUTE = "tasks_of_lm_eval"
 """The folder of the same tasks with absolute paths of their data, which lm-eval can load by itself."""
@@ -287,8 +287,9 @@ def by_lm_eval(kinds: Bench, *names: str, **options: Any) -> dict[str, Any]:
 
 
 def ours(kinds: Bench, *names: str, **options: Any) -> Evaluator:
-    tasks = load_tasks(names, include_path=kinds.folder, num_fewshot=options.pop("num_fewshot", None))
-    return Evaluator(tasks, kinds.tokenizer, kinds.model.config, **options)
+    return Evaluator(
+        tasks_of(kinds.folder, names, options.pop("num_fewshot", None)), kinds.tokenizer, kinds.model.config, **options
+    )
 
 
 def compare(evaluator: Evaluator, kinds: Bench, results: Mapping[str, Any], task: str) -> None:
