@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,31 @@ def open_problem(spec: SearchSpec, threads: int | None = None) -> Problem:
     Raises:
         BadInput: With everything that is wrong with models, tasks, goals and space.
     """
+    return assemble(spec, _open_models, _find_tasks, _load_tokenizer, threads or torch.get_num_threads())
+
+
+def assemble(
+    spec: SearchSpec,
+    open_models: Callable[[SearchSpec], dict[str, Checkpoint]],
+    find_tasks: Callable[[SearchSpec], TaskSet],
+    load_tokenizer: Callable[[Checkpoint], Any],
+    threads: int,
+) -> Problem:
+    """Makes a problem of a specification's models and tasks.
+
+    Args:
+        spec: The specification.
+        open_models: Opens the models it names, by reference.
+        find_tasks: Finds the tasks it names.
+        load_tokenizer: Loads the tokenizer of the reference model.
+        threads: Of the run.
+
+    Raises:
+        BadInput: With everything that is wrong with models, tasks, goals and space.
+    """
     with ErrorCollector() as steps:  # a wrong model and a wrong metric are reported in one go
-        checkpoints: dict[str, Checkpoint] = steps.attempt(_open_models, spec)
-        task_set: TaskSet = steps.attempt(_find_tasks, spec)
+        checkpoints: dict[str, Checkpoint] = steps.attempt(open_models, spec)
+        task_set: TaskSet = steps.attempt(find_tasks, spec)
         reported: Fitness = steps.attempt(_reported, spec, task_set)
         steering: Fitness = steps.attempt(_steering, spec, task_set, reported)
         space: SearchSpace = steps.attempt(make_space, spec, checkpoints)
@@ -86,8 +108,8 @@ def open_problem(spec: SearchSpec, threads: int | None = None) -> Problem:
         space=space,
         reported=reported,
         steering=steering,
-        tokenizer=checkpoints[reference_of(spec)].load_tokenizer().loaded,
-        threads=threads or torch.get_num_threads(),
+        tokenizer=load_tokenizer(checkpoints[reference_of(spec)]),
+        threads=threads,
     )
 
 
@@ -175,6 +197,10 @@ def tensor_group_filters(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 def _open_models(spec: SearchSpec) -> dict[str, Checkpoint]:
     return open_compatible(spec.models.base, spec.models.sources)
+
+
+def _load_tokenizer(model: Checkpoint) -> Any:
+    return model.load_tokenizer().loaded
 
 
 def _find_tasks(spec: SearchSpec) -> TaskSet:
