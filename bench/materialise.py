@@ -226,16 +226,16 @@ HEAD = [
 
 FIRST_USE = """
 import numpy as np, time
-from evomerge.engine.kernels import looking, merging
+from evomerge.engine.kernels import merge, reductions
 wall, cpu = time.perf_counter(), time.process_time()
 f, i, out = np.ones(2, np.float32), np.zeros(2, np.int64), np.zeros(100, np.float32)
 x, bits, keys = np.zeros((2, 100), np.float32), np.zeros(100, np.uint16), np.zeros((2, 2), np.uint64)
 none = np.zeros((0, 0), np.uint8)
-edits = merging.Edits(i, keys, np.zeros((0, 4), np.float32), f, f, i, f, i, i > 0, bits.reshape(1, -1))
-merging.ties(x[0], x, 0, edits, none, f, f, np.float32(1), True, 1, out)
-looking.count_magnitudes(bits, bits, 13, np.zeros(1 << 18, np.int64), np.zeros(1 << 18, np.uint16))
-looking.count_low_bits(bits, bits, 13, 0, np.zeros(1 << 13, np.int64))
-looking.find_equal(bits, bits, 1, 1)
+edits = merge.Edits(i, keys, np.zeros((0, 4), np.float32), f, f, i, f, i, i > 0, bits.reshape(1, -1))
+merge.ties(x[0], x, 0, edits, none, f, f, np.float32(1), True, 1, out)
+reductions.count_magnitudes(bits, bits, 13, np.zeros(1 << 18, np.int64), np.zeros(1 << 18, np.uint16))
+reductions.count_low_bits(bits, bits, 13, 0, np.zeros(1 << 13, np.int64))
+reductions.find_equal(bits, bits, 1, 1)
 print(time.perf_counter() - wall, time.process_time() - cpu)
 """
 

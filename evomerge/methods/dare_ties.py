@@ -3,7 +3,7 @@
 Yu et al. 2023, https://arxiv.org/abs/2311.03099, with Yadav et al. 2023, https://arxiv.org/abs/2306.01708
 
 Without `drop_rate`, `density` is the probability to keep an element, as in mergekit. With `drop_rate`, `density` is the
-trim that follows: of the elements that survived the drop, exactly the top floor(density · survivors) stay.
+trim that follows: of the n elements that the drop leaves, exactly the top floor(density · n) stay.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ METHOD = Method(
     summary="Drop elements of the deltas at random, elect a sign for each element, add the deltas that agree.",
     parameters=(
         WEIGHT,
-        replace(DENSITY, paper=0.1, help="Probability to keep an element; with drop_rate, the trim of the survivors."),
+        replace(DENSITY, paper=0.1, help="Probability to keep an element; with drop_rate, the trim of what is kept."),
         replace(DROP_RATE, instead_of=None, help="Probability to drop an element; density is then a trim."),
         LAMBDA,
         replace(NORMALIZE, default=False, help="Divide by the sum of the absolute weights."),

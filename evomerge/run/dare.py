@@ -2,7 +2,7 @@
 
 Each file's delta to the base is dropped and rescaled by a mask of its own (`methods/dare`), and the results are
 averaged. What is merged into what is decided tensor by tensor: the output has the base's tensors; a file that lacks
-one takes no part in it; a tensor that only a file has is left out. Both are told. Other shapes are refused.
+one takes no part in it; a tensor that only a file has is left out. Both are reported. Other shapes are refused.
 """
 
 from __future__ import annotations
