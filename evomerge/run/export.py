@@ -30,11 +30,10 @@ from evomerge.report.model_card import (
 from evomerge.report.result import RunResult
 from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
-from evomerge.study.candidate import Candidate
+from evomerge.study.candidate import Candidate, find
 from evomerge.system.files import write_atomic
 
 if TYPE_CHECKING:
-    from evomerge.evaluation.evaluator import Evaluator
     from evomerge.study.interfaces import Tracker
 
 _SAMPLES = 3
@@ -42,7 +41,7 @@ _SAMPLE_TOKENS = 48
 
 
 def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwrite: bool = False) -> None:
-    """Writes a candidate's recipe: mergekit YAML where mergekit can say the same, ours otherwise.
+    """Writes a candidate's recipe: mergekit's YAML where that can express it, EvoMerge's otherwise.
 
     Raises:
         BadInput: When the run, the candidate or the place does not serve.
@@ -89,7 +88,7 @@ def export_candidate(
 
 
 def keep_best(problem: Problem, runner: ModelRunner, folder: RunFolder, result: RunResult, tracker: Tracker) -> None:
-    """Keeps the best finalists as checkpoints in the run's `best/`, as many as the specification says."""
+    """Keeps the best finalists as checkpoints in the run's `best/`, as many as the specification asks for."""
     rest = sorted(result.finalists, key=lambda finalist: (-finalist.pooled, finalist.candidate))
     in_order = [result.winner.candidate, *(row.candidate for row in result.front), *(row.candidate for row in rest)]
     numbers = list(dict.fromkeys(in_order))
@@ -120,13 +119,13 @@ def write_export(
         """Reads the written weights back, scores them, and completes the card before the folder gets its name."""
         model = _load(partial, folder.spec.evaluation.dtype)
         split = _rescored_split(folder, plan.digest)
-        again = _rescore(runner.evaluator, problem.splits[split], folder, model, plan.digest, split)
+        rescored = _rescore(runner.evaluator, problem.splits[split], folder, model, plan.digest, split)
         samples = _samples(problem, runner, model)
-        sentences.append(again.sentence())
-        body = _card_body(folder, candidate, again, samples)
+        sentences.append(rescored.sentence())
+        body = _card_body(folder, candidate, rescored, samples)
         (partial / "README.md").write_text(merge_card(recipe, problem.checkpoints, body), encoding="utf-8")
         (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        scores = {"split": split, "measured": again.measured, "now": again.now}
+        scores = {"split": split, "measured": rescored.measured, "now": rescored.now}
         (partial / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
 
     write_checkpoint(
@@ -138,12 +137,12 @@ def write_export(
 
 
 def _find(folder: RunFolder, number: int | None) -> Candidate:
-    known = folder.candidates()
-    wanted = folder.winner(known) if number is None else number
-    found = next((c for c in known if c.number == wanted), None)
-    if found is None:
-        raise RunError(f"{folder.root}: no candidate {wanted}; there are {len(known)}, counted from 0")
-    return found
+    history = folder.candidates()
+    number = folder.winner(history) if number is None else number
+    candidate = find(history, number)
+    if candidate is None:
+        raise RunError(f"{folder.root}: no candidate {number}; there are {len(history)}, counted from 0")
+    return candidate
 
 
 def _load(folder: Path, dtype: str) -> Any:
@@ -179,10 +178,10 @@ def _samples(problem: Problem, runner: ModelRunner, model: Any) -> list[tuple[st
     """(prompt, the merged model's continuation, the first source's), one for each of a few tasks."""
     source = next(iter(problem.spec.models.sources.values()))
     prompts = [prompt_of(runner.evaluator, task) for task in list(problem.tasks)[:_SAMPLES]]
-    ours = [continuation(model, problem.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
-    theirs_model = runner.materialise(runner.plan(single_model(source)))
-    theirs = [continuation(theirs_model, problem.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
-    return list(zip(prompts, ours, theirs, strict=True))
+    merged = [continuation(model, problem.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
+    source_model = runner.materialise(runner.plan(single_model(source)))
+    original = [continuation(source_model, problem.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
+    return list(zip(prompts, merged, original, strict=True))
 
 
 def _card_body(

@@ -94,7 +94,7 @@ def choose_winner(
         reasons = sorted({c.failure_kind or "unknown" for c in history})
         raise RunError(f"{where}: none of {len(history)} candidates could be scored ({', '.join(reasons)})")
     steering, reported = evaluator.objective.fitness.unweighted, evaluator.objective.reported
-    reader = _Reader(problem, evaluator, tracker)
+    reader = _Reader(evaluator, [split for split, items in problem.splits.items() if items], tracker)
     finalists = reader.finalists(chosen, "finalist")
     winner = next(filter(None, map(reader.complete, reader.best_first(finalists))), None)
     if winner is None:
@@ -150,14 +150,17 @@ def choose_winner(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads models on splits, and ranks them by search and select items together."""
+    """Reads models on splits, and ranks them by search and select items together.
 
-    problem: Problem
+    `splits` are those that have items.
+    """
+
     evaluator: CandidateEvaluator
+    splits: Sequence[str]
     tracker: Tracker
 
     def read(self, model: _Model, splits: Sequence[str]) -> _Model | None:
-        """The model with its scores on these splits; None when they are not finite, which is said."""
+        """Adds the scores on these splits; None when they are not finite, which is reported."""
         try:
             read = {
                 split: self.evaluator.scores(model.recipe, split)[0] for split in splits if split not in model.splits
@@ -168,7 +171,7 @@ class _Reader:
         return replace(model, splits={**model.splits, **read})
 
     def finalists(self, chosen: Sequence[Candidate], what: str) -> list[_Model]:
-        """Those of the candidates that have scores on `select`, best on `search` first."""
+        """Reads candidates on `search` and `select`; gives those that have scores there, in their order."""
         models = []
         for count, candidate in enumerate(chosen, start=1):
             self.tracker.report(f"scoring {what} {count} of {len(chosen)} on the select items")
@@ -177,16 +180,16 @@ class _Reader:
         return [model for model in models if model is not None]
 
     def complete(self, model: _Model) -> _Model | None:
-        """The model with its test and guard scores; None when it gives none."""
+        """Adds the test and guard scores; None when there are none."""
         self.tracker.report(f"scoring {model.name} on the test items")
-        return self.read(model, [split for split in (SEARCH, TEST, GUARD) if self.problem.splits[split]])
+        return self.read(model, [split for split in (SEARCH, TEST, GUARD) if split in self.splits])
 
     def pooled(self, model: _Model) -> float:
-        """Its fitness over search and select items."""
+        """Computes the fitness over search and select items together."""
         return self.evaluator.objective.fitness.unweighted.pooled([model.splits[SEARCH], model.splits[SELECT]])
 
     def best_first(self, models: Sequence[_Model]) -> list[_Model]:
-        """The finalists by what they are on `search` and `select` items together, best first.
+        """Sorts finalists by what they are on `search` and `select` items together, best first.
 
         With several objectives the knee of their front, then the knee of the front of the rest, and so on; otherwise by
         their pooled fitness, and of equal ones the first.
@@ -197,7 +200,7 @@ class _Reader:
         return [models[k] for k in pareto.by_knee(self._pooled_objectives(models), fitness)]
 
     def front(self, winner: _Model, finalists: Sequence[_Model]) -> list[_Model]:
-        """The finalists that none dominates on the items that chose, the winner first; none where one objective is.
+        """Lists the finalists that none dominates on the items that chose, the winner first; none with one objective.
 
         The others than the winner are read on the test items here.
         """
@@ -214,7 +217,7 @@ class _Reader:
         return members
 
     def objectives_by_split(self, model: _Model) -> dict[str, dict[str, float]]:
-        """Its objectives, by the metrics that steered, on each split that it was read on."""
+        """Computes the objectives, by the metrics that steered, on each split that the model was read on."""
         choosing = {"pooled": (SEARCH, SELECT), **{s: (s,) for s in (SEARCH, SELECT, TEST) if s in model.splits}}
         return {name: self._objectives(model, splits) for name, splits in choosing.items()}
 
@@ -310,7 +313,7 @@ def _hypervolume(objectives: Sequence[str], history: Sequence[Candidate]) -> Hyp
 def _informative(
     evaluator: CandidateEvaluator, estimates: Mapping[int, float | None], models: Sequence[_Model]
 ) -> InformativeItems | None:
-    """The items that steered, and for the finalists what these said beside what all search items say."""
+    """The items that steered, and the finalists' fitness by these beside that by all search items."""
     if not evaluator.objective.samples:
         return None
     steering = evaluator.objective.fitness.unweighted

@@ -26,6 +26,7 @@ from evomerge.study import pareto
 from evomerge.study.candidate import Candidate
 from evomerge.study.interfaces import NullTracker
 from evomerge.study.ranking import best, finalists, pareto_front
+from evomerge.trackers.console import ConsoleTracker
 from tests.frame import invoke, search_spec
 from tests.run.test_search import lasting
 
@@ -51,7 +52,7 @@ def front_run(tiny_family: dict[str, Path], tmp_path_factory: pytest.TempPathFac
     """The folder of a finished search for a front, beside a random search, with racing asked for."""
     folder = tmp_path_factory.mktemp("front") / "run"
     spec = pareto_spec(tiny_family, search__baseline="random", evaluation__racing=True)
-    start(spec, folder=folder)
+    start(spec, folder=folder, tracker=ConsoleTracker())
     return folder
 
 
