@@ -183,15 +183,15 @@ class RunFolder:
         return {"id": path.read_text(), "folder": str(self.root.resolve()), "host": socket.gethostname()}
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """All recorded candidates, by number."""
+        """Reads all recorded candidates, by number."""
         from evomerge.study.record import Record
 
         where = self.spec.run.storage or self.root / "study.log"
-        found = Record.find(where, self.spec.name)  # reading must not make a study that the run is about to make
-        return found.candidates() if found is not None else ()
+        record = Record.find(where, self.spec.name)  # reading must not make a study that the run is about to make
+        return record.candidates() if record is not None else ()
 
-    def winner(self, known: tuple[Candidate, ...]) -> int:
-        """The winner's number: the finished run's, or the best so far.
+    def winner(self, history: tuple[Candidate, ...]) -> int:
+        """Returns the winner's number: the finished run's, or the best so far.
 
         Raises:
             RunError: When no candidate has a score.
@@ -199,13 +199,13 @@ class RunFolder:
         result = self.result()
         if result is not None:
             return result.winner.candidate
-        leader = best(known)
+        leader = best(history)
         if leader is None:
             raise RunError(f"{self.root}: no candidate has been scored yet")
         return leader.number
 
     def result(self) -> RunResult | None:
-        """What the finished run found, or None.
+        """Reads what the finished run found; None before that.
 
         Raises:
             RunError: When another version wrote it.
@@ -249,10 +249,10 @@ class RunFolder:
 
 def _only_begun(root: Path) -> bool:
     """Whether a folder holds nothing but what `create` writes before `resolved.yaml`, as after a kill in between."""
-    ours = {".lock", "search.yaml", "scores"}
+    written_first = {".lock", "search.yaml", "scores"}
     if not root.is_dir() or any((root / "scores").glob("*")):
         return False
-    return all(path.name in ours or path.name.endswith(".partial") for path in root.iterdir())
+    return all(path.name in written_first or path.name.endswith(".partial") for path in root.iterdir())
 
 
 def _identity(spec: SearchSpec) -> dict[str, Any]:
