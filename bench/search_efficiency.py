@@ -88,10 +88,6 @@ CONTENDERS: dict[str, Contender] = {
     **{name: Contender({"algorithm": name}) for name in OTHERS},
     "ga without slopes": Contender({"algorithm": "ga", "options": {"gradient_steps": False}}),
     "ga, bred only": Contender(_BRED),
-    "ga, bred only, fixed operators": Contender({**_BRED, "options": {**_BRED["options"], "adaptive": False}}),
-    "ga, bred only, shared items": Contender({**_BRED, "options": {**_BRED["options"], "sharing": True}}),
-    "ga, fixed operators": Contender({"algorithm": "ga", "options": {"adaptive": False}}),
-    "ga, shared items": Contender({"algorithm": "ga", "options": {"sharing": True}}),
 }
 
 

@@ -19,14 +19,8 @@ SMALLEST, LARGEST = 0.01, 0.3
 """Bounds of a mutation's step, in units of a gene's range."""
 
 
-def step_size(rng: np.random.Generator, successful: Sequence[float] = ()) -> float:
-    """A step for one child: near one that has served (log-normal around it), or anything between the bounds.
-
-    Log-uniform where nothing is known, and now and then: small ones to refine, large ones to leave a plateau.
-    """
-    if successful and rng.random() < 0.6:
-        near = successful[int(rng.integers(len(successful)))] * float(np.exp(rng.normal(0.0, 0.4)))
-        return float(np.clip(near, SMALLEST, LARGEST))
+def step_size(rng: np.random.Generator) -> float:
+    """Draws the step of one child, log-uniformly: small ones refine, large ones leave a plateau."""
     return float(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST))))
 
 

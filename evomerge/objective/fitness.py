@@ -52,18 +52,6 @@ class Fitness:
         """Returns each task's own value, higher is better, or the mean of a group's tasks, as the goals come."""
         return self._by_objective(self._values(scores))
 
-    def by_item(self, scores: Scores) -> Array:
-        """Returns what every item contributes, higher is better, shape [items]: goal by goal, times the goal's weight.
-
-        An item without a value contributes nothing (0).
-        """
-        weighted, parts = self.weighted(scores), []
-        for goal in self.goals:
-            values = weighted[goal.task].values(goal.metric)
-            by_item = [goal.value(float(value))[0] if math.isfinite(value) else 0.0 for value in values]
-            parts.append(np.array(by_item) * (goal.weight / len(values)))
-        return np.concatenate(parts)
-
     def score_gradients(self, scores: Scores) -> dict[str, dict[str, Array]]:
         """Differentiates the fitness with respect to the items' numerators.
 

@@ -34,7 +34,6 @@ from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import Tracker
 from evomerge.study.ranking import ranked
-from evomerge.system.arrays import FloatArray
 
 log = logging.getLogger(__name__)
 
@@ -324,13 +323,6 @@ class CandidateEvaluator:
         if kept is None and split == SAMPLED and (whole := self._store.load(plan.digest, SEARCH)) is not None:
             kept = take_items(whole, item_ids(self._problem.tasks, self.objective.selection))
         return kept or {}
-
-    def item_scores(self, candidate: Candidate) -> FloatArray | None:
-        """Returns the part of each item that steers in a candidate's fitness; None if it was not scored on all."""
-        if candidate.state != "done":
-            return None
-        scores, _ = self.scores(candidate.recipe, self.objective.split)
-        return self.objective.fitness.by_item(scores)
 
     def gradients(self, candidate: Candidate) -> Mapping[str, float] | None:
         """Returns the derivative of the fitness with respect to each real gene of a candidate, in units of the gene.

@@ -325,7 +325,7 @@ def settings_of(section: Search, evaluator: CandidateEvaluator, algorithm: str |
     own = algorithm in (None, section.algorithm)
     population = section.population or get_algorithm(section.algorithm).population
     options = section.options if own else {}
-    return AlgorithmSettings(population, options, item_scores=evaluator.item_scores, gradients=evaluator.gradients)
+    return AlgorithmSettings(population, options, gradients=evaluator.gradients)
 
 
 def unless_deadly(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:

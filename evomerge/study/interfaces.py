@@ -9,14 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +23,17 @@ Level = Literal["info", "warning"]
 class AlgorithmSettings:
     """Settings of an algorithm, and what it may ask about a candidate beyond its record.
 
-    Both questions must have the same answer in every session of a run, or a resumed run would differ.
+    The question must have the same answer in every session of a run, or a resumed run would differ.
 
     Attributes:
         population: Candidates per generation.
         options: Settings that only one algorithm knows; those that are left out have the registry's defaults.
-        item_scores: A candidate's value on every item that steers, higher is better, in one order for all candidates,
-            shape [items]; None for a candidate that has not seen them all. The function is None where nobody knows.
         gradients: The derivative of the fitness with respect to every real gene that it depends on smoothly, by name of
             gene, in units of the gene; None where there is none. Costs several evaluations when asked first.
     """
 
     population: int = 16
     options: Mapping[str, Any] = field(default_factory=dict)
-    item_scores: Callable[[Candidate], npt.NDArray[np.float64] | None] | None = None
     gradients: Callable[[Candidate], Mapping[str, float] | None] | None = None
 
 

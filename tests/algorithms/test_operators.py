@@ -92,3 +92,10 @@ def test_tournaments_prefer_the_better(seed: int) -> None:
     picks = [operators.tournament(10, 3, rng) for _ in range(200)]
     assert set(picks) <= set(range(10))
     assert np.mean(picks) < 3.5  # the mean of the least of three uniform picks is 1.9
+
+
+def test_steps_are_small_and_large_within_bounds() -> None:
+    rng = rng_of(1)
+    steps = [operators.step_size(rng) for _ in range(500)]
+    assert all(operators.SMALLEST <= step <= operators.LARGEST for step in steps)
+    assert np.median(steps) == pytest.approx(np.sqrt(operators.SMALLEST * operators.LARGEST), rel=0.2)

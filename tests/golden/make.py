@@ -6,7 +6,7 @@
 Without names, all but the shipped quickstart. It goes through the command line and the JSON contracts alone, so that no
 move of a module concerns it. The files:
 
-- a search (`ga`, `frankenmerge`, `pareto`, `raced`, `quickstart`, `quickstart_plain`): `models`, hashes of what is
+- a search (`ga`, `frankenmerge`, `pareto`, `raced`, `quickstart`): `models`, hashes of what is
   merged; `candidates`, every one from `lineage --json`; `status` and `result`, the numbers of `status --json` and of
   result.json by their path, keys and indices joined by slashes, without recipes and times; `winner`, a hash of every
   exported tensor.
@@ -48,9 +48,6 @@ MODELS = Path("/tmp/evomerge-golden")
 
 RENAMED: dict[str, str] = {}
 """Golden words -> today's, for operators, states and keys that have been renamed on purpose."""
-
-FIXED_OPERATORS: dict[str, Any] = {"adaptive": False, "sharing": False}
-"""Options of the ga that some of the searches are made with: they stay as they are when these options go."""
 
 VERSIONS = ("torch", "transformers", "numpy", "numba", "lm_eval", "optuna")
 UNTOLD = frozenset({"recipe", "candidates_per_hour", "seconds_left", "seconds"})
@@ -228,14 +225,12 @@ def ga() -> Document:
 
 def frankenmerge() -> Document:
     """Stacks of copied layers."""
-    return _spec(
-        space=_copied(methods=["frankenmerge"]), search={"algorithm": "ga", "population": 6, "options": FIXED_OPERATORS}
-    )
+    return _spec(space=_copied(methods=["frankenmerge"]), search={"algorithm": "ga", "population": 6})
 
 
 def pareto() -> Document:
     """A front of two tasks and the number of layers."""
-    options = {**FIXED_OPERATORS, "gradient_steps": False}  # so few children are to be of both methods
+    options = {"gradient_steps": False}  # so few children are to be of both methods
     return _spec(
         space=_copied(methods=["task_arithmetic", "frankenmerge"]),
         search={"objectives": "pareto", "also_minimize": ["layers"], "seed": 1, "population": 5, "options": options},
@@ -247,7 +242,7 @@ def raced() -> Document:
     return _spec(
         space=_copied(methods=["linear", "task_arithmetic", "dare_ties", "frankenmerge"]),
         evaluation={"racing": True},
-        search={"algorithm": "ga", "population": 4, "baseline": "random", "options": FIXED_OPERATORS},
+        search={"algorithm": "ga", "population": 4, "baseline": "random"},
     )
 
 
@@ -258,15 +253,8 @@ def quickstart() -> Document:
     return spec
 
 
-def quickstart_plain() -> Document:
-    """The same with the operators' fixed shares."""
-    spec = quickstart()
-    spec["search"]["options"] = FIXED_OPERATORS
-    return spec
-
-
 SEARCHES = {case.__name__: case for case in (ga, frankenmerge, pareto, raced)}
-SHIPPED = {case.__name__: case for case in (quickstart, quickstart_plain)}
+SHIPPED = {case.__name__: case for case in (quickstart,)}
 
 
 def search_results(spec: Document, folder: Path) -> Document:

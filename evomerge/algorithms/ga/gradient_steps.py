@@ -23,7 +23,7 @@ from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.system.arrays import FloatArray, Mask
 
 STARTS = 3
-"""Steps start from so many of the best, at most."""
+"""So many of the best are asked for a gradient, at most."""
 FIRST = 0.13
 """The length of a step where nothing is known, as a root mean square of genes."""
 LONGEST = 0.3
@@ -46,36 +46,24 @@ class GradientSteps:
         index: The history.
         order: The candidates to learn from, best first.
         settings: With a function that gives gradients.
-        favour: How much more often than by default to take a step.
     """
 
     def __init__(
-        self,
-        space: SearchSpace,
-        index: HistoryIndex,
-        order: Sequence[Candidate],
-        settings: AlgorithmSettings,
-        favour: float,
+        self, space: SearchSpace, index: HistoryIndex, order: Sequence[Candidate], settings: AlgorithmSettings
     ) -> None:
         self._space, self._index, self._settings = space, index, settings
-        self._count = round(favour)
         self._done = [c for c in order if c.state == "done"]
         self._steps = index.steps
         self._gradients: dict[int, FloatArray | None] = {}
 
     @property
     def possible(self) -> bool:
-        """Whether to take steps at all: not where they do not pay, nor where nothing has a gradient."""
-        if self._count == 0:
-            return False
+        """Whether there is a gradient to step along."""
         return bool(self._steps) or (bool(self._done) and self._gradient(self._done[0]) is not None)
 
-    def step(self, rank: int) -> Draw | None:
-        """Takes the step of this rank in a generation: from the best, then from others.
-
-        None where the rank has none, or there are no gradients.
-        """
-        start = self._start(rank) if rank < self._count else None
+    def step(self) -> Draw | None:
+        """Takes a step from the best candidate that has a gradient; None where there is none to take."""
+        start = self._start()
         if start is None:
             return None
         parent = Parent.of(self._space, start)
@@ -87,20 +75,11 @@ class GradientSteps:
             return None
         return self._space.genome(unit, parent.choices, parent.layers), (start.number,), GRADIENT
 
-    def _start(self, rank: int) -> Candidate | None:
-        """The candidate of this rank among the best whose gradients are known, and the best of the others that has one.
-
-        So one more gradient is asked for at a time, and not before its rank in the generation comes.
-        """
-        fresh = False
+    def _start(self) -> Candidate | None:
+        """The first of the best candidates that has a gradient."""
         for candidate in self._done[:STARTS]:
-            if candidate.number not in self._steps:
-                if fresh or self._gradient(candidate) is None:
-                    continue
-                fresh = True
-            if rank == 0:
+            if candidate.number in self._steps or self._gradient(candidate) is not None:
                 return candidate if np.any(self._gradient(candidate)) else None
-            rank -= 1
         return None
 
     def _gradient(self, candidate: Candidate) -> FloatArray | None:

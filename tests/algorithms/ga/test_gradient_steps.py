@@ -135,7 +135,7 @@ def test_a_search_with_slopes_is_far_ahead_and_its_lineage_says_how():
 
 
 def test_nobody_is_asked_whom_no_child_climbs_from():
-    """Slopes that lead astray: steps get rare, and then the second best has no place in a generation."""
+    """Gradients that lead astray: every one that was asked for has led to a step."""
     done, asked, _ = _sloped_run(True, 80, sign=-1.0)
     assert set(asked) == {c.parents[0] for c in done.candidates if GRADIENT in c.operator}
 
