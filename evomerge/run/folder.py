@@ -108,7 +108,7 @@ class RunFolder:
         continued = "the same command then goes on from where it was"
         return exclusive(self.root / ".lock", str(self.root), afterwards=continued)
 
-    def sweep(self) -> None:
+    def remove_partial_files(self) -> None:
         """Removes what a killed process left half-written. Call it while holding the run."""
         for folder in (self.root, self.root / "scores"):
             for leftover in folder.glob(".*.partial"):

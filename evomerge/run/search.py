@@ -166,7 +166,7 @@ def _run(folder: RunFolder, spec: SearchSpec, tracker: Tracker | None, parts: Se
         raise RunError(f"{folder.root}: the budget is {budget}; --candidates can only extend it")
     with folder.hold(), _logging_to(folder.root / "log.txt"), closing(tracker or LogTracker()) as shown:
         shown.begin(folder.spec.name)
-        folder.sweep()
+        folder.remove_partial_files()
         if spec != folder.spec:
             folder.write_spec(spec)
         return _Session.open(folder, shown, parts or MODELS).run()
@@ -317,7 +317,7 @@ class _Session:
             yield workers
         finally:
             workers.close()
-            folder.sweep()
+            folder.remove_partial_files()
 
 
 def settings_of(section: Search, evaluator: CandidateEvaluator, algorithm: str | None = None) -> AlgorithmSettings:

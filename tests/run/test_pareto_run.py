@@ -27,6 +27,7 @@ from evomerge.study.candidate import Candidate
 from evomerge.study.interfaces import NullTracker
 from evomerge.study.ranking import best, finalists, pareto_front
 from evomerge.trackers.console import ConsoleTracker
+from tests.fakes import FAKE, fake_spec
 from tests.frame import invoke, search_spec
 from tests.run.test_search import lasting
 
@@ -207,26 +208,25 @@ def test_a_front_in_parts_is_the_front_in_one(
     assert result_of(tmp_path / "run") == result_of(front_run)
 
 
-def test_good_enough_ends_a_run_that_can_be_extended(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+def test_good_enough_ends_a_run_that_can_be_extended(tmp_path: Path) -> None:
     """Generation 0 has a fitness above 0.5 at once. The end stays the end until the budget is a larger one."""
-    changes: dict[str, Any] = {"search__finalists": 1, "evaluation__guard": [], "run__keep": 0}
-    spec = parse_spec(search_spec(tiny_family, search__stop={"fitness": 0.5}, search__candidates=11, **changes))
-    first = start(spec, folder=tmp_path / "run")
+    spec = fake_spec(search__stop={"fitness": 0.5}, search__candidates=12)
+    first = start(spec, folder=tmp_path / "run", parts=FAKE)
     count = len(found(tmp_path / "run"))
-    assert count == 10
+    assert count == 9
     assert (first.ended.reason, first.ended.extended_from) == ("target", 0)
     assert {c.generation for c in found(tmp_path / "run")} == {0}
-    assert start(spec, folder=tmp_path / "run") == first
+    assert start(spec, folder=tmp_path / "run", parts=FAKE) == first
     assert read_status(tmp_path / "run").state == "finished"
-    more = resume(tmp_path / "run", candidates=12)
+    more = resume(tmp_path / "run", candidates=13, parts=FAKE)
     assert (more.ended.reason, more.ended.extended_from) == ("budget", count)
-    assert len(found(tmp_path / "run")) == 12
-    assert resume(tmp_path / "run") == more
-    ended = resume(tmp_path / "run", candidates=13).ended
-    assert ended == Ending("budget", "the budget of 13 candidates is spent", extended_from=count)
+    assert len(found(tmp_path / "run")) == 13
+    assert resume(tmp_path / "run", parts=FAKE) == more
+    ended = resume(tmp_path / "run", candidates=14, parts=FAKE).ended
+    assert ended == Ending("budget", "the budget of 14 candidates is spent", extended_from=count)
     # Without the target it would have been the same candidates.
-    whole = parse_spec(search_spec(tiny_family, search__candidates=13, **changes))
-    start(whole, folder=tmp_path / "whole")
+    whole = fake_spec(search__candidates=14)
+    start(whole, folder=tmp_path / "whole", parts=FAKE)
     assert lasting(found(tmp_path / "run")) == lasting(found(tmp_path / "whole"))
 
 

@@ -16,6 +16,7 @@ from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import SEARCH, SELECT, TEST
 from evomerge.objective.item_sampling import Sample
 from evomerge.problem.candidate_evaluator import CandidateEvaluator
+from evomerge.problem.fake_evaluator import FakeRunner
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.problem import open_problem
 from evomerge.report.result import CandidateCounts
@@ -27,6 +28,7 @@ from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.system.locks import exclusive
+from tests.fakes import FAKE, fake_spec
 from tests.frame import changed, files, invoke, search_spec
 from tests.models import write_tiny_llama
 
@@ -41,6 +43,10 @@ def lasting(found: tuple[Candidate, ...]) -> list[tuple[Any, ...]]:
         (c.number, c.generation, c.genome, c.recipe, c.recipe_hash, c.parents, c.operator, c.state, c.fitness, c.scores)
         for c in found
     ]
+
+
+SHORT = fake_spec(search__candidates=7, search__finalists=2)
+"""A search of seven candidates without models."""
 
 
 @pytest.fixture
@@ -265,19 +271,23 @@ def test_rerun_of_a_finished_run_changes_nothing(copied: Path, capsys: pytest.Ca
     assert {name: content for name, content in files(copied) if name not in volatile} == before
 
 
-def test_a_run_in_two_parts_is_the_run_in_one(small: SearchSpec, finished_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"evaluation__racing": True, "search__baseline": "random"}])
+def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Seven candidates, then eighteen: the same as eighteen at once."""
-    start(small, folder=tmp_path / "run")
+    short = fake_spec(search__candidates=7, **changes)
+    whole = start(fake_spec(search__candidates=18, **changes), folder=tmp_path / "whole", parts=FAKE)
+    start(short, folder=tmp_path / "run", parts=FAKE)
     assert len(candidates(tmp_path / "run")) == 7
-    result = resume(tmp_path / "run", candidates=18)
-    assert lasting(candidates(tmp_path / "run")) == lasting(candidates(finished_run))
+    result = resume(tmp_path / "run", candidates=18, parts=FAKE)
+    assert lasting(candidates(tmp_path / "run")) == lasting(candidates(tmp_path / "whole"))
+    assert result == whole
     assert result.candidates.budget == 18
     # The file still says 7: the run stays as it was extended.
-    assert start(small, folder=tmp_path / "run").candidates.budget == 18
+    assert start(short, folder=tmp_path / "run", parts=FAKE).candidates.budget == 18
     with pytest.raises(RunError, match="the budget is 18; --candidates can only extend it"):
         resume(tmp_path / "run", candidates=9)
     with pytest.raises(RunError, match="the budget is 18; --candidates can only extend it"):
-        start(small, folder=tmp_path / "run", candidates=9)
+        start(short, folder=tmp_path / "run", candidates=9)
 
 
 @pytest.mark.parametrize(
@@ -338,29 +348,29 @@ def test_another_process_holds_the_run(copied: Path, monkeypatch: pytest.MonkeyP
     resume(copied)
 
 
-def test_folder_that_is_no_run(small: SearchSpec, tmp_path: Path) -> None:
+def test_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty, and no run"):
-        start(small, folder=tmp_path)
+        start(SHORT, folder=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(RunError, match="no run here"):
         resume(tmp_path / "nothing")
 
 
-def test_folder_begun_and_killed(small: SearchSpec, tmp_path: Path) -> None:
+def test_folder_begun_and_killed(tmp_path: Path) -> None:
     """A kill between the folder's making and its first complete file is no reason to refuse it."""
     root = tmp_path / "run"
     (root / "scores").mkdir(parents=True)
     (root / "search.yaml").write_text("half")
     (root / ".resolved.yaml.123.partial").write_text("ha")
-    RunFolder.create(root, small, "given")
-    assert RunFolder.existing(root).spec == small
+    RunFolder.create(root, SHORT, "given")
+    assert RunFolder.existing(root).spec == SHORT
     assert (root / "search.yaml").read_text() == "given"
 
 
 def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    """Makes the scorer raise where `fails(recipe, split)` gives an error."""
-    scores, planned = CandidateEvaluator.scores, ModelRunner.plan_next
+    """Makes what scores without models raise where `fails(recipe, split)` gives an error."""
+    scores, planned = CandidateEvaluator.scores, FakeRunner.plan_next
 
     def breaking(self: CandidateEvaluator, recipe: Any, split: str) -> Any:
         error = fails(recipe, split)
@@ -368,14 +378,14 @@ def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
             raise error
         return scores(self, recipe, split)
 
-    def failing(self: ModelRunner, proposal: Proposal) -> Any:
+    def failing(self: FakeRunner, proposal: Proposal) -> Any:
         error = fails(proposal.recipe, SEARCH)
         if error is not None:
             raise error
         return planned(self, proposal)
 
     monkeypatch.setattr(CandidateEvaluator, "scores", breaking)
-    monkeypatch.setattr(ModelRunner, "plan_next", failing)
+    monkeypatch.setattr(FakeRunner, "plan_next", failing)
 
 
 @pytest.mark.parametrize(
@@ -389,11 +399,11 @@ def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     ],
 )
 def test_a_failing_candidate_is_recorded_and_the_run_goes_on(
-    small: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
 ) -> None:
     """One baseline and one later candidate fail; the run ends with the budget spent, and its table without them."""
     _broken(monkeypatch, lambda recipe, split: error if recipe["merge_method"] == "task_arithmetic" else None)
-    result = start(small, folder=tmp_path / "run")
+    result = start(SHORT, folder=tmp_path / "run", parts=FAKE)
     found = candidates(tmp_path / "run")
     failed = [c for c in found if c.state == "failed"]
     assert [c.recipe["merge_method"] for c in failed] == ["task_arithmetic"] * len(failed)
@@ -424,31 +434,26 @@ def test_logits_that_are_not_finite_fail(small: SearchSpec, tmp_path: Path, monk
     assert all("finite" in str(c.failure) for c in failed)
 
 
-def test_ten_failures_in_a_row_end_the_run(
-    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sources = {str(tiny_family[name]) for name in "abc"}
+def test_ten_failures_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = set(SHORT.models.sources.values())
 
     def fails(recipe: Any, split: str) -> Exception | None:
         single = len(recipe.get("models", [])) == 1 and recipe["models"][0]["model"] in sources
         return None if single else RuntimeError("the disk is on fire")
 
     _broken(monkeypatch, fails)
-    spec = parse_spec(search_spec(tiny_family, run__keep=0))
     with pytest.raises(
         EvoMergeError,
         match=r"10 candidates in a row failed with RuntimeError.*disk is on fire\. One cause is .* goes on",
     ) as caught:
-        start(spec, folder=tmp_path / "run")
+        start(fake_spec(), folder=tmp_path / "run", parts=FAKE)
     assert caught.value.exit_code == 1
     assert not isinstance(caught.value, BadInput)
     assert sum(c.state == "failed" for c in candidates(tmp_path / "run")) >= 10
 
 
-def test_finalists_and_rivals_without_scores_are_left_out(
-    small: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start(small, folder=tmp_path / "run")
+def test_finalists_and_rivals_without_scores_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(SHORT, folder=tmp_path / "run", parts=FAKE)
     first = json.loads((tmp_path / "run" / "result.json").read_text())
     winner, runner_up = (f["candidate"] for f in sorted(first["finalists"], key=lambda f: -f["pooled"]))
     by_number = {c.number: c for c in candidates(tmp_path / "run")}
@@ -459,27 +464,28 @@ def test_finalists_and_rivals_without_scores_are_left_out(
         return CandidateError("not finite") if split == TEST and recipe in gone else None
 
     _broken(monkeypatch, fails)
-    result = start(small, folder=tmp_path / "run")
+    result = start(SHORT, folder=tmp_path / "run", parts=FAKE)
     assert result.winner.candidate == runner_up
     assert by_number[4].operator not in result.baselines
     assert f"candidate {winner} is left out: not finite" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_source_that_cannot_be_scored(small: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_cannot_be_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _broken(monkeypatch, lambda recipe, split: CandidateError("its logits are not finite"))
     with pytest.raises(EvoMergeError, match=r"models\.sources\.a: cannot be scored: its logits are not finite"):
-        start(small, folder=tmp_path / "run")
+        start(SHORT, folder=tmp_path / "run", parts=FAKE)
 
 
-def test_raw_scale_and_random_search(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+def test_raw_scale_and_random_search(tmp_path: Path) -> None:
     """With one unit, raw fitness is the score itself; bits per byte counts downwards."""
-    content = search_spec(tiny_family, search__algorithm="random", search__candidates=14, evaluation__scale="raw")
-    spec = parse_spec(changed(content, {"evaluation__tasks": ["tiny_text"], "run__keep": 0, "evaluation__guard": []}))
-    result = start(spec, folder=tmp_path / "run")
+    tasks = [{"task": "text", "metric": "bits_per_byte"}]
+    changes: dict[str, Any] = {"evaluation__tasks": tasks, "evaluation__scale": "raw", "evaluation__guard": []}
+    spec = fake_spec(search__algorithm="random", search__candidates=14, **changes)
+    result = start(spec, folder=tmp_path / "run", parts=FAKE)
     found = candidates(tmp_path / "run")
     assert len(found) == result.candidates.done == 14
     for candidate in found:
-        assert candidate.fitness == -candidate.scores[SEARCH]["tiny_text"]["bits_per_byte"]["value"]
+        assert candidate.fitness == -candidate.scores[SEARCH]["text"]["bits_per_byte"]["value"]
     assert "guard" not in result.winner.scores
 
 
