@@ -172,12 +172,12 @@ def _merge_recipe(folder: Path, family: dict[str, Path]) -> Path:
 
 SLOW = """
 import sys, time
-from evomerge.engine import disk
-whole = disk.parts
+from evomerge.engine import to_disk
+whole = to_disk.parts
 def slowly(*args, **kwargs):
     time.sleep(0.05)
     return whole(*args, **kwargs)
-disk.parts = slowly
+to_disk.parts = slowly
 from evomerge.cli.main import main
 main()
 """
