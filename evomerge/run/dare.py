@@ -7,8 +7,8 @@ one takes no part in it; a tensor that only a file has is left out. Both are rep
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import BadInput, OutputError, suggest
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.checkpoint import Checkpoint
@@ -148,7 +150,7 @@ class DareMerger:
         merge_files: Fine-tunes of it.
         config: How; the paper's drop rate by default.
         warn: Called with each warning; default: Python's warnings.
-        tell: Called with what is done, if the config is verbose; default: a line on stderr.
+        tell: Called with what is done, if the config is verbose; default: the log.
         progress: Called with (tensors written, tensors in all).
     """
 
@@ -170,7 +172,7 @@ class DareMerger:
         self.merge_files = tuple(str(name) for name in merge_files)
         self.config = config or DareConfig()
         self._warn = warn or (lambda text: warnings.warn(text, stacklevel=4))
-        self._tell = (tell or _to_stderr) if self.config.verbose else (lambda text: None)
+        self._tell = (tell or log.info) if self.config.verbose else (lambda text: None)
         self._progress = progress
 
     def merge(self, output_file: str | Path) -> Path:
@@ -239,10 +241,6 @@ class DareMerger:
             for model, size in sizes.items()
             if size > self.config.delta_threshold
         ]
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _refuse_output(out: Path, inputs: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from lm_eval.models.utils import (
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.backends.native.forward import Forward, forward_pass
 from evomerge.evaluation.tasks.requests import Encoder
+from evomerge.system.quiet import torch_seeded
 
 BATCH_TOKENS = 4096
 """Tokens of prompts in a batch where nobody says how many."""
@@ -260,8 +261,7 @@ class Generator:
         device = next(model.parameters()).device
         ids, mask = (part.to(device) for part in self._pad(prompts))
         tokenizer = self.encoder.tokenizer
-        with torch.inference_mode(), torch.random.fork_rng():
-            torch.manual_seed(SAMPLING_SEED)
+        with torch.inference_mode(), torch_seeded(SAMPLING_SEED):
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
