@@ -1,0 +1,1 @@
+"""Gets a specification and gives a search space, and of a genome its recipe; never opens a model or sees a score."""

@@ -181,7 +181,7 @@ def _nearest(
 
     Args:
         space: The space.
-        methods: Wanted methods, best first.
+        methods: Methods, best first.
         values: Parameter -> value, or {source: value}.
         parent: The model whose own layers the pattern copies.
         layers: The pattern, when it is known.
@@ -189,9 +189,9 @@ def _nearest(
     start = space.default()
     scalars: dict[str, Scalar] = dict(start.scalars)
     for choice in space.choices:
-        wanted = next((name for name in methods if name in choice.options), None)
-        if wanted is not None:
-            scalars[choice.name] = wanted
+        method = next((name for name in methods if name in choice.options), None)
+        if method is not None:
+            scalars[choice.name] = method
     for gene in space.reals:
         value = values.get(gene.parameter)
         if isinstance(value, Mapping):

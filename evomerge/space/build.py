@@ -123,12 +123,12 @@ def _chosen_methods(
     names: Sequence[str], registry: Mapping[str, Method], base: str | None, source_count: int, problems: list[str]
 ) -> tuple[Method, ...]:
     aliases = {alias: method for method in registry.values() for alias in method.aliases}
-    known = {**aliases, **registry}
+    by_name = {**aliases, **registry}
     chosen: dict[str, Method] = {}
     for name in names:
-        method = known.get(name)
+        method = by_name.get(name)
         if method is None:
-            problems.append(f"space.methods: no method is called '{name}'{suggest(name, known)}")
+            problems.append(f"space.methods: no method is called '{name}'{suggest(name, by_name)}")
             continue
         chosen[method.name] = method
         given = {p.name: p.gene for p in genes.searched(method, frozenset(), source_count) if not p.per_source}

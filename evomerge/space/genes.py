@@ -93,11 +93,11 @@ def searched(method: Method, extra: frozenset[str], source_count: int) -> tuple[
     """
     if method.copies_layers:
         return ()
-    known = {parameter.name: parameter for parameter in method.parameters}
+    declared = {parameter.name: parameter for parameter in method.parameters}
     replaced = {
         parameter.instead_of
         for parameter in method.parameters
-        if parameter.instead_of in known and parameter.gene is not None and _few_enough(parameter, source_count)
+        if parameter.instead_of in declared and parameter.gene is not None and _few_enough(parameter, source_count)
     }
     return tuple(
         parameter
@@ -105,9 +105,9 @@ def searched(method: Method, extra: frozenset[str], source_count: int) -> tuple[
         if parameter.kind in ("float", "int")
         and (parameter.gene is not None or parameter.name in extra)
         and parameter.name not in replaced
-        and (parameter.instead_of not in known or parameter.instead_of in replaced)
+        and (parameter.instead_of not in declared or parameter.instead_of in replaced)
         and _few_enough(parameter, source_count)
-        and (parameter.when is None or paper_value(known[parameter.when[0]]) == parameter.when[1])
+        and (parameter.when is None or paper_value(declared[parameter.when[0]]) == parameter.when[1])
     )
 
 
@@ -168,11 +168,11 @@ def families(methods: Sequence[Method], overrides: Mapping[str, Any], source_cou
     for method in methods:
         for parameter in searched(method, extra, source_count):
             groups.setdefault((parameter.name, parameter.per_source), []).append((method, parameter))
-    found = [_family(name, per_source, groups[name, per_source]) for name, per_source in sorted(groups)]
-    problems = _override_problems(found, overrides, methods)
+    result = [_family(name, per_source, groups[name, per_source]) for name, per_source in sorted(groups)]
+    problems = _override_problems(result, overrides, methods)
     if problems:
         raise SpecError(problems)
-    return found
+    return result
 
 
 def _family(name: str, per_source: bool, declared: Sequence[tuple[Method, Parameter]]) -> Family:
@@ -186,10 +186,12 @@ def _family(name: str, per_source: bool, declared: Sequence[tuple[Method, Parame
     return Family(name, per_source, low, high, (allowed_low, allowed_high), default)
 
 
-def _override_problems(found: Sequence[Family], overrides: Mapping[str, Any], methods: Sequence[Method]) -> list[str]:
+def _override_problems(
+    families: Sequence[Family], overrides: Mapping[str, Any], methods: Sequence[Method]
+) -> list[str]:
     problems: list[str] = []
     by_name: dict[str, list[Family]] = {}
-    for family in found:
+    for family in families:
         by_name.setdefault(family.parameter, []).append(family)
     for key, override in overrides.items():
         name = key.split(".")[0]
@@ -198,8 +200,8 @@ def _override_problems(found: Sequence[Family], overrides: Mapping[str, Any], me
         if name not in by_name:
             twins = {p.instead_of for method in methods for p in method.parameters if p.name == name} - {None}
             hint = f" (give the range of '{twins.pop()}')" if twins else suggest(name, by_name)
-            known = ", ".join(by_name) or "none"
-            problems.append(f"space.genes.{key}: the space has no gene '{name}'{hint}; it has: {known}")
+            names = ", ".join(by_name) or "none"
+            problems.append(f"space.genes.{key}: the space has no gene '{name}'{hint}; it has: {names}")
     return problems
 
 

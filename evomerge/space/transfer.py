@@ -41,9 +41,9 @@ class Shape:
     def value(self, genome: Genome, stem: str, tensors: str | None, layer: int) -> float | None:
         """A parameter (``density.math``) of some tensors of a layer; None where there is no such gene."""
         if tensors is None and self.tensor_groups:
-            found = [self.value(genome, stem, each, layer) for each in self.tensor_groups]
-            known = [value for value in found if value is not None]
-            return sum(known) / len(known) if known else None
+            by_group = [self.value(genome, stem, each, layer) for each in self.tensor_groups]
+            values = [value for value in by_group if value is not None]
+            return sum(values) / len(values) if values else None
         here = tensors if tensors in self.tensor_groups else REST
         end = f".{here}" if self.tensor_groups else ""
         shares = depth_shares(self.groups, self.smooth, layer)
@@ -55,9 +55,9 @@ def depth_shares(groups: Sequence[tuple[int, int]], smooth: bool, layer: int) ->
     """The groups (or control points) that give a layer its value, each with its share."""
     if not smooth:
         return {next(k for k, (start, stop) in enumerate(groups) if start <= layer < stop): 1.0}
-    place = layer * (len(groups) - 1) / max(groups[-1][1] - 1, 1)
-    low = min(int(place), len(groups) - 2)
-    return {low: low + 1 - place, low + 1: place - low}
+    position = layer * (len(groups) - 1) / max(groups[-1][1] - 1, 1)
+    low = min(int(position), len(groups) - 2)
+    return {low: low + 1 - position, low + 1: position - low}
 
 
 def layer_shares(space: SearchSpace, group: int) -> dict[int, float]:
@@ -65,9 +65,9 @@ def layer_shares(space: SearchSpace, group: int) -> dict[int, float]:
     if not space.smooth:
         start, stop = space.groups[group]
         return dict.fromkeys(range(start, stop), 1.0 / (stop - start))
-    place = group * (space.layer_count - 1) / (len(space.groups) - 1)
-    low = min(int(place), space.layer_count - 2)
-    return {low: low + 1 - place, low + 1: place - low}
+    position = group * (space.layer_count - 1) / (len(space.groups) - 1)
+    low = min(int(position), space.layer_count - 2)
+    return {low: low + 1 - position, low + 1: position - low}
 
 
 def of_genome(space: SearchSpace, genome: Genome, shape: Shape, names: Mapping[str, str]) -> Genome | None:
@@ -86,7 +86,7 @@ def of_genome(space: SearchSpace, genome: Genome, shape: Shape, names: Mapping[s
     Returns:
         The genome; None where nothing of the other would be left: copied layers, which this space does not have.
     """
-    theirs = {mine: other for other, mine in names.items()}
+    original_names = {name: original for original, name in names.items()}
     same = (shape.groups, shape.smooth, shape.tensor_groups) == (space.groups, space.smooth, space.tensor_groups)
     layers = _layers(space, genome.layers, names)
     methods = [shape.method_at(genome, layer) for layer in range(space.layer_count)]
@@ -94,10 +94,10 @@ def of_genome(space: SearchSpace, genome: Genome, shape: Shape, names: Mapping[s
     if not layers and copying >= set(methods):
         return None
 
-    def found(gene: Real) -> float | None:
-        if gene.source is not None and gene.source not in theirs:
+    def value_of(gene: Real) -> float | None:
+        if gene.source is not None and gene.source not in original_names:
             return 0.0 if _takes_part(space, gene.parameter) else None
-        stem = gene.parameter if gene.source is None else f"{gene.parameter}.{theirs[gene.source]}"
+        stem = gene.parameter if gene.source is None else f"{gene.parameter}.{original_names[gene.source]}"
         if gene.group == OUTER or same:
             end = "" if gene.tensors is None else f".{gene.tensors}"
             value = genome.values.get(f"{stem}.{gene.group}{end}")
@@ -110,7 +110,7 @@ def of_genome(space: SearchSpace, genome: Genome, shape: Shape, names: Mapping[s
             mean += share * at
         return mean
 
-    return _genome(space, found, methods, layers)
+    return _genome(space, value_of, methods, layers)
 
 
 def of_recipe(space: SearchSpace, recipe: Recipe, tensors: Sequence[Place]) -> Genome:
@@ -126,26 +126,26 @@ def of_recipe(space: SearchSpace, recipe: Recipe, tensors: Sequence[Place]) -> G
     names = {reference: name for name, reference in space.sources.items()}
     if space.base is not None:
         names.setdefault(space.base, "base")
-    said: dict[tuple[str, str | None], dict[str, float]] = {}
+    values_by_key: dict[tuple[str, str | None], dict[str, float]] = {}
     copied: list[LayerGene] = []
     methods: list[str] = []
-    for place in places:
-        inputs = slice_inputs(recipe, place.slice_index, methods=space.registry)
+    for layer_place in places:
+        inputs = slice_inputs(recipe, layer_place.slice_index, methods=space.registry)
         methods.append(inputs.method.name)
         if inputs.method.copies_layers:
-            at = resolve(recipe, place.slice_index, "", place.t, methods=space.registry)
+            at = resolve(recipe, layer_place.slice_index, "", layer_place.t, methods=space.registry)
             source = inputs.sources[0]
-            copied.append(LayerGene(names[source.model], source.start + place.offset, at.residual_scale))
+            copied.append(LayerGene(names[source.model], source.start + layer_place.offset, at.residual_scale))
     for name, layer in tensors:
         if layer is not None and layer >= len(places):
             continue
-        place = places[layer or 0]
-        t = place.t if layer is not None else 0.0
-        for key, value in _said(space, recipe, place.slice_index, name, t, names).items():
-            said.setdefault(key, {})[name] = value
+        layer_place = places[layer or 0]
+        t = layer_place.t if layer is not None else 0.0
+        for key, value in _numbers_of(space, recipe, layer_place.slice_index, name, t, names).items():
+            values_by_key.setdefault(key, {})[name] = value
 
-    def found(gene: Real) -> float | None:
-        values = said.get((gene.parameter, gene.source), {})
+    def value_of(gene: Real) -> float | None:
+        values = values_by_key.get((gene.parameter, gene.source), {})
         if gene.group == OUTER:
             own = [values[name] for name, layer in tensors if layer is None and name in values]
             return sum(own) / len(own) if own else None
@@ -157,10 +157,10 @@ def of_recipe(space: SearchSpace, recipe: Recipe, tensors: Sequence[Place]) -> G
         return mean / weight if weight else None
 
     here = {name: name for name in names.values()}
-    return _genome(space, found, methods, _layers(space, copied, here) if len(copied) == len(places) else ())
+    return _genome(space, value_of, methods, _layers(space, copied, here) if len(copied) == len(places) else ())
 
 
-def _said(
+def _numbers_of(
     space: SearchSpace, recipe: Recipe, part: int, name: str, t: float, names: Mapping[str, str]
 ) -> dict[tuple[str, str | None], float]:
     """The numbers that a recipe gives for one tensor; weights of which only the ratios count as shares."""
@@ -168,8 +168,10 @@ def _said(
     if inputs.method.copies_layers:
         return {("weight", source): float(names[inputs.sources[0].model] == source) for source in space.sources}
     resolved = resolve(recipe, part, name, t, methods=space.registry)
-    found: dict[tuple[str, str | None], float] = {}
-    found.update({(key, None): float(value) for key, value in resolved.settings.shared.items() if _is_number(value)})
+    numbers_by_key: dict[tuple[str, str | None], float] = {}
+    numbers_by_key.update(
+        {(key, None): float(value) for key, value in resolved.settings.shared.items() if _is_number(value)}
+    )
     own = dict(zip((names.get(model) for model in resolved.sources), resolved.settings.sources, strict=True))
     for parameter in resolved.method.parameters:
         if not parameter.per_source:
@@ -182,8 +184,8 @@ def _said(
             numbers = {source: value / total for source, value in numbers.items()}
         if parameter.takes_part and numbers:
             numbers = {source: numbers.get(source, 0.0) for source in space.sources}
-        found.update({(parameter.name, source): value for source, value in numbers.items()})
-    return found
+        numbers_by_key.update({(parameter.name, source): value for source, value in numbers.items()})
+    return numbers_by_key
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -200,24 +202,24 @@ def _governs(space: SearchSpace, tensors: str | None, name: str) -> bool:
 
 def _takes_part(space: SearchSpace, parameter: str) -> bool:
     declared = [method.parameter(parameter) for method in space.methods]
-    return any(found is not None and found.takes_part for found in declared)
+    return any(own is not None and own.takes_part for own in declared)
 
 
 def _genome(
-    space: SearchSpace, found: Callable[[Real], float | None], methods: Sequence[str], layers: tuple[LayerGene, ...]
+    space: SearchSpace, value_of: Callable[[Real], float | None], methods: Sequence[str], layers: tuple[LayerGene, ...]
 ) -> Genome:
-    """The default genome with what was found, moved into the ranges; the method that most layers have."""
+    """The default genome with the values that there are, moved into the ranges; the method that most layers have."""
     start = space.default()
     scalars: dict[str, Scalar] = dict(start.scalars)
     for gene in space.reals:
-        value = found(gene)
+        value = value_of(gene)
         if value is not None:
             scalars[gene.name] = min(max(value, gene.low), gene.high)
     for choice in space.choices:
         first, stop = (0, len(methods)) if choice.group is None else space.groups[choice.group]
-        known = [name for name in methods[first:stop] if name in choice.options]
-        if known:
-            scalars[choice.name] = Counter(known).most_common(1)[0][0]
+        options = [name for name in methods[first:stop] if name in choice.options]
+        if options:
+            scalars[choice.name] = Counter(options).most_common(1)[0][0]
     return Genome.of(scalars, layers or start.layers)
 
 
