@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -135,22 +136,28 @@ def test_an_exhausted_space_ends_the_proposals(algorithm: str) -> None:
     assert len(ask(algorithm, space, with_start)) <= 1
 
 
-def fingerprint(algorithm: str) -> list[Any]:
+def fingerprints(algorithms: Sequence[str]) -> dict[str, Any]:
     space = SPACES["mixed"]()
-    return [
-        [p.number, p.genome.to_json(), list(p.parents), p.operator] for p in ask(algorithm, space, history_of(space))
-    ]
+    history = history_of(space)
+    return {
+        algorithm: [[p.number, p.genome.to_json(), list(p.parents), p.operator] for p in ask(algorithm, space, history)]
+        for algorithm in algorithms
+    }
 
 
-@every_algorithm
-def test_a_fresh_process_with_another_hash_seed_gives_the_same_proposals(algorithm: str) -> None:
+@pytest.mark.parametrize(
+    "algorithms",
+    [sorted(set(ALGORITHMS) - set(COSTLY)), pytest.param(list(COSTLY), marks=pytest.mark.slow)],
+    ids=["quick", "costly"],
+)
+def test_a_fresh_process_with_another_hash_seed_gives_the_same_proposals(algorithms: list[str]) -> None:
     code = (
-        "import json; from tests.algorithms.test_algorithms import fingerprint; "
-        f"print(json.dumps(fingerprint({algorithm!r})))"
+        "import json; from tests.algorithms.test_algorithms import fingerprints; "
+        f"print(json.dumps(fingerprints({algorithms!r})))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(done.stdout) == json.loads(json.dumps(fingerprint(algorithm)))
+    assert json.loads(done.stdout) == json.loads(json.dumps(fingerprints(algorithms)))
 
 
 def test_an_unknown_algorithm_is_refused_with_a_suggestion() -> None:
