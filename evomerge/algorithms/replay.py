@@ -74,6 +74,18 @@ class _State(Generic[P]):
     candidates: list[Candidate]
     restarts: int = 0
 
+    def tell(self, strategy: Strategy[P], group: list[Candidate], seed: int) -> None:
+        """Tells one generation, best first; those that failed are last, and a generation of failures says nothing."""
+        self.candidates.extend(group)
+        if all(candidate.fitness is None for candidate in group):
+            return
+        order = sorted(group, key=lambda c: (c.fitness is None, -(c.fitness or 0.0), c.number))
+        points = [_point(strategy, self.optimizer, candidate, seed) for candidate in order]
+        self.optimizer.tell([(point, float(rank)) for rank, point in enumerate(points)])
+        if strategy.finished(self.optimizer, points):
+            self.restarts += 1
+            self.optimizer = strategy.start(self.restarts)
+
 
 #: The last state of the process by "last": taken out while it is used, so that two threads do not share it.
 _KEPT: dict[str, tuple[tuple[Any, ...], _State[Any]]] = {}
@@ -112,22 +124,8 @@ def _replayed(strategy: Strategy[P], key: tuple[Any, ...], history: Sequence[Can
     if state is None or kept_key != key or state.candidates != whole[: len(state.candidates)]:
         state = _State(strategy.start(0), [])
     for first in range(len(state.candidates), len(whole), strategy.population):
-        group = whole[first : first + strategy.population]
-        _tell(strategy, state, group, seed)
-        state.candidates.extend(group)
+        state.tell(strategy, whole[first : first + strategy.population], seed)
     return state
-
-
-def _tell(strategy: Strategy[P], state: _State[P], group: Sequence[Candidate], seed: int) -> None:
-    """Tells one generation, best first; those that failed are last, and a generation of failures says nothing."""
-    if all(candidate.fitness is None for candidate in group):
-        return
-    order = sorted(group, key=lambda c: (c.fitness is None, -(c.fitness or 0.0), c.number))
-    points = [_point(strategy, state.optimizer, candidate, seed) for candidate in order]
-    state.optimizer.tell([(point, float(rank)) for rank, point in enumerate(points)])
-    if strategy.finished(state.optimizer, points):
-        state.restarts += 1
-        state.optimizer = strategy.start(state.restarts)
 
 
 def _point(strategy: Strategy[P], optimizer: Optimizer[P], candidate: Candidate, seed: int) -> P:

@@ -62,6 +62,23 @@ class _Worker:
     attempt: int = 0
     since: float = 0.0
 
+    def give(self, proposal: Proposal, attempt: int, incumbents: Any) -> None:
+        """Has it score a proposal, and compare that with these candidates."""
+        if self.incumbents is not incumbents:
+            self.send(("begin", incumbents))
+            self.incumbents = incumbents
+        self.send(("score", proposal))
+        self.proposal, self.attempt, self.since = proposal, attempt, time.perf_counter()
+
+    def take(self) -> Proposal | None:
+        """Returns what it was scoring, and leaves it with nothing to do."""
+        proposal, self.proposal = self.proposal, None
+        return proposal
+
+    def opened(self) -> None:
+        """Notes that it has opened what it needs."""
+        self.ready = True
+
     def send(self, message: Any) -> None:
         """Sends a message; that the worker is dead will show when its answer is waited for."""
         try:
@@ -117,7 +134,7 @@ class LocalWorkers:
         for slot in range(self._count):
             worker = self._workers.get(slot) or self._start(slot)
             if worker.proposal is None:
-                self._give(worker, proposal, 1)
+                worker.give(proposal, 1, self._incumbents)
                 return
         raise ValueError(f"all {self._count} workers are busy")
 
@@ -148,9 +165,10 @@ class LocalWorkers:
         if kind == "bug":
             raise RuntimeError(f"worker {worker.slot}:\n{content}")
         if kind == "ready":
-            worker.ready, self._stillborn = True, 0
+            worker.opened()
+            self._stillborn = 0
             return None
-        proposal, worker.proposal = worker.proposal, None
+        proposal = worker.take()
         if proposal is None:
             raise RuntimeError(f"worker {worker.slot} has scored what nobody asked for")
         return proposal, content
@@ -163,24 +181,18 @@ class LocalWorkers:
         if worker.proposal is None:
             return None
         log.warning("worker %d died (%s) with candidate %d", worker.slot, how, worker.proposal.number)
+        attempt = worker.attempt
         if not worker.ready:  # which is not the candidate's fault
             self._stillborn += 1
             if self._stillborn >= ATTEMPTS:
                 raise EvoMergeError(f"worker {worker.slot} died before it could score: {how}; see {self._log_file}")
-            worker.attempt -= 1
-        if worker.attempt < ATTEMPTS:
-            self._give(self._start(worker.slot), worker.proposal, worker.attempt + 1)
+            attempt -= 1
+        if attempt < ATTEMPTS:
+            self._start(worker.slot).give(worker.proposal, attempt + 1, self._incumbents)
             return None
-        failure = f"worker died: {how}, {worker.attempt} times; see {self._log_file.name}"
+        failure = f"worker died: {how}, {attempt} times; see {self._log_file.name}"
         seconds = {"total": time.perf_counter() - worker.since}
         return worker.proposal, Outcome(None, state="failed", failure=failure, seconds=seconds)
-
-    def _give(self, worker: _Worker, proposal: Proposal, attempt: int) -> None:
-        if worker.incumbents is not self._incumbents:
-            worker.send(("begin", self._incumbents))
-            worker.incumbents = self._incumbents
-        worker.send(("score", proposal))
-        worker.proposal, worker.attempt, worker.since = proposal, attempt, time.perf_counter()
 
     def _start(self, slot: int) -> _Worker:
         connection, other_end = Pipe()

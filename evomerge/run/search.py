@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, Executor, LogTracker, NullTracker, SearchInfo, Tracker
 from evomerge.study.loop import Finished, search
 from evomerge.study.record import Record
+from evomerge.system.quiet import log_to_file
 from evomerge.system.yaml import write_yaml
 
 log = logging.getLogger("evomerge")
@@ -164,7 +164,7 @@ def _run(folder: RunFolder, spec: SearchSpec, tracker: Tracker | None, parts: Se
     budget = folder.spec.search.candidates
     if spec.search.candidates < budget:
         raise RunError(f"{folder.root}: the budget is {budget}; --candidates can only extend it")
-    with folder.hold(), _logging_to(folder.root / "log.txt"), closing(tracker or LogTracker()) as shown:
+    with folder.hold(), log_to_file(folder.root / "log.txt", "evomerge"), closing(tracker or LogTracker()) as shown:
         shown.begin(folder.spec.name)
         folder.remove_partial_files()
         if spec != folder.spec:
@@ -373,26 +373,3 @@ def _peak_memory(workers: int) -> str:
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     own, worker = (resource.getrusage(who).ru_maxrss * 1024 / 1e9 for who in whose)
     return f"{own:.2f} GB" + (f", and {worker:.2f} GB of the largest of {workers} workers" if workers > 1 else "")
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Sends our log and Python's warnings to the run's log file for the length of a block."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [log, logging.getLogger("py.warnings")]
-    level = log.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        logging.captureWarnings(True)
-        log.setLevel(logging.INFO)
-        for logger in loggers:
-            logger.addHandler(handler)
-        try:
-            yield
-        finally:
-            logging.captureWarnings(False)
-            log.setLevel(level)
-            for logger in loggers:
-                logger.removeHandler(handler)
-            handler.close()

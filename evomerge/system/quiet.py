@@ -1,4 +1,4 @@
-"""Runs other packages' code without chatter on the screen, and without chance in what it draws."""
+"""Where logs and warnings go, and other packages' code run without chatter and without chance in what it draws."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import random
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 _CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub", "fsspec")
 
@@ -83,3 +84,27 @@ def torch_seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def log_to_file(path: Path, name: str) -> Iterator[None]:
+    """Sends the log of a name, from INFO on, and Python's warnings to a file within."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log = logging.getLogger(name)
+    loggers = [log, logging.getLogger("py.warnings")]
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        logging.captureWarnings(True)
+        log.setLevel(logging.INFO)
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            log.setLevel(level)
+            for logger in loggers:
+                logger.removeHandler(handler)
+            handler.close()
