@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.evaluation.splits import SEARCH, TEST
-from evomerge.problem.candidate_evaluator import prepare_objective
 from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.prepare_objective import prepare_objective
 from evomerge.problem.problem import Problem, open_problem
 from evomerge.report.result import RunResult
 from evomerge.report.tables import table

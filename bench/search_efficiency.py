@@ -122,8 +122,9 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.algorithms.registry import get_algorithm
     from evomerge.evaluation.splits import TEST
     from evomerge.executors.in_process import InProcess
-    from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+    from evomerge.problem.candidate_evaluator import CandidateEvaluator
     from evomerge.problem.model_runner import ModelRunner
+    from evomerge.problem.prepare_objective import prepare_objective
     from evomerge.problem.problem import make_space, open_problem
     from evomerge.report.result import Ending
     from evomerge.run.finalists import choose_winner
@@ -249,8 +250,9 @@ def summary(folder: Path, default: str) -> str:
 def winners(folder: Path, default: str, seed: int) -> str:
     """The winners of one seed on its `test` items, paired: as reported, and by the fitness that steered."""
     from evomerge.evaluation.splits import TEST
-    from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+    from evomerge.problem.candidate_evaluator import CandidateEvaluator
     from evomerge.problem.model_runner import ModelRunner
+    from evomerge.problem.prepare_objective import prepare_objective
     from evomerge.problem.problem import open_problem
     from evomerge.run.folder import RunFolder
     from evomerge.study.interfaces import NullTracker

@@ -16,8 +16,9 @@ from evomerge.algorithms.registry import get_algorithm
 from evomerge.errors import EvoMergeError, RunError, SpecError
 from evomerge.executors.in_process import InProcess
 from evomerge.executors.local import LocalWorkers, Opened
-from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+from evomerge.problem.candidate_evaluator import CandidateEvaluator
 from evomerge.problem.model_runner import ModelRunner, Runner
+from evomerge.problem.prepare_objective import prepare_objective
 from evomerge.problem.problem import Problem, environment, open_problem
 from evomerge.report.result import Ending, RunResult
 from evomerge.run.export import keep_best

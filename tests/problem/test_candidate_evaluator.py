@@ -10,8 +10,9 @@ import pytest
 
 from evomerge.evaluation.score_store import RunScores
 from evomerge.evaluation.splits import SEARCH
-from evomerge.problem.candidate_evaluator import SAMPLED, CandidateEvaluator, Objective, prepare_objective
+from evomerge.problem.candidate_evaluator import SAMPLED, CandidateEvaluator, Objective
 from evomerge.problem.fake_evaluator import FakeRunner, fake_problem
+from evomerge.problem.prepare_objective import prepare_objective
 from evomerge.problem.problem import Problem
 from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, first_generation

@@ -17,9 +17,10 @@ from evomerge.engine.parameter_gradients import STEP
 from evomerge.evaluation.splits import SEARCH, Selection
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.planning.plan import Plan
-from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+from evomerge.problem.candidate_evaluator import CandidateEvaluator
 from evomerge.problem.fitness_gradients import COST, fitness_gradients, genes_of_settings
 from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.prepare_objective import prepare_objective
 from evomerge.problem.problem import Problem, open_problem
 from evomerge.run.folder import RunFolder
 from evomerge.space.decode import active_genes, decode, decode_literally, why_invalid

@@ -19,8 +19,9 @@ import yaml
 
 from evomerge.evaluation.score_store import RunScores
 from evomerge.evaluation.splits import SEARCH
-from evomerge.problem.candidate_evaluator import CandidateEvaluator, prepare_objective
+from evomerge.problem.candidate_evaluator import CandidateEvaluator
 from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.prepare_objective import prepare_objective
 from evomerge.problem.problem import open_problem
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
