@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.engine.kernels import jit, reductions
 from evomerge.engine.kernels import random_field as field
 from evomerge.methods.random_field import LANES, uniform16
 
-FEW = settings(max_examples=40, deadline=None)
 words = st.integers(0, 2**64 - 1)
 
 
-@FEW
 @given(key=st.tuples(words, words), first=st.sampled_from([0, 1, 77, 2**40]), blocks=st.integers(1, 5))
 def test_the_field_is_numpys_philox(key: tuple[int, int], first: int, blocks: int) -> None:
     drawn = np.empty(4 * blocks, dtype=np.uint64)
@@ -85,7 +83,6 @@ def stored_values(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << (16 if bits.itemsize == 2 else 0)).view(np.float32)
 
 
-@FEW
 @given(rows=st.integers(1, 6), columns=st.integers(1, 900), cut=st.floats(0, 1), mean=st.sampled_from([0.0, 1000.0]))
 def test_moments_of_rows_come_together_from_parts(rows: int, columns: int, cut: float, mean: float) -> None:
     generator = np.random.default_rng(rows * 1000 + columns)

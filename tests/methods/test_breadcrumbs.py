@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors
@@ -45,7 +45,6 @@ def test_what_is_left_is_added_up_or_elected() -> None:
     assert merge(rows, 0.25, 0.25, "breadcrumbs_ties") == [0.0, -3.0, 0.0, 0.0]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     steps=st.lists(st.integers(-3, 3), min_size=1, max_size=40), density=st.floats(0.0, 1.0), gamma=st.floats(0.0, 1.0)
 )

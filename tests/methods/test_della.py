@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.methods.della import TOP, line, rank_levels
@@ -22,7 +22,6 @@ def test_levels_by_hand() -> None:
     assert rank_levels(torch.tensor([[5.0], [0.0]])).tolist() == [[127], [127]]
 
 
-@settings(max_examples=50, deadline=None)
 @given(row=st.lists(st.integers(0, 6), min_size=2, max_size=30), order=st.randoms())
 def test_levels_follow_the_magnitude_alone(row: list[int], order: object) -> None:
     values = torch.tensor([row], dtype=torch.float32)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,7 +35,6 @@ def test_several_models_are_their_weighted_mean() -> None:
     torch.testing.assert_close(merged, torch.tensor([1.0, 0.1]))
 
 
-@settings(max_examples=30, deadline=None)
 @given(base=numbers(torch.float32, 20), source=numbers(torch.float32, 20), t=st.floats(0.0, 1e30))
 def test_nothing_moves_further_than_t_or_past_the_other_model(base: Tensor, source: Tensor, t: float) -> None:
     merged = merge(base, [source], [1.0], t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.methods.random_field import field_key, keep_threshold, kept_elements, uniform16
@@ -56,7 +56,6 @@ def test_the_field_is_frozen() -> None:
     assert uniform16(field_key(0, "w", "f"), 10**10 + 3, 4).tolist() == [26238, 56318, 43363, 29641]
 
 
-@settings(max_examples=50)
 @given(start=st.integers(0, 5000), count=st.integers(0, 300))
 def test_a_part_is_a_slice_of_the_whole(start: int, count: int) -> None:
     part = uniform16(KEY, start, count)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -167,7 +167,6 @@ def test_no_source_of_raw_multislerp_is_no_change() -> None:
     assert torch.equal(merge("multislerp", None, sources, [0, 0], normalize_weights=False), row(0, 0))
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), weights=st.lists(st.floats(0.1, 3.0), min_size=2, max_size=5))
 def test_the_karcher_mean_has_no_slope(seed: int, weights: list[float]) -> None:
     # what defines it: Σ αi log_m(ui) = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors
@@ -84,7 +84,6 @@ def test_what_was_trimmed_neither_votes_nor_counts() -> None:
     assert merge([[2.0, -9.0], [3.0, 1.0]], [1, 1], density=0.5) == [3.0, -9.0]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.lists(st.integers(-6, 6), min_size=4, max_size=4), min_size=2, max_size=4),
     weight=st.sampled_from([0.1, 0.3, 0.7, 1.1]),

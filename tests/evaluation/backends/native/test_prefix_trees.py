@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.evaluation.backends.native.prefix_trees import Batch, build_tree, pack_trees
@@ -25,7 +25,6 @@ def test_a_tree_by_hand() -> None:
     assert tree.requests.tolist() == [0, 1, 1]
 
 
-@settings(max_examples=150)
 @given(st.lists(sequences, min_size=1, max_size=6), st.booleans(), st.integers(1, 60), st.integers(1, 30))
 def test_every_request_sees_its_own_sequence_and_nothing_else(
     items: list[list[list[int]]], share_rows: bool, batch_tokens: int, max_scored: int
