@@ -18,7 +18,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", make.SEARCHES)
 def test_a_search_has_the_same_record_result_and_winner(name: str, tmp_path: Path) -> None:
-    today = make.search_results(make.SEARCHES[name](), tmp_path)
+    today = make.search_results(name, tmp_path)
     assert make.first_difference(make.golden(name), json.loads(make.render(today))) is None
 
 
@@ -50,9 +50,9 @@ def test_a_difference_is_told_with_its_place() -> None:
     today["result"]["new"] = 1.0
     assert make.first_difference(golden, today) is None
     today["candidates"][3]["fitness"] += 1e-3
-    told = make.first_difference(golden, today)
-    assert told is not None
-    assert told.startswith("candidates > 3 > fitness: golden ")
+    difference = make.first_difference(golden, today)
+    assert difference is not None
+    assert difference.startswith("candidates > 3 > fitness: golden ")
 
 
 def test_elsewhere_what_rounding_explains_is_no_difference() -> None:
@@ -64,17 +64,17 @@ def test_elsewhere_what_rounding_explains_is_no_difference() -> None:
     today["candidates"][-1]["fitness"] += 1.0
     assert make.first_difference(golden, today) is None
     today["candidates"][3]["fitness"] += 1e-3
-    told = make.first_difference(golden, today)
-    assert told is not None
-    assert told.startswith("candidates > 3 > fitness: golden ")
+    difference = make.first_difference(golden, today)
+    assert difference is not None
+    assert difference.startswith("candidates > 3 > fitness: golden ")
     merged = json.loads(make.render(make.golden("merges")))
     entry = merged["merges"]["ties/density/short/float32"]
     entry["sha256"] = "another"
     assert make.first_difference(scores, merged) is None
     entry["sums"][0][1] += 1e-4 * entry["sums"][0][0]
-    told = make.first_difference(scores, merged)
-    assert told is not None
-    assert told.startswith("merges > ties/density/short/float32 > sums > 0: golden ")
+    difference = make.first_difference(scores, merged)
+    assert difference is not None
+    assert difference.startswith("merges > ties/density/short/float32 > sums > 0: golden ")
 
 
 def test_renamed_words_are_read_as_todays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,8 +164,8 @@ def tensors(folder: Path) -> dict[str, Any]:
     """The tensors of a checkpoint by name, sorted."""
     from safetensors.torch import load_file
 
-    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    return dict(sorted(found.items()))
+    stored = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return dict(sorted(stored.items()))
 
 
 def tensor_hash(tensors: Mapping[str, Any]) -> str:
@@ -257,22 +257,32 @@ SEARCHES = {case.__name__: case for case in (ga, frankenmerge, pareto, raced)}
 SHIPPED = {case.__name__: case for case in (quickstart,)}
 
 
-def search_results(spec: Document, folder: Path) -> Document:
+EXPORTED = frozenset({"ga", "quickstart"})
+"""Searches whose winner is exported; the others' is merged from its recipe: the same tensors, and no scores."""
+
+
+def search_results(name: str, folder: Path) -> Document:
     """Carries out a search; gives its record, its result and the hashes of its winner's tensors."""
+    spec = {**SEARCHES, **SHIPPED}[name]()
     (folder / "search.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
     run, out = folder / "run", folder / "winner"
     evomerge("run", folder / "search.yaml", "--dir", run)
     candidates = json.loads(evomerge("lineage", run, "--json"))
     status = json.loads(evomerge("status", run, "--json"))
-    evomerge("export", run, out)
+    if name in EXPORTED:
+        evomerge("export", run, out)
+        winner = tensors(out)
+    else:
+        evomerge("export", run, folder / "winner.yaml", "--recipe")
+        winner = merged(yaml.safe_load((folder / "winner.yaml").read_text()), out)
     references = {"base": spec["models"]["base"], **spec["models"]["sources"]}
     return {
         "fingerprint": fingerprint(),
-        "models": {name: _model_hash(reference, folder / name) for name, reference in references.items()},
+        "models": {name: _model_hash(reference) for name, reference in references.items()},
         "candidates": [{key: candidate.get(key) for key in FIELDS} for candidate in candidates],
         "status": dict(numbers(status)),
         "result": dict(numbers(json.loads((run / "result.json").read_text()))),
-        "winner": {name: tensor_hash({name: tensor}) for name, tensor in tensors(out).items()},
+        "winner": {name: tensor_hash({name: tensor}) for name, tensor in winner.items()},
     }
 
 
@@ -289,10 +299,14 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         yield from numbers(inner, f"{path}/{key}" if path else str(key))
 
 
-def _model_hash(reference: str, out: Path) -> str:
+@cache
+def _model_hash(reference: str) -> str:
     """The hash of a model's tensors in float32, whatever the reference stands for."""
     models = [{"model": reference, "parameters": {"weight": 1.0}}]
-    return tensor_hash(merged({"merge_method": "linear", "models": models, "dtype": "float32"}, out))
+    with tempfile.TemporaryDirectory() as folder:
+        return tensor_hash(
+            merged({"merge_method": "linear", "models": models, "dtype": "float32"}, Path(folder) / "model")
+        )
 
 
 # ---------------------------------------------------------------- merges
@@ -303,9 +317,9 @@ def merged(recipe: Document, out: Path) -> dict[str, Any]:
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     evomerge("merge", path, out, "--quiet", "--no-copy-tokenizer", "--no-write-model-card")
-    found = {name: tensor.clone() for name, tensor in tensors(out).items()}
+    copies = {name: tensor.clone() for name, tensor in tensors(out).items()}
     shutil.rmtree(out)
-    return found
+    return copies
 
 
 W3 = [{"weight": 0.7}, {"weight": 1.1}, {"weight": 0.4}]
@@ -458,11 +472,11 @@ def merge_results(methods: Iterable[str], folder: Path) -> Document:
         cases = [(name, small, "float32") for name in MERGES[method]]
         cases.append((first, "wide", "bfloat16"))
         for name, kind, dtype in cases:
-            found = merged(recipe(method, name, family(kind, dtype), dtype), folder / "merged")
-            order = f"{len(found)} tensors"
-            orders[order] = list(found)
+            result = merged(recipe(method, name, family(kind, dtype), dtype), folder / "merged")
+            order = f"{len(result)} tensors"
+            orders[order] = list(result)
             key = f"{method}/{name}/{kind}/{dtype}"
-            results[key] = {"sha256": tensor_hash(found), "tensors": order, "sums": sums(found)}
+            results[key] = {"sha256": tensor_hash(result), "tensors": order, "sums": sums(result)}
     return {"fingerprint": fingerprint(), "merges": results, "tensors": orders}
 
 
@@ -496,10 +510,10 @@ def make(name: str) -> Document:
     """Today's results of a file."""
     with tempfile.TemporaryDirectory() as folder:
         if name in SHIPPED:
-            return search_results(SHIPPED[name](), Path(folder))
+            return search_results(name, Path(folder))
         with own_cache(Path(folder) / "cache"):
             if name in SEARCHES:
-                return search_results(SEARCHES[name](), Path(folder))
+                return search_results(name, Path(folder))
             return merges(Path(folder)) if name == "merges" else evaluation(Path(folder))
 
 
@@ -542,8 +556,7 @@ def first_difference(expected: Document, today: Document) -> str | None:
     """The first of what differs between a file and today's results; None where nothing does that may not."""
     exact = expected["fingerprint"] == today["fingerprint"]
     sections = {key: value for key, value in expected.items() if key != "fingerprint"}
-    found = differences(sections, today) if exact else loose_differences(sections, today)
-    return next(found, None)
+    return next(differences(sections, today) if exact else loose_differences(sections, today), None)
 
 
 def differences(expected: Any, today: Any, path: str = "") -> Iterator[str]:
@@ -613,9 +626,9 @@ def main() -> int:
         how = (
             "to the bit" if expected["fingerprint"] == today["fingerprint"] else "loosely: another machine or versions"
         )
-        found = first_difference(expected, json.loads(render(today)))
-        print(f"{name}: {f'equal ({how})' if found is None else found}", flush=True)
-        failed |= found is not None
+        difference = first_difference(expected, json.loads(render(today)))
+        print(f"{name}: {f'equal ({how})' if difference is None else difference}", flush=True)
+        failed |= difference is not None
     return int(failed)
 
 
