@@ -135,11 +135,11 @@ class RunScores:
     def load_gradients(self, plan: str) -> tuple[Mapping[str, float] | None] | None:
         """Reads the derivatives of a plan's fitness, as (derivatives or None,); None where none were asked for."""
         path = self._gradients_path(plan)
-        return (json.loads(path.read_text())["slopes"],) if path.is_file() else None
+        return (json.loads(path.read_text())["gradients"],) if path.is_file() else None
 
     def save_gradients(self, plan: str, gradients: Mapping[str, float] | None) -> None:
         """Keeps the derivatives of a plan's fitness by gene, or that it has none."""
-        write_atomic(self._gradients_path(plan), json.dumps({"slopes": gradients}, sort_keys=True))
+        write_atomic(self._gradients_path(plan), json.dumps({"gradients": gradients}, sort_keys=True))
 
     def load_samples(self) -> dict[str, Any] | None:
         """Reads the items that were drawn of each task, as JSON; None where none were."""
@@ -154,7 +154,7 @@ class RunScores:
         return self._folder / "scores" / f"{plan}-{split}.npz"
 
     def _gradients_path(self, plan: str) -> Path:
-        return self._folder / "scores" / f"{plan}-slopes.json"
+        return self._folder / "scores" / f"{plan}-gradients.json"
 
     @property
     def _samples_path(self) -> Path:

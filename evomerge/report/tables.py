@@ -52,7 +52,7 @@ def score_table(tasks: ScoreTable, groups: ScoreTable | None = None) -> str:
 
 def gradients_text(candidates: int) -> str:
     """Says what a search's count of item evaluations leaves out; empty where no gradients were taken."""
-    return f"Beside these, the fitness' slopes were taken at {candidates} candidates." if candidates else ""
+    return f"Beside these, the gradient of the fitness was taken at {candidates} candidates." if candidates else ""
 
 
 def result_table(result: RunResult) -> str:

@@ -288,7 +288,7 @@ def test_a_run_finds_them_once(copied: RunFolder, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("evomerge.problem.candidate_evaluator.fitness_gradients", lambda *_: pytest.fail("asked twice"))
     assert evaluator_of(copied)[1].gradients(merged) == ours
     digest = ModelRunner(problem).plan(merged.recipe).digest
-    assert json.loads((copied.root / "scores" / f"{digest}-slopes.json").read_text()) == {"slopes": dict(ours)}
+    assert json.loads((copied.root / "scores" / f"{digest}-gradients.json").read_text()) == {"gradients": dict(ours)}
 
 
 def test_who_has_none(copied: RunFolder) -> None:

@@ -134,12 +134,12 @@ def test_a_winner_without_rivals() -> None:
 def test_what_racing_saved() -> None:
     raced = replace(FINISHED, items=ItemCounts(10, 40, 0.75, gradients=0))
     assert result_table(raced).splitlines()[0].endswith("budget 4; racing saved 75% of the item evaluations")
-    assert "slopes" not in result_table(raced)
+    assert "gradient" not in result_table(raced)
 
 
 def test_that_gradients_are_not_among_the_item_evaluations_is_said() -> None:
     stepped = replace(FINISHED, items=ItemCounts(10, 40, 0.75, gradients=3))
-    assert result_table(stepped).splitlines()[2] == "Beside these, the fitness' slopes were taken at 3 candidates."
+    assert result_table(stepped).splitlines()[2] == "Beside these, the gradient of the fitness was taken at 3 candidates."
 
 
 def test_what_steered_is_said_where_it_is_not_what_is_reported() -> None:

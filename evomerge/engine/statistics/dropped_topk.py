@@ -98,7 +98,7 @@ class _Scan:
 
     Attributes:
         middle: A magnitude's bits.
-        alive: Survivors that are numbers.
+        alive: Kept elements that are numbers.
         above: Of those, the ones above the bracket.
         equals: For each part how many of the middle magnitude are in each of its tiles.
         places, sizes: The others within the bracket.
