@@ -139,7 +139,9 @@ def test_what_racing_saved() -> None:
 
 def test_that_gradients_are_not_among_the_item_evaluations_is_said() -> None:
     stepped = replace(FINISHED, items=ItemCounts(10, 40, 0.75, gradients=3))
-    assert result_table(stepped).splitlines()[2] == "Beside these, the gradient of the fitness was taken at 3 candidates."
+    assert (
+        result_table(stepped).splitlines()[2] == "Beside these, the gradient of the fitness was taken at 3 candidates."
+    )
 
 
 def test_what_steered_is_said_where_it_is_not_what_is_reported() -> None:
