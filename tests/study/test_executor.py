@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import re
 from typing import Any
@@ -23,6 +25,17 @@ able = [name for name in sorted(ALGORITHMS) if ALGORITHMS[name].asynchronous]
 every_asynchronous = pytest.mark.parametrize("algorithm", able)
 STARTS = len(baselines(SPACE))
 POPULATION = 7
+SMALL_POPULATION = 2
+"""Of the costly algorithms."""
+
+
+def population_of(algorithm: str) -> int:
+    return SMALL_POPULATION if algorithm in COSTLY else POPULATION
+
+
+def budget_of(algorithm: str) -> int:
+    """Generation 0, and into generation 2 or 3."""
+    return STARTS + (SMALL_POPULATION + 1 if algorithm in COSTLY else 2 * POPULATION + 3)
 
 
 class Shuffled:
@@ -60,9 +73,15 @@ class Shuffled:
 
 
 def go(record: Any, executor: Any, stop: StopConditions | int, algorithm: str = "ga", **more: Any) -> Finished:
-    wanted = StopConditions(stop) if isinstance(stop, int) else stop
-    settings = AlgorithmSettings(population=POPULATION)
-    return search(SPACE, ALGORITHMS[algorithm], executor, record, wanted, seed=5, settings=settings, **more)
+    conditions = StopConditions(stop) if isinstance(stop, int) else stop
+    settings = AlgorithmSettings(population=population_of(algorithm))
+    return search(SPACE, ALGORITHMS[algorithm], executor, record, conditions, seed=5, settings=settings, **more)
+
+
+@functools.cache
+def whole_run(algorithm: str, asynchronous: bool = False) -> Finished:
+    """What one at a time gives, if nobody interrupts it."""
+    return go(Memory(), InProcess(evaluate), budget_of(algorithm), algorithm, asynchronous=asynchronous)
 
 
 def ordered(found: tuple[Candidate, ...]) -> list[Any]:
@@ -74,8 +93,7 @@ def ordered(found: tuple[Candidate, ...]) -> list[Any]:
     [(name, slots) for name in sorted(ALGORITHMS) for slots in ([3] if name in COSTLY else [2, 3, 11])],
 )
 def test_a_generational_search_is_the_same_for_any_number_at_once(algorithm: str, slots: int) -> None:
-    budget = STARTS + (POPULATION + 3 if algorithm in COSTLY else 17)
-    whole = go(Memory(), InProcess(evaluate), budget, algorithm)
+    budget, whole = budget_of(algorithm), whole_run(algorithm)
     record = Memory()
     shuffled = go(record, Shuffled(slots), budget, algorithm)
     assert [c.number for c in record.kept] != list(range(budget))  # recorded as they finish
@@ -87,8 +105,8 @@ def test_a_generational_search_is_the_same_for_any_number_at_once(algorithm: str
 
 
 def test_what_the_user_interrupts_goes_on_with_another_number_at_once() -> None:
-    budget = STARTS + 17
-    whole = plain(go(Memory(), InProcess(evaluate), budget).candidates)
+    budget = budget_of("ga")
+    whole = plain(whole_run("ga").candidates)
     for last in range(0, budget, 3):
         record = Memory()
         first = go(record, Shuffled(3, last, last=last), budget)
@@ -96,12 +114,19 @@ def test_what_the_user_interrupts_goes_on_with_another_number_at_once() -> None:
         assert ordered(go(record, Shuffled(1 + last % 4, last), budget).candidates) == whole
 
 
-@every_asynchronous
-@pytest.mark.parametrize("slots", [1, 2, 5])
-@pytest.mark.parametrize("budget", [1, STARTS, STARTS + 1, STARTS + 24])
+@pytest.mark.parametrize(
+    ("algorithm", "slots", "budget"),
+    [
+        (name, *pair)
+        for name in able
+        for pair in (
+            [(1, 1), (2, budget_of(name)), (5, STARTS + 1)]
+            if name in COSTLY
+            else itertools.product([1, 2, 5], [1, STARTS, STARTS + 1, budget_of(name)])
+        )
+    ],
+)
 def test_asynchronous_budgets_are_exact_and_nobody_idles(algorithm: str, slots: int, budget: int) -> None:
-    if algorithm in COSTLY:
-        budget = min(budget, STARTS + POPULATION + 1)
     record, executor = Memory(), Shuffled(slots, 1)
     finished = go(record, executor, budget, algorithm, asynchronous=True)
     assert finished.reason == "budget"
@@ -110,7 +135,7 @@ def test_asynchronous_budgets_are_exact_and_nobody_idles(algorithm: str, slots: 
     # All slots are taken until there is nothing left to propose.
     assert executor.sizes == [min(slots, budget - done) for done in range(budget)]
     for candidate in record.kept:
-        assert candidate.generation == max(0, 1 + (candidate.number - STARTS) // POPULATION)
+        assert candidate.generation == max(0, 1 + (candidate.number - STARTS) // population_of(algorithm))
     places = {c.number: place for place, c in enumerate(record.kept)}
     for proposal, known in executor.submitted:
         assert set(proposal.parents) <= {c.number for c in record.kept[: places[proposal.number]]}
@@ -124,9 +149,10 @@ def test_asynchronous_budgets_are_exact_and_nobody_idles(algorithm: str, slots: 
 
 @every_asynchronous
 def test_an_asynchronous_search_of_one_at_a_time_is_the_same_whenever_it_is_stopped(algorithm: str) -> None:
-    budget = STARTS + (8 if algorithm in COSTLY else 16)
-    whole = plain(go(Memory(), InProcess(evaluate), budget, algorithm, asynchronous=True).candidates)
-    for last in [STARTS + 4] if algorithm in COSTLY else range(0, budget, 2):
+    budget = budget_of(algorithm)
+    whole = plain(whole_run(algorithm, asynchronous=True).candidates)
+    places = {"gp": [STARTS + 1], "tpe": [STARTS - 1, STARTS + 3, STARTS + POPULATION, budget - 1]}
+    for last in places.get(algorithm, range(0, budget, 2)):
         record = Memory()
         go(record, Shuffled(1, last=last), budget, algorithm, asynchronous=True)
         assert plain(go(record, InProcess(evaluate), budget, algorithm, asynchronous=True).candidates) == whole
@@ -134,8 +160,8 @@ def test_an_asynchronous_search_of_one_at_a_time_is_the_same_whenever_it_is_stop
 
 def test_an_asynchronous_search_goes_on_from_its_record() -> None:
     """With holes in it, where the interruption has cost what was under way: each number is given out once."""
-    budget, holes = STARTS + 30, 0
-    for last in range(0, budget, 2):
+    budget, holes = budget_of("ga"), 0
+    for last in range(1, budget, 2):
         record = Memory()
         go(record, Shuffled(4, last, last=last), budget, asynchronous=True)
         before = list(record.kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,31 @@ from evomerge.study.record import Record
 from tests.algorithms.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
 from tests.study.scripted_run import SPACE, evaluate
 
-SETTINGS = AlgorithmSettings(population=7)
+POPULATION = 7
+SMALL_POPULATION = 2
+"""Of the costly algorithms."""
+SETTINGS = AlgorithmSettings(population=POPULATION)
 STARTS = len(baselines(SPACE))
 
 
 def go(
     record: Any, stop: StopConditions, algorithm: str = "ga", scorer: Any = evaluate, begin: Any = None, **more: Any
 ) -> Finished:
+    settings = AlgorithmSettings(population=SMALL_POPULATION) if algorithm in COSTLY else SETTINGS
     return search(
-        SPACE, ALGORITHMS[algorithm], InProcess(scorer, begin), record, stop, seed=5, settings=SETTINGS, **more
+        SPACE, ALGORITHMS[algorithm], InProcess(scorer, begin), record, stop, seed=5, settings=settings, **more
     )
+
+
+def budget_of(algorithm: str) -> int:
+    """Generation 0, and into generation 2 or 3."""
+    return STARTS + (SMALL_POPULATION + 1 if algorithm in COSTLY else 2 * POPULATION + 2)
+
+
+@functools.cache
+def whole_run(algorithm: str) -> Finished:
+    """What a search gives that nothing interrupts."""
+    return go(Memory(), StopConditions(budget_of(algorithm)), algorithm)
 
 
 @every_algorithm
@@ -54,13 +70,12 @@ def test_generations_have_the_size_asked_for_and_breed_from_earlier_ones() -> No
 
 @every_algorithm
 def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str) -> None:
-    budget = STARTS + (9 if algorithm in COSTLY else 16)
-    whole = plain(go(Memory(), StopConditions(budget), algorithm).candidates)
-    # Everywhere for the cheap ones; else in generation 0, at the edges of a generation and within one.
+    budget = budget_of(algorithm)
+    whole = plain(whole_run(algorithm).candidates)
+    # In generation 0, at the edges of a generation and within one; everywhere for the default.
     places = [0, STARTS - 1, STARTS, STARTS + 3, STARTS + 6, STARTS + 7, budget - 1]
-    if algorithm in ("ga", "random", "cmaes"):
-        places = list(range(budget))
-    for stop_at in places[4:5] if algorithm in COSTLY else places:
+    few = {"ga": range(budget), "tpe": [STARTS - 1, STARTS + 3, STARTS + 7, budget - 1], "gp": [STARTS + 1]}
+    for stop_at in few.get(algorithm, places):
         record = Memory()
 
         def interrupted(proposal: Proposal, last: int = stop_at) -> Outcome:
@@ -78,10 +93,9 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(algorithm: str) -> None
 @every_algorithm
 def test_an_extended_run_begins_like_the_long_one(algorithm: str) -> None:
     record = Memory()
-    far = STARTS + (8 if algorithm in COSTLY else 20)
-    go(record, StopConditions(STARTS + 3), algorithm)
-    extended = go(record, StopConditions(far), algorithm)
-    assert plain(extended.candidates) == plain(go(Memory(), StopConditions(far), algorithm).candidates)
+    go(record, StopConditions(STARTS + 1), algorithm)
+    extended = go(record, StopConditions(budget_of(algorithm)), algorithm)
+    assert plain(extended.candidates) == plain(whole_run(algorithm).candidates)
 
 
 def test_a_hole_in_the_record_is_filled_with_the_same_candidate() -> None:
