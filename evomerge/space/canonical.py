@@ -6,6 +6,7 @@ each of a few points of depth. Between points values are interpolated, so a poin
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,12 @@ class Block:
 
     def gene_names(self, parameter: str, source: str | None) -> tuple[str, ...]:
         """Names the genes of a parameter at each point."""
-        return tuple(gene_name(parameter, source, point, self.tensors) for point in self.points)
+        return _gene_names(parameter, source, self.points, self.tensors)
+
+
+@functools.cache  # of a space there are few, and every decoded genome asks for all of them
+def _gene_names(parameter: str, source: str | None, points: tuple[str, ...], tensors: str | None) -> tuple[str, ...]:
+    return tuple(gene_name(parameter, source, point, tensors) for point in points)
 
 
 def layer_blocks(space: SearchSpace, genome: Genome) -> list[list[Block]]:
@@ -93,14 +99,14 @@ def canonical_values(space: SearchSpace, block: Block, genome: Genome) -> dict[K
     return values
 
 
-def idle_genes(space: SearchSpace, block: Block, genome: Genome) -> set[str]:
-    """The names of the genes of a block that change nothing as the others are."""
+def counting_genes(space: SearchSpace, block: Block, genome: Genome) -> set[str]:
+    """Names the genes of a block that can change the merge as the others are."""
     counting = _counting(space, block.method, literal_values(space, block, genome))
     return {
         name
         for (parameter, source), flags in counting.items()
         for name, counts in zip(block.gene_names(parameter, source), flags, strict=True)
-        if not counts
+        if counts
     }
 
 
@@ -150,6 +156,8 @@ def _or_neighbour(flags: Sequence[bool]) -> tuple[bool, ...]:
 
 def _filled(values: Values, counting: Sequence[bool], neutral: float) -> Values:
     """Values with those that do not count replaced by the nearest that does, the earlier one first."""
+    if all(counting):
+        return values
     nearest = [k for k, counts in enumerate(counting) if counts]
     if not nearest:
         return (neutral,) * len(values)

@@ -21,7 +21,7 @@ from evomerge.space.canonical import (
     absent_sources,
     all_blocks,
     canonical_values,
-    idle_genes,
+    counting_genes,
     layer_blocks,
     literal_values,
     methods_of,
@@ -112,8 +112,7 @@ def active_genes(space: SearchSpace, genome: Genome) -> frozenset[str]:
     """Names the scalar genes that the recipe depends on, as the others are."""
     names = {choice.name for choice in space.choices}
     for block in all_blocks(space, genome):
-        own = {name for p, source in searched_keys(space, block.method) for name in block.gene_names(p.name, source)}
-        names |= own - idle_genes(space, block, genome)
+        names |= counting_genes(space, block, genome)
     return frozenset(names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -75,11 +76,22 @@ def ask(algorithm: str, space: SearchSpace, history: tuple[Candidate, ...], coun
     return ALGORITHMS[algorithm](space, history, numbers, 2, seed, AlgorithmSettings(population=16))
 
 
+@functools.cache
+def case(space_name: str) -> tuple[SearchSpace, tuple[Candidate, ...]]:
+    space = SPACES[space_name]()
+    return space, history_of(space)
+
+
+@functools.cache
+def asked(algorithm: str, space_name: str) -> Any:
+    """What the first call with a history gives, before anything else is asked of the space."""
+    return ask(algorithm, *case(space_name))
+
+
 @every_pair
 def test_proposals_are_new_numbered_and_within_the_space(algorithm: str, space_name: str) -> None:
-    space = SPACES[space_name]()
-    history = history_of(space)
-    proposals = ask(algorithm, space, history)
+    space, history = case(space_name)
+    proposals = asked(algorithm, space_name)
     assert len(proposals) == (2 if algorithm in COSTLY else 6)
     assert [p.number for p in proposals] == list(range(len(history), len(history) + len(proposals)))
     assert all(space.contains(p.genome) and why_invalid(space, p.genome) is None for p in proposals)
@@ -93,11 +105,10 @@ def test_proposals_are_new_numbered_and_within_the_space(algorithm: str, space_n
 
 @every_pair
 def test_the_same_call_gives_the_same_proposals_whatever_came_between(algorithm: str, space_name: str) -> None:
-    space = SPACES[space_name]()
-    history = history_of(space)
-    first = ask(algorithm, space, history)
-    ask(algorithm, space, history, seed=4)
-    ask(algorithm, space, history[:10])
+    first = asked(algorithm, space_name)
+    space, history = case(space_name)
+    ask(algorithm, space, history, count=2, seed=4)
+    ask(algorithm, space, history[:10], count=2)
     assert ask(algorithm, space, history) == first
     assert ask(algorithm, SPACES[space_name](), tuple(history)) == first
 
@@ -111,11 +122,9 @@ def test_another_seed_gives_other_proposals(algorithm: str) -> None:
 
 @every_pair
 def test_fewer_numbers_give_the_first_of_the_same_proposals(algorithm: str, space_name: str) -> None:
-    space = SPACES[space_name]()
-    history = history_of(space)
-    assert ask(algorithm, space, history, count=1) == ask(algorithm, space, history)[:1]
-    if algorithm not in COSTLY:
-        assert ask(algorithm, space, history, count=4) == ask(algorithm, space, history)[:4]
+    space, history = case(space_name)
+    for count in [1] if algorithm in COSTLY else [1, 4]:
+        assert ask(algorithm, space, history, count=count) == asked(algorithm, space_name)[:count]
 
 
 @every_algorithm
@@ -137,27 +146,21 @@ def test_an_exhausted_space_ends_the_proposals(algorithm: str) -> None:
 
 
 def fingerprints(algorithms: Sequence[str]) -> dict[str, Any]:
-    space = SPACES["mixed"]()
-    history = history_of(space)
     return {
-        algorithm: [[p.number, p.genome.to_json(), list(p.parents), p.operator] for p in ask(algorithm, space, history)]
+        algorithm: [[p.number, p.genome.to_json(), list(p.parents), p.operator] for p in asked(algorithm, "mixed")]
         for algorithm in algorithms
     }
 
 
-@pytest.mark.parametrize(
-    "algorithms",
-    [sorted(set(ALGORITHMS) - set(COSTLY)), pytest.param(list(COSTLY), marks=pytest.mark.slow)],
-    ids=["quick", "costly"],
-)
-def test_a_fresh_process_with_another_hash_seed_gives_the_same_proposals(algorithms: list[str]) -> None:
+@pytest.mark.slow
+def test_a_fresh_process_with_another_hash_seed_gives_the_same_proposals() -> None:
     code = (
-        "import json; from tests.algorithms.test_algorithms import fingerprints; "
-        f"print(json.dumps(fingerprints({algorithms!r})))"
+        "import json; from tests.algorithms.test_algorithms import ALGORITHMS, fingerprints; "
+        "print(json.dumps(fingerprints(sorted(ALGORITHMS))))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(done.stdout) == json.loads(json.dumps(fingerprints(algorithms)))
+    assert json.loads(done.stdout) == json.loads(json.dumps(fingerprints(sorted(ALGORITHMS))))
 
 
 def test_an_unknown_algorithm_is_refused_with_a_suggestion() -> None:
