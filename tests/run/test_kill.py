@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -20,14 +19,15 @@ import yaml
 from evomerge.evaluation.score_store import RunScores
 from evomerge.evaluation.splits import SEARCH
 from evomerge.problem.candidate_evaluator import CandidateEvaluator
+from evomerge.problem.fake_evaluator import FakeRunner, fake_problem
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.prepare_objective import prepare_objective
-from evomerge.problem.problem import open_problem
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
-from evomerge.spec.load import parse_spec
+from evomerge.spec.schema import SearchSpec
 from evomerge.study.interfaces import NullTracker
-from tests.frame import command, environment, files, invoke, process, search_spec
+from tests.fakes import FAKE, fake_spec
+from tests.frame import command, environment, files, invoke, search_spec
 from tests.run.test_search import lasting
 
 pytestmark = pytest.mark.slow  # processes of their own, each of which loads torch
@@ -62,57 +62,48 @@ def _wait(running: subprocess.Popen[bytes], happened: Callable[[], bool]) -> Non
         time.sleep(0.002)
 
 
-def test_killed_three_times_is_never_stopped(finished_run: Path, tiny_family: dict[str, Path], tmp_path: Path) -> None:
-    """SIGKILL at three random moments, each resumed in a fresh process: the candidates, scores and winner of a run that
-    was never stopped."""
-    moments = random.Random(20)
-    folder = tmp_path / "run"
-    (tmp_path / "tiny.yaml").write_text((finished_run / "search.yaml").read_text())
-    for kill in range(3):
-        arguments: list[str | Path] = ["run", "tiny.yaml", "--dir", folder] if kill % 2 == 0 else ["resume", folder]
-        least = _recorded(folder) + moments.randrange(1, 4)
-        with _running(command(arguments), tmp_path) as running:
-            _wait(running, lambda least=least: _recorded(folder) >= least)  # type: ignore[misc]
-            time.sleep(moments.random() * 0.1)
-            running.send_signal(signal.SIGKILL)
-            assert running.wait() == -signal.SIGKILL
-    assert _recorded(folder) < 18
-    ended = process("resume", folder)
-    assert ended.code == 0, ended.err
-    ours, theirs = RunFolder.existing(folder), RunFolder.existing(finished_run)
-    assert lasting(ours.candidates()) == lasting(theirs.candidates())
-    assert ours.result() == theirs.result()
-    scores = [dict(files(root / "scores")) for root in (folder, finished_run)]
-    assert scores[0].keys() == scores[1].keys()
-    assert scores[0] == scores[1]
-    # And the checkpoint that was kept has the same bytes.
-    kept = [dict(files(root / "best")) for root in (folder, finished_run)]
-    weights = [{name: content for name, content in found.items() if name.endswith(".safetensors")} for found in kept]
-    assert weights[0] == weights[1] != {}
-
-
-def test_killed_in_the_middle_of_a_race(
-    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_with_its_workers_and_then_alone_is_never_stopped(
+    raced_run: Path, raced_spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With racing, a random baseline and a score cache that is new: as never stopped, and never cached."""
-    changes = {"evaluation__racing": True, "search__baseline": "random", "run__keep": 0}
-    whole = parse_spec(search_spec(tiny_family, **changes))
-    start(whole, folder=tmp_path / "whole")
+    """SIGKILL of the driver of two workers, then of one process in the middle of a race, each resumed in a fresh
+    process: the candidates, scores, winner and checkpoint of a run of one process that was never stopped.
+
+    With racing, a random baseline and a score cache that is new."""
     monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(search_spec(tiny_family, evaluation__cache=True, **changes)))
     folder = tmp_path / "run"
-    with _running(command(["run", "tiny.yaml", "--dir", folder]), tmp_path) as running:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raced_spec.model_dump(mode="json", exclude_unset=True)))
+    with _running(command(["run", "tiny.yaml", "--dir", folder, "--workers", "2"]), tmp_path) as running:
+        _wait(running, lambda: _recorded(folder) >= 6)
+        workers = _children(running.pid)
+        running.send_signal(signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL
+    assert len(workers) == 2
+    end = time.monotonic() + PATIENCE
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end, "a worker has outlived its driver"
+        time.sleep(0.01)
+    assert "2 workers, of 1 of the 1 threads each" in (tmp_path / "stderr").read_text()
+    assert "Traceback" not in (folder / "log.txt").read_text()
+    assert _recorded(folder) < 13
+    with _running(command(["resume", folder, "--workers", "1"]), tmp_path) as running:
         _wait(running, lambda: _recorded(folder) >= 13)  # generation 1 races
         running.send_signal(signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL
-    resume(folder)
-    ours, theirs = RunFolder.existing(folder), RunFolder.existing(tmp_path / "whole")
-    assert "pruned" in {candidate.state for candidate in ours.candidates()}
+    assert _recorded(folder) < 18
+    resume(folder, workers=1)
+    killed, whole = RunFolder.existing(folder), RunFolder.existing(raced_run)
+    assert "pruned" in {candidate.state for candidate in killed.candidates()}
     for baseline in (False, True):
-        records = [run.record(baseline=baseline).candidates() for run in (ours, theirs)]
+        records = [run.record(baseline=baseline).candidates() for run in (killed, whole)]
         assert lasting(records[0]) == lasting(records[1])
-    assert ours.result() == theirs.result()
-    assert dict(files(folder / "scores")) == dict(files(tmp_path / "whole" / "scores"))
+    assert killed.result() == whole.result()
+    scores = [dict(files(root / "scores")) for root in (folder, raced_run)]
+    assert scores[0].keys() == scores[1].keys()
+    assert scores[0] == scores[1]
+    # And the checkpoint that was kept has the same bytes.
+    kept = [dict(files(root / "best")) for root in (folder, raced_run)]
+    weights = [{name: content for name, content in found.items() if name.endswith(".safetensors")} for found in kept]
+    assert weights[0] == weights[1] != {}
 
 
 def test_stopped_by_the_user(
@@ -222,43 +213,16 @@ def test_killed_in_the_middle_of_an_export(
     assert not list(tmp_path.glob(".home.partial-*"))
 
 
-def test_two_workers_killed_with_their_driver(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """SIGKILL of the driver, then no workers: as one process that was never stopped."""
-    folder = tmp_path / "run"
-    (tmp_path / "tiny.yaml").write_text((finished_run / "search.yaml").read_text())
-    with _running(command(["run", "tiny.yaml", "--dir", folder, "--workers", "2"]), tmp_path) as running:
-        _wait(running, lambda: _recorded(folder) >= 8)
-        workers = _children(running.pid)
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-    assert len(workers) == 2
-    end = time.monotonic() + PATIENCE
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < end, "a worker has outlived its driver"
-        time.sleep(0.01)
-    assert _recorded(folder) < 18
-    ended = invoke(capsys, "resume", folder, "--workers", "1")
-    assert ended.code == 0, ended.err
-    ours, theirs = RunFolder.existing(folder), RunFolder.existing(finished_run)
-    assert lasting(ours.candidates()) == lasting(theirs.candidates())
-    assert ours.result() == theirs.result()
-    assert dict(files(folder / "scores")) == dict(files(finished_run / "scores"))
-    assert "2 workers, of 1 of the 1 threads each" in (tmp_path / "stderr").read_text()
-    assert "Traceback" not in (folder / "log.txt").read_text()
-
-
 def _children(process: int) -> list[int]:
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_an_asynchronous_search_of_two_workers(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+def test_an_asynchronous_search_of_two_workers(tmp_path: Path) -> None:
     """With racing and a random baseline: an exact budget of distinct recipes, whose scores are those of one process."""
-    changes = {"search__mode": "asynchronous", "evaluation__racing": True, "run__workers": 2, "run__keep": 0}
-    spec = parse_spec(search_spec(tiny_family, search__baseline="random", **changes))
-    result = start(spec, folder=tmp_path / "run")
+    changes = {"search__mode": "asynchronous", "evaluation__racing": True, "run__workers": 2}
+    spec = fake_spec(search__baseline="random", **changes)
+    result = start(spec, folder=tmp_path / "run", parts=FAKE)
     folder = RunFolder.existing(tmp_path / "run")
     found = folder.candidates()
     assert [c.number for c in found] == list(range(18))
@@ -267,8 +231,8 @@ def test_an_asynchronous_search_of_two_workers(tiny_family: dict[str, Path], tmp
     assert any(name.startswith("random search") for name in result.baselines)
     assert not list((folder.root / "scores").glob(".*.partial"))
     (tmp_path / "again" / "scores").mkdir(parents=True)
-    problem, store = open_problem(spec), RunScores(tmp_path / "again")
-    runner = ModelRunner(problem)
+    problem, store = fake_problem(spec), RunScores(tmp_path / "again")
+    runner = FakeRunner(problem)
     objective = prepare_objective(problem, runner, store, NullTracker())
     evaluator = CandidateEvaluator(problem, runner, store, objective)
     for candidate in [c for c in found if c.state == "done"][-3:]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,15 @@ from tests.frame import files, search_spec
 from tests.run.test_search import lasting
 
 
-@pytest.fixture(scope="module")
-def spec(tiny_family: dict[str, Path]) -> SearchSpec:
-    """A raced search with a random baseline; its cache is a folder of this module's own."""
-    changes = {"evaluation__racing": True, "evaluation__cache": True, "search__baseline": "random", "run__keep": 0}
-    return parse_spec(search_spec(tiny_family, **changes))
+@pytest.fixture
+def spec(raced_spec: SearchSpec) -> SearchSpec:
+    """The search of `raced_run`, without a checkpoint at its end."""
+    return raced_spec.model_copy(update={"run": raced_spec.run.model_copy(update={"keep": 0})})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("raced-cache")
-        patch.setenv("EVOMERGE_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def raced(spec: SearchSpec, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raced") / "run"
-    start(spec, folder=folder)
-    return folder
+@pytest.fixture(autouse=True)
+def cache(raced_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOMERGE_CACHE", str(raced_cache))
 
 
 def found(folder: Path, *, baseline: bool = False) -> tuple[Candidate, ...]:
@@ -67,8 +55,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_losers_are_pruned_with_a_reason_and_an_estimate(raced: Path) -> None:
-    candidates = found(raced)
+def test_losers_are_pruned_with_a_reason_and_an_estimate(raced_run: Path) -> None:
+    candidates = found(raced_run)
     assert len(candidates) == 18
     pruned = [c for c in candidates if c.state == "pruned"]
     assert pruned
@@ -80,29 +68,29 @@ def test_losers_are_pruned_with_a_reason_and_an_estimate(raced: Path) -> None:
         earlier = [c.fitness or 0.0 for c in done if c.generation < candidate.generation]
         if candidate.state == "pruned":
             assert (candidate.fitness or 0.0) < max(earlier)
-    result = json.loads((raced / "result.json").read_text())
+    result = json.loads((raced_run / "result.json").read_text())
     states = {c.number: c.state for c in candidates}
     assert {states[f["candidate"]] for f in result["finalists"]} == {"done"}
 
 
-def test_what_racing_saved_is_reported(raced: Path) -> None:
-    candidates = found(raced)
+def test_what_racing_saved_is_reported(raced_run: Path) -> None:
+    candidates = found(raced_run)
     seen = sum(c.items for c in candidates)
     expected = {"evaluated": seen, "without_racing": 20 * 18, "saved": 1 - seen / 360}
     expected["gradients"] = len({gradient_parent(c) for c in candidates} - {None})
-    assert json.loads((raced / "result.json").read_text())["items"] == expected
-    status = read_status(raced)
+    assert json.loads((raced_run / "result.json").read_text())["items"] == expected
+    status = read_status(raced_run)
     assert status.to_json()["items"] == expected
     assert f"racing: {seen} item evaluations instead of 360" in status_text(status)
 
 
-def test_the_whole_score_does_not_depend_on_the_blocks(raced: Path, finished_run: Path) -> None:
+def test_the_whole_score_does_not_depend_on_the_blocks(raced_run: Path, finished_run: Path) -> None:
     """A candidate that went the whole way has the per-item scores that it has without racing, within rounding."""
     whole = RunFolder.existing(finished_run)
     runner = ModelRunner(open_problem(whole.spec))
-    for candidate in (c for c in found(raced) if c.generation == 0):
+    for candidate in (c for c in found(raced_run) if c.generation == 0):
         digest = runner.plan(candidate.recipe).digest
-        ours, theirs = RunFolder.existing(raced).scores.load(digest, SEARCH), whole.scores.load(digest, SEARCH)
+        ours, theirs = RunFolder.existing(raced_run).scores.load(digest, SEARCH), whole.scores.load(digest, SEARCH)
         assert ours is not None
         assert theirs is not None
         for task, part in ours.items():
@@ -111,35 +99,39 @@ def test_the_whole_score_does_not_depend_on_the_blocks(raced: Path, finished_run
                 assert np.allclose(columns, theirs[task].metrics[metric], atol=1e-4)
 
 
-def test_the_baseline_spends_the_same_items_and_is_one_more_to_beat(raced: Path) -> None:
-    ours, random = found(raced), found(raced, baseline=True)
+def test_the_baseline_spends_the_same_items_and_is_one_more_to_beat(raced_run: Path) -> None:
+    ours, random = found(raced_run), found(raced_run, baseline=True)
     spent = max(spent_items(ours, gradient_items=round(COST * 20)))
     items = [c.items for c in random]
     assert sum(items) >= spent > sum(items[:-1])
     first = [c.recipe_hash for c in ours if c.generation == 0]
     assert [c.recipe_hash for c in random][: len(first)] == first
     assert {c.operator for c in random[len(first) :]} == {"random"}
-    rows = json.loads((raced / "result.json").read_text())["baselines"]
+    rows = json.loads((raced_run / "result.json").read_text())["baselines"]
     name = next(name for name in rows if name.startswith("random search: its candidate "))
     assert random[int(name.rsplit(" ", 1)[1])].recipe == rows[name]["recipe"]
     assert set(rows[name]["fitness"]) == {"search", "select", "test"}
-    assert RunFolder.existing(raced).candidates() == ours  # the run's own record is the search's
+    assert RunFolder.existing(raced_run).candidates() == ours  # the run's own record is the search's
 
 
 def test_a_second_run_measures_nothing(
-    raced: Path, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raced_run: Path, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = measured(monkeypatch)
     result = start(spec, folder=tmp_path / "again")
     assert sizes == []
-    assert lasting(found(tmp_path / "again")) == lasting(found(raced))
-    assert result == RunFolder.existing(raced).result()
-    assert dict(files(tmp_path / "again" / "scores")) == dict(files(raced / "scores"))
+    assert lasting(found(tmp_path / "again")) == lasting(found(raced_run))
+    assert result == RunFolder.existing(raced_run).result()
+    assert dict(files(tmp_path / "again" / "scores")) == dict(files(raced_run / "scores"))
 
 
 @pytest.mark.parametrize("change", [{"evaluation__dtype": "bfloat16"}, {"evaluation__batch_tokens": 4096}])
 def test_other_settings_are_not_taken_from_the_cache(
-    raced: Path, tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+    raced_run: Path,
+    tiny_family: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
 ) -> None:
     sizes = measured(monkeypatch)
     more = {"evaluation__racing": True, "evaluation__cache": True, "search__candidates": 1, "search__finalists": 1}
@@ -150,7 +142,7 @@ def test_other_settings_are_not_taken_from_the_cache(
 
 @pytest.mark.slow
 def test_without_the_cache_everything_is_measured_and_comes_out_the_same(
-    raced: Path, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raced_run: Path, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And in three sessions, stopped in the middle of a candidate's blocks."""
     sizes = measured(monkeypatch)
@@ -170,9 +162,9 @@ def test_without_the_cache_everything_is_measured_and_comes_out_the_same(
                 start(off, folder=tmp_path / "run")
     result = resume(tmp_path / "run")
     for baseline in (False, True):
-        assert lasting(found(tmp_path / "run", baseline=baseline)) == lasting(found(raced, baseline=baseline))
-    assert result == RunFolder.existing(raced).result()
-    assert dict(files(tmp_path / "run" / "scores")) == dict(files(raced / "scores"))
+        assert lasting(found(tmp_path / "run", baseline=baseline)) == lasting(found(raced_run, baseline=baseline))
+    assert result == RunFolder.existing(raced_run).result()
+    assert dict(files(tmp_path / "run" / "scores")) == dict(files(raced_run / "scores"))
 
 
 @pytest.mark.slow
@@ -205,8 +197,10 @@ def test_a_race_on_the_items_that_tell_candidates_apart(tiny_family: dict[str, P
     assert result.winner.fitness["search"].n == 28
 
 
-def test_the_cache_and_the_baseline_may_change_under_a_run_and_racing_may_not(spec: SearchSpec, raced: Path) -> None:
-    folder = RunFolder.existing(raced)
+def test_the_cache_and_the_baseline_may_change_under_a_run_and_racing_may_not(
+    spec: SearchSpec, raced_run: Path
+) -> None:
+    folder = RunFolder.existing(raced_run)
     search, evaluation = spec.search, spec.evaluation
     folder._refuse_other(spec.model_copy(update={"search": search.model_copy(update={"baseline": None})}))
     folder._refuse_other(spec.model_copy(update={"evaluation": evaluation.model_copy(update={"cache": False})}))
