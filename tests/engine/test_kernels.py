@@ -36,46 +36,46 @@ def pair(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray, np.nda
     generator = np.random.default_rng(3)
     base = generator.normal(size=2 * jit.TILE + 77)
     source = np.where(generator.random(base.size) < 0.3, base, base + generator.normal(0, 0.01, base.size))
-    (ours, a), (theirs, b) = stored(base, request.param), stored(source, request.param)
-    return ours, theirs, b - a
+    (base_bits, a), (source_bits, b) = stored(base, request.param), stored(source, request.param)
+    return base_bits, source_bits, b - a
 
 
 @pytest.mark.parametrize("shift", [13, 16])
 def test_magnitudes_are_counted_by_upper_and_lower_bits(
     pair: tuple[np.ndarray, np.ndarray, np.ndarray], shift: int
 ) -> None:
-    ours, theirs, delta = pair
+    base_bits, source_bits, delta = pair
     magnitudes = delta.view(np.uint32) & 0x7FFFFFFF
     counts, low = np.zeros(1 << (31 - shift), np.int64), np.zeros(1 << (31 - shift), np.uint16)
-    reductions.count_magnitudes(ours, theirs, shift, counts, low)
+    reductions.count_magnitudes(base_bits, source_bits, shift, counts, low)
     np.testing.assert_array_equal(counts, np.bincount(magnitudes >> shift, minlength=counts.size))
     for upper in np.unique(magnitudes >> shift)[::40]:
         within = magnitudes[magnitudes >> shift == upper] & ((1 << shift) - 1)
         assert low[upper] == np.bitwise_or.reduce(within)
         inside = np.zeros(1 << shift, np.int64)
-        reductions.count_low_bits(ours, theirs, shift, int(upper), inside)
+        reductions.count_low_bits(base_bits, source_bits, shift, int(upper), inside)
         np.testing.assert_array_equal(inside, np.bincount(within, minlength=inside.size))
 
 
 def test_an_equal_element_is_found_by_its_rank(pair: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    ours, theirs, delta = pair
+    base_bits, source_bits, delta = pair
     zeros = np.flatnonzero(delta == 0)
     for rank in (1, 2, len(zeros) // 2, len(zeros)):
-        assert reductions.find_equal(ours, theirs, 0, rank) == (zeros[rank - 1], 0)
-    assert reductions.find_equal(ours, theirs, 0, len(zeros) + 5) == (-1, 5)
+        assert reductions.find_equal(base_bits, source_bits, 0, rank) == (zeros[rank - 1], 0)
+    assert reductions.find_equal(base_bits, source_bits, 0, len(zeros) + 5) == (-1, 5)
 
 
 def test_inner_products_and_moments_are_float64(pair: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    ours, theirs, delta = pair
-    other = stored(np.linspace(-1.0, 1.0, delta.size), 8 * ours.itemsize)
-    apart = other[1] - (delta * 0 + stored_values(ours))
+    base_bits, source_bits, delta = pair
+    other = stored(np.linspace(-1.0, 1.0, delta.size), 8 * base_bits.itemsize)
+    apart = other[1] - (delta * 0 + stored_values(base_bits))
     sums = np.zeros((3, reductions.PARTIAL))
-    reductions.add_gram(ours, theirs, other[0], True, sums)
-    mine, others = delta.astype(np.float64), apart.astype(np.float64)
-    assert sums.sum(1) == pytest.approx([mine @ mine, mine @ others, others @ others], rel=1e-12)
+    reductions.add_gram(base_bits, source_bits, other[0], True, sums)
+    wide, others = delta.astype(np.float64), apart.astype(np.float64)
+    assert sums.sum(1) == pytest.approx([wide @ wide, wide @ others, others @ others], rel=1e-12)
     weights = np.zeros((3, reductions.PARTIAL))
-    reductions.add_gram(ours, theirs, other[0], False, weights)
-    whole, rest = (stored_values(bits).astype(np.float64) for bits in (theirs, other[0]))
+    reductions.add_gram(base_bits, source_bits, other[0], False, weights)
+    whole, rest = (stored_values(bits).astype(np.float64) for bits in (source_bits, other[0]))
     assert weights.sum(1) == pytest.approx([whole @ whole, whole @ rest, rest @ rest], rel=1e-12)
 
 

@@ -25,12 +25,12 @@ def test_levels_by_hand() -> None:
 @given(row=st.lists(st.integers(0, 6), min_size=2, max_size=30), order=st.randoms())
 def test_levels_follow_the_magnitude_alone(row: list[int], order: object) -> None:
     values = torch.tensor([row], dtype=torch.float32)
-    found = rank_levels(values)
+    levels = rank_levels(values)
     shuffled = torch.randperm(len(row), generator=torch.Generator().manual_seed(len(row)))
-    assert torch.equal(rank_levels(values[:, shuffled]), found[:, shuffled])
-    by_level = sorted(zip(found[0].tolist(), row, strict=True))
+    assert torch.equal(rank_levels(values[:, shuffled]), levels[:, shuffled])
+    by_level = sorted(zip(levels[0].tolist(), row, strict=True))
     assert [value for _, value in by_level] == sorted(row)
-    assert found.double().mean().item() == pytest.approx(TOP / 2, abs=0.51)
+    assert levels.double().mean().item() == pytest.approx(TOP / 2, abs=0.51)
 
 
 @pytest.mark.parametrize(

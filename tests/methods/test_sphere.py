@@ -139,8 +139,8 @@ def test_vectors_of_a_tensor_of_three_dimensions(along_first: bool) -> None:
     base, (a, b) = family(6, 2, (3, 4, 5))
     merged = merge("nuslerp", base, [a, b], [1, 2], nuslerp_flatten=False, nuslerp_row_wise=along_first)
     assert merged.shape == base.shape
-    for place in ((1, 2), (0, 3)):
-        one = (slice(None), *place) if along_first else place
+    for index in ((1, 2), (0, 3)):
+        one = (slice(None), *index) if along_first else index
         torch.testing.assert_close(merged[one], merge("nuslerp", base[one], [a[one], b[one]], [1, 2]))
 
 

@@ -55,14 +55,19 @@ def normal(step: float | None) -> Floats:
 def cut(values: Floats, chance: float, density: float, shift: int = FINE) -> tuple[float, int, NDArray[np.bool_]]:
     """(threshold, last, which elements are marked)."""
     marks = np.empty(-(-SIZE // 16), np.uint16)
-    found = dropped_topk_cutoff(lambda: parts(values), magnitudes(values, shift), SIZE, density, drop_of(chance), marks)
-    return *found, np.unpackbits(marks.view(np.uint8), bitorder="little")[:SIZE].astype(bool)
+    cutoff = dropped_topk_cutoff(
+        lambda: parts(values), magnitudes(values, shift), SIZE, density, drop_of(chance), marks
+    )
+    return *cutoff, np.unpackbits(marks.view(np.uint8), bitorder="little")[:SIZE].astype(bool)
+
+
+CHANCES, DENSITIES, STEPS = (0.002, 0.4, 0.95, 0.999999), (1e-5, 0.03, 0.5, 0.97, 0.99999), (None, 0.25, 3.0, 0.1)
+# Every chance with every density, and each of them with every step.
+PAIRS = [(c, d, STEPS[(i + k) % len(STEPS)]) for i, c in enumerate(CHANCES) for k, d in enumerate(DENSITIES)]
 
 
 @pytest.mark.parametrize("shift", [FINE, COARSE])
-@pytest.mark.parametrize("step", [None, 0.25, 3.0, 0.1])
-@pytest.mark.parametrize("density", [1e-5, 0.03, 0.5, 0.97, 0.99999])
-@pytest.mark.parametrize("chance", [0.002, 0.4, 0.95, 0.999999])
+@pytest.mark.parametrize(("chance", "density", "step"), PAIRS)
 def test_survivors_are_cut_where_a_full_look_cuts_them(
     chance: float, density: float, step: float | None, shift: int
 ) -> None:
@@ -85,7 +90,7 @@ def test_a_bracket_holds_the_threshold_and_little_else() -> None:
 def test_a_bracket_elsewhere_costs_time_and_nothing_else(step: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     values = normal(step)
     for bounds in ((0, 500, 1000), (0x7F000000, 0x7F000000, 0x7F000001)):
-        monkeypatch.setattr(dropped_topk, "bracket", lambda *_, held=bounds: np.array(held, np.uint32))
+        monkeypatch.setattr(dropped_topk, "bracket", lambda *_, bounds=bounds: np.array(bounds, np.uint32))
         assert cut(values, 0.5, 0.3)[:2] == cut_by_a_full_look(values, 0.5, 0.3)
 
 

@@ -49,23 +49,23 @@ def test_the_same_as_ordering_all(
 ) -> None:
     monkeypatch.setattr(sce_selection, "_SCAN", look)
     x = tensors(step)
-    found = selected(x, fraction)
+    selection = selected(x, fraction)
     deltas = [torch.from_numpy(source - x[0]) for source in x[1:]]
     sizes = variance(deltas)
     cut = cutoff(sizes, keep_count(int((sizes > 0).sum()), fraction))
     mask = cutoff_mask(sizes, *cut).numpy()
-    assert cutoff_mask(sizes, *found.cut).equal(cutoff_mask(sizes, *cut))
-    assert found.cut[0] == cut[0]
-    assert found.marks is not None
-    assert np.array_equal(np.unpackbits(found.marks.view(np.uint8), bitorder="little")[:SIZE], mask)
+    assert cutoff_mask(sizes, *selection.cut).equal(cutoff_mask(sizes, *cut))
+    assert selection.cut[0] == cut[0]
+    assert selection.marks is not None
+    assert np.array_equal(np.unpackbits(selection.marks.view(np.uint8), bitorder="little")[:SIZE], mask)
     energies = [float(np.square(delta.double().numpy()[mask]).sum()) for delta in deltas]
-    assert found.energies == pytest.approx(energies, rel=1e-12)
+    assert selection.energies == pytest.approx(energies, rel=1e-12)
 
 
 @pytest.mark.parametrize(("step", "fraction"), [(0.25, 0.0), (100.0, 0.5)])
 def test_where_nothing_is_selected_there_are_no_marks(step: float, fraction: float) -> None:
-    found = selected(tensors(step), fraction)
-    assert found == Selection((float("inf"), -1), [0.0] * SOURCES, None)
+    selection = selected(tensors(step), fraction)
+    assert selection == Selection((float("inf"), -1), [0.0] * SOURCES, None)
 
 
 def test_levels_rise_with_the_variance() -> None:

@@ -61,13 +61,13 @@ def test_the_threshold_is_the_exact_one(pair: tuple[Tensor, Tensor], density: fl
 def test_a_tensor_of_several_chunks(dtype: torch.dtype, density: float) -> None:
     base, sources = family(1, 2, (3 * CHUNK + 19,))
     base, sources = base.to(dtype), [source.to(dtype) for source in sources]
-    exact, found = PlainStatistics(base.float(), [s.float() for s in sources]), statistics_of(base, sources)
+    exact, statistics = PlainStatistics(base.float(), [s.float() for s in sources]), statistics_of(base, sources)
     for source in (0, 1):
-        assert found.trim(source, density) == exact.trim(source, density)
-        assert found.variance(source).item() == pytest.approx(exact.variance(source).item(), rel=1e-10)
+        assert statistics.trim(source, density) == exact.trim(source, density)
+        assert statistics.variance(source).item() == pytest.approx(exact.variance(source).item(), rel=1e-10)
         for of in ("weights", "deltas"):
-            assert found.dot(0, source, of) == pytest.approx(exact.dot(0, source, of), rel=1e-10)  # type: ignore[arg-type]
-    assert found.dot(-1, 1, "weights") == pytest.approx(exact.dot(-1, 1, "weights"), rel=1e-10)
+            assert statistics.dot(0, source, of) == pytest.approx(exact.dot(0, source, of), rel=1e-10)  # type: ignore[arg-type]
+    assert statistics.dot(-1, 1, "weights") == pytest.approx(exact.dot(-1, 1, "weights"), rel=1e-10)
 
 
 @given(
@@ -95,8 +95,8 @@ def test_the_scope_of_a_model_is_its_concatenation(
     threshold, last = (
         PlainStatistics(torch.zeros(len(whole)), [whole]).trim(0, density) if len(whole) else (math.inf, -1)
     )
-    wanted = cutoff_mask(whole, threshold, last).split(sizes)
-    for (base_input, sources), delta, mask in zip(members, deltas, wanted, strict=True):
+    masks = cutoff_mask(whole, threshold, last).split(sizes)
+    for (base_input, sources), delta, mask in zip(members, deltas, masks, strict=True):
         statistics = OperationStatistics(store, base_input, sources, 1, "t", 0, members)
         assert torch.equal(cutoff_mask(delta.abs(), *statistics.trim(0, density, "model")), mask)
 
@@ -106,13 +106,13 @@ def test_the_scope_of_a_model_is_its_concatenation(
 def test_variances_by_tensor_and_by_row(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     base, (source,) = family(4, 1, shape)
     base, source = base.to(dtype), source.to(dtype)
-    exact, found = PlainStatistics(base.float(), [source.float()]), statistics_of(base, [source])
-    torch.testing.assert_close(found.variance(0).reshape(-1), exact.variance(0).reshape(-1), rtol=1e-10, atol=0.0)
+    exact, statistics = PlainStatistics(base.float(), [source.float()]), statistics_of(base, [source])
+    torch.testing.assert_close(statistics.variance(0).reshape(-1), exact.variance(0).reshape(-1), rtol=1e-10, atol=0.0)
     if len(shape) > 1:
         block = exact.block("row", math.prod(shape[1:]) * (shape[0] - 1))
-        wanted = block.statistics.variance(0, "row")
-        seen = found.at(block.start, tuple(wanted.shape)).variance(0, "row")
-        torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=0.0)
+        expected = block.statistics.variance(0, "row")
+        seen = statistics.at(block.start, tuple(expected.shape)).variance(0, "row")
+        torch.testing.assert_close(seen, expected, rtol=1e-10, atol=0.0)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (5, 4), (1, 6), (3, 2, 6), (2, CHUNK + 3)])
@@ -122,18 +122,20 @@ def test_products_vector_by_vector(shape: tuple[int, ...], along: str, dtype: to
     base, sources = family(4, 2, shape)
     base, sources = base.to(dtype), [source.to(dtype) for source in sources]
     exact = PlainStatistics(base.float(), [source.float() for source in sources])
-    found = dataclasses.replace(statistics_of(base, sources), columns=math.prod(shape[1:] if len(shape) > 1 else shape))
-    found = dataclasses.replace(found, whole=shape)
+    statistics = dataclasses.replace(
+        statistics_of(base, sources), columns=math.prod(shape[1:] if len(shape) > 1 else shape)
+    )
+    statistics = dataclasses.replace(statistics, whole=shape)
     rows = shape[0] if len(shape) > 1 else 1
-    start = (rows - 1) * found.columns  # the last row alone
+    start = (rows - 1) * statistics.columns  # the last row alone
     block = exact.block("row", start)
     for pair in ((0, 1), (1, 1)):
         for of in ("weights", "deltas"):
-            wanted = block.statistics.products(*pair, of, along)  # type: ignore[arg-type]
-            seen = found.at(start, (1, found.columns)).products(*pair, of, along)  # type: ignore[arg-type]
-            torch.testing.assert_close(seen, wanted, rtol=1e-10, atol=1e-10)
-    assert wanted.shape[0] == 1
-    assert wanted.numel() * rows in (math.prod(shape[:-1]), math.prod(shape[1:]) * rows, 1)
+            expected = block.statistics.products(*pair, of, along)  # type: ignore[arg-type]
+            seen = statistics.at(start, (1, statistics.columns)).products(*pair, of, along)  # type: ignore[arg-type]
+            torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-10)
+    assert expected.shape[0] == 1
+    assert expected.numel() * rows in (math.prod(shape[:-1]), math.prod(shape[1:]) * rows, 1)
 
 
 def test_what_is_remembered_is_computed_once_while_there_is_room() -> None:
@@ -190,15 +192,15 @@ def test_threads_that_ask_for_the_same_fact_compute_it_once(monkeypatch: pytest.
         return compute(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(statistics.store, "_joint_cutoff", counted)
-    found: list[tuple[float, int]] = []
+    cutoffs: list[tuple[float, int]] = []
     pair = (statistics.base, statistics.sources[0])
-    threads = [threading.Thread(target=lambda: found.append(statistics.store.trim(pair, 0.3))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: cutoffs.append(statistics.store.trim(pair, 0.3))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(computed) == 1
-    assert len(set(found)) == 1
+    assert len(set(cutoffs)) == 1
 
 
 def test_only_so_many_thresholds_are_remembered() -> None:
