@@ -3,7 +3,7 @@
     python bench/eval_speed.py
 
 For every task: the tokens that one sequence per request takes, the tokens that must be read when shared prefixes are
-read once, the floor (the FLOPs of the latter over the machine's matrix rate, measured in the same run), our time and
+read once, the floor (the FLOPs of the latter over the machine's matrix rate, measured in the same run), its time and
 HFLM's at its best batch size. Both are run in turn and the best of several rounds counts, because other programs may
 share the machine. Without the real models only the zoo is measured.
 """
@@ -29,7 +29,8 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge.evaluation.backends.native import backend as native
+from bench.timing import best_in_turn
+from evomerge.evaluation.backends.native.backend import NativeBackend
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.report.tables import table
@@ -53,7 +54,7 @@ class Line:
     shared: int
     scored: int
     floor: float
-    ours: float
+    native: float
     hflm: float
     batch_size: int
     flips: int
@@ -68,10 +69,10 @@ class Line:
             f"{self.shared:,}",
             f"{self.scored:,}",
             f"{self.floor:.2f}" if self.floor else "",
-            f"{self.ours:.2f}",
-            f"{self.ours / self.floor:.2f}x" if self.floor else "",
+            f"{self.native:.2f}",
+            f"{self.native / self.floor:.2f}x" if self.floor else "",
             f"{self.hflm:.2f} ({self.batch_size})",
-            f"{self.hflm / self.ours:.2f}x",
+            f"{self.hflm / self.native:.2f}x",
             self.agreement,
             str(self.flips),
         ]
@@ -84,24 +85,13 @@ HEAD = [
     "tokens shared",
     "scored",
     "floor s",
-    "ours s",
-    "ours / floor",
+    "native s",
+    "native / floor",
     "HFLM s (batch)",
     "faster",
     "float32, largest difference",
     "bf16 items flipped",
 ]
-
-
-def best_in_turn(runs: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
-    """Seconds of each run, the best of some rounds in which all take turns."""
-    seconds = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
 
 
 def matrices(model: Any) -> tuple[list[torch.Tensor], int]:
@@ -147,12 +137,14 @@ def flat(answers: Sequence[Sequence[Sequence[Any]]]) -> list[Any]:
     return [responses[0] for group in answers for responses in group]
 
 
-def flips(evaluator: Evaluator, task: str, indices: Sequence[int], ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+def flips(
+    evaluator: Evaluator, task: str, indices: Sequence[int], native: Sequence[Any], by_hflm: Sequence[Any]
+) -> int:
     """Items whose most likely choice (or whose text) differs; 0 where there is no choice."""
     count, start = 0, 0
     for index in indices:
         size = len(evaluator.requests(task).by_item[index])
-        a, b = ours[start : start + size], theirs[start : start + size]
+        a, b = native[start : start + size], by_hflm[start : start + size]
         start += size
         if isinstance(a[0], str):
             count += a != b
@@ -166,11 +158,11 @@ def agreement(model: Any, evaluator: Evaluator, tokenizer: Any, task: str, indic
     backend: Any = evaluator.backend
     requests = evaluator.requests(task)
     instances = [instance for index in indices for instance in requests.by_item[index]]
-    ours = flat(backend.respond(model, requests, indices))
-    theirs = ask(hflm(model, tokenizer, 8, evaluator.max_length), instances)
-    if isinstance(ours[0], str):
-        return f"{sum(a != b for a, b in zip(ours, theirs, strict=True))} of {len(ours)} texts differ"
-    return f"{np.abs(numbers(ours) - numbers(theirs)).max():.1e}"
+    native = flat(backend.respond(model, requests, indices))
+    by_hflm = ask(hflm(model, tokenizer, 8, evaluator.max_length), instances)
+    if isinstance(native[0], str):
+        return f"{sum(a != b for a, b in zip(native, by_hflm, strict=True))} of {len(native)} texts differ"
+    return f"{np.abs(numbers(native) - numbers(by_hflm)).max():.1e}"
 
 
 def write_generation(folder: Path, data: Path) -> None:
@@ -191,10 +183,10 @@ def write_generation(folder: Path, data: Path) -> None:
     (folder / f"{GENERATION}.yaml").write_text(yaml.safe_dump(config))
 
 
-def native_backend(evaluator: Evaluator) -> native.NativeBackend:
-    """The evaluator's backend, which the bench calls past the tasks' metrics."""
+def native_backend(evaluator: Evaluator) -> NativeBackend:
+    """The evaluator's backend, which this script calls past the tasks' metrics."""
     backend = evaluator.backend
-    assert isinstance(backend, native.NativeBackend)
+    assert isinstance(backend, NativeBackend)
     return backend
 
 
@@ -202,8 +194,8 @@ def best_batch_size(model: Any, evaluator: Evaluator, instances: Sequence[Any], 
     """HFLM's fastest batch size on a quarter of the requests, spread over all of them."""
     some = instances[::4]
     lms = {size: hflm(model, evaluator.encoder.tokenizer, size, evaluator.max_length) for size in sizes}
-    seconds = best_in_turn({size: partial(ask, lm, some) for size, lm in lms.items()}, 1)
-    return min(sizes, key=lambda size: seconds[size])
+    costs = best_in_turn({size: partial(ask, lm, some) for size, lm in lms.items()}, 1)
+    return min(sizes, key=lambda size: costs[size].wall)
 
 
 def measure(args: argparse.Namespace, model: Any, wide: Any, evaluator: Evaluator, task: str, count: int) -> Line:
@@ -215,23 +207,23 @@ def measure(args: argparse.Namespace, model: Any, wide: Any, evaluator: Evaluato
     lm = hflm(model, tokenizer, size, evaluator.max_length)
     answers: dict[str, Any] = {}
     runs: dict[str, Callable[[], object]] = {
-        "ours": lambda: answers.update(ours=flat(backend.respond(model, requests, indices))),
+        "native": lambda: answers.update(native=flat(backend.respond(model, requests, indices))),
         "hflm": lambda: answers.update(hflm=ask(lm, instances)),
     }
     weights, parameters = matrices(model)
     rate = matrix_rate(weights)
-    seconds = best_in_turn(runs, args.rounds)
+    seconds = {name: cost.wall for name, cost in best_in_turn(runs, args.rounds).items()}
     rate = max(rate, matrix_rate(weights))
     same = agreement(wide, evaluator, tokenizer, task, indices[: args.parity_items])
-    changed = flips(evaluator, task, indices, answers["ours"], answers["hflm"])
-    if isinstance(answers["ours"][0], str):
+    changed = flips(evaluator, task, indices, answers["native"], answers["hflm"])
+    if isinstance(answers["native"][0], str):
         tokens = sum(len(evaluator.encoder.tok_encode(instance.args[0])) for instance in instances)
-        return Line(task, count, tokens, tokens, 0, 0.0, seconds["ours"], seconds["hflm"], size, changed, same)
+        return Line(task, count, tokens, tokens, 0, 0.0, seconds["native"], seconds["hflm"], size, changed, same)
     packed = backend.packed(requests, indices)
     scored = sum(len(batch.scored) for batch in packed.batches)
     head = model.get_output_embeddings().weight.numel()
     floor = (2 * parameters * packed.tokens + 2 * head * scored) / rate
-    line = (task, count, packed.unshared, packed.tokens, scored, floor, seconds["ours"], seconds["hflm"], size)
+    line = (task, count, packed.unshared, packed.tokens, scored, floor, seconds["native"], seconds["hflm"], size)
     return Line(*line, changed, same)
 
 
@@ -240,14 +232,14 @@ def share_in_model(model: Any, evaluator: Evaluator, selection: dict[str, tuple[
     scorer, inside = native_backend(evaluator).logprobs, 0.0
     original = scorer.compute
 
-    def timed(*given: Any) -> Any:
+    def timed_compute(*given: Any) -> Any:
         nonlocal inside
         start = time.perf_counter()
         scored = original(*given)
         inside += time.perf_counter() - start
         return scored
 
-    scorer.compute = timed  # type: ignore[method-assign]
+    scorer.compute = timed_compute  # type: ignore[method-assign]
     start = time.perf_counter()
     evaluator.score(model, selection)
     total = time.perf_counter() - start
@@ -297,7 +289,9 @@ def main() -> None:
     parser.add_argument("--zoo", default="base", help="model of the zoo; '' for none")
     parser.add_argument("--zoo-items", type=int, default=100, help="items of each of the zoo's tasks")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 64], help="to try with HFLM")
-    parser.add_argument("--batch-tokens", type=int, help="tokens in a batch of ours; what suits if not given")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="tokens in a batch of the native scorer; what suits if not given"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--parity-items", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)

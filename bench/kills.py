@@ -132,11 +132,11 @@ def main() -> None:
     print("|" + "---|" * len(header))
     bad: list[Path] = []
     with tempfile.TemporaryDirectory() as folder:
-        for place, name in enumerate(arguments.algorithms if arguments.kills else ()):
-            share = arguments.kills * (place + 1) // len(arguments.algorithms)
-            share -= arguments.kills * place // len(arguments.algorithms)
+        for position, name in enumerate(arguments.algorithms if arguments.kills else ()):
+            share = arguments.kills * (position + 1) // len(arguments.algorithms)
+            share -= arguments.kills * position // len(arguments.algorithms)
             root = Path(folder) / name
-            cells, different = scripted(name, share, arguments.candidates, arguments.seed + place, root)
+            cells, different = scripted(name, share, arguments.candidates, arguments.seed + position, root)
             print("| " + " | ".join(cells) + " |", flush=True)
             bad += different
         if arguments.runs:

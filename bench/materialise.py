@@ -3,7 +3,7 @@
     python bench/materialise.py [MODELS]
 
 MODELS holds a folder `base` and its fine-tunes (default: models/). For every method: seconds for the first candidate,
-which finds out what is computed once per run, and for later ones, each with parameters of its own, so that nothing is
+which computes the statistics of the run, and for later ones, each with parameters of its own, so that nothing is
 remembered; the cost of one that differs in one of six groups of layers, and the operations it skips; memory.
 Beside wall seconds stand processor seconds, which say more where other work shares the cores, and the later candidate's
 processor seconds as a multiple of `torch.clone` of the same bytes (base and sources). Compiled
@@ -19,8 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 
+from bench.timing import Cost, timed
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.engine.resident import Resident
 from evomerge.methods.registry import get_method
@@ -110,20 +110,6 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of the clock and of the processor."""
-
-    wall: float
-    cpu: float
-
-
-def timed(work: Callable[[], Any]) -> Cost:
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
-
-
 def memory() -> dict[str, float]:
     """Gigabytes of this process: peak resident, anonymous now."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
@@ -136,9 +122,9 @@ class Watch:
     def __init__(self) -> None:
         self.most = 0.0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         while not self._end.wait(0.02):
             self.most = max(self.most, memory()["RssAnon"])
 
@@ -176,20 +162,34 @@ def recipe(case: Case, folder: Path, names: list[str], layers: int, draws: list[
     return made
 
 
+def open_models(folder: Path, most: int | None = None) -> tuple[list[str], dict[str, Checkpoint]]:
+    """Opens `base` and its fine-tunes, the first of them by name; returns the fine-tunes' names and all checkpoints."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != "base" and path.is_dir())[:most]
+    return names, {str(folder / name): open_checkpoint(str(folder / name)) for name in ["base", *names]}
+
+
+def draws_of(number: int) -> list[float]:
+    """A candidate's draws, one for each group of layers: no two candidates share any."""
+    return [((7 * number + 3 * n + 1) % 19) / 19 for n in range(GROUPS)]
+
+
+def plan_of(
+    case: Case, draws: Sequence[float], checkpoints: Mapping[str, Checkpoint], folder: Path, names: list[str]
+) -> Plan:
+    """Plans the candidate of some draws."""
+    layers = next(iter(checkpoints.values())).layout.layer_count
+    return make_plan(parse_recipe(recipe(case, folder, names, layers, list(draws))), checkpoints)
+
+
 def measure(
     case: Case, checkpoints: Mapping[str, Checkpoint], folder: Path, names: list[str], clone: float
 ) -> list[str]:
     """One row of the table; `clone` is what copying everything costs, in processor seconds."""
     resident = Resident(checkpoints)
-    layers = next(iter(checkpoints.values())).layout.layer_count
-
-    def plan(*draws: float) -> Plan:
-        return make_plan(parse_recipe(recipe(case, folder, names, layers, list(draws))), checkpoints)
-
-    candidates = [plan(*(((7 * k + 3 * n + 1) % 19) / 19 for n in range(GROUPS))) for k in range(LATER + 1)]
-    first, *later = (timed(lambda p=p: resident.write(p)) for p in candidates)  # type: ignore[misc]
-    draws = [((7 * LATER + 3 * n + 1) % 19) / 19 for n in range(GROUPS)]
-    changed = plan(*draws[:2], 0.999, *draws[3:])
+    plan = partial(plan_of, case, checkpoints=checkpoints, folder=folder, names=names)
+    first, *later = (timed(partial(resident.write, plan(draws_of(number)))) for number in range(LATER + 1))
+    draws = draws_of(LATER)
+    changed = plan([*draws[:2], 0.999, *draws[3:]])
     skipped = 0
 
     def one_group() -> None:
@@ -257,10 +257,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     collect_rarely()  # as the command line does: a full collection takes 0.2 s of one candidate
-    names = sorted(path.name for path in arguments.models.iterdir() if path.name != "base" and path.is_dir())
-    checkpoints = {
-        str(arguments.models / name): open_checkpoint(str(arguments.models / name)) for name in ["base", *names]
-    }
+    names, checkpoints = open_models(arguments.models)
     head = [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
     print(*head, sep="\n")
     rows = []

@@ -52,7 +52,7 @@ class Case:
         sources: How many sources it takes.
         target: Most that it may take, as a multiple of the floor; None where there is no target.
         faster: Least that it should be faster than mergekit.
-        ours: mergekit has no such method.
+        only_here: mergekit has no such method.
     """
 
     method: str
@@ -62,7 +62,7 @@ class Case:
     sources: int = 3
     target: float | None = None
     faster: float | None = None
-    ours: bool = False
+    only_here: bool = False
 
 
 CASES = (
@@ -71,7 +71,7 @@ CASES = (
     Case("task_arithmetic", WEIGHTS, {"lambda": 0.8}, target=2, faster=3),
     Case("passthrough", {}, {}, base=False, sources=1, target=2),
     Case("dare_linear", DENSE, {}, target=4, faster=5),
-    Case("dfs", WEIGHTS, {}, target=4, ours=True),
+    Case("dfs", WEIGHTS, {}, target=4, only_here=True),
     Case("ties", DENSE, {}, target=6, faster=10),
     Case("dare_ties", DENSE, {}, target=6, faster=5),
     Case("della", DENSE, {}),
@@ -118,11 +118,11 @@ def run(command: Sequence[str], log: Path) -> Cost:
                     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                 except (FileNotFoundError, ProcessLookupError):
                     return
-                held = dict(line.split(":", 1) for line in lines if ":" in line)
+                fields = dict(line.split(":", 1) for line in lines if ":" in line)
                 for k, name in enumerate(("VmHWM", "RssAnon")):
-                    if name not in held:  # it has ended
+                    if name not in fields:  # it has ended
                         return
-                    most[k] = max(most[k], int(held[name].split()[0]) / 2**20)
+                    most[k] = max(most[k], int(fields[name].split()[0]) / 2**20)
                 time.sleep(0.01)
 
         thread = threading.Thread(target=watch, daemon=True)
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS}")
     args = parser.parse_args()
     rows = [
-        "| layers | method | floor, s | ours, s | of floor | target | cpu s | peak GB | anonymous GB | mergekit, s | "
+        "| layers | method | floor, s | seconds | of floor | target | cpu s | peak GB | anonymous GB | mergekit, s | "
         "peak GB | faster | target | of its peak |",
         "| --- " * 14 + "|",
     ]
@@ -273,22 +273,22 @@ def row(case: Case, root: Path, depth: int, mergekit: str | None, rounds: int, l
     config, out = root / "recipe.yaml", root / "out"
     models = recipe(case, root, config)
     floors, costs = [], []
-    ours = [sys.executable, "-m", "evomerge", "merge", str(config), str(out), "--overwrite"]
+    command = [sys.executable, "-m", "evomerge", "merge", str(config), str(out), "--overwrite"]
     run(["sh", "-c", f"cat {' '.join(str(root / m / '*.safetensors') for m in models)} > /dev/null"], log)
     for _ in range(rounds):
         floors.append(floor(root, models, log))
         shutil.rmtree(out, ignore_errors=True)
-        costs.append(run(ours, log))
+        costs.append(run(command, log))
     bound, cost = statistics.median(floors), sorted(costs, key=lambda c: c.wall)[len(costs) // 2]
     shutil.rmtree(out, ignore_errors=True)
     cells = [str(depth), case.method, f"{bound:.1f}", f"{cost.wall:.1f}", f"{cost.wall / bound:.1f}x"]
     cells += [f"{case.target:g}x" if case.target else "", f"{cost.cpu:.1f}", f"{cost.peak:.2f}"]
     cells += [f"{cost.anonymous:.2f}"]
-    if mergekit and not case.ours:
-        theirs = run([mergekit, str(config), str(out), "--lazy-unpickle"], log)
+    if mergekit and not case.only_here:
+        other = run([mergekit, str(config), str(out), "--lazy-unpickle"], log)
         shutil.rmtree(out, ignore_errors=True)
-        cells += [f"{theirs.wall:.1f}", f"{theirs.peak:.2f}", f"{theirs.wall / cost.wall:.1f}x"]
-        cells += [f"{case.faster:g}x" if case.faster else "", f"{cost.peak / theirs.peak:.2f}"]
+        cells += [f"{other.wall:.1f}", f"{other.peak:.2f}", f"{other.wall / cost.wall:.1f}x"]
+        cells += [f"{case.faster:g}x" if case.faster else "", f"{cost.peak / other.peak:.2f}"]
     return "| " + " | ".join(cells + [""] * (14 - len(cells))) + " |"
 
 

@@ -70,7 +70,7 @@ DELIBERATE = {
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe without its models' places: `{base}`, `{a}`, `{b}`, `{c}` stand for them.
+    """A recipe without its models' paths: `{base}`, `{a}`, `{b}`, `{c}` stand for them.
 
     Attributes:
         name: For the table.
@@ -246,13 +246,13 @@ def slerp(parameters: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def placed(value: Any, places: Mapping[str, str]) -> Any:
-    """The recipe with its models' places filled in."""
+def with_paths(value: Any, paths: Mapping[str, str]) -> Any:
+    """The recipe with its models' paths filled in."""
     if isinstance(value, str):
-        return places.get(value, value)
+        return paths.get(value, value)
     if isinstance(value, Mapping):
-        return {placed(key, places): placed(entry, places) for key, entry in value.items()}
-    return [placed(entry, places) for entry in value] if isinstance(value, list) else value
+        return {with_paths(key, paths): with_paths(entry, paths) for key, entry in value.items()}
+    return [with_paths(entry, paths) for entry in value] if isinstance(value, list) else value
 
 
 @dataclass
@@ -281,21 +281,21 @@ class Differences:
 
 
 def compare(
-    ours: Checkpoint, theirs: Checkpoint, rounded: bool, why: Callable[[str], Reasons | None] = lambda name: None
+    here: Checkpoint, mergekits: Checkpoint, rounded: bool, why: Callable[[str], Reasons | None] = lambda name: None
 ) -> Differences:
     """Compares tensor by tensor.
 
     Args:
-        ours, theirs: The checkpoints.
+        here, mergekits: The checkpoints.
         rounded: They were written as bfloat16: one step of it is no difference.
         why: Which elements of a tensor may differ.
     """
-    found = Differences()
-    found.names = sorted(set(ours.tensors) ^ set(theirs.tensors))
-    for name in sorted(set(ours.tensors) & set(theirs.tensors)):
-        left, right = ours.tensor(name), theirs.tensor(name)
+    differences = Differences()
+    differences.names = sorted(set(here.tensors) ^ set(mergekits.tensors))
+    for name in sorted(set(here.tensors) & set(mergekits.tensors)):
+        left, right = here.tensor(name), mergekits.tensor(name)
         if left.shape != right.shape:
-            found.names.append(f"{name} {tuple(left.shape)} {tuple(right.shape)}")
+            differences.names.append(f"{name} {tuple(left.shape)} {tuple(right.shape)}")
             continue
         a, b = left.double().flatten(), right.double().flatten()
         apart = (a - b).abs()
@@ -304,27 +304,27 @@ def compare(
         # An element near zero is what is left of larger ones that cancel: its own last place says nothing.
         step = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-38))) - 7).clamp(min=ROUNDING * largest)
         wrong = apart > (1.001 * step if rounded else ROUNDING * largest)
-        found.total += a.numel()
-        if bool(wrong.any()) and (known := why(name)) is not None:
-            found.hair += int((wrong & known.hair).sum())
-            found.purpose += int((wrong & known.purpose & ~known.hair).sum())
-            excused = wrong & (known.hair | known.purpose)
+        differences.total += a.numel()
+        if bool(wrong.any()) and (reason := why(name)) is not None:
+            differences.hair += int((wrong & reason.hair).sum())
+            differences.purpose += int((wrong & reason.purpose & ~reason.hair).sum())
+            excused = wrong & (reason.hair | reason.purpose)
             apart, wrong = apart.masked_fill(excused, 0.0), wrong & ~excused
-        found.differing += int(wrong.sum())
-        if float(apart.max()) / largest > found.largest:
-            found.largest, found.where = float(apart.max()) / largest, name
-        found.steps = max(found.steps, float((apart / step).max()))
-    return found
+        differences.differing += int(wrong.sum())
+        if float(apart.max()) / largest > differences.largest:
+            differences.largest, differences.where = float(apart.max()) / largest, name
+        differences.steps = max(differences.steps, float((apart / step).max()))
+    return differences
 
 
 def tiny(root: Path) -> dict[str, str]:
     """A random Llama of four layers and three noisy copies of it, float32."""
     from tests.models import write_tiny_llama
 
-    places = {"base": write_tiny_llama(root / "base", 0, hidden=64)}
+    paths = {"base": write_tiny_llama(root / "base", 0, hidden=64)}
     for seed, name in enumerate("abc", start=1):
-        places[name] = write_tiny_llama(root / name, seed, base=places["base"], noise=0.01)
-    return {f"{{{name}}}": str(path) for name, path in places.items()}
+        paths[name] = write_tiny_llama(root / name, seed, base=paths["base"], noise=0.01)
+    return {f"{{{name}}}": str(path) for name, path in paths.items()}
 
 
 def real(folder: Path) -> dict[str, str]:
@@ -365,14 +365,14 @@ class Mergekit:
 
 
 def rows_of(
-    label: str, places: Mapping[str, str], depth: int, only: list[str], mergekit: Mergekit, root: Path
+    label: str, paths: Mapping[str, str], depth: int, only: list[str], mergekit: Mergekit, root: Path
 ) -> Iterator[str]:
     """The rows of one family of models."""
-    opened = {place: open_checkpoint(place) for place in places.values()}
+    opened = {path: open_checkpoint(path) for path in paths.values()}
     for case in cases(depth):
         if case.recipe["merge_method"] not in METHODS or (only and not any(text in case.name for text in only)):
             continue
-        recipe = placed(dict(case.recipe), places) | {"dtype": "float32"}
+        recipe = with_paths(dict(case.recipe), paths) | {"dtype": "float32"}
         if not case.stochastic:
             cells = once(recipe, opened, mergekit, root)
         elif label == "tiny":
@@ -385,16 +385,16 @@ def rows_of(
 def once(recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint], mergekit: Mergekit, root: Path) -> list[str]:
     """The five cells of a deterministic case."""
     parsed = parse_recipe({**recipe, "out_dtype": "float32"})
-    ours, theirs = root / "ours", root / "theirs"
+    here, mergekits = root / "here", root / "mergekits"
 
     def merged(out: str, computed: str = "float32") -> str | None:
         """Both merges; what went wrong."""
-        wanted = {**recipe, "out_dtype": out}
+        document = {**recipe, "out_dtype": out}
         try:
-            merge_to_folder(parse_recipe(wanted), ours, overwrite=True)
+            merge_to_folder(parse_recipe(document), here, overwrite=True)
         except EvoMergeError as error:
             return f"refused here: {error}"[:160]
-        problem = mergekit({**wanted, "dtype": computed}, theirs)
+        problem = mergekit({**document, "dtype": computed}, mergekits)
         return f"fails in mergekit: {problem}"[:160] if problem else None
 
     operations = {op.output: op for op in align_and_plan(parsed, opened, identify=False)[0].operations}
@@ -403,7 +403,7 @@ def once(recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint], mergekit: 
         return reasons(operations[name], opened)
 
     def compared(rounded: bool) -> Differences:
-        return compare(open_checkpoint(str(ours)), open_checkpoint(str(theirs)), rounded, why)
+        return compare(open_checkpoint(str(here)), open_checkpoint(str(mergekits)), rounded, why)
 
     if problem := merged("float32"):
         return [problem, "", "", "", ""]
@@ -417,23 +417,23 @@ def once(recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint], mergekit: 
     return [*cells, *(f"{n} ({n / single.total:.2%})" if n else "" for n in (single.hair, single.purpose))]
 
 
-def _text(found: Differences, largest: str, where: bool) -> str:
+def _text(differences: Differences, largest: str, where: bool) -> str:
     if where:
-        largest += f" ({found.differing} elements; {found.where})"
-    return largest + (f" (names differ: {found.names[:2]})" if found.names else "")
+        largest += f" ({differences.differing} elements; {differences.where})"
+    return largest + (f" (names differ: {differences.names[:2]})" if differences.names else "")
 
 
 def over_seeds(recipe: Mapping[str, Any], mergekit: Mergekit, root: Path) -> list[str]:
     """Mean and variance over seeds of both, as ratios."""
-    samples: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
+    samples: dict[str, list[torch.Tensor]] = {"here": [], "mergekits": []}
     start = _matrices(str(recipe["base_model"]))
     for seed in range(SEEDS):
-        merge_to_folder(parse_recipe({**recipe, "seed": seed}), root / "ours", overwrite=True)
-        if problem := mergekit(recipe, root / "theirs", seed):
+        merge_to_folder(parse_recipe({**recipe, "seed": seed}), root / "here", overwrite=True)
+        if problem := mergekit(recipe, root / "mergekits", seed):
             return [f"fails in mergekit: {problem}"[:160], "", "", "", ""]
-        for name, held in samples.items():
-            held.append(_matrices(str(root / name)) - start)
-    a, b = (torch.stack(held) for held in samples.values())
+        for name, sample in samples.items():
+            sample.append(_matrices(str(root / name)) - start)
+    a, b = (torch.stack(sample) for sample in samples.values())
     chance = b.var(0).sum() / SEEDS  # what the noise of a mean adds to its square
     mean = float((a.mean(0) * b.mean(0)).sum() / ((b.mean(0) ** 2).sum() - chance))
     spread = ((a.var(0) + b.var(0)) / SEEDS).sqrt()
@@ -470,8 +470,8 @@ def main() -> None:
         if args.models:
             families["real"] = lambda: (real(args.models), depth_of(args.models / "base"))
         for label in (name for name in families if name in args.families):
-            places, depth = families[label]()
-            for row in rows_of(label, places, depth, args.only, mergekit, root):
+            paths, depth = families[label]()
+            for row in rows_of(label, paths, depth, args.only, mergekit, root):
                 rows.append(row)
                 print(row, flush=True)
         mergekit.close()

@@ -106,10 +106,10 @@ def _sce(base: Tensor, deltas: Sequence[Tensor], settings: Settings) -> Reasons:
     hair = torch.zeros(base.numel(), dtype=torch.bool)
     if fraction < 1.0:
         spread = wide.var(0, unbiased=False).float()
-        wanted = keep_count(int(spread.count_nonzero()), fraction)
-        threshold, _ = cutoff(spread, wanted)
+        kept = keep_count(int(spread.count_nonzero()), fraction)
+        threshold, _ = cutoff(spread, kept)
         hair = (spread - threshold).abs() <= 10 * ROUNDING * threshold
-        if int((spread >= threshold).sum()) > wanted:  # which of the equals stay moves the weights of all models
+        if int((spread >= threshold).sum()) > kept:  # which of the equals stay moves the weights of all models
             hair = torch.ones_like(hair)
         wide = wide * (spread > threshold)
     mass, total = wide.sum(0), wide.abs().sum(0)

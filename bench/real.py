@@ -25,11 +25,11 @@ def costs(candidates: tuple[Candidate, ...]) -> str:
     computed = [c for c in candidates if c.state == "done" and "score" in c.seconds]
     rows = []
     for method in sorted({str(c.recipe["merge_method"]) for c in computed}):
-        mine = [c for c in computed if c.recipe["merge_method"] == method]
-        median = {stage: statistics.median(c.seconds[stage] for c in mine) for stage in (*STAGES, "total")}
+        of_method = [c for c in computed if c.recipe["merge_method"] == method]
+        median = {stage: statistics.median(c.seconds[stage] for c in of_method) for stage in (*STAGES, "total")}
         rest = median["total"] - median["score"]
         seconds = (f"{median[stage]:.2f}" for stage in (*STAGES, "total"))
-        rows.append([method, str(len(mine)), *seconds, f"{rest / median['total']:.0%}"])
+        rows.append([method, str(len(of_method)), *seconds, f"{rest / median['total']:.0%}"])
     header = ["method", "candidates", *(f"{stage}, s" for stage in (*STAGES, "total")), "not scoring"]
     return table(header, rows)
 

@@ -48,7 +48,7 @@ from evomerge.zoo.models import ensure
 
 HERE = Path(__file__).parent
 DAMAGES = ("noise", "shuffled", "removed")
-WANTED = 0.8
+REPAIRED = 0.8
 """The share of the lost score that counts as a repair."""
 
 EXPERTS = ("agreement", "reverse", "facts", "arithmetic")
@@ -65,7 +65,7 @@ HEADER = [
 
 
 @dataclass(frozen=True)
-class Problem:
+class RuinedModel:
     """A model to repair.
 
     Attributes:
@@ -122,7 +122,7 @@ def ruin(intact: Path, out: Path, layers: Sequence[int], damage: str, seed: int)
     return out
 
 
-def specification(problem: Problem, models: Mapping[str, Path]) -> SearchSpec:
+def specification(problem: RuinedModel, models: Mapping[str, Path]) -> SearchSpec:
     """The search for a repair, over given models instead of the problem's own."""
     sources = [name for name in models if name != "base"]
     steer, report = problem.items
@@ -157,16 +157,16 @@ class Scores:
     def __init__(self, spec: SearchSpec) -> None:
         self.problem = open_problem(spec)
         self.runner = ModelRunner(self.problem)
-        self._known: dict[tuple[str, str], float] = {}
+        self._fitness: dict[tuple[str, str], float] = {}
 
     def of(self, recipe: Mapping[str, Any], split: str) -> float:
         """By what steers on search items, by the task's own metric on test items."""
         plan = self.runner.plan(recipe)
-        if (plan.digest, split) not in self._known:
+        if (plan.digest, split) not in self._fitness:
             scores, _ = self.runner.measure(plan, self.problem.splits[split])
             fitness = self.problem.steering if split == SEARCH else self.problem.reported
-            self._known[plan.digest, split] = fitness(scores)
-        return self._known[plan.digest, split]
+            self._fitness[plan.digest, split] = fitness(scores)
+        return self._fitness[plan.digest, split]
 
     def outcome(self, proposal: Proposal) -> Outcome:
         """What steers the search."""
@@ -202,7 +202,7 @@ def run(scores: Scores, algorithm: str, budget: int, population: int, seed: int)
         for start in baselines(space)
         if start.name.startswith("parent:") or (algorithm == "ga" and start.recipe["merge_method"] == "frankenmerge")
     ]
-    found = search(
+    ended = search(
         space,
         get_algorithm(algorithm),
         InProcess(scores.outcome),
@@ -212,14 +212,14 @@ def run(scores: Scores, algorithm: str, budget: int, population: int, seed: int)
         settings=AlgorithmSettings(population),
         starts=starts,
     )
-    return found.candidates
+    return ended.candidates
 
 
 @dataclass(frozen=True)
 class Posed:
     """A problem with its damage done: the models' scores, and on test items the victim's before and after."""
 
-    problem: Problem
+    problem: RuinedModel
     scores: Scores
     intact: float
     ruined: float
@@ -229,7 +229,7 @@ class Posed:
         return (self.scores.of(recipe, TEST) - self.ruined) / (self.intact - self.ruined)
 
 
-def pose(problems: Iterable[Problem], folder: Path) -> Posed:
+def pose(problems: Iterable[RuinedModel], folder: Path) -> Posed:
     """The first of the problems in which the damage costs enough; its models are written into `folder`."""
     for number, problem in enumerate(problems):
         models = {
@@ -248,28 +248,28 @@ def pose(problems: Iterable[Problem], folder: Path) -> Posed:
 
 
 def regained(posed: Posed, candidates: Sequence[Candidate]) -> tuple[float, int | None, Candidate]:
-    """The share that the best by the search items has; after how many candidates the best had `WANTED`; that best."""
+    """The share that the best by the search items has; after how many candidates the best had `REPAIRED`; that best."""
     best, needed = candidates[0], None
     for candidate in candidates:
         if candidate is best or (candidate.fitness or 0.0) > (best.fitness or 0.0):
             best = candidate
-            if posed.share(best.recipe) < WANTED:
+            if posed.share(best.recipe) < REPAIRED:
                 needed = None
             elif needed is None:
                 needed = candidate.number + 1
     return posed.share(best.recipe), needed, best
 
 
-def told(posed: Posed) -> float:
+def share_by_oracle(posed: Posed) -> float:
     """The best share that one has who knows the ruined layers and takes them from one other model."""
     problem, space = posed.problem, posed.scores.problem.space
     lost = problem.layers[problem.victim]
-    found = []
+    shares = []
     for name in problem.models:
         if name != problem.victim and not set(problem.layers.get(name, ())) & set(lost):
             layers = [LayerGene(name if k in lost else problem.victim, k) for k in range(space.layer_count)]
-            found.append(posed.share(decode(space, Genome.of({}, layers))))
-    return max(found, default=math.nan)
+            shares.append(posed.share(decode(space, Genome.of({}, layers))))
+    return max(shares, default=math.nan)
 
 
 def solve(posed: Posed, budget: int, population: int) -> tuple[list[str], dict[str, Any]]:
@@ -277,7 +277,10 @@ def solve(posed: Posed, budget: int, population: int) -> tuple[list[str], dict[s
     problem, scores = posed.problem, posed.scores
     space = scores.problem.space
     others = [alone(Path(space.reference(name))) for name in problem.models if name != problem.victim]
-    figures: dict[str, Any] = {"other": max(posed.share(recipe) for recipe in others), "told": told(posed)}
+    figures: dict[str, Any] = {
+        "other": max(posed.share(recipe) for recipe in others),
+        "told where": share_by_oracle(posed),
+    }
     for algorithm in ("ga", "random"):
         candidates = run(scores, algorithm, budget, population, problem.seed)
         figures[algorithm], figures[f"{algorithm} after"], best = regained(posed, candidates)
@@ -286,7 +289,7 @@ def solve(posed: Posed, budget: int, population: int) -> tuple[list[str], dict[s
     layers = " and ".join(str(layer) for layer in problem.layers[problem.victim])
     line = [
         *(str(problem.seed), problem.victim, f"{layers} {problem.damage}"),
-        *(f"{posed.intact:.3f}", f"{posed.ruined:.3f}", f"{figures['other']:.0%}", f"{figures['told']:.0%}"),
+        *(f"{posed.intact:.3f}", f"{posed.ruined:.3f}", f"{figures['other']:.0%}", f"{figures['told where']:.0%}"),
         *(f"{figures['ga']:.0%}", str(figures["ga after"] or "-")),
         *(f"{figures['random']:.0%}", str(figures["random after"] or "-")),
     ]
@@ -311,7 +314,7 @@ def shown(layers: Sequence[LayerGene]) -> str:
     )
 
 
-def zoo_problems(seed: int, every_source: bool) -> Iterator[Problem]:
+def zoo_problems(seed: int, every_source: bool) -> Iterator[RuinedModel]:
     """Damages of an expert in a random order; with `every_source`, every other model loses one layer too.
 
     The first layer stays whole: a pattern takes its embeddings from the model of its first layer, so the embeddings of
@@ -326,10 +329,10 @@ def zoo_problems(seed: int, every_source: bool) -> Iterator[Problem]:
         if every_source:
             whole = [layer for layer in range(1, 6) if layer not in pair]
             lost |= {name: (whole[int(rng.integers(len(whole)))],) for name in models if name != victim}
-        yield Problem(seed, models, victim, damage, lost, f"zoo_{victim}", (5, 7), (170, 180), LOSS)
+        yield RuinedModel(seed, models, victim, damage, lost, f"zoo_{victim}", (5, 7), (170, 180), LOSS)
 
 
-def real_problems(folder: Path, seed: int, every_source: bool) -> Iterator[Problem]:
+def real_problems(folder: Path, seed: int, every_source: bool) -> Iterator[RuinedModel]:
     """Two of the thirty layers of the fine-tune of agreement turned into noise; or two of each model's."""
     models = {name: folder / name for name in ("agreement", "base", "islands", "math", "science")}
     ruined = list(models)[: len(models) if every_source else 1]
@@ -337,14 +340,16 @@ def real_problems(folder: Path, seed: int, every_source: bool) -> Iterator[Probl
     for _ in range(20):
         order = [int(layer) + 1 for layer in rng.permutation(29)]
         lost = {name: tuple(sorted(order[2 * k : 2 * k + 2])) for k, name in enumerate(ruined)}
-        yield Problem(seed, models, "agreement", "noise", lost, "real_blimp_agreement", (28, 32), (40, 200), REAL_LOSS)
+        yield RuinedModel(
+            seed, models, "agreement", "noise", lost, "real_blimp_agreement", (28, 32), (40, 200), REAL_LOSS
+        )
 
 
 def summary(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many of the seeds are repaired, the medians, and the median number of candidates of those repaired."""
     cells = [
         *("median", "", "", "", ""),
-        *(f"{statistics.median(f[k] for f in figures):.0%}" for k in ("other", "told")),
+        *(f"{statistics.median(f[k] for f in figures):.0%}" for k in ("other", "told where")),
     ]
     for algorithm in ("ga", "random"):
         after = [f[f"{algorithm} after"] for f in figures if f[f"{algorithm} after"]]

@@ -86,7 +86,7 @@ CONTENDERS: dict[str, Contender] = {
         for method, genes in (("task_arithmetic", 12), ("ties", 24), ("dare_ties", 24))
     },
     **{name: Contender({"algorithm": name}) for name in OTHERS},
-    "ga without slopes": Contender({"algorithm": "ga", "options": {"gradient_steps": False}}),
+    "ga without gradients": Contender({"algorithm": "ga", "options": {"gradient_steps": False}}),
     "ga, bred only": Contender(_BRED),
 }
 
@@ -96,10 +96,10 @@ def spec_of(path: Path, contender: Contender, seed: int, candidates: int) -> Sea
     spec = load_spec(path)
     racing = spec.evaluation.racing if contender.racing is None else contender.racing
     evaluation = spec.evaluation.model_copy(update={"racing": racing, "guard": []})
-    wanted = spec.search.model_copy(
+    search = spec.search.model_copy(
         update={"seed": seed, "candidates": candidates, "baseline": None, **contender.search}
     )
-    data = spec.model_dump() | {"evaluation": evaluation.model_dump(), "search": wanted.model_dump()}
+    data = spec.model_dump() | {"evaluation": evaluation.model_dump(), "search": search.model_dump()}
     data["space"] |= dict(contender.space)
     data["run"] |= {"keep": 0}
     return SearchSpec.model_validate(data)
@@ -160,7 +160,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     spent = list(spent_items(order, evaluator.gradient_items))
     track = _track(order, spent, lambda c: objective.fitness.unweighted(evaluator.scores(c.recipe, TEST)[0]))
     winner, _ = evaluator.scores(result.winner.recipe, TEST)
-    found = {
+    summarised = {
         "name": name,
         "seed": seed,
         "items": spent[-1],
@@ -175,8 +175,8 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
             "reported": objective.reported(winner),
         },
     }
-    write_atomic(summary, json.dumps(found, indent=1))
-    return found
+    write_atomic(summary, json.dumps(summarised, indent=1))
+    return summarised
 
 
 def _track(
@@ -197,9 +197,9 @@ def reached(track: Sequence[Sequence[float]], quality: float) -> float:
     return next((row[0] for row in track if row[2] >= quality), math.inf)
 
 
-def final(found: Mapping[str, Any]) -> float:
+def final(summarised: Mapping[str, Any]) -> float:
     """The quality that a search ends with: its best candidate's fitness on unseen items."""
-    return float(found["track"][-1][2])
+    return float(summarised["track"][-1][2])
 
 
 def against(name: str, default: Mapping[int, Any], other: Mapping[int, Any], default_name: str) -> list[str]:
@@ -207,7 +207,7 @@ def against(name: str, default: Mapping[int, Any], other: Mapping[int, Any], def
     seeds = sorted(default.keys() & other.keys())
     shares = [reached(default[s]["track"], final(other[s])) / other[s]["items"] for s in seeds]
     gains = [default[s]["winner"]["fitness"] - other[s]["winner"]["fitness"] for s in seeds]
-    told = [default[s]["winner"]["reported"] - other[s]["winner"]["reported"] for s in seeds]
+    reported = [default[s]["winner"]["reported"] - other[s]["winner"]["reported"] for s in seeds]
     first = [other[s]["winner"]["fitness"] - other[s]["track"][0][2] for s in seeds]
     return [
         name,
@@ -216,7 +216,7 @@ def against(name: str, default: Mapping[int, Any], other: Mapping[int, Any], def
         f"{statistics.fmean(other[s]['winner']['fitness'] for s in seeds):.4f}",
         f"{statistics.fmean(other[s]['winner']['reported'] for s in seeds):.4f}",
         "" if name == default_name else _spread(gains),
-        "" if name == default_name else _spread(told),
+        "" if name == default_name else _spread(reported),
         "" if name == default_name else f"{sum(g > 0 for g in gains)}/{len(gains)}",
         "" if name == default_name else f"{statistics.median(shares):.2f}",
         _spread(first),
@@ -239,12 +239,12 @@ HEADER = [
 
 def summary(folder: Path, default: str) -> str:
     """The table of all finished runs in a folder."""
-    found: dict[str, dict[int, Any]] = {}
+    runs: dict[str, dict[int, Any]] = {}
     for path in sorted(folder.glob("*/efficiency.json")):
         one = json.loads(path.read_text())
-        found.setdefault(one["name"], {})[one["seed"]] = one
-    names = [name for name in CONTENDERS if name in found]
-    return table(HEADER, [against(name, found[default], found[name], default) for name in names])
+        runs.setdefault(one["name"], {})[one["seed"]] = one
+    names = [name for name in CONTENDERS if name in runs]
+    return table(HEADER, [against(name, runs[default], runs[name], default) for name in names])
 
 
 def winners(folder: Path, default: str, seed: int) -> str:
@@ -282,10 +282,12 @@ def winners(folder: Path, default: str, seed: int) -> str:
 
 def _work(job: tuple[str, Path, int, int, Path, int | None]) -> str:
     name, path, seed, candidates, folder, items = job
-    found = run(name, path, seed, candidates, folder, items)
+    summarised = run(name, path, seed, candidates, folder, items)
+    winner = summarised["winner"]
     return (
-        f"{name}, seed {seed}: {found['candidates']} candidates ({found['pruned']} pruned), {found['items']} items, "
-        f"winner {found['winner']['fitness']:.4f}, reported {found['winner']['reported']:.4f} ({found['reason']})"
+        f"{name}, seed {seed}: {summarised['candidates']} candidates ({summarised['pruned']} pruned), "
+        f"{summarised['items']} items, winner {winner['fitness']:.4f}, reported {winner['reported']:.4f} "
+        f"({summarised['reason']})"
     )
 
 
