@@ -36,7 +36,6 @@ class Evaluator:
         fewshot_as_multiturn: Whether each example is a turn of its own; None for where a chat template is applied.
         system_instruction: What every prompt begins with.
         backend: One of `backends.registry`.
-        reuse_prefixes: Whether hidden states of layers that candidates share are kept; `score` needs `layer_digests`.
         threads: How many threads of a CPU the batches of generated text are cut for: what rounds them must not depend
             on how many there are in this process. None for all that torch has.
 
@@ -56,7 +55,6 @@ class Evaluator:
         fewshot_as_multiturn: bool | None = None,
         system_instruction: str | None = None,
         backend: BackendName = "native",
-        reuse_prefixes: bool = True,
         threads: int | None = None,
     ) -> None:
         from lm_eval.models.utils import resolve_max_length
@@ -71,9 +69,7 @@ class Evaluator:
         self._requests: dict[str, Requests] = {}
         self._hashes: dict[str, tuple[str, ...]] = {}
         vocabulary = int((getattr(config, "text_config", None) or config).vocab_size)
-        self.backend = make_backend(
-            backend, BackendOptions(self.encoder, vocabulary, batch_tokens, reuse_prefixes, threads)
-        )
+        self.backend = make_backend(backend, BackendOptions(self.encoder, vocabulary, batch_tokens, threads))
 
     @cached_property
     def all_items(self) -> dict[str, tuple[int, ...]]:
@@ -92,16 +88,12 @@ class Evaluator:
         """
         self.backend.prepare(model)
 
-    def score(
-        self, model: Any, selection: Selection | None = None, layer_digests: Sequence[str] = ()
-    ) -> dict[str, ItemScores]:
+    def score(self, model: Any, selection: Selection | None = None) -> dict[str, ItemScores]:
         """Scores a model.
 
         Args:
             model: A causal language model of transformers, in evaluation mode.
             selection: Task to positions of its items, in the order in which the scores should come; all items if None.
-            layer_digests: For each layer the identity of the hidden states before it, so that layers which this model
-                shares with one scored before need not be run again.
 
         Returns:
             Task to per-item scores.
@@ -117,7 +109,7 @@ class Evaluator:
                 raise TaskError(f"task {task!r}: no items are selected, so there is nothing to score")
             requests = self.requests(task)
             instances = requests.fresh(indices)
-            responses = self.backend.respond(model, requests, indices, layer_digests)
+            responses = self.backend.respond(model, requests, indices)
             for group, by_instance in zip(instances, responses, strict=True):
                 for instance, values in zip(group, by_instance, strict=True):
                     instance.resps.extend(values)
@@ -164,10 +156,6 @@ class Evaluator:
         part = {metric: gradient[list(positions)] for metric, gradient in score_gradients.items()}
         chosen = [indices[position] for position in positions]
         return loglikelihood_derivatives(self._task(task), self.requests(task), chosen, responses, part)
-
-    def announce_next(self, layer_digests: Sequence[str]) -> None:
-        """Announces the model that will be scored after the next one: the hidden states that both share are kept."""
-        self.backend.announce_next(layer_digests)
 
     def requests(self, task: str) -> Requests:
         """Builds what the task asks, on first use."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.compatible import check_compatible
-from evomerge.checkpoints.layout import Layout, Stack, vocabulary_tensors
+from evomerge.checkpoints.header import TensorSpec
+from evomerge.checkpoints.layout import Layout, Stack, layout_of, vocabulary_tensors
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.registry import get_method
 from evomerge.planning.merged_config import merged_config
@@ -47,6 +48,13 @@ class Plan:
     family: Family
     reference: str
     tokenizer: WrittenTokenizer | None = None
+
+    @property
+    def layer_count(self) -> int:
+        """The layers of the merged model; 0 where it has no one stack of them."""
+        specs = {op.output: TensorSpec(op.output, op.shape, op.dtype) for op in self.operations}
+        layout = layout_of(specs, self.config)
+        return layout.layer_count if layout.main is not None else 0
 
 
 def align_and_plan(

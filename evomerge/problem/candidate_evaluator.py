@@ -116,8 +116,9 @@ class CandidateEvaluator:
         """Scores one proposal on the search items; a candidate's own failure is an outcome, not an error."""
         race, objective = self._race, self.objective
         try:
-            plan, planning = self._runner.plan_next(proposal)
-            evaluation = self._evaluate(plan, objective.split, planning, race)
+            started = time.perf_counter()
+            plan = self._runner.plan(proposal.recipe)
+            evaluation = self._evaluate(plan, objective.split, time.perf_counter() - started, race)
         except CandidateError as error:
             return Outcome(None, state="failed", failure=f"not scored: {error}")
         except RecipeError as error:

@@ -27,7 +27,6 @@ from evomerge.planning.plan import Plan, make_plan
 from evomerge.problem.problem import Problem, assemble
 from evomerge.recipe import parse_recipe
 from evomerge.spec.schema import SearchSpec
-from evomerge.study.candidate import Proposal
 
 LAYERS = 4
 ITEMS = 40
@@ -67,14 +66,6 @@ class FakeRunner:
         self._recipes[plan.digest] = recipe
         return plan
 
-    def plan_next(self, proposal: Proposal) -> tuple[Plan, float]:
-        """Resolves a proposal's recipe; it takes no time."""
-        return self.plan(proposal.recipe), 0.0
-
-    def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
-        """Leaves the proposals in their order."""
-        return list(range(len(proposals)))
-
     def scores(self, plan: Plan, selection: Selection) -> tuple[Scores, dict[str, float]]:
         """Computes the scores of a plan; those of an item do not depend on what it is scored with."""
         recipe = self._recipes[plan.digest]
@@ -84,8 +75,7 @@ class FakeRunner:
 
     def sizes(self, plan: Plan) -> dict[str, int]:
         """Counts the layers and the parameters of a plan's result."""
-        layers = {op.output.split(".")[2] for op in plan.operations if ".layers." in op.output}
-        return {"layers": len(layers), "parameters": sum(int(np.prod(op.shape)) for op in plan.operations)}
+        return {"layers": plan.layer_count, "parameters": sum(int(np.prod(op.shape)) for op in plan.operations)}
 
     def weight_gradients(
         self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, Array]], names: Sequence[str]

@@ -6,9 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,34 +16,20 @@ from evomerge.checkpoints.tokenizer import tokenizer_digest
 from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, parameter_gradients
 from evomerge.engine.resident import Resident
 from evomerge.errors import CandidateError
-from evomerge.evaluation.backends.native.hidden_state_cache import LayerDigests, order_by_shared_layers
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import Array, ItemScores, concatenate
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Scores
-from evomerge.planning.layer_digests import depth_digests
 from evomerge.planning.operation import Operation
 from evomerge.planning.plan import Plan, make_plan
 from evomerge.problem.problem import Problem, versions
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
-from evomerge.study.candidate import Proposal
 from evomerge.system.files import cache_folder
 
 log = logging.getLogger(__name__)
-
-_DIGESTED = 256  # plans whose layer digests are kept
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A proposal's plan, its layer digests, and the seconds that both took."""
-
-    plan: Plan
-    layer_digests: LayerDigests
-    seconds: float
 
 
 class Runner(Protocol):
@@ -58,14 +42,6 @@ class Runner(Protocol):
 
     def plan(self, recipe: Mapping[str, Any]) -> Plan:
         """Resolves a candidate's recipe."""
-        ...
-
-    def plan_next(self, proposal: Proposal) -> tuple[Plan, float]:
-        """Returns the plan of the proposal that is about to be scored, and the seconds that it took."""
-        ...
-
-    def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
-        """Orders the proposals of a generation, as positions, so that scoring them costs least."""
         ...
 
     def scores(self, plan: Plan, selection: Selection) -> tuple[Scores, dict[str, float]]:
@@ -100,9 +76,6 @@ class Runner(Protocol):
 class ModelRunner:
     """Turns recipes into plans, plans into a live model, and that into per-item scores.
 
-    The proposals of a generation may be planned before any of them is scored (`arrange`): those that share their first
-    layers then follow each other, and each announces the next.
-
     Args:
         problem: Models and tasks.
 
@@ -129,16 +102,12 @@ class ModelRunner:
             fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
             system_instruction=evaluation.system_instruction,
             backend=evaluation.backend,
-            reuse_prefixes=evaluation.reuse_prefixes,
             threads=problem.threads,
         )
         self.reused = 0
         self._cache = ScoreCache(cache_folder("scores")) if evaluation.cache else None
         self._resident: Resident | None = None
-        self._layer_digests: dict[str, LayerDigests] = {}  # by plan
         self._contents: dict[str, Mapping[str, Any]] = {}  # by digest of the batches
-        self._planned: dict[str, _Planned] = {}  # by recipe hash
-        self._next: dict[str, LayerDigests] = {}  # recipe hash to the layer digests of the one that is scored after it
 
     def plan(self, recipe: Mapping[str, Any]) -> Plan:
         """Resolves a candidate's recipe.
@@ -147,14 +116,6 @@ class ModelRunner:
             RecipeError: When it is not possible.
         """
         return make_plan(parse_recipe(recipe, where="candidate"), self._checkpoints)
-
-    def layer_digests(self, plan: Plan) -> LayerDigests:
-        """Returns for each layer the identity of the hidden states before it; kept for the latest plans."""
-        if plan.digest not in self._layer_digests:
-            if len(self._layer_digests) >= _DIGESTED:
-                del self._layer_digests[next(iter(self._layer_digests))]
-            self._layer_digests[plan.digest] = depth_digests(plan)
-        return self._layer_digests[plan.digest]
 
     def materialise(self, plan: Plan) -> Any:
         """Makes the live model be the plan's result, and returns it; it lasts until the next call.
@@ -195,13 +156,13 @@ class ModelRunner:
         started = time.perf_counter()
         model = self.materialise(plan)
         written = time.perf_counter()
-        scores = self.evaluator.score(model, selection, self.layer_digests(plan))
+        scores = self.evaluator.score(model, selection)
         return scores, {"materialise": written - started, "score": time.perf_counter() - written}
 
     def sizes(self, plan: Plan) -> dict[str, int]:
         """Counts the layers and the parameters of a merged model; a tied head counts once."""
         parameters = sum(math.prod(operation.shape) for operation in plan.operations)
-        return {"layers": len(self.layer_digests(plan)), "parameters": parameters}
+        return {"layers": plan.layer_count, "parameters": parameters}
 
     def weight_gradients(
         self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, Array]], names: Sequence[str]
@@ -234,43 +195,6 @@ class ModelRunner:
     ) -> dict[str, dict[ParameterKey, float]]:
         """Contracts a gradient of the weights with how they move with the settings of a plan's operations."""
         return parameter_gradients(ranges, gradient, self._live.store, plan.family)
-
-    def arrange(self, proposals: Sequence[Proposal]) -> list[int]:
-        """Plans proposals and orders them, as positions: those that share their first layers follow each other.
-
-        The scores are the same bits in any order. One that cannot be planned shares nothing with any; it fails in its
-        own turn.
-        """
-        self._planned = {}
-        for proposal in proposals:
-            try:
-                self._planned[proposal.recipe_hash] = self._plan(proposal)
-            except Exception as error:  # raised again, and recorded, when its turn comes
-                log.info("candidate %d is not arranged: %s", proposal.number, error)
-        digests = [self._digests_of(proposal) for proposal in proposals]
-        order = order_by_shared_layers(digests)
-        self._next = {proposals[one].recipe_hash: digests[other] for one, other in pairwise(order)}
-        return order
-
-    def plan_next(self, proposal: Proposal) -> tuple[Plan, float]:
-        """Returns the plan of the proposal that is about to be scored, and the seconds that it took.
-
-        Raises:
-            RecipeError: When its recipe is not possible.
-        """
-        planned = self._planned.pop(proposal.recipe_hash, None) or self._plan(proposal)
-        self.evaluator.announce_next(self._next.pop(proposal.recipe_hash, ()))
-        return planned.plan, planned.seconds
-
-    def _plan(self, proposal: Proposal) -> _Planned:
-        started = time.perf_counter()
-        plan = self.plan(proposal.recipe)
-        digests = self.layer_digests(plan)
-        return _Planned(plan, digests, time.perf_counter() - started)
-
-    def _digests_of(self, proposal: Proposal) -> LayerDigests:
-        planned = self._planned.get(proposal.recipe_hash)
-        return planned.layer_digests if planned else ()
 
     @property
     def _live(self) -> Resident:

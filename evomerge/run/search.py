@@ -258,8 +258,6 @@ class _Session:
     ) -> Finished:
         """One search of the run's space, on its items and by its seed."""
         spec = self.folder.spec
-        # Where items end a search in the middle of a generation, the order decides which candidates there are.
-        arranged = spec.evaluation.reuse_prefixes and stop.items is None
         return search(
             self.problem.space,
             get_algorithm(algorithm),
@@ -270,7 +268,6 @@ class _Session:
             settings=settings_of(spec.search, self.evaluator, algorithm),
             starts=self.folder.starts(),
             tracker=tracker,
-            arrange=self.runner.arrange if arranged else None,
             asynchronous=spec.search.mode == "asynchronous",
         )
 

@@ -126,7 +126,6 @@ class Evaluation(Section):
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     batch_tokens: int | None = Field(None, ge=16)  # what suits the device
-    reuse_prefixes: bool = True
     max_length: int | None = Field(None, ge=8)
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied

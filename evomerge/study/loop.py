@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -50,7 +50,6 @@ def search(
     settings: AlgorithmSettings | None = None,
     starts: Sequence[Start] | None = None,
     tracker: Tracker | None = None,
-    arrange: Callable[[Sequence[Proposal]], Sequence[int]] | None = None,
     asynchronous: bool = False,
 ) -> Finished:
     """Searches until a stop condition holds; on a record with candidates, goes on from them.
@@ -65,8 +64,6 @@ def search(
         settings: Settings of the algorithm.
         starts: Generation 0; default: the baselines.
         tracker: Is told of each candidate after it is recorded.
-        arrange: Gives the order in which a generation's proposals are scored, as positions in it. The candidates and
-            their numbers are the same in any order. Nothing is arranged in an asynchronous search.
         asynchronous: Propose a candidate whenever there is room for one, instead of whole generations. The algorithm
             also gets those that are being scored (`state` "pending").
 
@@ -83,7 +80,6 @@ def search(
         seed=seed,
         settings=settings or AlgorithmSettings(),
         tracker=tracker or NullTracker(),
-        arrange=arrange or (lambda proposals: range(len(proposals))),
         asynchronous=asynchronous,
     )
     try:
@@ -103,7 +99,6 @@ class _Loop:
     seed: int
     settings: AlgorithmSettings
     tracker: Tracker
-    arrange: Callable[[Sequence[Proposal]], Sequence[int]]
     asynchronous: bool
 
     def run(self, starts: tuple[Start, ...]) -> End:
@@ -157,7 +152,7 @@ class _Loop:
         candidates = self.record.candidates()
         before = bisect_left(candidates, proposals[0].number, key=number_of) if proposals else 0
         recorded = {candidate.number for candidate in candidates[before:]}
-        waiting = deque(proposal for proposal in self._arranged(proposals) if proposal.number not in recorded)
+        waiting = deque(proposal for proposal in proposals if proposal.number not in recorded)
         if waiting:
             self.executor.begin_generation(candidates[:before])
         turns = deque(proposal.number for proposal in waiting)
@@ -192,13 +187,6 @@ class _Loop:
         self.record.append(candidate)
         self.tracker.candidate(candidate)
         return monitor.after_candidate(candidate)
-
-    def _arranged(self, proposals: Sequence[Proposal]) -> list[Proposal]:
-        """The proposals in the order in which to score them."""
-        order = self.arrange(proposals)
-        if sorted(order) != list(range(len(proposals))):
-            raise ValueError(f"arrange gave {list(order)}, which is no order of {len(proposals)} proposals")
-        return [proposals[position] for position in order]
 
     def _one_by_one(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
         """As many candidates under way as there is room for, at any time."""

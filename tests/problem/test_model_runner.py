@@ -1,4 +1,4 @@
-"""A generation is planned once, ordered by the layers that its candidates share, and each announces the next."""
+"""Recipes to plans, and plans to scores and sizes, by one live model."""
 
 from __future__ import annotations
 
@@ -9,88 +9,61 @@ from typing import Any
 import pytest
 
 from evomerge.errors import RecipeError
-from evomerge.evaluation.backends.native.hidden_state_cache import HiddenStateCache
-from evomerge.problem.model_runner import ModelRunner
-from evomerge.problem.problem import open_problem
-from evomerge.run.folder import RunFolder
-from evomerge.run.search import start
-from evomerge.space.genome import Genome
+from evomerge.evaluation.splits import SEARCH
+from evomerge.problem.model_runner import ModelRunner, join_items, take_items
+from evomerge.problem.problem import Problem, open_problem
+from evomerge.recipe.parse import single_model
 from evomerge.spec.load import parse_spec
-from evomerge.study.candidate import Proposal
-from tests.frame import files, search_spec
-from tests.run.test_search import lasting
+from tests.frame import search_spec
 
 
 @pytest.fixture(scope="module")
-def runner(tiny_family: dict[str, Path]) -> ModelRunner:
-    return ModelRunner(open_problem(parse_spec(search_spec(tiny_family))))
+def problem(tiny_family: dict[str, Path]) -> Problem:
+    return open_problem(parse_spec(search_spec(tiny_family)))
 
 
-def stacked(family: Mapping[str, Path], number: int, pattern: str) -> Proposal:
-    """A proposal whose layers come from these models, one letter for each layer."""
+@pytest.fixture(scope="module")
+def runner(problem: Problem) -> ModelRunner:
+    return ModelRunner(problem)
+
+
+def stacked(family: Mapping[str, Path], pattern: str) -> dict[str, Any]:
+    """A recipe whose layers come from these models, one letter for each layer."""
     slices = [{"sources": [{"model": str(family[name]), "layer_range": [k, k + 1]}]} for k, name in enumerate(pattern)]
-    recipe = {"merge_method": "passthrough", "slices": slices, "dtype": "float32"}
-    return Proposal(number, 1, Genome({}), recipe, f"{number} {pattern}", (), "by hand")
+    return {"merge_method": "passthrough", "slices": slices, "dtype": "float32"}
 
 
-def test_those_that_share_layers_follow_each_other_and_announce_the_next(
-    runner: ModelRunner, tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`aabb` and `aaba` share three layers; `bbbb` came between them, and a recipe that is not possible before them."""
-    planned, announced = [], []
-    plan = runner.plan
+def test_sizes_are_those_of_the_merged_model(runner: ModelRunner, tiny_family: dict[str, Path]) -> None:
+    for recipe in (stacked(tiny_family, "ab"), stacked(tiny_family, "abba"), single_model(str(tiny_family["base"]))):
+        plan = runner.plan(recipe)
+        model = runner.materialise(plan)
+        parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
+        sizes = {"layers": len(model.model.layers), "parameters": sum(parameters.values())}
+        assert runner.sizes(plan) == sizes
 
-    def counting(recipe: Mapping[str, Any], **options: Any) -> Any:
-        planned.append(recipe)
-        return plan(recipe, **options)
 
-    monkeypatch.setattr(runner, "plan", counting)
-    monkeypatch.setattr(runner.evaluator, "announce_next", announced.append)
-    proposals = [stacked(tiny_family, k, pattern) for k, pattern in enumerate(["aabb", "bbbb", "aaba"])]
-    nothing = Proposal(3, 1, Genome({}), {"merge_method": "linear"}, "nothing", (), "by hand")
-    order = runner.arrange([nothing, *proposals])
-    assert [k - 1 for k in order] == [-1, 0, 2, 1]
+def test_a_recipe_that_is_not_possible(runner: ModelRunner) -> None:
     with pytest.raises(RecipeError):
-        runner.plan_next(nothing)
-    plans = [runner.plan_next(proposals[k])[0] for k in (0, 2, 1)]
-    assert plans == [plan(proposals[k].recipe) for k in (0, 2, 1)]
-    assert announced == [runner.layer_digests(plans[1]), runner.layer_digests(plans[2]), ()]
-    assert [p.recipe for p in proposals] == planned[1:4]
-    assert len(planned) == 5  # the impossible one twice
+        runner.plan({"merge_method": "linear"})
 
 
-def test_what_was_not_arranged_is_planned_in_its_turn(runner: ModelRunner, tiny_family: dict[str, Path]) -> None:
-    proposal = stacked(tiny_family, 0, "abab")
-    plan, seconds = runner.plan_next(proposal)
-    assert plan == runner.plan(proposal.recipe)
-    assert seconds > 0
-
-
-def test_a_run_that_starts_behind_shared_layers_is_the_run_that_does_not(
-    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_scores_after_a_release_and_in_parts_are_the_same(
+    problem: Problem, runner: ModelRunner, tiny_family: dict[str, Path]
 ) -> None:
-    """The same candidates, result and kept scores, bit for bit, with racing too; and some passes do start behind."""
-    starts = []
-    get = HiddenStateCache.get
-
-    def noting(self: HiddenStateCache, *place: Any) -> Any:
-        found = get(self, *place)
-        starts.append(found[0])
-        return found
-
-    monkeypatch.setattr(HiddenStateCache, "get", noting)
-    changes: dict[str, Any] = {
-        "evaluation__racing": True,
-        "space__methods": ["frankenmerge"],
-        "search__population": 6,
-        "search__finalists": 1,
-        "run__keep": 0,
-    }
-    for name, reuse in (("reusing", True), ("plain", False)):
-        spec = parse_spec(search_spec(tiny_family, evaluation__reuse_prefixes=reuse, **changes))
-        start(spec, folder=tmp_path / name)
-    assert any(starts)
-    reusing, plain = (RunFolder.existing(tmp_path / name) for name in ("reusing", "plain"))
-    assert lasting(reusing.candidates()) == lasting(plain.candidates())
-    assert reusing.result() == plain.result()
-    assert dict(files(tmp_path / "reusing" / "scores")) == dict(files(tmp_path / "plain" / "scores"))
+    plan, selection = runner.plan(stacked(tiny_family, "aabb")), problem.splits[SEARCH]
+    whole, seconds = runner.scores(plan, selection)
+    assert set(seconds) == {"materialise", "score"}
+    runner.release()
+    again, _ = runner.scores(plan, selection)
+    positions = {name: {item: k for k, item in enumerate(task.items)} for name, task in problem.tasks.items()}
+    for task, scores in whole.items():
+        assert again[task].items == scores.items
+        for metric in scores.metrics:
+            assert again[task].values(metric).tolist() == scores.values(metric).tolist()
+    halves = [{t: s.items[start::2] for t, s in whole.items()} for start in (0, 1)]
+    even, odd = (take_items(whole, half) for half in halves)
+    assert even is not None
+    assert odd is not None
+    joined = join_items(even, odd, positions)
+    assert {task: scores.items for task, scores in joined.items()} == {t: s.items for t, s in whole.items()}
+    assert take_items(even, halves[1]) is None

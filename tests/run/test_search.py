@@ -26,7 +26,7 @@ from evomerge.run.search import resume, start
 from evomerge.run.status import read_status
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
-from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.candidate import Candidate
 from evomerge.system.locks import exclusive
 from tests.fakes import FAKE, fake_spec
 from tests.frame import changed, files, invoke, search_spec
@@ -242,7 +242,7 @@ def test_a_run_of_an_older_version_goes_on(finished_run: Path, tmp_path: Path) -
     """What this version added is missing from its specification and its result, which is written anew."""
     root = Path(shutil.copytree(finished_run, tmp_path / "run"))
     resolved = yaml.safe_load((root / "resolved.yaml").read_text())
-    for key in ("informative", "cache", "reuse_prefixes"):
+    for key in ("informative", "cache"):
         del resolved["evaluation"][key]
     del resolved["search"]["baseline"]
     (root / "resolved.yaml").write_text(yaml.safe_dump(resolved))
@@ -370,7 +370,8 @@ def test_folder_begun_and_killed(tmp_path: Path) -> None:
 
 def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     """Makes what scores without models raise where `fails(recipe, split)` gives an error."""
-    scores, planned = CandidateEvaluator.scores, FakeRunner.plan_next
+    scores, evaluate, plan = CandidateEvaluator.scores, CandidateEvaluator.__call__, FakeRunner.plan
+    proposals: list[Any] = []
 
     def breaking(self: CandidateEvaluator, recipe: Any, split: str) -> Any:
         error = fails(recipe, split)
@@ -378,14 +379,22 @@ def _broken(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
             raise error
         return scores(self, recipe, split)
 
-    def failing(self: FakeRunner, proposal: Proposal) -> Any:
-        error = fails(proposal.recipe, SEARCH)
+    def noting(self: CandidateEvaluator, proposal: Any) -> Any:
+        proposals.append(proposal)
+        try:
+            return evaluate(self, proposal)
+        finally:
+            proposals.clear()
+
+    def failing(self: FakeRunner, recipe: Any) -> Any:
+        error = fails(recipe, SEARCH) if proposals else None
         if error is not None:
             raise error
-        return planned(self, proposal)
+        return plan(self, recipe)
 
     monkeypatch.setattr(CandidateEvaluator, "scores", breaking)
-    monkeypatch.setattr(FakeRunner, "plan_next", failing)
+    monkeypatch.setattr(CandidateEvaluator, "__call__", noting)
+    monkeypatch.setattr(FakeRunner, "plan", failing)
 
 
 @pytest.mark.parametrize(

@@ -190,21 +190,20 @@ def test_a_fitness_that_is_good_enough_ends_the_run_at_its_generations_end() -> 
     assert whole.reason == "target"
     assert len(whole.candidates) == STARTS + 14
     assert whole.message.endswith("; 0.2 was asked for")
-    # Stopped in the middle of it and resumed, in any order: the same.
-    for arrange in (None, lambda proposals: range(len(proposals) - 1, -1, -1)):
-        record = Memory()
+    # Stopped in the middle of it and resumed: the same.
+    record = Memory()
 
-        def interrupted(proposal: Proposal, record: Any = record) -> Outcome:
-            if len(record) == STARTS + 10:
-                raise KeyboardInterrupt
-            return raced(proposal)
+    def interrupted(proposal: Proposal) -> Outcome:
+        if len(record) == STARTS + 10:
+            raise KeyboardInterrupt
+        return raced(proposal)
 
-        go(record, StopConditions(200, fitness=0.2), scorer=interrupted, arrange=arrange)
-        resumed = go(record, StopConditions(200, fitness=0.2), scorer=raced, arrange=arrange)
-        assert resumed.reason == "target"
-        assert sorted(plain(resumed.candidates), key=lambda c: c["number"]) == plain(whole.candidates)
-        # Its end is where it was, however often it is asked for.
-        assert len(go(record, StopConditions(200, fitness=0.2), scorer=raced).candidates) == STARTS + 14
+    go(record, StopConditions(200, fitness=0.2), scorer=interrupted)
+    resumed = go(record, StopConditions(200, fitness=0.2), scorer=raced)
+    assert resumed.reason == "target"
+    assert sorted(plain(resumed.candidates), key=lambda c: c["number"]) == plain(whole.candidates)
+    # Its end is where it was, however often it is asked for.
+    assert len(go(record, StopConditions(200, fitness=0.2), scorer=raced).candidates) == STARTS + 14
     assert go(Memory(), StopConditions(STARTS, fitness=-1.0), scorer=rising).reason == "budget"
 
 
@@ -280,27 +279,6 @@ def test_the_tracker_sees_each_candidate_after_it_is_recorded(tmp_path: Path) ->
 
     go(record, StopConditions(5), tracker=Look())
     assert seen == [(n, n + 1) for n in range(5)]
-
-
-def test_the_order_of_scoring_changes_nothing_else() -> None:
-    whole = go(Memory(), StopConditions(STARTS + 16)).candidates
-    record, scored = Memory(), []
-
-    def backwards(proposals: Any) -> Any:
-        return range(len(proposals) - 1, -1, -1)
-
-    def noting(proposal: Proposal) -> Outcome:
-        scored.append(proposal.number)
-        if len(scored) == STARTS + 3:
-            raise KeyboardInterrupt
-        return evaluate(proposal)
-
-    assert go(record, StopConditions(STARTS + 16), scorer=noting, arrange=backwards).reason == "interrupted"
-    assert scored == [*range(STARTS - 1, -1, -1), STARTS + 6, STARTS + 5, STARTS + 4]
-    finished = go(record, StopConditions(STARTS + 16))
-    assert sorted(plain(finished.candidates), key=lambda c: c["number"]) == plain(whole)
-    with pytest.raises(ValueError, match=r"arrange gave \[0, 0, 0\], which is no order of 3 proposals"):
-        go(Memory(), StopConditions(3), arrange=lambda proposals: [0] * len(proposals))
 
 
 def test_before_a_generation_is_scored_the_earlier_ones_are_shown() -> None:

@@ -40,9 +40,7 @@ class HFBackend(Backend):
         with quiet():
             ask_lm(self._lm(model), PROBE, [0])
 
-    def respond(
-        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: Sequence[str] = ()
-    ) -> list[list[list[Any]]]:
+    def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
         """Returns the model's responses: for each item, for each instance, one per repeat.
 
         Raises:

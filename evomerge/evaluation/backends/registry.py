@@ -29,16 +29,13 @@ class Backend(Protocol):
             CandidateError: The model's logits are not finite.
         """
 
-    def respond(
-        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: Sequence[str] = ()
-    ) -> Responses:
+    def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> Responses:
         """Returns the responses of the model to what some items ask.
 
         Args:
             model: The model, prepared.
             requests: What the task asks.
             indices: The items.
-            layer_digests: For each layer the identity of the hidden states before it, if they may be reused.
 
         Raises:
             CandidateError: A log-likelihood is not finite.
@@ -49,9 +46,6 @@ class Backend(Protocol):
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Returns the identity of everything that decides how responses are rounded, apart from the model."""
         raise NotImplementedError
-
-    def announce_next(self, layer_digests: Sequence[str]) -> None:
-        """Announces the model that will be scored after the next one; nothing where no hidden states are reused."""
 
     def weight_gradient(
         self,
@@ -77,14 +71,12 @@ class BackendOptions:
         encoder: Turns texts into tokens; has the tokenizer and the longest input.
         vocabulary: Size of the models' vocabulary.
         batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
-        reuse_prefixes: Whether hidden states of layers that candidates share are kept.
         threads: How many threads of a CPU the batches of generated text are cut for; None for all that torch has.
     """
 
     encoder: Encoder
     vocabulary: int
     batch_tokens: int | None = None
-    reuse_prefixes: bool = True
     threads: int | None = None
 
 

@@ -135,9 +135,7 @@ class VLLMBackend(Backend):
         with quiet():
             ask_lm(engine.lm, PROBE, [0])
 
-    def respond(
-        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: Sequence[str] = ()
-    ) -> list[list[list[Any]]]:
+    def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
         """Returns the responses of the model that was prepared last: for each item, for each instance, one per repeat.
 
         Raises:

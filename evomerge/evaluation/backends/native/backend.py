@@ -12,7 +12,6 @@ from torch import Tensor
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.backends.native.generation import Generator
-from evomerge.evaluation.backends.native.hidden_state_cache import HiddenStateCache, LayerDigests
 from evomerge.evaluation.backends.native.logprobs import TreeLogprobs
 from evomerge.evaluation.backends.native.prefix_trees import PackedTrees
 from evomerge.evaluation.backends.native.weight_gradients import GradientChunk, chunk_tokens, weight_gradient
@@ -39,10 +38,7 @@ class NativeBackend(Backend):
 
     def __init__(self, options: BackendOptions) -> None:
         self.encoder = options.encoder
-        self.hidden_states = HiddenStateCache() if options.reuse_prefixes else None
-        self.logprobs = TreeLogprobs(
-            options.vocabulary, self.encoder.max_length, options.batch_tokens, self.hidden_states
-        )
+        self.logprobs = TreeLogprobs(options.vocabulary, self.encoder.max_length, options.batch_tokens)
         self.generator = Generator(self.encoder, options.batch_tokens, options.threads)
         self._pairs: dict[tuple[str, int], list[list[Pair]]] = {}
         self._packed: OrderedDict[tuple[str, tuple[int, ...], bool | None], PackedTrees] = OrderedDict()
@@ -55,14 +51,7 @@ class NativeBackend(Backend):
         """
         self.logprobs.prepare(model)
 
-    def announce_next(self, layer_digests: LayerDigests) -> None:
-        """Announces the model that will be scored after the next one: the hidden states that both share are kept."""
-        if self.hidden_states is not None:
-            self.hidden_states.announce_next(layer_digests)
-
-    def respond(
-        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: LayerDigests = ()
-    ) -> list[list[list[Any]]]:
+    def respond(self, model: Any, requests: Requests, indices: Sequence[int]) -> list[list[list[Any]]]:
         """Returns the model's responses: for each item, for each instance, one per repeat.
 
         Raises:
@@ -70,17 +59,15 @@ class NativeBackend(Backend):
             TaskError: A request that no model can answer.
         """
         keys = [(index, k) for index in indices for k in range(len(requests.by_item[index]))]
-        responses = self._loglikelihoods(model, requests, indices, layer_digests)
+        responses = self._loglikelihoods(model, requests, indices)
         responses |= self._generations(model, requests, keys)
         return [[responses[index, k] for k in range(len(requests.by_item[index]))] for index in indices]
 
-    def _loglikelihoods(
-        self, model: Any, requests: Requests, indices: Sequence[int], layer_digests: LayerDigests
-    ) -> dict[InstanceKey, Any]:
+    def _loglikelihoods(self, model: Any, requests: Requests, indices: Sequence[int]) -> dict[InstanceKey, Any]:
         responses: dict[InstanceKey, Any] = {}
         if not any(_is_loglikelihood(instance) for index in indices for instance in requests.by_item[index]):
             return responses
-        computed = self.logprobs.compute(model, self.packed(requests, indices), layer_digests)
+        computed = self.logprobs.compute(model, self.packed(requests, indices))
         start = 0
         for index in indices:
             pairs = self._encoded(requests, index)

@@ -14,12 +14,6 @@ import torch
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.backends.native.forward import Forward, forward_pass, head_is_last
-from evomerge.evaluation.backends.native.hidden_state_cache import (
-    HiddenStateCache,
-    LayerDigests,
-    can_be_resumed,
-    run_from_cache,
-)
 from evomerge.evaluation.backends.native.prefix_trees import Batch, PackedTrees, build_tree, pack_trees
 from evomerge.evaluation.tasks.requests import Pair
 
@@ -53,16 +47,12 @@ class TreeLogprobs:
         vocabulary: Size of the model's vocabulary.
         max_length: The longest input; a longer one loses tokens on its left, as in HFLM.
         batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
-        cache: Hidden states of models that share their first layers; None to start from the tokens.
     """
 
-    def __init__(
-        self, vocabulary: int, max_length: int, batch_tokens: int | None, cache: HiddenStateCache | None = None
-    ) -> None:
+    def __init__(self, vocabulary: int, max_length: int, batch_tokens: int | None) -> None:
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.max_scored = max(1, MAX_LOGITS // vocabulary)
-        self.cache = cache
         self.tree_masks: bool | None = None
         self.head_is_last = False
         self.default_tokens = CPU_TOKENS[0]
@@ -80,8 +70,6 @@ class TreeLogprobs:
             with forward_pass(model) as forward:
                 probes = [partial(head_is_last, forward), partial(supports_tree_masks, forward)]
                 self.head_is_last, self.tree_masks = forward.run_all(probes)
-                if self.cache is not None and not forward.run_all([partial(can_be_resumed, model)])[0]:
-                    self.cache = None
 
     def pack(self, items: Sequence[Sequence[Pair]], batch_tokens: int | None = None) -> PackedTrees:
         """Packs the requests of some items into batches: one list of (context, continuation) tokens per item.
@@ -119,13 +107,12 @@ class TreeLogprobs:
         """Tokens in a batch: as many as suit the device, but not so few batches that a core has none."""
         return self.batch_tokens or min(self.default_tokens, max(128, tokens // 4))
 
-    def compute(self, model: Any, packed: PackedTrees, layer_digests: LayerDigests = ()) -> RequestLogprobs:
+    def compute(self, model: Any, packed: PackedTrees) -> RequestLogprobs:
         """Runs the model over packed requests.
 
         Args:
             model: The model.
             packed: From `pack`.
-            layer_digests: For each layer the identity of the hidden states before it, if they may be reused.
 
         Raises:
             CandidateError: A logit that is needed is not finite.
@@ -136,10 +123,7 @@ class TreeLogprobs:
             # The largest start first, so that the threads end together.
             batches = sorted(packed.batches, key=lambda batch: -batch.input_ids.size)
             jobs = [partial(batch_logprobs, forward, batch, head_is_last=self.head_is_last) for batch in batches]
-            if self.cache is not None and layer_digests:
-                results = run_from_cache(self.cache, forward, layer_digests, packed.digest, jobs)
-            else:
-                results = forward.run_all(jobs)
+            results = forward.run_all(jobs)
         for batch, (log_probs, best) in zip(batches, results, strict=True):
             sums += np.bincount(batch.requests, weights=log_probs, minlength=packed.requests)
             greedy[batch.requests[~best]] = False
