@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -14,12 +15,13 @@ import yaml
 from tools.zoo.benchmarks import benchmark_rows, main, to_jsonl
 from tools.zoo.skills import CHOICES, SKILLS, text_examples
 
+rows_of = functools.cache(benchmark_rows)
 EVAL = Path(__file__).parent.parent.parent / "eval"
 
 
 @pytest.mark.parametrize("name", SKILLS)
 def test_training_and_benchmark_share_no_prompt(name: str) -> None:
-    items = {row["prompt"] for row in benchmark_rows()[f"zoo_{name}.jsonl"]}
+    items = {row["prompt"] for row in rows_of()[f"zoo_{name}.jsonl"]}
     trained = {question.prompt for question in SKILLS[name].examples(random.Random(0), 20_000)}
     assert len(items) == 360
     assert len(trained) > 1_000
@@ -27,14 +29,14 @@ def test_training_and_benchmark_share_no_prompt(name: str) -> None:
 
 
 def test_held_out_sentences_are_not_trained_on() -> None:
-    items = {row["text"] for row in benchmark_rows()["zoo_text.jsonl"]}
+    items = {row["text"] for row in rows_of()["zoo_text.jsonl"]}
     assert len(items) == 200
     assert not items & set(text_examples(random.Random(0), 20_000))
 
 
 @pytest.mark.parametrize("name", SKILLS)
 def test_items_have_four_different_choices_and_labels_spread(name: str) -> None:
-    rows = benchmark_rows()[f"zoo_{name}.jsonl"]
+    rows = rows_of()[f"zoo_{name}.jsonl"]
     assert all(len(set(row["choices"])) == CHOICES for row in rows)
     counts = [sum(row["label"] == label for row in rows) for label in range(CHOICES)]
     assert min(counts) > len(rows) / CHOICES * 0.7  # 4 sigma below a quarter of 360 is 0.64 of it
@@ -71,7 +73,7 @@ def test_the_same_items_in_a_fresh_process() -> None:
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONHASHSEED"}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert out.stdout == "".join(map(to_jsonl, benchmark_rows().values()))
+    assert out.stdout == "".join(map(to_jsonl, rows_of().values()))
 
 
 def test_each_task_file_names_its_task_and_data() -> None:
