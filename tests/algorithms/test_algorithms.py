@@ -187,7 +187,7 @@ def test_the_search_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-SEEDS = 8
+SEEDS = 12
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_the_ga_beats_random_search_on_noisy_landscapes(space_name: str, genes: 
     # The bowls' best is about 0.9 and their baselines reach about 0.76, the stacks' best is 1 and theirs about 0.75.
     assert np.median(gain) > 0.015
     assert np.median(found["ga"]) - np.median(found["random"]) > 0.015
-    assert (gain > 0).sum() >= 6
+    assert (gain > 0).sum() >= 8
 
 
 def test_options_are_checked_by_name_and_kind():

@@ -37,9 +37,7 @@ def candidate(number: int, fitness: float | None, **more: Any) -> Candidate:
 @functools.cache
 def median_best(algorithm: str) -> float:
     """The best of 90 candidates on a bowl without noise, over five seeds."""
-    return float(
-        np.median([best_truth(SMALL, Bowl(SMALL, seed, noise=0.0), algorithm, seed, 90) for seed in range(5)])
-    )
+    return float(np.median([best_truth(SMALL, Bowl(SMALL, seed, noise=0.0), algorithm, seed, 90) for seed in range(5)]))
 
 
 @pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"random", *COSTLY}))

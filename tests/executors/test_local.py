@@ -101,7 +101,7 @@ def test_what_goes_wrong_with_the_run(
 ) -> None:
     with working(tmp_path, 2, deeds) as executor, pytest.raises(kind, match=message):
         run(tmp_path, 13, executor)
-    with working(tmp_path, 2) as executor:  # and it can be resumed
+    with working(tmp_path, 1) as executor:  # and it can be resumed
         assert len(run(tmp_path, 13, executor).candidates) == 13
 
 
@@ -123,7 +123,7 @@ def test_workers_end_with_their_driver_and_the_run_goes_on(tmp_path: Path, how: 
         driver.wait()
     left = Record.open(tmp_path / "study.log", "run", space=SPACE).candidates()
     assert {15, 16}.isdisjoint(c.number for c in left)
-    with working(tmp_path, 3) as executor:
+    with working(tmp_path, 1) as executor:
         found = run(tmp_path, BUDGET, executor)
     assert lasting(found.candidates) == lasting(run_alone(tmp_path / "one", "ga", BUDGET).candidates)
 

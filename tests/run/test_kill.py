@@ -24,6 +24,7 @@ from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.prepare_objective import prepare_objective
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
+from evomerge.run.status import read_status
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.interfaces import NullTracker
 from tests.fakes import FAKE, fake_spec
@@ -62,10 +63,14 @@ def _wait(running: subprocess.Popen[bytes], happened: Callable[[], bool]) -> Non
         time.sleep(0.002)
 
 
-def test_killed_with_its_workers_and_then_alone_is_never_stopped(
-    raced_run: Path, raced_spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_stopped_with_its_workers_and_then_killed_it_is_the_run_that_was_never_stopped(
+    raced_run: Path,
+    raced_spec: SearchSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """SIGKILL of the driver of two workers, then of one process in the middle of a race, each resumed in a fresh
+    """Ctrl-C of the driver of two workers, then SIGKILL of one process in the middle of a race, each resumed in a fresh
     process: the candidates, scores, winner and checkpoint of a run of one process that was never stopped.
 
     With racing, a random baseline and a score cache that is new."""
@@ -73,64 +78,53 @@ def test_killed_with_its_workers_and_then_alone_is_never_stopped(
     folder = tmp_path / "run"
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raced_spec.model_dump(mode="json", exclude_unset=True)))
     with _running(command(["run", "tiny.yaml", "--dir", folder, "--workers", "2"]), tmp_path) as running:
-        _wait(running, lambda: _recorded(folder) >= 6)
+        _wait(running, lambda: (folder / "resolved.yaml").exists() and read_status(folder).state == "running")
+        second = invoke(capsys, "resume", folder)
+        assert (second.code, second.out) == (2, "")
+        assert f"{folder} is in use by process {running.pid}" in second.err
+        assert json.loads(invoke(capsys, "status", folder, "--json").out)["state"] == "running"
+        _wait(running, lambda: _recorded(folder) >= 2)
         workers = _children(running.pid)
-        running.send_signal(signal.SIGKILL)
-        assert running.wait() == -signal.SIGKILL
+        running.send_signal(signal.SIGINT)
+        assert running.wait(PATIENCE) == 130
     assert len(workers) == 2
     end = time.monotonic() + PATIENCE
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < end, "a worker has outlived its driver"
         time.sleep(0.01)
-    assert "2 workers, of 1 of the 1 threads each" in (tmp_path / "stderr").read_text()
+    assert (tmp_path / "stdout").read_text() == ""
+    err = (tmp_path / "stderr").read_text()
+    assert "2 workers, of 1 of the 1 threads each" in err
+    assert err.rstrip().endswith("stopped; the same command goes on from here")
+    assert "Traceback" not in err
     assert "Traceback" not in (folder / "log.txt").read_text()
-    assert _recorded(folder) < 13
+    assert json.loads(invoke(capsys, "status", folder, "--json").out)["state"] == "stopped"
+    found = RunFolder.existing(folder).candidates()
+    assert 2 <= len(found) < 13
+    assert f"stopped by the user after {len(found)} candidates" in err
     with _running(command(["resume", folder, "--workers", "1"]), tmp_path) as running:
         _wait(running, lambda: _recorded(folder) >= 13)  # generation 1 races
         running.send_signal(signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL
     assert _recorded(folder) < 18
     resume(folder, workers=1)
-    killed, whole = RunFolder.existing(folder), RunFolder.existing(raced_run)
-    assert "pruned" in {candidate.state for candidate in killed.candidates()}
+    stopped, whole = RunFolder.existing(folder), RunFolder.existing(raced_run)
+    by_number = {candidate.number: candidate for candidate in stopped.candidates()}
+    assert all(by_number[candidate.number] == candidate for candidate in found)  # with its seconds: not scored again
+    assert "pruned" in {candidate.state for candidate in stopped.candidates()}
     for baseline in (False, True):
-        records = [run.record(baseline=baseline).candidates() for run in (killed, whole)]
+        records = [run.record(baseline=baseline).candidates() for run in (stopped, whole)]
         assert lasting(records[0]) == lasting(records[1])
-    assert killed.result() == whole.result()
+    assert stopped.result() == whole.result()
     scores = [dict(files(root / "scores")) for root in (folder, raced_run)]
     assert scores[0].keys() == scores[1].keys()
     assert scores[0] == scores[1]
     # And the checkpoint that was kept has the same bytes.
     kept = [dict(files(root / "best")) for root in (folder, raced_run)]
-    weights = [{name: content for name, content in found.items() if name.endswith(".safetensors")} for found in kept]
+    weights = [
+        {name: content for name, content in written.items() if name.endswith(".safetensors")} for written in kept
+    ]
     assert weights[0] == weights[1] != {}
-
-
-def test_stopped_by_the_user(
-    finished_run: Path, tiny_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Ctrl-C: exit code 130, what was scored is kept; a second process is told who holds the run meanwhile."""
-    spec = search_spec(tiny_family, search__candidates=4000, run__keep=0)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(spec))
-    folder = tmp_path / "run"
-    with _running(command(["run", "tiny.yaml", "--dir", folder]), tmp_path) as running:
-        _wait(running, lambda: _recorded(folder) >= 2)
-        second = invoke(capsys, "resume", folder)
-        assert (second.code, second.out) == (2, "")
-        assert f"{folder} is in use by process {running.pid}" in second.err
-        assert json.loads(invoke(capsys, "status", folder, "--json").out)["state"] == "running"
-        running.send_signal(signal.SIGINT)
-        assert running.wait(PATIENCE) == 130
-    assert (tmp_path / "stdout").read_text() == ""
-    err = (tmp_path / "stderr").read_text()
-    assert err.rstrip().endswith("stopped; the same command goes on from here")
-    assert "Traceback" not in err
-    assert json.loads(invoke(capsys, "status", folder, "--json").out)["state"] == "stopped"
-    found = RunFolder.existing(folder).candidates()
-    assert len(found) >= 2
-    assert f"stopped by the user after {len(found)} candidates" in err
-    expected = lasting(RunFolder.existing(finished_run).candidates())
-    assert lasting(found)[:10] == expected[: min(10, len(found))]
 
 
 def test_sigterm_stops_as_ctrl_c_does(

@@ -16,7 +16,7 @@ from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import SEARCH, SELECT, TEST
 from evomerge.objective.item_sampling import Sample
 from evomerge.problem.candidate_evaluator import CandidateEvaluator
-from evomerge.problem.fake_evaluator import FakeRunner
+from evomerge.problem.fake_evaluator import FakeRunner, fake_problem
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.problem import open_problem
 from evomerge.report.result import CandidateCounts
@@ -183,26 +183,26 @@ def test_relative_fitness_of_the_sources(finished_run: Path) -> None:
         assert candidate.fitness == pytest.approx((prob + 2 * bits) / 3)
 
 
-def test_items_that_tell_candidates_apart_steer(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+def test_items_that_tell_candidates_apart_steer(tmp_path: Path) -> None:
     """Half of the search items are scored; the record has estimates, the finalists are scored on all of them."""
-    changes: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__informative": 0.5}
-    short = parse_spec(search_spec(tiny_family, search__candidates=5, **changes))
-    start(short, folder=tmp_path / "parts")
-    result = resume(tmp_path / "parts", candidates=7)
-    whole = parse_spec(search_spec(tiny_family, search__candidates=7, **changes))
-    assert start(whole, folder=tmp_path / "whole") == result
+    changes: dict[str, Any] = {"search__finalists": 2, "evaluation__informative": 0.5}
+    short = fake_spec(search__candidates=5, **changes)
+    start(short, folder=tmp_path / "parts", parts=FAKE)
+    result = resume(tmp_path / "parts", candidates=7, parts=FAKE)
+    whole = fake_spec(search__candidates=7, **changes)
+    assert start(whole, folder=tmp_path / "whole", parts=FAKE) == result
     assert lasting(candidates(tmp_path / "parts")) == lasting(candidates(tmp_path / "whole"))
     informative = result.informative
     assert informative is not None
     assert {task: (drawn.items, drawn.of) for task, drawn in informative.tasks.items()} == {
-        "tiny_choice": (6, 12),
-        "tiny_text": (4, 8),
+        "choice": (10, 20),
+        "text": (10, 20),
     }
     drawn_items = RunFolder.existing(tmp_path / "whole").scores.load_samples()
     assert drawn_items is not None
     samples = {task: Sample.from_json(sample) for task, sample in drawn_items.items()}
-    problem = open_problem(whole)
-    runner = ModelRunner(problem)
+    problem = fake_problem(whole)
+    runner = FakeRunner(problem)
     for task, sample in samples.items():
         assert set(sample.items) < {problem.tasks[task].items[k] for k in problem.splits[SEARCH][task]}
         assert sum(sample.weights) == pytest.approx(informative.tasks[task].of)
@@ -211,22 +211,22 @@ def test_items_that_tell_candidates_apart_steer(tiny_family: dict[str, Path], tm
     for finalist in informative.finalists:
         candidate = found[finalist.candidate]
         assert finalist.estimate == candidate.fitness
-        assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
+        assert candidate.scores[SEARCH]["choice"]["acc"]["n"] == 10
         kept = folder.scores.load(runner.plan(candidate.recipe).digest, SEARCH)
         assert kept is not None
-        acc = kept["tiny_choice"]
-        drawn = dict(zip(samples["tiny_choice"].items, samples["tiny_choice"].weights, strict=True))
+        acc = kept["choice"]
+        drawn = dict(zip(samples["choice"].items, samples["choice"].weights, strict=True))
         weights = [drawn.get(item, 0.0) for item in acc.items]
         expected = float(acc.values("acc") @ weights) / sum(weights)
-        assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["value"] == pytest.approx(expected)
+        assert candidate.scores[SEARCH]["choice"]["acc"]["value"] == pytest.approx(expected)
     for candidate in found.values():
         if candidate.generation == 0:  # was scored on all of them, and is judged by the same part as the others
             kept = folder.scores.load(runner.plan(candidate.recipe).digest, SEARCH)
             assert kept is not None
-            assert len(kept["tiny_choice"].items) == 12
-        assert candidate.scores[SEARCH]["tiny_choice"]["acc"]["n"] == 6
+            assert len(kept["choice"].items) == 20
+        assert candidate.scores[SEARCH]["choice"]["acc"]["n"] == 10
     assert "estimated from those drawn" in result_table(result)
-    assert result.winner.scores[SEARCH]["tiny_choice"]["acc"].n == 12
+    assert result.winner.scores[SEARCH]["choice"]["acc"].n == 20
 
 
 def test_splits_are_disjoint(small: SearchSpec) -> None:
