@@ -2,14 +2,12 @@
 
     python bench/optimisations.py
     python bench/optimisations.py --only kernels --methods ties
-    python bench/optimisations.py --only hidden_states --candidates 6 --items 4 --out /tmp/page.md
 
 The same work with the part and without it: processor seconds of both, the least of several rounds in which they take
 turns, and their ratio.
 
 kernels        later candidates of every method that has a compiled kernel: with it, and with the method's own torch
                function (the statistics that both ask for are the engine's)
-hidden_states  all scores of a search, `evaluation.reuse_prefixes` on and off
 prefix_trees   scores with tokens that requests share read once, and with one sequence a request
 generation     text by the native loop, whose rows leave when they have stopped, and by transformers' `generate` as
                lm-eval's HFLM calls it
@@ -21,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,15 +32,11 @@ import torch
 from bench.eval_speed import GENERATION, native_backend, write_generation
 from bench.materialise import CASES, draws_of, open_models, plan_of
 from bench.timing import best_in_turn
-from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.engine.kernel_dispatch import KERNELS
 from evomerge.engine.resident import Resident
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.report.tables import table
-from evomerge.run.search import start
-from evomerge.spec.load import parse_spec
-from evomerge.spec.schema import SearchSpec
 from evomerge.system.memory import collect_rarely
 from evomerge.system.quiet import quiet
 
@@ -107,65 +100,6 @@ def kernels(options: argparse.Namespace) -> Iterator[Row]:
         yield compare(case.label, compiled, own_function, options.rounds)
 
 
-# ---------------------------------------------------------------- hidden states that candidates share
-
-
-def search_spec(options: argparse.Namespace, space: Mapping[str, Any], reuse: bool) -> SearchSpec:
-    """Builds the specification of a short search on two tasks, with or without the hidden-state cache."""
-    names, _ = open_models(options.models, SOURCES)
-    layers = open_checkpoint(str(options.models / "base")).layout.layer_count
-    return parse_spec(
-        {
-            "name": "optimisations",
-            "models": {
-                "base": str(options.models / "base"),
-                "sources": {name: str(options.models / name) for name in names},
-            },
-            "space": {"frankenmerge": {"min_layers": layers - 2, "max_layers": layers + 4}, **space},
-            "evaluation": {
-                "include_path": str(options.tasks),
-                "tasks": [{"task": task, "metric": "acc"} for task in LOGLIKELIHOODS],
-                "splits": {"search": options.items, "select": 8, "test": 8},
-                "scale": "raw",
-                "cache": False,
-                "racing": False,
-                "dtype": "bfloat16",
-                "reuse_prefixes": reuse,
-            },
-            "search": {"algorithm": "ga", "candidates": options.candidates, "finalists": 1, "population": 8},
-            "run": {"keep": 0},
-        }
-    )
-
-
-def seconds_of_scores(spec: SearchSpec) -> float:
-    """Runs a search and returns the processor seconds of all its scores."""
-    seconds, score = 0.0, Evaluator.score
-
-    def timed_score(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal seconds
-        began = time.process_time()
-        scores = score(*arguments, **keywords)
-        seconds += time.process_time() - began
-        return scores
-
-    with tempfile.TemporaryDirectory() as folder, patch.object(Evaluator, "score", timed_score):
-        start(spec, folder=Path(folder) / "run")
-    return seconds
-
-
-def hidden_states(options: argparse.Namespace) -> Iterator[Row]:
-    """Measures the scores of whole searches, each of which is run twice."""
-    for label, space in SEARCHES.items():
-        if options.methods and not any(word in label for word in options.methods):
-            continue
-        costs = [seconds_of_scores(search_spec(options, space, reuse)) for reuse in (True, False)]
-        yield Row(f"{label}, {options.candidates} candidates", *costs)
-
-
-# ---------------------------------------------------------------- one model's scores
-
-
 def evaluator_of(options: argparse.Namespace, tasks: list[str]) -> tuple[Any, Evaluator]:
     """Opens the base and what scores it on some tasks."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -212,7 +146,6 @@ def generation(options: argparse.Namespace) -> Iterator[Row]:
 
 PARTS: Mapping[str, tuple[str, Callable[[argparse.Namespace], Iterator[Row]]]] = {
     "kernels": ("Compiled kernels: a later candidate", kernels),
-    "hidden_states": ("Hidden states that candidates share: the scores of a search", hidden_states),
     "prefix_trees": ("Prefix trees: one model's scores", prefix_trees),
     "generation": ("The native generation loop: short answers", generation),
 }
@@ -234,11 +167,10 @@ def main() -> None:
     """Prints the tables and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--methods", nargs="+", help="of kernels and hidden_states: labels that contain one of these")
+    parser.add_argument("--methods", nargs="+", help="kernels whose label contains one of these")
     parser.add_argument("--models", type=Path, default=Path("models"), help="a folder with base and fine-tunes of it")
     parser.add_argument("--tasks", type=Path, default=Path("../shared/real/tasks"))
     parser.add_argument("--data", type=Path, default=Path("../shared/real/data/arc_easy.jsonl"))
-    parser.add_argument("--candidates", type=int, default=24, help="of each search")
     parser.add_argument("--items", type=int, default=40, help="of each task")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
