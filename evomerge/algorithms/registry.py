@@ -16,15 +16,15 @@ from evomerge.study.interfaces import Algorithm, AlgorithmSettings
 
 
 @dataclass(frozen=True)
-class Registered:
+class RegisteredAlgorithm:
     """An algorithm and what it understands. Called like the algorithm itself.
 
     Attributes:
         propose: The algorithm.
         options: Its own settings (`search.options` in a search.yaml) with their defaults.
         check: What is wrong with options of the right names and kinds; None where nothing can be.
-        one: Whether it can maximise one fitness.
-        several: Whether it can look for the Pareto front of several objectives.
+        single_objective: Whether it can maximise one fitness.
+        multi_objective: Whether it can look for the Pareto front of several objectives.
         asynchronous: Whether it can propose one candidate at a time, while others are being scored: those are in the
             history as "pending", without a fitness. One that learns from whole generations cannot.
         population: Candidates per generation, where a search.yaml does not say.
@@ -33,8 +33,8 @@ class Registered:
     propose: Algorithm
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
-    one: bool = True
-    several: bool = False
+    single_objective: bool = True
+    multi_objective: bool = False
     asynchronous: bool = True
     population: int = 16
 
@@ -70,22 +70,22 @@ def _of_kind(value: Any, default: Any) -> bool:
     return isinstance(value, int | float if isinstance(default, float) else type(default))
 
 
-ALGORITHMS: dict[str, Registered] = {
-    "ga": Registered(ga, OPTIONS, several=True, population=GENERATION),
-    "random": Registered(random_search, several=True),
-    "tpe": Registered(optuna_samplers.tpe, optuna_samplers.TPE_OPTIONS, several=True),
-    "cmaes": Registered(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
-    "catcma": Registered(catcma.catcma, catcma.OPTIONS, check=catcma.problems, asynchronous=False),
-    "gp": Registered(optuna_samplers.gp, optuna_samplers.GP_OPTIONS),
-    "nsga2": Registered(optuna_samplers.nsga2, several=True, asynchronous=False),
-    "nsga3": Registered(optuna_samplers.nsga3, several=True, asynchronous=False),
-    "map_elites": Registered(
-        map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, several=True, asynchronous=False
+ALGORITHMS: dict[str, RegisteredAlgorithm] = {
+    "ga": RegisteredAlgorithm(ga, OPTIONS, multi_objective=True, population=GENERATION),
+    "random": RegisteredAlgorithm(random_search, multi_objective=True),
+    "tpe": RegisteredAlgorithm(optuna_samplers.tpe, optuna_samplers.TPE_OPTIONS, multi_objective=True),
+    "cmaes": RegisteredAlgorithm(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
+    "catcma": RegisteredAlgorithm(catcma.catcma, catcma.OPTIONS, check=catcma.problems, asynchronous=False),
+    "gp": RegisteredAlgorithm(optuna_samplers.gp, optuna_samplers.GP_OPTIONS),
+    "nsga2": RegisteredAlgorithm(optuna_samplers.nsga2, multi_objective=True, asynchronous=False),
+    "nsga3": RegisteredAlgorithm(optuna_samplers.nsga3, multi_objective=True, asynchronous=False),
+    "map_elites": RegisteredAlgorithm(
+        map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, multi_objective=True, asynchronous=False
     ),
 }
 
 
-def get_algorithm(name: str) -> Registered:
+def get_algorithm(name: str) -> RegisteredAlgorithm:
     """The algorithm of that name.
 
     Raises:
@@ -98,13 +98,13 @@ def get_algorithm(name: str) -> Registered:
     return ALGORITHMS[name]
 
 
-def problems_of(name: str, options: Mapping[str, Any], *, several: bool, asynchronous: bool) -> list[str]:
+def problems_of(name: str, options: Mapping[str, Any], *, multi_objective: bool, asynchronous: bool) -> list[str]:
     """Says why an algorithm cannot do a search; nothing where it can.
 
     Args:
         name: As written under `search.algorithm`.
         options: As written under `search.options`.
-        several: Whether there are several objectives.
+        multi_objective: Whether there are several objectives.
         asynchronous: Whether candidates are proposed one by one.
     """
     if name not in ALGORITHMS:
@@ -112,10 +112,10 @@ def problems_of(name: str, options: Mapping[str, Any], *, several: bool, asynchr
         return [f"search.algorithm: '{name}' is not one of {names}{suggest(name, ALGORITHMS)}"]
     algorithm = ALGORITHMS[name]
     problems = algorithm.problems(options)
-    fit = {key: a.several if several else a.one for key, a in ALGORITHMS.items()}
+    fit = {key: a.multi_objective if multi_objective else a.single_objective for key, a in ALGORITHMS.items()}
     if not fit[name]:
         able = ", ".join(sorted(key for key, can in fit.items() if can))
-        goal = "pareto" if several else "mean"
+        goal = "pareto" if multi_objective else "mean"
         problems.append(f"search.objectives: {name} cannot search for {goal}; these can: {able}")
     if asynchronous and not algorithm.asynchronous:
         able = ", ".join(sorted(key for key, a in ALGORITHMS.items() if a.asynchronous))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import TaskError
 from evomerge.evaluation.backends.registry import BackendName, BackendOptions, make_backend
 from evomerge.evaluation.scorers.lm_eval import item_scores, loglikelihood_derivatives
-from evomerge.evaluation.scores import Array, ItemScores
+from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, Responses, build_requests
 from evomerge.evaluation.tasks.task import Task
+from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
 
@@ -120,7 +121,7 @@ class Evaluator:
         self,
         model: Any,
         selection: Selection,
-        score_gradients: Mapping[str, Mapping[str, Array]],
+        score_gradients: Mapping[str, Mapping[str, FloatArray]],
         names: Sequence[str],
     ) -> Mapping[str, Tensor] | None:
         """Differentiates Σ score gradient · numerator, over metrics and items, with respect to the model's weights.
@@ -149,7 +150,7 @@ class Evaluator:
         self,
         task: str,
         indices: Sequence[int],
-        score_gradients: Mapping[str, Array],
+        score_gradients: Mapping[str, FloatArray],
         positions: Sequence[int],
         responses: Responses,
     ) -> list[list[float]]:

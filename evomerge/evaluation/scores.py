@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evomerge.errors import TaskError, suggest
-
-Array = npt.NDArray[np.float64]
+from evomerge.system.arrays import FloatArray
 
 _MAX_COUNTS = 2_000_000  # of a bootstrap, held at once
 
@@ -72,7 +71,7 @@ class ItemScores:
 
     task: str
     items: tuple[str, ...]
-    metrics: Mapping[str, tuple[Array, Array]]
+    metrics: Mapping[str, tuple[FloatArray, FloatArray]]
     higher_is_better: Mapping[str, bool]
     transforms: Mapping[str, str] = field(default_factory=dict)
     corpus: Mapping[str, float] = field(default_factory=dict)
@@ -98,7 +97,7 @@ class ItemScores:
         n = int(np.count_nonzero(self.metrics[metric][1]))
         return Score(value, _standard_error(influence) if n > 1 else None, n)
 
-    def influence(self, metric: str) -> tuple[float, Array]:
+    def influence(self, metric: str) -> tuple[float, FloatArray]:
         """Returns the metric's value, and each item's influence on it.
 
         Returns:
@@ -117,7 +116,7 @@ class ItemScores:
         terms = (numerators - ratio * denominators) * (len(self.items) / total)
         return _apply(transform, ratio), _derivative(transform, ratio) * terms
 
-    def derivative(self, metric: str) -> Array:
+    def derivative(self, metric: str) -> FloatArray:
         """Differentiates the metric's value with respect to each item's numerator, length n.
 
         Raises:
@@ -139,7 +138,7 @@ class ItemScores:
         measured = (name for name in self.names if name in self.corpus or np.any(self.metrics[name][1] != 0))
         return {name: self.score(name) for name in measured}
 
-    def values(self, metric: str) -> Array:
+    def values(self, metric: str) -> FloatArray:
         """Returns the metric of every item on its own, transformed; NaN where an item has no value."""
         numerators, denominators = self.columns(metric)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -167,7 +166,7 @@ class ItemScores:
         columns = {name: (a * scale, b * scale) for name, (a, b) in self.metrics.items()}
         return ItemScores(self.task, self.items, columns, self.higher_is_better, self.transforms)
 
-    def columns(self, metric: str) -> tuple[Array, Array]:
+    def columns(self, metric: str) -> tuple[FloatArray, FloatArray]:
         """Returns the items' numerators and denominators.
 
         Raises:
@@ -279,7 +278,7 @@ def paired_difference(a: ItemScores, b: ItemScores, metric: str) -> tuple[float,
     return value_a - value_b, _standard_error(difference) if len(difference) > 1 else None
 
 
-def bootstrap_sums(columns: Array, draws: int, generator: np.random.Generator) -> Array:
+def bootstrap_sums(columns: FloatArray, draws: int, generator: np.random.Generator) -> FloatArray:
     """Sums columns over bootstrap samples of their rows.
 
     Args:
@@ -299,7 +298,7 @@ def bootstrap_sums(columns: Array, draws: int, generator: np.random.Generator) -
     return np.concatenate(sums)
 
 
-def _standard_error(influence: Array) -> float:
+def _standard_error(influence: FloatArray) -> float:
     """Of a mean: sample standard deviation over the root of n; at least two items."""
     return float(np.std(influence, ddof=1)) / math.sqrt(len(influence))
 

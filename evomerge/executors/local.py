@@ -30,7 +30,7 @@ from evomerge.system.memory import collect_rarely
 ATTEMPTS = 2
 """How many workers a candidate may cost, and how many in a row may die before they are ready."""
 
-_PATIENCE = 60.0  # seconds; writing a core file takes some
+_EXIT_TIMEOUT = 60.0  # seconds; writing a core file takes some
 
 Opened = tuple[Callable[[Any], None], Callable[[Proposal], Outcome]]
 """What an opener returns: what takes whom to compare candidates with, and what scores one."""
@@ -94,7 +94,7 @@ class LocalWorkers:
         count: How many.
         opener: What a worker opens first, as ``module:function``; it returns `Opened`.
         arguments: What the opener is called with.
-        digest: What a worker has to know of a history to compare candidates with; None where that is nothing.
+        summarise: What a worker has to know of a history to compare candidates with; None where that is nothing.
         log_file: Where the workers' logs go, with whatever else they print.
         environment: What the environment of a worker, by its slot, has beside ours.
     """
@@ -104,19 +104,19 @@ class LocalWorkers:
         count: int,
         opener: str,
         arguments: Sequence[Any],
-        digest: Callable[[tuple[Candidate, ...]], Any],
+        summarise: Callable[[tuple[Candidate, ...]], Any],
         log_file: Path,
         environment: Callable[[int], Mapping[str, str]] = lambda slot: {},
     ) -> None:
         self._count = count
         self._opener = opener
         self._arguments = tuple(arguments)
-        self._digest = digest
+        self._summarise = summarise
         self._log_file = log_file
         self._environment = environment
         self._workers: dict[int, _Worker] = {}
         self._incumbents: Any = None
-        self._stillborn = 0
+        self._failed_starts = 0
 
     @property
     def slots(self) -> int:
@@ -125,7 +125,7 @@ class LocalWorkers:
 
     def begin_generation(self, history: tuple[Candidate, ...]) -> None:
         """Keeps what the workers have to know of the history; each is told with its next proposal."""
-        incumbents = self._digest(history)
+        incumbents = self._summarise(history)
         if incumbents != self._incumbents:
             self._incumbents = incumbents
 
@@ -166,7 +166,7 @@ class LocalWorkers:
             raise RuntimeError(f"worker {worker.slot}:\n{content}")
         if kind == "ready":
             worker.opened()
-            self._stillborn = 0
+            self._failed_starts = 0
             return None
         proposal = worker.take()
         if proposal is None:
@@ -175,7 +175,7 @@ class LocalWorkers:
 
     def _lost(self, worker: _Worker) -> tuple[Proposal, Outcome] | None:
         """Has another worker try, or gives the candidate up."""
-        how = _ending(_exit_code(worker.process))
+        how = _describe_exit(_exit_code(worker.process))
         _end(worker)
         del self._workers[worker.slot]
         if worker.proposal is None:
@@ -183,8 +183,8 @@ class LocalWorkers:
         log.warning("worker %d died (%s) with candidate %d", worker.slot, how, worker.proposal.number)
         attempt = worker.attempt
         if not worker.ready:  # which is not the candidate's fault
-            self._stillborn += 1
-            if self._stillborn >= ATTEMPTS:
+            self._failed_starts += 1
+            if self._failed_starts >= ATTEMPTS:
                 raise EvoMergeError(f"worker {worker.slot} died before it could score: {how}; see {self._log_file}")
             attempt -= 1
         if attempt < ATTEMPTS:
@@ -222,13 +222,13 @@ def _end(worker: _Worker) -> None:
 def _exit_code(process: subprocess.Popen[bytes]) -> int:
     """The exit code of a process whose connection is closed, and which therefore ends."""
     try:
-        return process.wait(_PATIENCE)
+        return process.wait(_EXIT_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
 
 
-def _ending(code: int) -> str:
+def _describe_exit(code: int) -> str:
     """How a process has ended."""
     if code >= 0:
         return f"exit code {code}"

@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evomerge.methods.arithmetic import (
     linear_combination,
@@ -28,11 +27,11 @@ from evomerge.methods.arithmetic import (
 )
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
+from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Floats = NDArray[np.float64]
 
 OPPOSITE = -1.0 + 1e-12
 """A cosine below this to the mean is an opposite direction: there is no one shortest arc to it."""
@@ -47,7 +46,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
     return linear_combination([block.sources[i] for i in indices], coefficients.tolist())
 
 
-def karcher_coefficients(gram: Floats, alphas: Floats, max_iter: int, tol: float) -> Floats:
+def karcher_coefficients(gram: FloatArray, alphas: FloatArray, max_iter: int, tol: float) -> FloatArray:
     """Coefficients of the sources in their Karcher mean.
 
     Args:
@@ -64,7 +63,7 @@ def karcher_coefficients(gram: Floats, alphas: Floats, max_iter: int, tol: float
     return alphas if mean is None else mean * inverse * (alphas @ lengths)
 
 
-def mean_direction(cosines: Floats, alphas: Floats, max_iter: int, tol: float) -> Floats | None:
+def mean_direction(cosines: FloatArray, alphas: FloatArray, max_iter: int, tol: float) -> FloatArray | None:
     """Coefficients of unit vectors in their Karcher mean, a unit vector; None where there is none.
 
     Args:
@@ -91,12 +90,12 @@ def mean_direction(cosines: Floats, alphas: Floats, max_iter: int, tol: float) -
     return mean
 
 
-def _unit(cosines: Floats, coefficients: Floats, tol: float) -> Floats | None:
+def _unit(cosines: FloatArray, coefficients: FloatArray, tol: float) -> FloatArray | None:
     length = _length(cosines, coefficients)
     return None if length <= tol else coefficients / length
 
 
-def _length(cosines: Floats, coefficients: Floats) -> float:
+def _length(cosines: FloatArray, coefficients: FloatArray) -> float:
     return math.sqrt(max(float(coefficients @ cosines @ coefficients), 0.0))
 
 

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from evomerge.methods.arithmetic import add_deltas, affine, base_of
 from evomerge.methods.contract import Block, Granularity, Method, Parameter, Settings
+from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Floats = NDArray[np.float64]
 
-
-def interpolation(count: int, dot: Callable[[int, int], Floats]) -> NDArray[np.float32]:
+def interpolation(count: int, dot: Callable[[int, int], FloatArray]) -> NDArray[np.float32]:
     """t for each entry of the inner products, rounded to float32, in which 1 − t is then exact.
 
     Args:

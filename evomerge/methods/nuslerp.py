@@ -21,18 +21,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evomerge.errors import RecipeError
 from evomerge.methods.arithmetic import ROUNDING, from_origin, origin_dot, participants, zero_sum_problem
 from evomerge.methods.contract import Block, Granularity, Method, Parameter, Settings, Statistics
 from evomerge.methods.shared_parameters import WEIGHT
 from evomerge.methods.slerp import PARALLEL
+from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Floats = NDArray[np.float64]
 
 SAME = 1.0 - 1e-12
 """Above this cosine the arc is the chord: the angle is lost in the rounding of the cosine."""
@@ -57,7 +56,7 @@ def steps_of(weights: Sequence[float]) -> list[float]:
     return [float(weight / total) for weight, total in zip(weights[1:], sums[1:], strict=True)]
 
 
-def folded(gram: Sequence[Sequence[Floats]], steps: Sequence[float]) -> list[Floats]:
+def folded(gram: Sequence[Sequence[FloatArray]], steps: Sequence[float]) -> list[FloatArray]:
     """Coefficients of the operands, folded in order, for any number of vectors at once.
 
     Args:
@@ -76,7 +75,7 @@ def folded(gram: Sequence[Sequence[Floats]], steps: Sequence[float]) -> list[Flo
     return coefficients
 
 
-def arcs(aa: Floats, ab: Floats, bb: Floats, t: float) -> tuple[Floats, Floats]:
+def arcs(aa: FloatArray, ab: FloatArray, bb: FloatArray, t: float) -> tuple[FloatArray, FloatArray]:
     """Coefficients of a and b at t, from their inner products."""
     size = np.sqrt(np.maximum(aa, 0.0)) * np.sqrt(bb)
     cosine = np.divide(ab, size, out=np.ones_like(size), where=size > 0)
@@ -98,8 +97,8 @@ class VectorTerms:
     """
 
     pivot: int
-    of_pivot: Floats
-    others: tuple[tuple[int, Floats], ...]
+    of_pivot: FloatArray
+    others: tuple[tuple[int, FloatArray], ...]
     along: Literal["rows", "columns"]
 
 
@@ -115,7 +114,7 @@ def vector_terms(statistics: Statistics, based: bool, settings: Settings) -> Vec
     along: Literal["rows", "columns"] = "columns" if settings.shared["nuslerp_row_wise"] else "rows"
     of: Literal["weights", "deltas"] = "deltas" if based else "weights"
 
-    def products(i: int, j: int) -> Floats:
+    def products(i: int, j: int) -> FloatArray:
         return statistics.products(min(i, j), max(i, j), of, along).cpu().numpy()
 
     gram = [[products(i, j) for j in indices] for i in indices]
@@ -140,7 +139,7 @@ def merge_vectors(block: Block, terms: VectorTerms) -> Tensor:
         assert tensor is not None
         return tensor.view(shape)
 
-    def single(coefficients: Floats) -> Tensor:
+    def single(coefficients: FloatArray) -> Tensor:
         return pivot.new_tensor(coefficients.astype(np.float32))
 
     result = vectors(terms.pivot) * single(terms.of_pivot)

@@ -17,8 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from evomerge.errors import TaskError
-from evomerge.evaluation.scores import Array, ItemScores, paired_difference
+from evomerge.evaluation.scores import ItemScores, paired_difference
 from evomerge.objective.fitness import Fitness, Scores
+from evomerge.system.arrays import FloatArray
 
 LEVEL = 0.95
 _LEFT_OUT = Field(exclude_if=lambda value: value is None)  # where a difference is written as JSON
@@ -201,7 +202,7 @@ class Interval:
     joint_high: float
 
 
-def bootstrap_intervals(observed: Sequence[float], samples: Array, level: float = LEVEL) -> list[Interval]:
+def bootstrap_intervals(observed: Sequence[float], samples: FloatArray, level: float = LEVEL) -> list[Interval]:
     """Computes percentile intervals of several differences, and those that hold for all of them at once.
 
     The joint ones are max-t intervals: each difference plus or minus its bootstrap standard error times the quantile of

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from evomerge.errors import TaskError
-from evomerge.evaluation.scores import Array, ItemScores, bootstrap_sums, concatenate
+from evomerge.evaluation.scores import ItemScores, bootstrap_sums, concatenate
 from evomerge.objective.goals import Goal
+from evomerge.system.arrays import FloatArray
 
 Scores = Mapping[str, ItemScores]
 """Task to per-item scores."""
@@ -52,14 +53,14 @@ class Fitness:
         """Returns each task's own value, higher is better, or the mean of a group's tasks, as the goals come."""
         return self._by_objective(self._values(scores))
 
-    def score_gradients(self, scores: Scores) -> dict[str, dict[str, Array]]:
+    def score_gradients(self, scores: Scores) -> dict[str, dict[str, FloatArray]]:
         """Differentiates the fitness with respect to the items' numerators.
 
         Returns:
             Task to metric to one number per item. Metrics that are no mean or ratio of items are left out.
         """
         total = sum(goal.weight for goal in self.goals)
-        gradients: dict[str, dict[str, Array]] = {}
+        gradients: dict[str, dict[str, FloatArray]] = {}
         for goal in self.goals:
             part = scores[goal.task]
             if not part.is_itemwise(goal.metric):
@@ -112,7 +113,7 @@ class Fitness:
         joined = [{g.task: concatenate([s[g.task] for s in parts]) for g in self.goals} for parts in (a, b)]
         return value, self.difference(*joined)[1]
 
-    def bootstrap(self, models: Sequence[Scores], draws: int = DRAWS, seed: int = 0) -> Array | None:
+    def bootstrap(self, models: Sequence[Scores], draws: int = DRAWS, seed: int = 0) -> FloatArray | None:
         """Returns the fitness of some models on bootstrap samples of the items: the same samples for all of them.
 
         Each task's items are drawn by themselves, as many as there are.
@@ -138,7 +139,7 @@ class Fitness:
                 ]
             )
         weights = np.array([goal.weight for goal in self.goals])
-        mean: Array = np.einsum("g,gmd->md", weights / weights.sum(), np.array(values))
+        mean: FloatArray = np.einsum("g,gmd->md", weights / weights.sum(), np.array(values))
         return mean
 
     def relative_to(self, sources: Sequence[Scores]) -> Fitness:
@@ -175,7 +176,7 @@ class Fitness:
         total = sum(goal.weight for goal in self.goals)
         return sum(goal.weight * value for goal, value in zip(self.goals, values, strict=True)) / total
 
-    def _stderr(self, influences: Sequence[Array]) -> float:
+    def _stderr(self, influences: Sequence[FloatArray]) -> float:
         total = sum(goal.weight for goal in self.goals)
         variance = 0.0
         for goal, influence in zip(self.goals, influences, strict=True):
@@ -205,7 +206,7 @@ def _pooled_value(parts: Sequence[Scores], goal: Goal) -> float:
     return sum(n * scores.score(goal.metric).value for n, scores in zip(sizes, task_scores, strict=True)) / sum(sizes)
 
 
-def _influence(scores: Scores, goal: Goal) -> Array:
+def _influence(scores: Scores, goal: Goal) -> FloatArray:
     """Each item's influence on the goal's value: its variance over n is the value's squared standard error.
 
     NaN for a metric that is no mean or ratio of items: nothing is known of its error.

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from evomerge.evaluation.scores import ItemScores
+from evomerge.system.arrays import FloatArray, IntArray
 from evomerge.system.hashing import digest_bytes
-
-Array = npt.NDArray[np.float64]
 
 STRATA = 4
 FLOOR = 1 / 3
@@ -83,7 +81,7 @@ def draw_samples(
     return samples
 
 
-def item_spread(models: Sequence[ItemScores], metric: str) -> Array:
+def item_spread(models: Sequence[ItemScores], metric: str) -> FloatArray:
     """Estimates how much candidates may differ on each item, [n]; 0 for an item without a value.
 
     Of a share (all values in [0, 1]) with mean m over the models it is sqrt(m (1 - m)): large where the models disagree
@@ -94,11 +92,11 @@ def item_spread(models: Sequence[ItemScores], metric: str) -> Array:
     values = np.where(scored, values, 0.0)
     mean = values.mean(axis=0)
     share = bool(((values >= 0) & (values <= 1)).all())
-    spread: Array = np.sqrt(mean * (1 - mean)) if share else values.std(axis=0)
+    spread: FloatArray = np.sqrt(mean * (1 - mean)) if share else values.std(axis=0)
     return np.where(scored, spread, 0.0)
 
 
-def draw(items: Sequence[str], spread: Array, fraction: float, generator: np.random.Generator) -> Sample:
+def draw(items: Sequence[str], spread: FloatArray, fraction: float, generator: np.random.Generator) -> Sample:
     """Draws a part of the items, more of those on which models differ.
 
     Args:
@@ -125,7 +123,7 @@ def draw(items: Sequence[str], spread: Array, fraction: float, generator: np.ran
     )
 
 
-def allocate(sizes: npt.NDArray[np.int64], spreads: Array, total: int) -> npt.NDArray[np.int64]:
+def allocate(sizes: IntArray, spreads: FloatArray, total: int) -> IntArray:
     """Allocates the draw to strata: in proportion to size times spread, over a floor; at least one item, at most all.
 
     Args:

@@ -27,8 +27,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from evomerge.evaluation.scores import Array
 from evomerge.objective.fitness import Fitness, Scores
+from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest_bytes
 
 BLOCKS = 24
@@ -72,7 +72,7 @@ class _LinearisedFitness:
     """A fitness and what each item adds to it: one array of influences per goal, weighted as in the fitness."""
 
     value: float
-    influences: tuple[Array, ...]
+    influences: tuple[FloatArray, ...]
 
     @classmethod
     def of(cls, fitness: Fitness, scores: Scores) -> _LinearisedFitness | None:
@@ -173,7 +173,7 @@ class Race:
         )
 
 
-def _typical_square(differences: Sequence[Array]) -> float:
+def _typical_square(differences: Sequence[FloatArray]) -> float:
     """The mean square of some differences, each weighed by its own square: those of 0 do not count."""
     squares = np.concatenate(differences) ** 2 if differences else np.zeros(1)
     total = float(squares.sum())
@@ -233,7 +233,9 @@ def stopping_boundary(fractions: Sequence[float], error: float, power: float) ->
     information = [t / (1 - t) for t in fractions]
     spent = [error * t**power for t in fractions]
     boundary: list[float] = []
-    grid, weights, before = np.zeros(1), np.ones(1), 0.0
+    grid: FloatArray = np.zeros(1)
+    weights: FloatArray = np.ones(1)
+    before = 0.0
     for analysis, now in enumerate(information):
         step = math.sqrt(now - before)
         target = spent[analysis] - (spent[analysis - 1] if analysis else 0.0)
@@ -244,7 +246,7 @@ def stopping_boundary(fractions: Sequence[float], error: float, power: float) ->
     return tuple(boundary)
 
 
-def _solve(grid: Array, weights: Array, step: float, probability: float) -> float:
+def _solve(grid: FloatArray, weights: FloatArray, step: float, probability: float) -> float:
     """The edge below which a step leads from the weighted points with this probability, by bisection."""
     low, high = float(grid[0]) - 9 * step, float(grid[-1]) + 9 * step
     for _ in range(60):
@@ -257,7 +259,9 @@ def _solve(grid: Array, weights: Array, step: float, probability: float) -> floa
 _POINTS = 401
 
 
-def _advance(grid: Array, weights: Array, step: float, edge: float, top: float) -> tuple[Array, Array]:
+def _advance(
+    grid: FloatArray, weights: FloatArray, step: float, edge: float, top: float
+) -> tuple[FloatArray, FloatArray]:
     """The weighted points (Simpson's rule) after one more step, of those paths that have stayed above the edge."""
     points = np.linspace(edge, top, _POINTS)
     rule = np.full(_POINTS, 2.0)

@@ -49,7 +49,7 @@ class Objective:
         blocks: The parts in which they are scored: one, or with racing several.
         samples: Task to the items that were drawn of it, where a sample of the search items steers.
         reference_sizes: Sizes of the reference model, of those that are minimized beside the tasks.
-        several: Whether there are several objectives.
+        multi_objective: Whether there are several objectives.
     """
 
     fitness: Fitness
@@ -59,7 +59,7 @@ class Objective:
     blocks: tuple[Selection, ...]
     samples: Mapping[str, Sample] = field(default_factory=dict)
     reference_sizes: Mapping[str, int] = field(default_factory=dict)
-    several: bool = False
+    multi_objective: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class CandidateEvaluator:
 
     def _objectives(self, plan: Plan, scores: Scores) -> tuple[float, ...] | None:
         """One value per objective, higher is better; None where there is one, which is the fitness."""
-        if not self.objective.several:
+        if not self.objective.multi_objective:
             return None
         return (*self.objective.fitness.objectives(scores).values(), *self._smallness(plan).values())
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import TensorInfo, TensorSpec
 from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange
-from evomerge.evaluation.scores import Array, ItemScores
+from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet
 from evomerge.evaluation.tasks.task import Task
@@ -27,6 +27,7 @@ from evomerge.planning.plan import Plan, make_plan
 from evomerge.problem.problem import Problem, assemble
 from evomerge.recipe import parse_recipe
 from evomerge.spec.schema import SearchSpec
+from evomerge.system.arrays import FloatArray
 
 LAYERS = 4
 ITEMS = 40
@@ -78,7 +79,7 @@ class FakeRunner:
         return {"layers": plan.layer_count, "parameters": sum(int(np.prod(op.shape)) for op in plan.operations)}
 
     def weight_gradients(
-        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, Array]], names: Sequence[str]
+        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, FloatArray]], names: Sequence[str]
     ) -> None:
         """Has none: there are no weights."""
 
@@ -110,7 +111,7 @@ def quality(recipe: Mapping[str, Any]) -> float:
     return 0.8 - 0.5 * min(1.0, float(np.mean(squares))) if squares else 0.5
 
 
-def _values(metric: str, values: Array) -> Array:
+def _values(metric: str, values: FloatArray) -> FloatArray:
     if metric in _LOSSES:
         return 2.0 - values
     return (values > 0.5).astype(np.float64) if metric.startswith("acc") else values

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, float_parameters
 from evomerge.errors import CandidateError, RecipeError
-from evomerge.evaluation.scores import Array
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Fitness, Scores
@@ -23,6 +22,7 @@ from evomerge.problem.model_runner import Runner
 from evomerge.space.decode import LiteralRecipe, active_genes, decode_literally
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
+from evomerge.system.arrays import FloatArray
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +45,12 @@ def genes_of_settings(space: SearchSpace, genome: Genome, literal: LiteralRecipe
     free = {gene.name for gene in space.reals if gene.name in active and gene.low < gene.high}
     factors: dict[str, dict[ParameterKey, dict[str, float]]] = defaultdict(dict)
     for op in plan.operations:
-        for entry in float_parameters(op.settings):
-            tensor = op.output if entry[1] is None else op.sources[entry[1]].tensor
-            by_gene = literal.gene_gradient(op.slice_index, entry, tensor, op.t)
+        for key in float_parameters(op.settings):
+            tensor = op.output if key[1] is None else op.sources[key[1]].tensor
+            by_gene = literal.gene_gradient(op.slice_index, key, tensor, op.t)
             of_free = {gene: factor for gene, factor in by_gene.items() if gene in free}
             if of_free:
-                factors[op.output][entry] = of_free
+                factors[op.output][key] = of_free
     return factors
 
 
@@ -116,10 +116,10 @@ def fitness_gradients(
         return None
     if of_settings is None:
         return None
-    total = {gene: 0.0 for by_entry in factors.values() for by_gene in by_entry.values() for gene in by_gene}
+    total = {gene: 0.0 for by_key in factors.values() for by_gene in by_key.values() for gene in by_gene}
     for output in sorted(of_settings):
-        for entry, derivative in of_settings[output].items():
-            for gene, factor in factors[output][entry].items():
+        for key, derivative in of_settings[output].items():
+            for gene, factor in factors[output][key].items():
                 total[gene] += derivative * factor
     return dict(sorted(total.items()))
 
@@ -130,7 +130,7 @@ def _setting_gradients(
     plan: Plan,
     factors: GeneFactors,
     selection: Selection,
-    numerators: Mapping[str, Mapping[str, Array]],
+    numerators: Mapping[str, Mapping[str, FloatArray]],
 ) -> dict[str, dict[ParameterKey, float]] | None:
     """The derivative of the fitness with respect to the numbers in the plan's settings."""
     ranges = [(op, _ranges(space, factors[op.output])) for op in plan.operations if op.output in factors]
@@ -140,7 +140,9 @@ def _setting_gradients(
     return None if gradients is None else runner.parameter_gradients(plan, ranges, gradients)
 
 
-def _smooth(tasks: Mapping[str, Task], numerators: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
+def _smooth(
+    tasks: Mapping[str, Task], numerators: Mapping[str, Mapping[str, FloatArray]]
+) -> dict[str, dict[str, FloatArray]]:
     """Without the metrics that jump between right and wrong: they change nowhere else."""
     kept = {
         task: {metric: derivative for metric, derivative in row.items() if tasks[task].smooth_metric(metric) == metric}
@@ -150,11 +152,11 @@ def _smooth(tasks: Mapping[str, Task], numerators: Mapping[str, Mapping[str, Arr
 
 
 def _ranges(
-    space: SearchSpace, by_entry: Mapping[ParameterKey, Mapping[str, float]]
+    space: SearchSpace, by_key: Mapping[ParameterKey, Mapping[str, float]]
 ) -> dict[ParameterKey, ParameterRange]:
     """The range of each number: where all its genes may be."""
     ranges = {gene.name: (gene.low, gene.high) for gene in space.reals}
     return {
-        entry: (max(ranges[gene][0] for gene in genes), min(ranges[gene][1] for gene in genes))
-        for entry, genes in by_entry.items()
+        key: (max(ranges[gene][0] for gene in genes), min(ranges[gene][1] for gene in genes))
+        for key, genes in by_key.items()
     }

@@ -18,7 +18,7 @@ from evomerge.engine.resident import Resident
 from evomerge.errors import CandidateError
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.score_store import ScoreCache, key_of
-from evomerge.evaluation.scores import Array, ItemScores, concatenate
+from evomerge.evaluation.scores import ItemScores, concatenate
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Scores
@@ -27,6 +27,7 @@ from evomerge.planning.plan import Plan, make_plan
 from evomerge.problem.problem import Problem, versions
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
+from evomerge.system.arrays import FloatArray
 from evomerge.system.files import cache_folder
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Runner(Protocol):
         ...
 
     def weight_gradients(
-        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, Array]], names: Sequence[str]
+        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, FloatArray]], names: Sequence[str]
     ) -> Mapping[str, Tensor] | None:
         """Differentiates a weighted sum of the items' numerators with respect to weights; None where that is not
         possible."""
@@ -165,7 +166,7 @@ class ModelRunner:
         return {"layers": plan.layer_count, "parameters": parameters}
 
     def weight_gradients(
-        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, Array]], names: Sequence[str]
+        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, FloatArray]], names: Sequence[str]
     ) -> Mapping[str, Tensor] | None:
         """Differentiates a weighted sum of the items' numerators with respect to the weights of a plan's result.
 

@@ -47,7 +47,7 @@ def prepare_objective(problem: Problem, runner: Runner, store: RunScores, tracke
         selection=problem.splits[SEARCH],
         blocks=(problem.splits[SEARCH],),
         reference_sizes=_reference_sizes(problem, runner),
-        several=bool(spec.objectives),
+        multi_objective=bool(spec.objectives),
     )
     if racing and evaluation.informative is None:  # first, so that the sources are scored by blocks too
         objective = _with_blocks(objective, problem, runner, store, tracker)

@@ -39,6 +39,7 @@ from evomerge.study.budget import count_items
 from evomerge.study.candidate import Candidate, count_states
 from evomerge.study.ranking import finalists as choose_finalists
 from evomerge.study.ranking import growth, ranked, reference_point
+from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
     from evomerge.problem.candidate_evaluator import CandidateEvaluator
@@ -195,7 +196,7 @@ class _Reader:
         their pooled fitness, and of equal ones the first.
         """
         fitness = np.array([self.pooled(model) for model in models])
-        if not models or not self.evaluator.objective.several:
+        if not models or not self.evaluator.objective.multi_objective:
             return [models[k] for k in np.argsort(-fitness, kind="stable").tolist()]
         return [models[k] for k in pareto.by_knee(self._pooled_objectives(models), fitness)]
 
@@ -204,7 +205,7 @@ class _Reader:
 
         The others than the winner are read on the test items here.
         """
-        if not self.evaluator.objective.several:
+        if not self.evaluator.objective.multi_objective:
             return []
         on_front = pareto.ranks(self._pooled_objectives(finalists), 1) == 0
         others = [
@@ -221,7 +222,7 @@ class _Reader:
         choosing = {"pooled": (SEARCH, SELECT), **{s: (s,) for s in (SEARCH, SELECT, TEST) if s in model.splits}}
         return {name: self._objectives(model, splits) for name, splits in choosing.items()}
 
-    def _pooled_objectives(self, models: Sequence[_Model]) -> pareto.Array:
+    def _pooled_objectives(self, models: Sequence[_Model]) -> FloatArray:
         """What chooses between finalists with several objectives, shape [models, objectives]."""
         return np.array([[*self._objectives(model, (SEARCH, SELECT)).values()] for model in models])
 

@@ -34,7 +34,7 @@ def algorithm_problems(spec: SearchSpec) -> list[str]:
     problems = problems_of(
         search.algorithm,
         search.options,
-        several=search.objectives == "pareto",
+        multi_objective=search.objectives == "pareto",
         asynchronous=search.mode == "asynchronous",
     )
     if search.baseline == search.algorithm:

@@ -30,15 +30,15 @@ from evomerge.spec.schema import Search, SearchSpec
 from evomerge.study.budget import StopConditions, spent_items
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, Executor, LogTracker, NullTracker, SearchInfo, Tracker
-from evomerge.study.loop import Finished, search
+from evomerge.study.loop import SearchResult, search
 from evomerge.study.record import Record
 from evomerge.system.quiet import log_to_file
 from evomerge.system.yaml import write_yaml
 
 log = logging.getLogger("evomerge")
 
-_MAX_DEATHS = 4  # of processes, over one candidate: fewer may be kills that are none of its doing
-_MAX_RANDOM = 10  # times the search's candidates, for a random search whose candidates see few items each
+_MAX_CRASHES = 4  # of processes, over one candidate: fewer may be kills that are none of its doing
+_MAX_BASELINE_RATIO = 10  # times the search's candidates, for a random search whose candidates see few items each
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SearchParts:
     open_worker: str = "evomerge.run.search:open_worker"
 
 
-MODELS = SearchParts()
+MODEL_PARTS = SearchParts()
 
 
 def start(
@@ -152,7 +152,7 @@ def open_worker(root: Path, threads: int, share: int, parts: SearchParts | None 
     import torch
 
     torch.set_num_threads(share)
-    folder, parts = RunFolder.existing(root), parts or MODELS
+    folder, parts = RunFolder.existing(root), parts or MODEL_PARTS
     problem = parts.open_problem(folder.spec, threads)
     runner = parts.make_runner(problem)
     objective = prepare_objective(problem, runner, folder.scores, NullTracker())
@@ -170,7 +170,7 @@ def _run(folder: RunFolder, spec: SearchSpec, tracker: Tracker | None, parts: Se
         folder.remove_partial_files()
         if spec != folder.spec:
             folder.write_spec(spec)
-        return _Session.open(folder, shown, parts or MODELS).run()
+        return _Session.open(folder, shown, parts or MODEL_PARTS).run()
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class _Session:
             if ended.reason == "interrupted":
                 raise KeyboardInterrupt
             if ended.reason == "failures":
-                raise EvoMergeError(f"{folder.root}: {ended.message}{_what_to_do(ended.candidates)}")
+                raise EvoMergeError(f"{folder.root}: {ended.message}{_failure_hint(ended.candidates)}")
             if ended.reason in ("stale", "target"):
                 budget = spec.search.candidates
                 tracker.report(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {budget}")
@@ -255,7 +255,7 @@ class _Session:
         algorithm: str,
         stop: StopConditions,
         tracker: Tracker,
-    ) -> Finished:
+    ) -> SearchResult:
         """One search of the run's space, on its items and by its seed."""
         spec = self.folder.spec
         return search(
@@ -283,7 +283,7 @@ class _Session:
         self.tracker.report(f"random search as a baseline: {items} item evaluations, as the search had")
 
         record = self.folder.record(self.problem.space, baseline=True, report=self.tracker.report)
-        stop = StopConditions(_MAX_RANDOM * len(candidates), items=items)
+        stop = StopConditions(_MAX_BASELINE_RATIO * len(candidates), items=items)
         ended = self._search(executor, record, "random", stop, _BaselineTracker(self.tracker))
         if ended.reason == "interrupted":
             raise KeyboardInterrupt
@@ -295,7 +295,7 @@ class _Session:
         """What scores candidates, for the length of a block: this process, or as many workers as the spec says."""
         folder, count, threads = self.folder, self.folder.spec.run.workers, self.problem.threads
         if count == 1:
-            yield InProcess(partial(unless_deadly, folder, self.evaluator), self.evaluator.begin_generation)
+            yield InProcess(partial(score_unless_crashing, folder, self.evaluator), self.evaluator.begin_generation)
             return
         share = max(1, threads // count)
         self.tracker.report(f"{count} workers, of {share} of the {threads} threads each; their output is in log.txt")
@@ -326,10 +326,10 @@ def settings_of(section: Search, evaluator: CandidateEvaluator, algorithm: str |
     return AlgorithmSettings(population, options, gradients=evaluator.gradients)
 
 
-def unless_deadly(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
+def score_unless_crashing(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
     """Scores a proposal here, unless it has killed one process after the other: then it has failed."""
     with folder.attempting(proposal.recipe_hash) as deaths:
-        if deaths < _MAX_DEATHS:
+        if deaths < _MAX_CRASHES:
             return evaluate(proposal)
     failure = f"killed: {deaths} processes in a row died while they scored it; the system may have run out of memory"
     return Outcome(None, state="failed", failure=failure)
@@ -359,7 +359,7 @@ class _BaselineTracker(NullTracker):
         self._tracker.report(f"random search, candidate {candidate.number}: {value}")
 
 
-def _what_to_do(candidates: tuple[Candidate, ...]) -> str:
+def _failure_hint(candidates: tuple[Candidate, ...]) -> str:
     """The way on from failures that have one cause."""
     kinds = {c.failure_kind for c in candidates[-1:]} & {"out of memory", "MemoryError", "OutOfMemoryError"}
     memory = "; a lower evaluation.batch_tokens takes less memory" if kinds else ""

@@ -16,7 +16,7 @@ from evomerge.space.baselines import Start, baselines
 from evomerge.space.decode import decode, recipe_hash, why_invalid
 from evomerge.space.genes import REST, layer_groups
 from evomerge.space.space import SearchSpace
-from evomerge.space.transfer import Place, Shape, of_genome, of_recipe
+from evomerge.space.transfer import SpaceLayout, TensorLayer, nearest_genome, transfer_genome
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import ranked
@@ -139,11 +139,11 @@ class _Here:
 
     spec: SearchSpec
     space: SearchSpace
-    tensors: Sequence[Place]
+    tensors: Sequence[TensorLayer]
     plan: PlanRecipe
 
 
-def _tensors(model: Checkpoint) -> list[Place]:
+def _tensors(model: Checkpoint) -> list[TensorLayer]:
     """The tensors of the models, with their layer in the stack that is searched."""
     main = model.layout.main
     located = {name: model.layout.locate(name) for name in model.tensors}
@@ -156,7 +156,7 @@ def _of_recipe(here: _Here, seed: Seed) -> Start:
         raise ValueError(f"{seed.path} is no recipe")
     recipe = seed.recipe.to_mapping()
     here.plan(recipe)  # whether it can be carried out
-    return Start(f"seed: {seed.path.name}", recipe, of_recipe(here.space, seed.recipe, here.tensors))
+    return Start(f"seed: {seed.path.name}", recipe, nearest_genome(here.space, seed.recipe, here.tensors))
 
 
 def _of_run(here: _Here, seed: Seed, known_recipes: Container[str]) -> list[Start]:
@@ -180,7 +180,7 @@ def _of_run(here: _Here, seed: Seed, known_recipes: Container[str]) -> list[Star
 
 
 def _of_candidate(
-    here: _Here, there: SearchSpec, shape: Shape, names: Mapping[str, str], candidate: Candidate, name: str
+    here: _Here, there: SearchSpec, shape: SpaceLayout, names: Mapping[str, str], candidate: Candidate, name: str
 ) -> Start | None:
     """One candidate here: of generation 0 the exact recipe, which need not be in either space; else its genome's."""
     space = here.space
@@ -188,21 +188,21 @@ def _of_candidate(
         exact = _translated(candidate.recipe, there, here.spec, names)
         if exact is not None:
             here.plan(exact)  # whether it can be carried out
-            return Start(name, exact, of_recipe(space, parse_recipe(exact, where=name), here.tensors))
-    genome = of_genome(space, candidate.genome, shape, names)
+            return Start(name, exact, nearest_genome(space, parse_recipe(exact, where=name), here.tensors))
+    genome = transfer_genome(space, candidate.genome, shape, names)
     if genome is None or why_invalid(space, genome) is not None:
         return None
     return Start(name, decode(space, genome), genome)
 
 
-def _shape(spec: SearchSpec, space: SearchSpace) -> Shape:
+def _shape(spec: SearchSpec, space: SearchSpace) -> SpaceLayout:
     """How the other search lays its genes over models of as many layers as these.
 
     Raises:
         SpecError: When its groups do not fit so many layers.
     """
     names = [name for name in spec.space.tensor_groups or () if name != REST]
-    return Shape(
+    return SpaceLayout(
         layer_groups(spec.space.layer_groups, space.layer_count),
         isinstance(spec.space.layer_groups, Mapping),
         (*names, REST) if spec.space.tensor_groups else (),

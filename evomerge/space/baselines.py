@@ -10,7 +10,7 @@ from typing import Any
 
 from evomerge.methods.contract import Method
 from evomerge.space.decode import decode, recipe_hash
-from evomerge.space.genes import paper_value, searched
+from evomerge.space.genes import paper_value, searched_parameters
 from evomerge.space.genome import Genome, LayerGene, Scalar
 from evomerge.space.space import SearchSpace
 
@@ -98,7 +98,7 @@ def _defaults(space: SearchSpace, method: Method) -> Start:
         return Start(name, decode(space, genome), genome)
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
-    for parameter in searched(method, space.extra, len(space.sources)):
+    for parameter in searched_parameters(method, space.extra, len(space.sources)):
         value = paper_value(parameter)
         if value is None and parameter.gene is not None:
             value = sum(parameter.gene) / 2

@@ -92,7 +92,7 @@ def build_space(
         seed=recipe_seed,
         dtype=dtype,
         registry=registry,
-        extra=genes.enabled(chosen, overrides),
+        extra=genes.enabled_parameters(chosen, overrides),
         smooth=smooth,
     )
 
@@ -131,7 +131,9 @@ def _chosen_methods(
             problems.append(f"space.methods: no method is called '{name}'{suggest(name, by_name)}")
             continue
         chosen[method.name] = method
-        given = {p.name: p.gene for p in genes.searched(method, frozenset(), source_count) if not p.per_source}
+        given = {
+            p.name: p.gene for p in genes.searched_parameters(method, frozenset(), source_count) if not p.per_source
+        }
         if base is None and not method.copies_layers and method.base_needed(given):
             problems.append(f"space.methods: '{name}' needs models.base, which is missing")
         if source_count < method.min_sources and not method.copies_layers:

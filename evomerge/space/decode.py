@@ -57,8 +57,8 @@ def decode(space: SearchSpace, genome: Genome) -> RecipeMapping:
     return _recipe(space, methods_of(space, genome), _slices(space, genome))
 
 
-#: A number in the settings of a tensor: the parameter, and the position of the source that it is for (None for all).
-Entry = tuple[str, int | None]
+#: A number in the settings of a tensor, as in `evomerge.engine.parameter_gradients`: (parameter, its source or None).
+ParameterKey = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,21 @@ class LiteralRecipe:
     """
 
     recipe: RecipeMapping
-    genes: tuple[Mapping[Entry, Setting], ...]
+    genes: tuple[Mapping[ParameterKey, Setting], ...]
 
-    def gene_gradient(self, slice_index: int, entry: Entry, tensor: str, t: float) -> dict[str, float]:
+    def gene_gradient(self, slice_index: int, key: ParameterKey, tensor: str, t: float) -> dict[str, float]:
         """Differentiates a number that the recipe gives for one tensor with respect to the genes.
 
         Args:
             slice_index: Index of the tensor's slice.
-            entry: The number.
+            key: The number.
             tensor: The name that filters are matched against.
             t: Position within the slice.
 
         Returns:
             Gene to derivative, without zeros; empty where no gene sets the number.
         """
-        setting = self.genes[slice_index].get(entry)
+        setting = self.genes[slice_index].get(key)
         if setting is None:
             return {}
         conditions = conditionals(setting) or (Conditional(cast("Scalar | tuple[Scalar, ...]", setting)),)
@@ -145,7 +145,7 @@ class _Slice:
     """A slice as in YAML, and which gene sets which number in it, where that is asked for."""
 
     mapping: dict[str, Any]
-    genes: Mapping[Entry, Setting] = field(default_factory=dict)
+    genes: Mapping[ParameterKey, Setting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _merged_slice(
         sources.append({"model": space.base, "layer_range": list(layers)})
     shared: dict[str, Any] = dict(space.constants[method.name]) if constants else {}
     own: dict[str | None, dict[str, Any]] = {source: {} for source in space.sources} | {None: shared}
-    genes: dict[Entry, Setting] = {}
+    genes: dict[ParameterKey, Setting] = {}
     position = {source: k for k, source in enumerate(space.sources)}
     for parameter, source in searched_keys(space, method):
         key, whole = (parameter.name, source), parameter.kind == "int"

@@ -79,14 +79,14 @@ def gene_name(parameter: str, source: str | None, group: str, tensors: str | Non
     return ".".join(part for part in (parameter, source, group, tensors) if part is not None)
 
 
-def enabled(methods: Sequence[Method], overrides: Mapping[str, Any]) -> frozenset[str]:
+def enabled_parameters(methods: Sequence[Method], overrides: Mapping[str, Any]) -> frozenset[str]:
     """Parameters that are searched only because an override gives them a range: no method declares one for them."""
     declared = {p.name for method in methods for p in method.parameters if p.gene is not None}
     return frozenset(key.split(".")[0] for key in overrides) - declared
 
 
-def searched(method: Method, extra: frozenset[str], source_count: int) -> tuple[Parameter, ...]:
-    """The numeric parameters of `method` that have genes: those with a declared range, and the `enabled` ones.
+def searched_parameters(method: Method, extra: frozenset[str], source_count: int) -> tuple[Parameter, ...]:
+    """Lists the numeric parameters of a method that have genes: with a declared range, or of `enabled_parameters`.
 
     Of two that say the same only one has genes: the one that stands in the other's place where it declares a range (t
     of SLERP with one source), else the other (density, not drop_rate). One that needs another mode has none.
@@ -164,9 +164,9 @@ def families(methods: Sequence[Method], overrides: Mapping[str, Any], source_cou
         SpecError: An override that is unknown, has no sense, or leaves the parameter's allowed range.
     """
     groups: dict[tuple[str, bool], list[tuple[Method, Parameter]]] = {}
-    extra = enabled(methods, overrides)
+    extra = enabled_parameters(methods, overrides)
     for method in methods:
-        for parameter in searched(method, extra, source_count):
+        for parameter in searched_parameters(method, extra, source_count):
             groups.setdefault((parameter.name, parameter.per_source), []).append((method, parameter))
     result = [_family(name, per_source, groups[name, per_source]) for name, per_source in sorted(groups)]
     problems = _override_problems(result, overrides, methods)

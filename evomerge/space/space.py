@@ -83,7 +83,9 @@ class SearchSpace:
     @cached_property
     def searched(self) -> Mapping[str, tuple[Parameter, ...]]:
         """The parameters with genes, by name of method."""
-        return {method.name: genes.searched(method, self.extra, len(self.sources)) for method in self.methods}
+        return {
+            method.name: genes.searched_parameters(method, self.extra, len(self.sources)) for method in self.methods
+        }
 
     @cached_property
     def constants(self) -> Mapping[str, Mapping[str, Any]]:
@@ -163,7 +165,7 @@ class SearchSpace:
 
     def fixed_parameters(self, method: Method) -> dict[str, Any]:
         """Parameters without genes whose value in a search is the paper's and not the recipe default."""
-        parameters = genes.searched(method, self.extra, len(self.sources))
+        parameters = genes.searched_parameters(method, self.extra, len(self.sources))
         return genes.fixed_parameters(method, parameters, has_base=self.base is not None)
 
     def needs_base(self, method: Method) -> bool:

@@ -13,11 +13,11 @@ from evomerge.space.genome import Genome, LayerGene, Scalar
 from evomerge.space.space import SearchSpace
 
 #: A tensor's name and its layer; None outside the stack of layers.
-Place = tuple[str, int | None]
+TensorLayer = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
-class Shape:
+class SpaceLayout:
     """How another space lays its genes over the depth, as far as their names do not say it.
 
     Attributes:
@@ -70,7 +70,7 @@ def layer_shares(space: SearchSpace, group: int) -> dict[int, float]:
     return {low: low + 1 - position, low + 1: position - low}
 
 
-def of_genome(space: SearchSpace, genome: Genome, shape: Shape, names: Mapping[str, str]) -> Genome | None:
+def transfer_genome(space: SearchSpace, genome: Genome, shape: SpaceLayout, names: Mapping[str, str]) -> Genome | None:
     """Another search's genome in this space.
 
     Genes go by the names of parameter and model, over the depth by layer. A source that the other search does not have
@@ -113,7 +113,7 @@ def of_genome(space: SearchSpace, genome: Genome, shape: Shape, names: Mapping[s
     return _genome(space, value_of, methods, layers)
 
 
-def of_recipe(space: SearchSpace, recipe: Recipe, tensors: Sequence[Place]) -> Genome:
+def nearest_genome(space: SearchSpace, recipe: Recipe, tensors: Sequence[TensorLayer]) -> Genome:
     """The genome nearest to a recipe: its method where the space has it, each parameter averaged over a gene's tensors.
 
     Args:

@@ -106,9 +106,9 @@ class StopMonitor:
             self._counter.add(candidate)
         failed = {c.number: c for c in history if c.state == "failed"}
         # A run that was stopped by its failures and is resumed gets another chance.
-        self._failed = {n: c for n, c in failed.items() if len(_failing_row(failed, n)) < FAILURES_IN_A_ROW}
+        self._failed = {n: c for n, c in failed.items() if len(_failure_streak(failed, n)) < FAILURES_IN_A_ROW}
 
-    def already(self) -> End | None:
+    def limit_reached(self) -> End | None:
         """Returns the end, if the record is at it: what is spent is the same in every session."""
         if self._stop.hours is not None and self._seconds / self._slots >= self._stop.hours * 3600:
             return "hours", f"{self._stop.hours:g} hours of scoring are over, all sessions together"
@@ -122,14 +122,14 @@ class StopMonitor:
         self._counter.add(candidate)
         if candidate.state == "failed":
             self._failed[candidate.number] = candidate
-            row = _failing_row(self._failed, candidate.number)
+            row = _failure_streak(self._failed, candidate.number)
             if len(row) >= FAILURES_IN_A_ROW:
                 last = row[-1]
                 return "failures", (
                     f"{len(row)} candidates in a row failed with {last.failure_kind}; the last one, {last.number} "
                     f"({last.operator}): {last.failure}"
                 )
-        return self.already()
+        return self.limit_reached()
 
     def after_generation(self, history: tuple[Candidate, ...], generation: int) -> End | None:
         """Returns the end, if this generation reaches the target, or makes too many without a better candidate."""
@@ -161,7 +161,7 @@ class StopMonitor:
         return "stale", f"{limit} generations without {more} {latest.number}"
 
 
-def _failing_row(failed: Mapping[int, Candidate], number: int) -> list[Candidate]:
+def _failure_streak(failed: Mapping[int, Candidate], number: int) -> list[Candidate]:
     """The candidates around a failed one, by number without a gap, that failed in the same way."""
     kind = failed[number].failure_kind
 

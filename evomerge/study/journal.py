@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import OutputError, RunError
-from evomerge.system.locks import in_turn
+from evomerge.system.locks import wait_for_lock
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -35,7 +35,7 @@ MAXIMIZE = 2
 
 def locked(journal: Path) -> AbstractContextManager[None]:
     """Holds an exclusive lock on a file beside the journal; a killed holder leaves nothing to clean up."""
-    return in_turn(journal.with_name(journal.name + ".flock"))
+    return wait_for_lock(journal.with_name(journal.name + ".flock"))
 
 
 def repair(journal: Path) -> int:

@@ -26,7 +26,7 @@ from evomerge.study.record import Record
 
 
 @dataclass(frozen=True)
-class Finished:
+class SearchResult:
     """Why a search stopped, in a word and in a sentence, and what it found."""
 
     reason: Reason
@@ -51,7 +51,7 @@ def search(
     starts: Sequence[Start] | None = None,
     tracker: Tracker | None = None,
     asynchronous: bool = False,
-) -> Finished:
+) -> SearchResult:
     """Searches until a stop condition holds; on a record with candidates, goes on from them.
 
     Args:
@@ -86,7 +86,7 @@ def search(
         reason, message = loop.run(tuple(baselines(space) if starts is None else starts))
     except KeyboardInterrupt:
         reason, message = "interrupted", f"stopped by the user after {len(record)} candidates"
-    return Finished(reason, message, record.candidates())
+    return SearchResult(reason, message, record.candidates())
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,11 @@ class _Loop:
 
     def run(self, starts: tuple[Start, ...]) -> End:
         monitor = StopMonitor(self.stop, self.record.candidates(), self.executor.slots)
-        if ended := monitor.already():
+        if ended := monitor.limit_reached():
             return ended
-        return self._one_by_one(starts, monitor) if self.asynchronous else self._by_generations(starts, monitor)
+        return (
+            self._run_asynchronously(starts, monitor) if self.asynchronous else self._run_generations(starts, monitor)
+        )
 
     @property
     def _spent(self) -> End:
@@ -115,7 +117,7 @@ class _Loop:
     def _exhausted(self) -> End:
         return "exhausted", f"the space has no new recipe after {len(self.record)} candidates"
 
-    def _by_generations(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
+    def _run_generations(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
         generation = 0
         first = 0
         while first < self.stop.candidates:
@@ -166,14 +168,14 @@ class _Loop:
             candidate = Candidate.of(*self.executor.next_finished())
             under_way -= 1
             finished[candidate.number] = candidate
-            for due in self._due(finished, turns):
+            for due in self._take_recordable(finished, turns):
                 # Which candidates the items suffice for must not depend on how many were scored at once.
                 if ended is None or self.stop.items is None:
-                    brought = self._keep(due, monitor)
-                    ended = ended or brought
+                    end = self._append(due, monitor)
+                    ended = ended or end
         return ended
 
-    def _due(self, finished: dict[int, Candidate], turns: deque[int]) -> list[Candidate]:
+    def _take_recordable(self, finished: dict[int, Candidate], turns: deque[int]) -> list[Candidate]:
         """Takes out what to record now: all that have finished, but in turn where items end the search."""
         due = []
         if self.stop.items is None:
@@ -182,19 +184,19 @@ class _Loop:
             due.append(finished.pop(turns.popleft()))
         return due
 
-    def _keep(self, candidate: Candidate, monitor: StopMonitor) -> End | None:
+    def _append(self, candidate: Candidate, monitor: StopMonitor) -> End | None:
         """Records a candidate; the end, if it brings it."""
         self.record.append(candidate)
         self.tracker.candidate(candidate)
         return monitor.after_candidate(candidate)
 
-    def _one_by_one(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
+    def _run_asynchronously(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
         """As many candidates under way as there is room for, at any time."""
         first = first_generation(starts, self.stop.candidates)
         recorded = {candidate.number for candidate in self.record.candidates()}
         free = (number for number in count() if number not in recorded)
         pending: dict[int, Proposal] = {}
-        ended = self._stale(len(starts), monitor)
+        ended = self._after_generations(len(starts), monitor)
         no_more: End | None = None
         while True:
             while not (ended or no_more) and len(pending) < self.executor.slots:
@@ -203,8 +205,8 @@ class _Loop:
                 return ended or no_more or self._spent
             candidate = Candidate.of(*self.executor.next_finished())
             del pending[candidate.number]
-            brought = self._keep(candidate, monitor) or self._stale(len(starts), monitor)
-            ended = ended or brought
+            end = self._append(candidate, monitor) or self._after_generations(len(starts), monitor)
+            ended = ended or end
 
     def _submit(self, number: int, first: Sequence[Proposal], pending: dict[int, Proposal]) -> End | None:
         """Submits a proposal with this number; why not, if there is nothing to propose."""
@@ -231,12 +233,12 @@ class _Loop:
         """The generation of a number."""
         return 0 if number < starts else 1 + (number - starts) // self.settings.population
 
-    def _stale(self, starts: int, monitor: StopMonitor) -> End | None:
+    def _after_generations(self, starts: int, monitor: StopMonitor) -> End | None:
         """The end, if it comes with the last generation of which all have finished."""
         if self.stop.stale_generations is None and self.stop.fitness is None:
             return None
         candidates = self.record.candidates()
-        missing = _lowest({candidate.number for candidate in candidates})
+        missing = _first_missing({candidate.number for candidate in candidates})
         generation = self._generation(missing, starts)
         if generation == 0 or missing >= self.stop.candidates:
             return None
@@ -246,6 +248,6 @@ class _Loop:
 _PENDING = Outcome(None, state="pending")
 
 
-def _lowest(taken: set[int]) -> int:
+def _first_missing(taken: set[int]) -> int:
     """The lowest number that is not taken."""
     return next(number for number in count() if number not in taken)

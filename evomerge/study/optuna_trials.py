@@ -75,7 +75,7 @@ def unpack(packed: str) -> Candidate:
     )
 
 
-def unpacked(system_attributes: Mapping[str, Any], trial: int) -> Candidate:
+def candidate_of_trial(system_attributes: Mapping[str, Any], trial: int) -> Candidate:
     """The candidate in a trial's system attributes.
 
     Raises:
@@ -130,7 +130,7 @@ def values(candidate: Candidate) -> list[float] | None:
     return list(candidate.objectives or (candidate.fitness,))
 
 
-def times(candidate: Candidate) -> tuple[datetime.datetime, datetime.datetime]:
+def start_and_end(candidate: Candidate) -> tuple[datetime.datetime, datetime.datetime]:
     """When a candidate that ends now began, and now."""
     now = datetime.datetime.now(datetime.UTC)
     return now - datetime.timedelta(seconds=float(candidate.seconds.get("total", 0.0))), now
@@ -207,18 +207,18 @@ class Parameters:
         distributions = distributions_of(self._space)
         return params, {name: distributions[name] for name in params}
 
-    def journalled(self, candidate: Candidate) -> dict[str, Any]:
+    def journal_fields(self, candidate: Candidate) -> dict[str, Any]:
         """The fields ``params`` and ``distributions`` of a line of the journal."""
         params, distributions = self.of(candidate)
         for name in distributions.keys() - self._texts.keys():
-            self._texts[name] = short_json(distributions[name])
+            self._texts[name] = distribution_json(distributions[name])
         return {
             "params": {name: distributions[name].to_internal_repr(value) for name, value in params.items()},
             "distributions": {name: self._texts[name] for name in params},
         }
 
 
-def short_json(distribution: BaseDistribution) -> str:
+def distribution_json(distribution: BaseDistribution) -> str:
     """A distribution in the abbreviated form that Optuna reads: half as long as the one that it writes."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -242,7 +242,7 @@ def _state(candidate: Candidate) -> int:
 
 def journal_line(candidate: Candidate, parameters: Parameters) -> dict[str, Any]:
     """The fields of a finished trial in Optuna's journal."""
-    began, ended = times(candidate)
+    began, ended = start_and_end(candidate)
     reached = values(candidate)
     several = reached is not None and len(reached) > 1
     return {
@@ -251,7 +251,7 @@ def journal_line(candidate: Candidate, parameters: Parameters) -> dict[str, Any]
         "values": reached if several else None,
         "datetime_start": began.isoformat(timespec="microseconds"),
         "datetime_complete": ended.isoformat(timespec="microseconds"),
-        **parameters.journalled(candidate),
+        **parameters.journal_fields(candidate),
         "user_attrs": user_attributes(candidate),
         "system_attrs": {PACKED: pack(candidate)},
         "intermediate_values": intermediate_values(candidate),
@@ -262,7 +262,7 @@ def frozen_trial(candidate: Candidate, parameters: Parameters) -> FrozenTrial:
     """A finished trial for any other storage."""
     import optuna
 
-    began, ended = times(candidate)
+    began, ended = start_and_end(candidate)
     params, distributions = parameters.of(candidate)
     trial = optuna.trial.FrozenTrial(
         number=-1,

@@ -14,17 +14,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from evomerge.system.arrays import FloatArray, IntArray, Mask
 
-_EQUAL = 1e-9  # distances to the hyperplane, of a front scaled to the unit cube, that count as one
-_BEYOND = 0.1  # of the range: how far the reference point lies below the worst values
-_FLAT = 0.5  # of the value: the same where there is no range
+_TOLERANCE = 1e-9  # distances to the hyperplane, of a front scaled to the unit cube, that count as one
+_MARGIN = 0.1  # of the range: how far the reference point lies below the worst values
+_MARGIN_WITHOUT_RANGE = 0.5  # of the value: the same where there is no range
 
 
-def ranks(values: Array, enough: int | None = None) -> Integers:
+def ranks(values: FloatArray, enough: int | None = None) -> IntArray:
     """The number of the front that each point is in, 0 for those that nothing dominates.
 
     Args:
@@ -50,7 +48,7 @@ def ranks(values: Array, enough: int | None = None) -> Integers:
     return fronts[inverse]
 
 
-def _first_front(losses: Array) -> NDArray[np.bool_]:
+def _first_front(losses: FloatArray) -> Mask:
     """Which rows none dominates, of rows to be minimised that are distinct and sorted by the columns in their order."""
     if losses.shape[1] == 2:
         lowest = np.minimum.accumulate(losses[:, 1])
@@ -64,7 +62,7 @@ def _first_front(losses: Array) -> NDArray[np.bool_]:
     return front
 
 
-def crowding(values: Array) -> Array:
+def crowding(values: FloatArray) -> FloatArray:
     """How far apart a front's neighbours of each point are: the sum over the objectives, as shares of their ranges.
 
     The ends are infinitely far out. Points that are equal count once: the first has the distance, the others 0.
@@ -88,7 +86,7 @@ def crowding(values: Array) -> Array:
     return spread
 
 
-def thinned(values: Array, count: int, keep: Collection[int] = ()) -> list[int]:
+def thin_front(values: FloatArray, count: int, keep: Collection[int] = ()) -> list[int]:
     """At most `count` points of a front, spread over it: the most crowded goes first, again and again.
 
     Args:
@@ -108,7 +106,7 @@ def thinned(values: Array, count: int, keep: Collection[int] = ()) -> list[int]:
     return left
 
 
-def hypervolume(values: Array, reference: Array) -> float:
+def hypervolume(values: FloatArray, reference: FloatArray) -> float:
     """The volume of what the points dominate above a reference point; points that are not above it add nothing.
 
     Args:
@@ -119,7 +117,7 @@ def hypervolume(values: Array, reference: Array) -> float:
     return _volume(gains[(gains > 0).all(axis=1)])
 
 
-def growing_hypervolume(values: Array, reference: Array) -> Array:
+def growing_hypervolume(values: FloatArray, reference: FloatArray) -> FloatArray:
     """The hypervolume of the first point, of the first two, and so on; for the price of one, not of as many.
 
     Returns:
@@ -137,7 +135,7 @@ def growing_hypervolume(values: Array, reference: Array) -> Array:
     return volumes
 
 
-def _volume(gains: Array) -> float:
+def _volume(gains: FloatArray) -> float:
     """The volume of a union of boxes that begin at 0: what each has that the earlier ones have not, added up."""
     if not len(gains):
         return 0.0
@@ -153,7 +151,7 @@ def _volume(gains: Array) -> float:
     )
 
 
-def reference_point(values: Array) -> Array:
+def reference_point(values: FloatArray) -> FloatArray:
     """Where volumes are measured from: below the worst value of each objective, by a tenth of its range.
 
     A little below, so that the ends of a front count too; by half the value where all are equal, which says nothing of
@@ -164,12 +162,12 @@ def reference_point(values: Array) -> Array:
     """
     worst = values.min(axis=0)
     span = values.max(axis=0) - worst
-    flat = _FLAT * np.where(worst == 0, 1.0, np.abs(worst))
-    below: Array = worst - np.where(span > 0, _BEYOND * span, flat)
+    flat = _MARGIN_WITHOUT_RANGE * np.where(worst == 0, 1.0, np.abs(worst))
+    below: FloatArray = worst - np.where(span > 0, _MARGIN * span, flat)
     return below
 
 
-def knee(values: Array, otherwise: Array) -> int:
+def knee(values: FloatArray, otherwise: FloatArray) -> int:
     """The position of the point of a front where giving up a little of one objective costs the others most.
 
     It lies farthest outside the hyperplane through the best points of each objective, which a front that is nowhere
@@ -184,11 +182,11 @@ def knee(values: Array, otherwise: Array) -> int:
     varied = values[:, span > 0]
     scaled = (varied - varied.min(axis=0)) / span[span > 0]
     outside = scaled @ _normal(scaled)
-    near = np.flatnonzero(outside >= outside.max() - _EQUAL)
+    near = np.flatnonzero(outside >= outside.max() - _TOLERANCE)
     return int(near[np.argmax(otherwise[near])])
 
 
-def by_knee(values: Array, otherwise: Array) -> list[int]:
+def by_knee(values: FloatArray, otherwise: FloatArray) -> list[int]:
     """Positions of the points, best first: the knee of the front, the knee of the front of the rest, and so on.
 
     Args:
@@ -204,7 +202,7 @@ def by_knee(values: Array, otherwise: Array) -> list[int]:
     return order
 
 
-def _normal(scaled: Array) -> Array:
+def _normal(scaled: FloatArray) -> FloatArray:
     """The direction across the hyperplane through each objective's best point: of length 1, no entry below 0.
 
     The diagonal where these points do not span a hyperplane, or span one that is no trade-off.

@@ -11,6 +11,7 @@ import numpy as np
 from evomerge.space.baselines import PARENT
 from evomerge.study import pareto
 from evomerge.study.candidate import Candidate
+from evomerge.system.arrays import FloatArray
 
 
 def fitness_key(candidate: Candidate) -> tuple[float, int]:
@@ -58,7 +59,7 @@ def _by_fronts(candidates: list[Candidate], limit: int | None) -> list[Candidate
     return [candidates[k] for k in np.lexsort((-crowding, fronts))]  # stable: the fitter first when equal
 
 
-def objectives_of(candidates: Sequence[Candidate]) -> pareto.Array:
+def objectives_of(candidates: Sequence[Candidate]) -> FloatArray:
     """Returns their objectives, which each of them must have, shape [candidates, objectives]."""
     return np.array([candidate.objectives for candidate in candidates], dtype=np.float64)
 
@@ -100,7 +101,7 @@ class Growth:
     hypervolume: float
 
 
-def reference_point(history: Iterable[Candidate]) -> pareto.Array | None:
+def reference_point(history: Iterable[Candidate]) -> FloatArray | None:
     """Returns where the search's hypervolume is measured from: a little below the worst of the models it started from.
 
     All of generation 0 stands in for them where none has a score; None where nothing of it has.
@@ -166,4 +167,4 @@ def _spread(front: Sequence[Candidate], count: int) -> list[Candidate]:
     values = objectives_of(front)
     fitness = np.array([candidate.fitness for candidate in front], dtype=np.float64)
     keep = [pareto.knee(values, fitness), *(int(k) for k in np.argmax(values, axis=0))]
-    return [front[k] for k in pareto.thinned(values, count, keep)]
+    return [front[k] for k in pareto.thin_front(values, count, keep)]

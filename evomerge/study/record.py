@@ -34,7 +34,7 @@ TO_APPEND = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _defer_signals() -> Iterator[None]:
     """Puts off Ctrl-C and SIGTERM for the length of the block, so that what is written and what is known agree."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
         yield
@@ -53,7 +53,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def _pause_garbage_collection() -> Iterator[None]:
     """Without garbage collection: reading makes millions of objects and no garbage, and going through them all again
     and again takes as long as reading."""
     before = gc.isenabled()
@@ -123,7 +123,7 @@ class Record:
         Raises:
             RunError: The storage cannot be opened, has no such study and `create` is false, or has another run's.
         """
-        record = cls._opened(where, name, space, objectives, names, create, report, waits)
+        record = cls._open_if_any(where, name, space, objectives, names, create, report, waits)
         if record is None:
             missing = "://" not in str(where) and not Path(where).exists()
             raise RunError(
@@ -142,10 +142,10 @@ class Record:
         """
         if "://" not in str(where) and not Path(where).exists():
             return None
-        return cls._opened(where, name, None, 1, (), False, log.warning, ())
+        return cls._open_if_any(where, name, None, 1, (), False, log.warning, ())
 
     @classmethod
-    def _opened(
+    def _open_if_any(
         cls,
         where: str | Path,
         name: str,
@@ -157,12 +157,12 @@ class Record:
         waits: Sequence[float],
     ) -> Record | None:
         def work() -> Record | None:
-            with _no_collection():
+            with _pause_garbage_collection():
                 store = open_store(where, name, space, objectives, create, names)
                 return None if store is None else cls(store, where, report=report, waits=waits)
 
         try:
-            return _patiently(work, TO_OPEN, report, without_password(str(where)))
+            return _retry(work, TO_OPEN, report, without_password(str(where)))
         except StorageUnavailable as error:
             raise RunError(f"run.storage: cannot open {without_password(str(where))}: {error}") from error
 
@@ -179,7 +179,7 @@ class Record:
         """
         other = self._store.attributes.get("run")
         if other is None:
-            _patiently(lambda: self._store.set_attribute("run", dict(owner)), TO_OPEN, self._report, self._where)
+            _retry(lambda: self._store.set_attribute("run", dict(owner)), TO_OPEN, self._report, self._where)
         elif other["id"] != owner["id"]:
             raise RunError(
                 f"{self._where}: study '{name}' is the record of the run in {other['folder']} on {other['host']}; "
@@ -205,12 +205,12 @@ class Record:
             raise RunError(f"candidate {candidate.number} is recorded already")
 
         def write() -> None:
-            with _undisturbed():
+            with _defer_signals():
                 self._store.append(candidate)
                 insort(self._candidates, candidate, key=number_of)
 
         try:
-            _patiently(write, self._waits, self._report, self._where)
+            _retry(write, self._waits, self._report, self._where)
         except StorageUnavailable as error:
             raise RunError(
                 f"run.storage: {self._where} did not come back within {sum(self._waits):.0f} s ({error}). Candidate "
@@ -219,7 +219,7 @@ class Record:
             ) from error
 
 
-def _patiently(work: Callable[[], T], waits: Sequence[float], report: Callable[[str], None], where: str) -> T:
+def _retry(work: Callable[[], T], waits: Sequence[float], report: Callable[[str], None], where: str) -> T:
     """Does the work, again after each of the waits while the storage is unavailable.
 
     Raises:

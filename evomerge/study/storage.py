@@ -11,7 +11,7 @@ from evomerge.errors import RunError
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate
 from evomerge.study.journal import Journal, optuna_storage, repair
-from evomerge.study.optuna_trials import Parameters, frozen_trial, journal_line, unpacked
+from evomerge.study.optuna_trials import Parameters, candidate_of_trial, frozen_trial, journal_line
 from evomerge.system.quiet import quiet_optuna
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 #: Seconds, but for the last one, which is in milliseconds.
-_LIBPQ = {
+_LIBPQ_TIMEOUTS = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
@@ -79,7 +79,9 @@ class JournalStore:
     def __init__(self, journal: Journal, space: SearchSpace | None) -> None:
         self._journal = journal
         self._parameters = Parameters(space)
-        self._read = [unpacked(line.get("system_attrs", {}), number) for number, line in enumerate(journal.read())]
+        self._read = [
+            candidate_of_trial(line.get("system_attrs", {}), number) for number, line in enumerate(journal.read())
+        ]
 
     @classmethod
     def open(
@@ -138,7 +140,7 @@ class DatabaseStore:
         """Connects; None when there is no such study and it is not to be created."""
         import optuna
 
-        with quiet_optuna(), _unavailability():
+        with quiet_optuna(), _translate_errors():
             storage = connect(url)
             try:
                 study = optuna.load_study(storage=storage, study_name=name)
@@ -153,7 +155,7 @@ class DatabaseStore:
     def read(self) -> Iterator[Candidate]:
         """Every recorded candidate, in the order of writing."""
         for trial in self._study.get_trials(deepcopy=False):
-            yield unpacked(trial.system_attrs, trial.number)
+            yield candidate_of_trial(trial.system_attrs, trial.number)
 
     def append(self, candidate: Candidate) -> None:
         """Writes a finished candidate, in one transaction.
@@ -162,7 +164,7 @@ class DatabaseStore:
             RunError: Another process has written to the study since it was read.
             StorageUnavailable: The database broke off. Whether it has the candidate is looked up at the next try.
         """
-        with quiet_optuna(), _unavailability():
+        with quiet_optuna(), _translate_errors():
             try:
                 if not (self._in_doubt and self._has(candidate.number)):
                     self._add(candidate)
@@ -175,7 +177,7 @@ class DatabaseStore:
         """Whether a candidate was committed although the answer never came."""
         trials = self._study.get_trials(deepcopy=False)
         new, self._trials = trials[self._trials :], len(trials)
-        return any(unpacked(trial.system_attrs, trial.number).number == number for trial in new)
+        return any(candidate_of_trial(trial.system_attrs, trial.number).number == number for trial in new)
 
     def _add(self, candidate: Candidate) -> None:
         storage = self._study._storage
@@ -189,7 +191,7 @@ class DatabaseStore:
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Sets a user attribute of the study."""
-        with quiet_optuna(), _unavailability():
+        with quiet_optuna(), _translate_errors():
             self._study.set_user_attr(key, value)
 
     def study(self) -> Study:
@@ -209,7 +211,7 @@ def connect(url: str) -> RDBStorage:
     import sqlalchemy
 
     try:
-        options = {"pool_pre_ping": True, "connect_args": _patience(sqlalchemy.engine.make_url(url))}
+        options = {"pool_pre_ping": True, "connect_args": _libpq_timeouts(sqlalchemy.engine.make_url(url))}
         storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
     except ImportError as error:
         hint = '; pip install "evomerge[postgres]"' if url.startswith("postgres") else ""
@@ -218,17 +220,17 @@ def connect(url: str) -> RDBStorage:
         if isinstance(error, optuna.exceptions.StorageInternalError):
             raise
         raise RunError(f"run.storage: cannot open {without_password(url)}: {error}") from error
-    sqlalchemy.event.listen(storage.engine, "handle_error", _at_once)
+    sqlalchemy.event.listen(storage.engine, "handle_error", _raise_unavailable)
     return storage
 
 
-def _patience(url: URL) -> dict[str, Any]:
+def _libpq_timeouts(url: URL) -> dict[str, Any]:
     """Settings of libpq that let a connection to a host that is gone fail, where it would wait for hours."""
     uses_libpq = url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
-    return {name: value for name, value in _LIBPQ.items() if name not in url.query} if uses_libpq else {}
+    return {name: value for name, value in _LIBPQ_TIMEOUTS.items() if name not in url.query} if uses_libpq else {}
 
 
-def _at_once(context: Any) -> None:
+def _raise_unavailable(context: Any) -> None:
     """Replaces SQLAlchemy's error by ours where the connection is the trouble, and not the statement."""
     import sqlalchemy
 
@@ -238,7 +240,7 @@ def _at_once(context: Any) -> None:
 
 
 @contextmanager
-def _unavailability() -> Iterator[None]:
+def _translate_errors() -> Iterator[None]:
     """What Optuna and SQLAlchemy raise for a database that cannot be reached, as `StorageUnavailable`."""
     import optuna
     import sqlalchemy

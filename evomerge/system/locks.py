@@ -49,7 +49,7 @@ def exclusive(
 
 
 @contextmanager
-def in_turn(path: Path) -> Iterator[None]:
+def wait_for_lock(path: Path) -> Iterator[None]:
     """Holds the lock file `path` for the length of a block, after waiting for whoever holds it."""
     import fcntl
 

@@ -16,7 +16,7 @@ import pytest
 
 from evomerge.algorithms.registry import (
     ALGORITHMS,
-    Registered,
+    RegisteredAlgorithm,
     get_algorithm,
 )
 from evomerge.errors import SpecError
@@ -212,7 +212,7 @@ def test_the_ga_beats_random_search_on_noisy_landscapes(space_name: str, genes: 
 
 
 def test_options_are_checked_by_name_and_kind():
-    entry = Registered(ALGORITHMS["random"].propose, {"sigma": 0.3, "restarts": True, "start": None})
+    entry = RegisteredAlgorithm(ALGORITHMS["random"].propose, {"sigma": 0.3, "restarts": True, "start": None})
     assert entry.problems({"sigma": 1, "restarts": False, "start": "anything"}) == []
     assert entry.problems({"sgima": 1}) == [
         "search.options.sgima: no such option (did you mean 'sigma'?); it has: restarts, sigma, start"

@@ -171,7 +171,9 @@ def test_many_tasks_are_tessellated() -> None:
     assert elites[0].number == int(rows.mean(axis=1).argmax())
 
 
-@pytest.mark.parametrize("algorithm", sorted(n for n, entry in ALGORITHMS.items() if entry.several and n != "random"))
+@pytest.mark.parametrize(
+    "algorithm", sorted(n for n, entry in ALGORITHMS.items() if entry.multi_objective and n != "random")
+)
 def test_those_for_several_objectives_learn_from_them(algorithm: str) -> None:
     """Two objectives that want a gene high and low; all else wants to be 0. The middle is as good as the ends."""
 

@@ -15,7 +15,7 @@ from evomerge.executors.local import LocalWorkers, Opened
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Finished, search
+from evomerge.study.loop import SearchResult, search
 from evomerge.study.record import Record
 from tests.study.scripted_run import SPACE, evaluate
 
@@ -75,7 +75,7 @@ def workers(folder: Path, count: int, deeds: dict[int, str] | None = None, pause
     return LocalWorkers(count, opener, (folder, deeds or {}, pause), numbers, folder / "log.txt")
 
 
-def run(folder: Path, budget: int, executor: LocalWorkers) -> Finished:
+def run(folder: Path, budget: int, executor: LocalWorkers) -> SearchResult:
     """Starts or goes on with the search in `folder`."""
     record = Record.open(folder / "study.log", "run", space=SPACE)
     settings = AlgorithmSettings(population=7)

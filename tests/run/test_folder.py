@@ -9,7 +9,7 @@ import pytest
 
 from evomerge.errors import RunError
 from evomerge.run.folder import RunFolder
-from evomerge.run.search import unless_deadly
+from evomerge.run.search import score_unless_crashing
 from evomerge.space.genome import Genome
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
@@ -124,7 +124,7 @@ def test_a_candidate_that_kills_every_process_fails_in_the_end(tmp_path: Path, s
     proposal = Proposal(3, 1, Genome.of({}), {}, "one", (), "random")
 
     def scored() -> Outcome:
-        return unless_deadly(folder, lambda _: Outcome(0.5), proposal)
+        return score_unless_crashing(folder, lambda _: Outcome(0.5), proposal)
 
     for _ in range(3):  # as many as may be kills that are none of its doing
         die_scoring(folder, "one")

@@ -319,14 +319,17 @@ def test_objectives_that_make_no_front(changes: dict[str, Any], expected: str) -
 
 
 def test_an_algorithm_must_be_able_to_search_for_the_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, several = replace(ALGORITHMS["ga"], several=False), replace(ALGORITHMS["ga"], one=False, several=True)
+    one, several = (
+        replace(ALGORITHMS["ga"], multi_objective=False),
+        replace(ALGORITHMS["ga"], single_objective=False, multi_objective=True),
+    )
     monkeypatch.setitem(ALGORITHMS, "of-one", one)
     monkeypatch.setitem(ALGORITHMS, "of-several", several)
     two = {"evaluation__tasks": ["arc_easy", "hellaswag"]}
     (problem,) = _problems(**two, search__objectives="pareto", search__algorithm="of-one")
     assert "search.objectives: of-one cannot search for pareto; these can: " in problem
     able = problem.rpartition(": ")[2].split(", ")
-    assert able == sorted(name for name, algorithm in ALGORITHMS.items() if algorithm.several)
+    assert able == sorted(name for name, algorithm in ALGORITHMS.items() if algorithm.multi_objective)
     (problem,) = _problems(**two, search__algorithm="of-several")
     assert "of-several cannot search for mean; these can: " in problem
     assert "of-several" not in problem.rpartition(": ")[2]

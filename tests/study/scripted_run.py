@@ -12,7 +12,7 @@ from evomerge.executors.in_process import InProcess
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, NullTracker
-from evomerge.study.loop import Finished, search
+from evomerge.study.loop import SearchResult, search
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import Bowl, make_space
 
@@ -40,7 +40,7 @@ class Printing(NullTracker):
         print(candidate.number, flush=True)
 
 
-def run(folder: Path, algorithm: str, budget: int, pause: float = 0.0) -> Finished:
+def run(folder: Path, algorithm: str, budget: int, pause: float = 0.0) -> SearchResult:
     """Starts or goes on with the run in `folder`."""
     record = Record.open(folder / "study.log", "run", space=SPACE)
     settings = AlgorithmSettings(population=7)

@@ -17,7 +17,7 @@ from evomerge.space.baselines import baselines
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, Executor
-from evomerge.study.loop import Finished, search
+from evomerge.study.loop import SearchResult, search
 from tests.algorithms.landscapes import COSTLY, Memory, plain
 from tests.study.scripted_run import SPACE, evaluate
 
@@ -72,14 +72,14 @@ class Shuffled:
         self.under_way.clear()
 
 
-def go(record: Any, executor: Any, stop: StopConditions | int, algorithm: str = "ga", **more: Any) -> Finished:
+def go(record: Any, executor: Any, stop: StopConditions | int, algorithm: str = "ga", **more: Any) -> SearchResult:
     conditions = StopConditions(stop) if isinstance(stop, int) else stop
     settings = AlgorithmSettings(population=population_of(algorithm))
     return search(SPACE, ALGORITHMS[algorithm], executor, record, conditions, seed=5, settings=settings, **more)
 
 
 @functools.cache
-def whole_run(algorithm: str, asynchronous: bool = False) -> Finished:
+def whole_run(algorithm: str, asynchronous: bool = False) -> SearchResult:
     """What one at a time gives, if nobody interrupts it."""
     return go(Memory(), InProcess(evaluate), budget_of(algorithm), algorithm, asynchronous=asynchronous)
 

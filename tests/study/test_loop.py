@@ -16,7 +16,7 @@ from evomerge.space.baselines import baselines
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, NullTracker
-from evomerge.study.loop import Finished, search
+from evomerge.study.loop import SearchResult, search
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import COSTLY, Bowl, Memory, every_algorithm, make_space, plain
 from tests.study.scripted_run import SPACE, evaluate
@@ -30,7 +30,7 @@ STARTS = len(baselines(SPACE))
 
 def go(
     record: Any, stop: StopConditions, algorithm: str = "ga", scorer: Any = evaluate, begin: Any = None, **more: Any
-) -> Finished:
+) -> SearchResult:
     settings = AlgorithmSettings(population=SMALL_POPULATION) if algorithm in COSTLY else SETTINGS
     return search(
         SPACE, ALGORITHMS[algorithm], InProcess(scorer, begin), record, stop, seed=5, settings=settings, **more
@@ -43,7 +43,7 @@ def budget_of(algorithm: str) -> int:
 
 
 @functools.cache
-def whole_run(algorithm: str) -> Finished:
+def whole_run(algorithm: str) -> SearchResult:
     """What a search gives that nothing interrupts."""
     return go(Memory(), StopConditions(budget_of(algorithm)), algorithm)
 

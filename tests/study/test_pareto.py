@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from evomerge.study import pareto
-from evomerge.study.pareto import Array
+from evomerge.system.arrays import FloatArray
 
 
-def points(most: int = 12, objectives: tuple[int, int] = (1, 4)) -> st.SearchStrategy[Array]:
+def points(most: int = 12, objectives: tuple[int, int] = (1, 4)) -> st.SearchStrategy[FloatArray]:
     """Up to `most` points, many of them equal in some objective or in all."""
     values = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]) | st.floats(0.0, 1.0, width=32)
     shapes = st.tuples(st.integers(1, most), st.integers(*objectives))
     return shapes.flatmap(lambda shape: arrays(np.float64, shape, elements=values))
 
 
-def dominates(a: Array, b: Array) -> bool:
+def dominates(a: FloatArray, b: FloatArray) -> bool:
     return bool((a >= b).all() and (a > b).any())
 
 
-def reference_ranks(values: Array) -> list[int]:
+def reference_ranks(values: FloatArray) -> list[int]:
     """By the definition: take away what nothing that is left dominates, again and again."""
     found = [-1] * len(values)
     for front in range(len(values)):
@@ -37,7 +37,7 @@ def reference_ranks(values: Array) -> list[int]:
     return found
 
 
-def reference_volume(values: Array, reference: Array) -> float:
+def reference_volume(values: FloatArray, reference: FloatArray) -> float:
     """By inclusion and exclusion of the boxes."""
     boxes = np.maximum(values - reference, 0.0)
     groups = (c for n in range(1, len(boxes) + 1) for c in itertools.combinations(range(len(boxes)), n))
@@ -54,12 +54,12 @@ def test_ranks_row() -> None:
 
 
 @given(points())
-def test_ranks_are_those_of_the_definition(values: Array) -> None:
+def test_ranks_are_those_of_the_definition(values: FloatArray) -> None:
     assert pareto.ranks(values).tolist() == reference_ranks(values)
 
 
 @given(points(), st.integers(1, 14))
-def test_enough_ranks(values: Array, enough: int) -> None:
+def test_enough_ranks(values: FloatArray, enough: int) -> None:
     whole, some = pareto.ranks(values), pareto.ranks(values, enough)
     last = some.max()
     assert (some[some < last] == whole[some < last]).all()
@@ -76,7 +76,7 @@ def test_crowding_row() -> None:
 
 
 @given(points(), st.randoms(use_true_random=False))
-def test_the_order_of_the_points_does_not_matter(values: Array, random: Any) -> None:
+def test_the_order_of_the_points_does_not_matter(values: FloatArray, random: Any) -> None:
     order = list(range(len(values)))
     random.shuffle(order)
     assert pareto.ranks(values)[order].tolist() == pareto.ranks(values[order]).tolist()
@@ -114,7 +114,7 @@ def test_volume_of_a_staircase_in_three_dimensions() -> None:
 
 
 @given(points(6, (1, 5)))
-def test_volume_is_that_of_the_boxes(values: Array) -> None:
+def test_volume_is_that_of_the_boxes(values: FloatArray) -> None:
     reference = np.full(values.shape[1], 0.125)
     expected = reference_volume(values, reference)
     assert pareto.hypervolume(values, reference) == pytest.approx(expected, abs=1e-9)
@@ -125,21 +125,21 @@ def test_volume_is_that_of_the_boxes(values: Array) -> None:
 
 
 @given(points(12, (2, 4)), st.integers(1, 12))
-def test_what_is_left_of_a_front_is_spread_over_it(values: Array, count: int) -> None:
+def test_what_is_left_of_a_front_is_spread_over_it(values: FloatArray, count: int) -> None:
     front = np.unique(values[pareto.ranks(values) == 0], axis=0)
     ends = [int(k) for k in np.argmax(front, axis=0)]
-    left = pareto.thinned(front, count, ends)
+    left = pareto.thin_front(front, count, ends)
     assert len(left) == min(count, len(front))
     assert left == sorted(set(left))
     assert set(list(dict.fromkeys(ends))[:count]) <= set(left)
-    assert pareto.thinned(front, len(front)) == list(range(len(front)))
+    assert pareto.thin_front(front, len(front)) == list(range(len(front)))
 
 
 def test_thinning_takes_the_crowded_one() -> None:
     values = np.array([[0, 8], [1, 7], [1.5, 6.5], [4, 4], [8, 0]], dtype=float)
-    assert pareto.thinned(values, 4) == [0, 2, 3, 4] or pareto.thinned(values, 4) == [0, 1, 3, 4]
-    assert pareto.thinned(values, 4, keep=[2]) == [0, 2, 3, 4]
-    assert pareto.thinned(values, 1, keep=[3, 0]) == [3]
+    assert pareto.thin_front(values, 4) == [0, 2, 3, 4] or pareto.thin_front(values, 4) == [0, 1, 3, 4]
+    assert pareto.thin_front(values, 4, keep=[2]) == [0, 2, 3, 4]
+    assert pareto.thin_front(values, 1, keep=[3, 0]) == [3]
 
 
 KNEES: list[tuple[str, list[list[float]], list[float], int]] = [
@@ -166,7 +166,7 @@ def test_knee_rows(values: list[list[float]], otherwise: list[float], expected: 
 
 
 @given(points(12, (2, 3)), st.floats(0.5, 4.0), st.floats(-2.0, 2.0))
-def test_the_knee_does_not_depend_on_the_units(values: Array, scale: float, shift: float) -> None:
+def test_the_knee_does_not_depend_on_the_units(values: FloatArray, scale: float, shift: float) -> None:
     front = np.round(np.unique(values[pareto.ranks(values) == 0], axis=0), 3)
     otherwise = np.arange(float(len(front)))
     factors = np.array([scale, *[1.0] * (front.shape[1] - 1)])
@@ -174,7 +174,7 @@ def test_the_knee_does_not_depend_on_the_units(values: Array, scale: float, shif
 
 
 @given(points(10, (1, 3)))
-def test_by_knee_a_dominated_point_comes_behind_what_dominates_it(values: Array) -> None:
+def test_by_knee_a_dominated_point_comes_behind_what_dominates_it(values: FloatArray) -> None:
     order = pareto.by_knee(values, values.sum(axis=1))
     assert sorted(order) == list(range(len(values)))
     place = {k: at for at, k in enumerate(order)}

@@ -19,7 +19,7 @@ from evomerge.study import pareto
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.loop import Finished, search
+from evomerge.study.loop import SearchResult, search
 from evomerge.study.ranking import (
     best,
     best_first,
@@ -36,7 +36,7 @@ from tests.study.scripted_run import SPACE
 
 SETTINGS = AlgorithmSettings(population=7)
 STARTS = len(baselines(SPACE))
-SEVERAL = sorted(name for name, algorithm in ALGORITHMS.items() if algorithm.several)
+SEVERAL = sorted(name for name, algorithm in ALGORITHMS.items() if algorithm.multi_objective)
 every_algorithm = pytest.mark.parametrize("algorithm", SEVERAL)
 
 
@@ -153,7 +153,7 @@ def test_finalists_of_a_small_front_come_from_behind_it_too() -> None:
     assert finalists([], 3) == []
 
 
-def go(record: Any, stop: StopConditions, algorithm: str = "ga", scorer: Any = None, **more: Any) -> Finished:
+def go(record: Any, stop: StopConditions, algorithm: str = "ga", scorer: Any = None, **more: Any) -> SearchResult:
     scorer = scorer or TwoBowls(SPACE, 0)
     return search(SPACE, ALGORITHMS[algorithm], InProcess(scorer), record, stop, seed=5, settings=SETTINGS, **more)
 

@@ -21,6 +21,7 @@ import numpy as np
 from evomerge.algorithms import operators
 from evomerge.algorithms.ga import layer_operators
 from evomerge.algorithms.ga.gradient_steps import GradientSteps
+from evomerge.algorithms.ga.layer_assembly import assemble
 from evomerge.algorithms.ga.layer_operators import Layers
 from evomerge.algorithms.ga.selection import (
     ASSEMBLY,
@@ -163,7 +164,7 @@ def _child(breeding: Breeding, rng: np.random.Generator) -> Draw:
     kind = choose(possible_recombinations(space, first, len(parents)), rng)
     if kind == ASSEMBLY and space.pattern is not None:  # its draws differ enough: a mutation would take them apart
         scales = {gene.layer: gene.scale for gene in first.layers}
-        layers = layer_operators.assemble(breeding.patterns, space.pattern, scales, rng)
+        layers = assemble(breeding.patterns, space.pattern, scales, rng)
         return space.genome(first.unit, first.choices, layers), (first.number,), kind
     if kind != "none":
         child, used, operator = _recombine(breeding, kind, first, rng)

@@ -11,9 +11,10 @@ import lm_eval.api.metrics as lm
 import numpy as np
 
 from evomerge.errors import CandidateError, TaskError
-from evomerge.evaluation.scores import BITS, EXP, MEAN, Array, ItemScores
+from evomerge.evaluation.scores import BITS, EXP, MEAN, ItemScores
 from evomerge.evaluation.tasks.requests import Requests, Responses
 from evomerge.evaluation.tasks.task import Task
+from evomerge.system.arrays import FloatArray
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def loglikelihood_derivatives(
     requests: Requests,
     indices: Sequence[int],
     responses: Responses,
-    score_gradients: Mapping[str, Array],
+    score_gradients: Mapping[str, FloatArray],
 ) -> list[list[float]]:
     """Differentiates Σ score gradient · numerator with respect to every log-likelihood, by central differences.
 
@@ -77,13 +78,15 @@ def loglikelihood_derivatives(
         For each item, one number per instance.
     """
 
-    def total(moved: int, by: float) -> Array:
+    def total(moved: int, by: float) -> FloatArray:
         instances = requests.fresh(indices)
         for group, given in zip(instances, responses, strict=True):
             for k, (instance, values) in enumerate(zip(group, given, strict=True)):
                 instance.resps.extend(_moved(value, by) if k == moved else value for value in values)
         metrics = item_scores(task, indices, instances).metrics
-        value: Array = np.sum([gradient * metrics[metric][0] for metric, gradient in score_gradients.items()], axis=0)
+        value: FloatArray = np.sum(
+            [gradient * metrics[metric][0] for metric, gradient in score_gradients.items()], axis=0
+        )
         return value
 
     derivatives: list[list[float]] = [[] for _ in indices]
@@ -108,9 +111,9 @@ def _process(task: Task, index: int, results: list[Any]) -> dict[str, Any]:
         raise TaskError(f"task {task.name!r}, item {index}: its own scoring fails: {reason}") from error
 
 
-def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: dict[str, Array]) -> ItemScores:
+def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: dict[str, FloatArray]) -> ItemScores:
     ones = np.ones(len(indices))
-    metrics: dict[str, tuple[Array, Array]] = {}
+    metrics: dict[str, tuple[FloatArray, FloatArray]] = {}
     transforms: dict[str, str] = {}
     corpus: dict[str, float] = {}
     directions = task.higher_is_better
@@ -131,7 +134,7 @@ def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth
     return ItemScores(task.name, tuple(task.items[k] for k in indices), metrics, up, transforms, corpus)
 
 
-def _columns(rows: Rows, aggregate: Callable[[Any], Any]) -> tuple[Array, Array, str] | None:
+def _columns(rows: Rows, aggregate: Callable[[Any], Any]) -> tuple[FloatArray, FloatArray, str] | None:
     """(numerators, denominators, transform) of a metric that is a mean or ratio of items; None for any other."""
     if aggregate in (lm.mean, lm.nanmean, lm.perplexity):
         if not all(row is None or np.isscalar(row) for row in rows):
@@ -160,7 +163,7 @@ def _aggregate(task: Task, name: str, aggregate: Callable[[Any], Any], rows: Row
         raise TaskError(f"task {task.name!r}: {name} cannot be aggregated: {reason}") from error
 
 
-def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> dict[str, Array]:
+def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> dict[str, FloatArray]:
     """Metrics that vary smoothly where accuracy jumps.
 
     multiple_choice: `prob`, the right choice's share of the choices' total probability, and `loss`, minus its log;
@@ -187,7 +190,7 @@ def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequ
     return {"prob": np.exp(share), "loss": -share, "prob_norm": np.exp(share_norm), "nll_byte": -per_byte}
 
 
-def _log_share(lls: Array, right: Sequence[int]) -> float:
+def _log_share(lls: FloatArray, right: Sequence[int]) -> float:
     """Log of the right choices' share of the total probability."""
     return float(np.logaddexp.reduce(lls[list(right)]) - np.logaddexp.reduce(lls))
 

@@ -16,8 +16,8 @@ from evomerge.evaluation.backends.native.logprobs import TreeLogprobs
 from evomerge.evaluation.backends.native.prefix_trees import PackedTrees
 from evomerge.evaluation.backends.native.weight_gradients import GradientChunk, chunk_tokens, weight_gradient
 from evomerge.evaluation.backends.registry import Backend, BackendOptions, ResponseDerivative
-from evomerge.evaluation.scores import Array
 from evomerge.evaluation.tasks.requests import Pair, Requests
+from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class NativeBackend(Backend):
     ) -> GradientChunk:
         encoded = [self._encoded(requests, indices[position]) for position in positions]
 
-        def by_request(loglikelihoods: Array) -> Array:
+        def by_request(loglikelihoods: FloatArray) -> FloatArray:
             rest = iter(loglikelihoods.tolist())
             responses = []
             for position, pairs in zip(positions, encoded, strict=True):

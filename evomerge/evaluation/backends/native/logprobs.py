@@ -16,6 +16,7 @@ from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.backends.native.forward import Forward, forward_pass, head_is_last
 from evomerge.evaluation.backends.native.prefix_trees import Batch, PackedTrees, build_tree, pack_trees
 from evomerge.evaluation.tasks.requests import Pair
+from evomerge.system.arrays import FloatArray
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class RequestLogprobs:
         greedy: [q] whether greedy decoding would give every scored token.
     """
 
-    loglikelihoods: npt.NDArray[np.float64]
+    loglikelihoods: FloatArray
     greedy: npt.NDArray[np.bool_]
 
 
@@ -178,9 +179,7 @@ def _mask(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def batch_logprobs(
-    forward: Forward, batch: Batch, *, head_is_last: bool
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+def batch_logprobs(forward: Forward, batch: Batch, *, head_is_last: bool) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
     """Computes the log-probability of every scored token of a batch, and whether greedy decoding would give it.
 
     Raises:
@@ -202,7 +201,7 @@ def batch_logprobs(
 
 def _log_probs(
     logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
     """Log-probability of each target, in float32, and whether no token is more likely.
 
     The softmax itself is never written: each row's maximum and the sum of exponentials are found a few rows at a time.
@@ -269,7 +268,7 @@ def supports_tree_masks(forward: Forward) -> bool:
     return supported
 
 
-def _all_log_probs(forward: Forward, packed: PackedTrees) -> npt.NDArray[np.float64]:
+def _all_log_probs(forward: Forward, packed: PackedTrees) -> FloatArray:
     """Log-probability of every target, by request and then by position in it."""
     rows: list[tuple[int, int, float]] = []
     for batch in packed.batches:

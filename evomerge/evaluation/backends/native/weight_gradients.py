@@ -22,7 +22,7 @@ from evomerge.errors import CandidateError
 from evomerge.evaluation.backends.native.forward import Forward, forward_pass
 from evomerge.evaluation.backends.native.logprobs import batch_inputs
 from evomerge.evaluation.backends.native.prefix_trees import Batch, PackedTrees
-from evomerge.evaluation.scores import Array
+from evomerge.system.arrays import FloatArray
 from evomerge.system.memory import available
 from evomerge.system.threads import run_all
 
@@ -44,7 +44,7 @@ class GradientChunk:
     """
 
     packed: PackedTrees
-    derivative: Callable[[Array], Array]
+    derivative: Callable[[FloatArray], FloatArray]
 
 
 def chunk_tokens(model: Any) -> int:
