@@ -93,7 +93,7 @@ def ties_merge_llama(
     densities: Sequence[float] | None = None,
     device: str = "cpu",
 ) -> PreTrainedModel:
-    """TIES over fine-tunes of one base, in float32: `merge_models("ties", ...)` under the names of other helpers."""
+    """Merges fine-tunes of a base by TIES in float32: `merge_models("ties", ...)` under the names of other helpers."""
     return merge_models(
         "ties",
         base=base_model_path,
@@ -113,7 +113,7 @@ def dare_merge_llama(
     use_fp16: bool = False,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """DARE over fine-tunes of one base, the weighted deltas added up: `merge_models("dare_linear", ...)`.
+    """Merges fine-tunes of one base by DARE, the weighted deltas added up: `merge_models("dare_linear", ...)`.
 
     The result is float32, or float16 with `use_fp16`; the arithmetic is float32 in both cases.
     """

@@ -84,7 +84,7 @@ class Layout:
         return max((len(choice.options) for choice in self.choices), default=0)
 
     def gaussian(self, genome: Genome) -> FloatArray:
-        """Real genes, then whole numbers, scaled to [0, 1], shape [reals + integers]."""
+        """Returns real genes, then whole numbers, scaled to [0, 1], shape [reals + integers]."""
         params = all_params(self.space, genome)
         return np.array(
             [(float(params[name]) - low) / (high - low) for name, low, high in (*self.reals, *self.integers)],
@@ -92,7 +92,7 @@ class Layout:
         )
 
     def one_hot(self, genome: Genome) -> FloatArray:
-        """The chosen options, shape [choices, widest]."""
+        """Returns the chosen options, shape [choices, widest]."""
         params = all_params(self.space, genome)
         rows = np.zeros((len(self.choices), self.widest))
         for row, choice in enumerate(self.choices):
@@ -100,7 +100,7 @@ class Layout:
         return rows
 
     def genome(self, solution: CatCMAwM.Solution, start: Mapping[str, Any]) -> Genome:
-        """The genome of a draw; genes with one value only are as in `start`."""
+        """Makes the genome of a draw; genes with one value only are as in `start`."""
         params = dict(start)
         for (name, low, high), value in zip(self.reals, () if solution.x is None else solution.x, strict=True):
             params[name] = float(low + value * (high - low))

@@ -96,19 +96,19 @@ def cmaes(
 
 
 def free_genes(space: SearchSpace, genome: Genome) -> Mask:
-    """The real genes that the genome's methods use and that have a width, shape [reals]."""
+    """Returns the real genes that the genome's methods use and that have a width, shape [reals]."""
     return active_reals(space, genome) & (space.high > space.low)
 
 
 def starting_genome(space: SearchSpace, history: Sequence[Candidate]) -> Genome:
-    """The best of generation 0, rather one whose methods have real genes; the default genome without a score."""
+    """Returns the best genome of generation 0, rather one with real genes; the default genome without a score."""
     starts = [candidate.genome for candidate in best_first(c for c in history if c.generation == 0)]
     starts.append(space.default())
     return next((genome for genome in starts if free_genes(space, genome).any()), starts[0])
 
 
 def mergekit_mean(space: SearchSpace) -> FloatArray:
-    """mergekit-evolve's first point in the genes' units, shape [reals]: weights share 1, everything else is 1."""
+    """Returns mergekit-evolve's first point in the genes' units, shape [reals]: weights share 1, all else is 1."""
     share = 1.0 / len(space.sources)
     values = np.array([share if gene.parameter in ("weight", "t") else 1.0 for gene in space.reals], dtype=np.float64)
     return np.clip(values, space.low, space.high)

@@ -66,19 +66,19 @@ class HistoryIndex:
         return index
 
     def best_first(self, limit: int | None = None) -> list[Candidate]:
-        """As `best_first` of the history."""
+        """Returns what `best_first` does of the history."""
         return front_by_front(self._fittest if self.multi_objective else self._fittest[:limit], limit)
 
     def unit(self, candidate: Candidate) -> FloatArray:
-        """A candidate's real genes in [0, 1], shape [reals]."""
+        """Returns a candidate's real genes in [0, 1], shape [reals]."""
         return _remembered(self._units, candidate, self._space.unit)
 
     def units(self, candidates: Sequence[Candidate], mask: Mask) -> FloatArray:
-        """Some of their real genes, shape [candidates, genes]."""
+        """Returns some of their real genes, shape [candidates, genes]."""
         return np.stack([self.unit(candidate)[mask] for candidate in candidates])
 
     def nearest(self, center: Candidate, mask: Mask, candidates: Sequence[Candidate], limit: int) -> list[Candidate]:
-        """Of candidates with a fitness those that differ from one in real genes only, nearest first.
+        """Finds the candidates with a fitness that differ from one in real genes only, nearest first.
 
         Args:
             center: The one, itself the first.

@@ -57,7 +57,7 @@ def map_elites(
     seed: int,
     settings: AlgorithmSettings,
 ) -> list[Proposal]:
-    """Children of the archive's elites; random genomes while it is empty."""
+    """Proposes children of the archive's elites; random genomes while it is empty."""
     options = {**OPTIONS, **settings.options}
     elites = [Parent.of(space, candidate) for candidate in elites_of(history, options["cells"])]
 
@@ -70,7 +70,7 @@ def map_elites(
 
 
 def elites_of(history: Sequence[Candidate], cells: int) -> list[Candidate]:
-    """The fittest candidate of every cell that has one, the fittest of all first; a pruned one by its estimate."""
+    """Finds the fittest candidate of every cell, the fittest of all first; a pruned one counts by its estimate."""
     fittest = sorted(best_first(history), key=lambda c: (-(c.fitness or 0.0), c.number))
     if not fittest:
         return []
@@ -83,7 +83,7 @@ def elites_of(history: Sequence[Candidate], cells: int) -> list[Candidate]:
 
 
 def measures_of(candidates: Sequence[Candidate]) -> FloatArray:
-    """Where candidates are in the archive, shape [candidates, axes].
+    """Computes where candidates are in the archive, shape [candidates, axes].
 
     The axes are the objectives, else the tasks of the first candidate that has scores of any, each by its first metric;
     a candidate without a score of a task counts with its fitness there.

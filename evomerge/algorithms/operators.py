@@ -43,7 +43,7 @@ def toward_mean(unit: FloatArray, mask: Mask, share: float) -> FloatArray:
 
 
 def line(first: FloatArray, second: FloatArray, rng: np.random.Generator, reach: float = 0.25) -> FloatArray:
-    """A point on the line through two parents, up to `reach` beyond either.
+    """Draws a point on the line through two parents, up to `reach` beyond either.
 
     Extended line recombination (Mühlenbein and Schlierkamp-Voosen, 1993, https://doi.org/10.1162/evco.1993.1.1.25).
     """
@@ -51,17 +51,17 @@ def line(first: FloatArray, second: FloatArray, rng: np.random.Generator, reach:
 
 
 def blend(first: FloatArray, second: FloatArray, rng: np.random.Generator, reach: float = 0.25) -> FloatArray:
-    """Each gene anew between two parents, or up to `reach` beyond (BLX-α, Eshelman and Schaffer, 1993)."""
+    """Draws each gene anew between two parents, or up to `reach` beyond (BLX-α, Eshelman and Schaffer, 1993)."""
     return reflect(first + rng.uniform(-reach, 1.0 + reach, size=first.shape) * (second - first))
 
 
 def uniform(first: FloatArray, second: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """Each gene from either parent."""
+    """Draws each gene from either parent."""
     return np.where(rng.random(first.shape) < 0.5, first, second)
 
 
 def centroid(parents: Sequence[FloatArray]) -> FloatArray:
-    """The weighted mean of parents given best first; the noise of their scores averages out.
+    """Computes the weighted mean of parents given best first; the noise of their scores averages out.
 
     Log-rank weights as in the (μ/μ_w, λ) evolution strategy (Hansen and Ostermeier, 2001,
     https://doi.org/10.1162/106365601750190398).
@@ -72,12 +72,12 @@ def centroid(parents: Sequence[FloatArray]) -> FloatArray:
 
 
 def by_label(first: FloatArray, second: FloatArray, labels: IntArray, taken: Sequence[int]) -> FloatArray:
-    """Genes whose label is in `taken` from the second parent, the others from the first."""
+    """Takes genes whose label is in `taken` from the second parent, the others from the first."""
     return np.where(np.isin(labels, np.asarray(taken, dtype=np.int64)), second, first)
 
 
 def contiguous_block(count: int, rng: np.random.Generator) -> list[int]:
-    """A run of 1 to count - 1 neighbours out of `count` (all when there is one)."""
+    """Draws a run of 1 to count - 1 neighbours out of `count` (all when there is one)."""
     if count < 2:
         return list(range(count))
     length = int(rng.integers(1, count))
@@ -86,10 +86,10 @@ def contiguous_block(count: int, rng: np.random.Generator) -> list[int]:
 
 
 def tail_block(count: int, rng: np.random.Generator) -> list[int]:
-    """Everything from a split point on, out of `count`; never all, unless there is one."""
+    """Draws everything from a split point on, out of `count`; never all, unless there is one."""
     return list(range(int(rng.integers(1, count)) if count > 1 else 0, count))
 
 
 def tournament(count: int, size: int, rng: np.random.Generator) -> int:
-    """The best of `size` entrants drawn from 0 (best) to count - 1."""
+    """Draws `size` entrants and returns the best of them, from 0 (best) to count - 1."""
     return int(rng.integers(0, count, size=size).min())

@@ -168,7 +168,7 @@ def _nsga_sampler(name: NsgaName, population: int, seed: int) -> NSGAIISampler |
 
 
 def values_of(history: Sequence[Candidate]) -> list[Evaluated]:
-    """The values that a sampler learns from; empty when no candidate has any.
+    """Returns the values that a sampler learns from; empty when no candidate has any.
 
     A pruned candidate counts with its estimate, as any other; a failed one with the worst value seen of each objective,
     so that its neighbourhood is left without the values getting out of scale.
@@ -188,13 +188,13 @@ def values_of(history: Sequence[Candidate]) -> list[Evaluated]:
 
 
 def best_of(evaluated: Sequence[Evaluated], count: int) -> list[Evaluated]:
-    """The best by their first value, in the order of their numbers."""
+    """Returns the best by their first value, in the order of their numbers."""
     best = sorted(evaluated, key=lambda one: (-one[1][0], one[0].number))[:count]
     return sorted(best, key=lambda one: one[0].number)
 
 
 def all_params(space: SearchSpace, genome: Genome) -> dict[str, Any]:
-    """Every gene as a parameter, for a sampler that learns only of parameters that all trials have.
+    """Returns every gene as a parameter, for a sampler that learns only of parameters that all trials have.
 
     A layer pattern is filled up to its greatest length with copies of its last layer, which do not count.
     """
@@ -241,7 +241,7 @@ def _suggest(space: SearchSpace, trial: Trial, names: Sequence[str]) -> None:
 
 
 def finished_trials(study: Study) -> list[FrozenTrial]:
-    """The study's candidates, without those that were only asked for."""
+    """Returns the study's candidates, without those that were only asked for."""
     from optuna.trial import TrialState
 
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

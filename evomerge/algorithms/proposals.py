@@ -22,7 +22,7 @@ Draw = tuple[Genome, tuple[int, ...], str]
 
 
 def generator(seed: int, number: int, attempt: int = 0) -> np.random.Generator:
-    """The random numbers of one attempt at one candidate."""
+    """Makes the generator of one attempt at one candidate."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number, attempt])))
 
 

@@ -16,5 +16,5 @@ def random_search(
     seed: int,
     settings: AlgorithmSettings,
 ) -> list[Proposal]:
-    """Independent random genomes."""
+    """Proposes independent random genomes."""
     return distinct(space, history, numbers, generation, seed, lambda rng: (space.sample(rng), (), "random"))

@@ -86,7 +86,7 @@ ALGORITHMS: dict[str, RegisteredAlgorithm] = {
 
 
 def get_algorithm(name: str) -> RegisteredAlgorithm:
-    """The algorithm of that name.
+    """Returns the algorithm of that name.
 
     Raises:
         SpecError: There is none.

@@ -39,7 +39,7 @@ class Optimizer(Protocol[P]):
         """Learns from points and their values, lower is better."""
 
     def should_stop(self) -> bool:
-        """Whether the distribution has collapsed or run away."""
+        """Tells whether the distribution has collapsed or run away."""
         ...
 
 

@@ -47,7 +47,7 @@ class Stack:
     length: int
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of this name belongs to one of the blocks."""
+        """Tells whether a tensor of this name belongs to one of the blocks."""
         prefix, layer, _ = _split(name)
         return prefix == self.prefix and layer is not None and layer < self.length
 

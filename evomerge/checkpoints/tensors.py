@@ -140,7 +140,7 @@ def open_weights(files: WeightFiles, *, allow_pickle: bool = False) -> Weights:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite, with a few megabytes of temporary memory."""
+    """Tells whether no element is NaN or infinite, with a few megabytes of temporary memory."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     flat = tensor.reshape(-1)

@@ -201,7 +201,7 @@ class _Task:
 
     @functools.cached_property
     def kernel(self) -> KernelCall | None:
-        """The compiled work, if there is one."""
+        """Returns the compiled work, if there is one."""
         if self.device is not None:
             return None
         from evomerge.engine.kernel_dispatch import find_kernel

@@ -196,7 +196,7 @@ class ModulePlanner:
         return scale * residual if origin.tensor in self._writers[origin.model] else scale
 
     def origins(self) -> tuple[tuple[str, int], ...]:
-        """The (model, layer) that each output layer mainly comes from, for what the config says layer by layer."""
+        """Lists the (model, layer) that each output layer mainly comes from, for what a config says by layer."""
         if self.stack is None:
             return ()
         origins = []

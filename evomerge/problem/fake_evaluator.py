@@ -93,7 +93,7 @@ class FakeRunner:
         return {}
 
     def release(self) -> None:
-        """There is nothing to give back."""
+        """Gives back nothing."""
 
     def _item_scores(self, name: str, plan: str, level: float, positions: Sequence[int]) -> ItemScores:
         task = self._tasks[name]
@@ -160,7 +160,7 @@ class _NoWeights:
         raise ValueError(f"{self._reference} has no weights, so {name} cannot be read")
 
     def release(self, name: str) -> None:
-        """There is nothing to let go of."""
+        """Releases nothing."""
 
     def fingerprint(self) -> str:
         return self._reference

@@ -62,7 +62,7 @@ def expand_frankenmerge(recipe: Recipe, layer_count: int, *, methods: Mapping[st
 
 
 def random_pattern(seed: int, models: int, layer_count: int) -> tuple[int, ...]:
-    """A model's index for each layer, uniform and the same for ever.
+    """Returns a model's index for each layer, uniform and the same for ever.
 
     Layer k depends on (seed, k) alone, through BLAKE2b: on no library's generator, nor on how many layers there are.
     """
@@ -71,7 +71,7 @@ def random_pattern(seed: int, models: int, layer_count: int) -> tuple[int, ...]:
 
 
 def pattern_problems(pattern: str, models: int, layer_count: int | None = None) -> list[str]:
-    """What is wrong with a pattern; empty when nothing is. `layer_count` None leaves its length unchecked."""
+    """Tells what is wrong with a pattern; empty when nothing is. `layer_count` None leaves its length unchecked."""
     letters = string.ascii_uppercase[:models]
     unknown = sorted({letter for letter in pattern.upper() if letter not in letters})
     problems = []

@@ -83,7 +83,7 @@ def to_mergekit_yaml(recipe: Recipe) -> str | None:
 
 
 def mergekit_mapping(recipe: Recipe) -> dict[str, Any] | None:
-    """The configuration as plain values, or None.
+    """Returns the configuration as plain values, or None.
 
     None for methods and parameters that mergekit lacks, a method or residual scale of a slice's own, a pattern, and
     models that only we can read. A seed is left out: mergekit draws without one.

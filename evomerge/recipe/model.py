@@ -40,7 +40,7 @@ class TokenRule:
     force: bool = False
 
     def to_mapping(self) -> dict[str, Any]:
-        """The rule as in YAML."""
+        """Returns the rule as in YAML."""
         mapping: dict[str, Any] = {}
         if isinstance(self.source, ZeroToken):
             mapping["source"] = {"kind": "zero"}
@@ -72,7 +72,7 @@ class TokenizerBlock:
     pad_to_multiple_of: int | None = None
 
     def to_mapping(self) -> dict[str, Any]:
-        """The block as in YAML."""
+        """Returns the block as in YAML."""
         mapping: dict[str, Any] = {"source": self.source}
         if self.tokens:
             mapping["tokens"] = {token: rule.to_mapping() for token, rule in self.tokens}
@@ -96,7 +96,7 @@ class Source:
     parameters: Parameters = field(default_factory=Parameters)
 
     def to_mapping(self) -> dict[str, Any]:
-        """The source as in YAML."""
+        """Returns the source as in YAML."""
         mapping: dict[str, Any] = {"model": self.model}
         if self.layer_range is not None:
             mapping["layer_range"] = list(self.layer_range)
@@ -130,7 +130,7 @@ class Slice:
         return None if span is None else span[1] - span[0]
 
     def to_mapping(self) -> dict[str, Any]:
-        """The slice as in YAML."""
+        """Returns the slice as in YAML."""
         mapping: dict[str, Any] = {"sources": [source.to_mapping() for source in self.sources]}
         for name in ("base_model", "merge_method", "residual_weight"):
             if (value := getattr(self, name)) is not None:
@@ -213,14 +213,14 @@ class Recipe:
         return digest(text)
 
     def models(self) -> tuple[str, ...]:
-        """Every model whose weights are read, without repeats: the base first, then in order of appearance.
+        """Returns every model whose weights are read, without repeats: the base first, then in order of appearance.
 
         An earlier step counts as the model that it makes.
         """
         return tuple(dict.fromkeys(self._references()))
 
     def external_models(self) -> tuple[str, ...]:
-        """Every model that has to be there before anything is merged: those of all steps, no step's result."""
+        """Returns every model that has to be there before anything is merged: those of all steps, no step's result."""
         made = {step.name for step in self.steps}
         every = [reference for document in self.documents for reference in document.models()]
         return tuple(dict.fromkeys(reference for reference in every if reference.partition("+")[0] not in made))
@@ -265,7 +265,7 @@ class Recipe:
         return {"models": [source.to_mapping() for source in self.sources]}
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, a document for each step."""
+        """Returns the recipe as YAML, a document for each step."""
         return write_documents(document.to_mapping() for document in self.documents)
 
 

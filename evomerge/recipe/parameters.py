@@ -84,7 +84,7 @@ def _declarations(name: str, used: Sequence[Method]) -> list[Parameter]:
 
 
 def declared(method: Method) -> tuple[Parameter, ...]:
-    """The parameters that a recipe may set for a tensor under a method."""
+    """Returns the parameters that a recipe may set for a tensor under a method."""
     own = tuple(p for p in method.parameters if p.name not in LAYOUT_NAMES)
     names = {p.name for p in own}
     extra = (*EVERYWHERE, RESIDUAL_SCALE) if method.copies_layers else EVERYWHERE

@@ -106,7 +106,7 @@ def _parse_document(plain: Any, where: str, methods: Mapping[str, Method]) -> Re
 
 
 def link(recipes: Sequence[Recipe], where: str, beside: Path | None) -> Recipe:
-    """One recipe out of several documents: the final one, with the others as its steps in the order of the work.
+    """Makes one recipe of several documents: the final one, with the others as its steps in the order of the work.
 
     Args:
         recipes: The documents, their references as written.
@@ -168,7 +168,7 @@ def _refuse_unknown(recipes: Sequence[Recipe], named: Mapping[str, Recipe], wher
 
 
 def references(recipe: Recipe) -> Iterator[str]:
-    """Every model that one document mentions: those whose weights are read, and those with the tokenizer to take."""
+    """Lists every model that one document mentions: for its weights, or for its tokenizer."""
     yield from recipe.models()
     sources = [recipe.tokenizer_source, recipe.tokenizer.source if recipe.tokenizer else None]
     for source in sources:
@@ -200,7 +200,7 @@ def _order(final: Recipe, named: Mapping[str, Recipe], where: str) -> list[Recip
 
 
 def resolve_models(recipe: Recipe, beside: Path | None, *, names: Container[str] = ()) -> Recipe:
-    """The recipe with every local model reference in it made absolute.
+    """Returns the recipe with every local model reference in it made absolute.
 
     Args:
         recipe: The recipe.

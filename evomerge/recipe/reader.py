@@ -47,7 +47,7 @@ class Reader:
     methods: Mapping[str, Method]
 
     def recipe(self, data: Mapping[str, Any]) -> Recipe:
-        """The recipe that a document's plain values say; incomplete where something was errors."""
+        """Reads the recipe from a document's plain values; incomplete where there were errors."""
         top = self._top_level(data)
         method = self._method("merge_method", top.get("merge_method"), required=True)
         bodies = self._bodies(top)
@@ -280,7 +280,7 @@ def tokenizer_source_at(errors: ErrorCollector, path: str, value: Any) -> str | 
 
 
 def tokenizer_at(errors: ErrorCollector, path: str, value: Any) -> TokenizerBlock | None:
-    """The whole block; None when not given."""
+    """Returns the whole block; None when not given."""
     if value is None:
         return None
     fields = mapping_at(errors, path, value, ("source", "tokens", "pad_to_multiple_of"))

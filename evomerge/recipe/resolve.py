@@ -67,7 +67,7 @@ class ResolvedTensor:
 
 
 def layer_places(recipe: Recipe, layer_count: int) -> tuple[LayerPlace, ...]:
-    """The output's layers from first to last.
+    """Returns the output's layers from first to last.
 
     Args:
         recipe: A frankenmerge by pattern has to be expanded first (`expand_frankenmerge`).
@@ -81,12 +81,12 @@ def layer_places(recipe: Recipe, layer_count: int) -> tuple[LayerPlace, ...]:
 
 
 def method_of(recipe: Recipe, slice_index: int, methods: Mapping[str, Method] = METHODS) -> Method:
-    """The method of a slice."""
+    """Returns the method of a slice."""
     return methods[recipe.parts[slice_index].merge_method or recipe.merge_method]
 
 
 def slice_inputs(recipe: Recipe, slice_index: int, *, methods: Mapping[str, Method] = METHODS) -> SliceInputs:
-    """The base and the sources of a slice.
+    """Returns the base and the sources of a slice.
 
     A method that needs or takes a base does not count it among the sources, listed or not. Any other has a listed base
     as a source like the rest; of whole models, an unlisted one joins at the end when the recipe sets for all models
@@ -116,7 +116,7 @@ def _joins(recipe: Recipe, method: Method, reference: str) -> bool:
 
 
 def base_needed(recipe: Recipe, slice_index: int, method: Method) -> bool:
-    """Whether a slice needs a base under a method.
+    """Tells whether a slice needs a base under a method.
 
     Where that depends on shared parameters, it is decided once for the slice, by the first value that each is given:
     what the sources are must not change from tensor to tensor.
@@ -139,7 +139,7 @@ def base_needed(recipe: Recipe, slice_index: int, method: Method) -> bool:
 def lookup(
     recipe: Recipe, slice_index: int, name: str, tensor_name: str, t: float, source: Input | None = None
 ) -> Scalar | None:
-    """A parameter's value with mergekit's precedence: source, slice, model, module, recipe.
+    """Returns a parameter's value with mergekit's precedence: source, slice, model, module, recipe.
 
     Args:
         recipe: The recipe.
@@ -178,7 +178,7 @@ def resolve(
     *,
     methods: Mapping[str, Method] = METHODS,
 ) -> ResolvedTensor:
-    """What the recipe says about one output tensor.
+    """Tells what the recipe says about one output tensor.
 
     Args:
         recipe: The recipe; a frankenmerge by pattern has to be expanded first (`expand_frankenmerge`).

@@ -24,7 +24,7 @@ class Conditional:
     filter: str | None = None
 
     def matches(self, tensor_name: str) -> bool:
-        """Whether the condition holds for a tensor."""
+        """Tells whether the condition holds for a tensor."""
         return self.filter is None or self.filter == "*" or self.filter in tensor_name
 
 
@@ -57,7 +57,7 @@ class Parameters(Mapping[str, Setting]):
 
 
 def evaluate(setting: Setting, tensor_name: str, t: float) -> Scalar | None:
-    """The value of a setting for one tensor.
+    """Returns the value of a setting for one tensor.
 
     Args:
         setting: Scalar, gradient or conditionals; of conditionals the first that matches counts.
@@ -94,7 +94,7 @@ def _along(gradient: tuple[Any, ...], t: float) -> Scalar:
 
 
 def restrict(setting: Setting, start: int, stop: int, total: int) -> Setting:
-    """A setting over `total` layers, rewritten for the slice of layers `start` to `stop` (exclusive)."""
+    """Returns a setting over `total` layers, rewritten for the slice of layers `start` to `stop` (exclusive)."""
     entries = conditionals(setting)
     if entries is None:
         return _restrict_gradient(cast("Scalar | Gradient", setting), start, stop, total)
@@ -108,7 +108,7 @@ def _restrict_gradient(value: Scalar | Gradient, start: int, stop: int, total: i
 
 
 def chain(first: Setting | None, second: Setting | None) -> Setting | None:
-    """One setting that says what two levels say: the first, or the second where no conditional of the first matches."""
+    """Joins the settings of two levels: the first, or the second where no conditional of the first matches."""
     if first is None or second is None:
         return second if first is None else first
     head = conditionals(first)
@@ -121,19 +121,19 @@ def chain(first: Setting | None, second: Setting | None) -> Setting | None:
 
 
 def conditionals(setting: Setting) -> tuple[Conditional, ...] | None:
-    """The conditionals of a setting; None for a scalar or gradient."""
+    """Returns the conditionals of a setting; None for a scalar or gradient."""
     if isinstance(setting, tuple) and any(isinstance(entry, Conditional) for entry in setting):
         return tuple(entry for entry in setting if isinstance(entry, Conditional))
     return None
 
 
 def layer_t(offset: int, length: int) -> float:
-    """Where a layer is within its slice: 0 for the first, 1 for the last, and 1 for the only one (mergekit's rule)."""
+    """Returns where a layer is in its slice: 0 for the first, 1 for the last, 1 for an only one (as mergekit)."""
     return offset / (length - 1) if length > 1 else 1.0
 
 
 def plain(setting: Setting) -> Any:
-    """The setting as YAML and JSON have it."""
+    """Returns the setting as YAML and JSON have it."""
     if not isinstance(setting, tuple):
         return setting
     return [_plain_conditional(entry) if isinstance(entry, Conditional) else entry for entry in setting]

@@ -10,12 +10,12 @@ from evomerge.errors import ErrorCollector, describe, is_number, suggest
 
 
 def join(path: str, key: str) -> str:
-    """The path of a key inside the mapping at `path`."""
+    """Returns the path of a key inside the mapping at `path`."""
     return f"{path}.{key}" if path else key
 
 
 def mapping_at(errors: ErrorCollector, path: str, value: Any, known: Iterable[str]) -> dict[str, Any]:
-    """The mapping at a path without its empty entries; reports anything else, and keys that are not known."""
+    """Returns the mapping at a path without its empty entries; reports anything else, and keys that are not known."""
     if not isinstance(value, Mapping):
         errors.error(path, f"expected a mapping, got {describe(value)}")
         return {}
@@ -29,7 +29,7 @@ def mapping_at(errors: ErrorCollector, path: str, value: Any, known: Iterable[st
 
 
 def list_at(errors: ErrorCollector, path: str, value: Any) -> list[Any]:
-    """The list at a path, which has to have entries."""
+    """Returns the list at a path, which has to have entries."""
     if not isinstance(value, list | tuple):
         errors.error(path, f"expected a list, got {describe(value)}")
         return []
@@ -39,7 +39,7 @@ def list_at(errors: ErrorCollector, path: str, value: Any) -> list[Any]:
 
 
 def text_at(errors: ErrorCollector, path: str, value: Any) -> str | None:
-    """The text at a path, which must not be empty."""
+    """Returns the text at a path, which must not be empty."""
     if not isinstance(value, str):
         errors.error(path, f"expected text, got {describe(value)}")
         return None
@@ -50,7 +50,7 @@ def text_at(errors: ErrorCollector, path: str, value: Any) -> str | None:
 
 
 def number_at(errors: ErrorCollector, path: str, value: Any) -> float | int | None:
-    """The finite number at a path."""
+    """Returns the finite number at a path."""
     if not is_number(value):
         hint = ": remove the quotes" if isinstance(value, str) and _is_numeric(value) else ""
         errors.error(path, f"expected a number, got {describe(value)}{hint}")
@@ -63,7 +63,7 @@ def number_at(errors: ErrorCollector, path: str, value: Any) -> float | int | No
 
 
 def integer_at(errors: ErrorCollector, path: str, value: Any, low: int) -> int | None:
-    """The whole number at a path, at least `low`."""
+    """Returns the whole number at a path, at least `low`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -76,7 +76,7 @@ def integer_at(errors: ErrorCollector, path: str, value: Any, low: int) -> int |
 
 
 def choice_at(errors: ErrorCollector, path: str, value: Any, choices: tuple[str, ...]) -> str | None:
-    """One of a few words."""
+    """Returns the word at a path, one of a few."""
     if not isinstance(value, str):
         errors.error(path, f"expected one of {', '.join(choices)}, got {describe(value)}")
         return None
@@ -96,7 +96,7 @@ def _is_numeric(text: str) -> bool:
 
 
 def reference_at(errors: ErrorCollector, path: str, value: Any) -> str | None:
-    """A model reference: text, or mergekit's long form with ``model``, ``lora``, ``path`` and ``revision``."""
+    """Returns a model reference: text, or mergekit's long form with ``model``, ``lora``, ``path`` and ``revision``."""
     if isinstance(value, str):
         return text_at(errors, path, value)
     if not isinstance(value, Mapping):

@@ -112,7 +112,7 @@ def check_search(spec: SearchSpec) -> str:
 
 
 def output_bytes(plan: Plan) -> int:
-    """Size of a plan's result on the disk."""
+    """Computes the size of a plan's result on the disk."""
     from evomerge.checkpoints.header import TensorSpec
 
     return sum(TensorSpec(op.output, op.shape, op.dtype).nbytes for op in plan.operations)

@@ -60,7 +60,7 @@ class DareConfig:
 
 
 def config_problems(values: Mapping[str, Any], where: str = "DareConfig: ") -> list[str]:
-    """What is wrong with values of `DareConfig`'s fields; a field may be left out."""
+    """Tells what is wrong with values of `DareConfig`'s fields; a field may be left out."""
     problems = []
     for key, low, high in (("drop_rate", 0.0, 1.0), ("delta_threshold", 0.0, math.inf)):
         value = values.get(key, 0.0)

@@ -156,7 +156,7 @@ class RunFolder:
         baseline: bool = False,
         report: Callable[[str], None] = log.warning,
     ) -> Record:
-        """The study, or that of the baseline's random search.
+        """Opens the record, or that of the baseline's random search.
 
         Args:
             space: Needed to append to it.
@@ -214,7 +214,7 @@ class RunFolder:
         return RunResult.from_json(json.loads(path.read_text()), str(path)) if path.is_file() else None
 
     def extended_from(self) -> int:
-        """How many candidates there were when the run was last extended after it had ended before its budget did.
+        """Counts the candidates there were when the run was last extended after it had ended before its budget did.
 
         0 for a run that never was. One that had spent its budget or its hours goes on as if it had never ended.
         """
@@ -231,7 +231,7 @@ class RunFolder:
         write_atomic(self.root / "result.json", json.dumps(result.to_json(), indent=2))
 
     def starts(self) -> tuple[Start, ...] | None:
-        """Generation 0 of a warm start, as it was when the run began; None where it is not kept."""
+        """Reads generation 0 of a warm start, as it was when the run began; None where it is not kept."""
         from evomerge.space.baselines import Start
         from evomerge.space.genome import Genome
 

@@ -45,7 +45,7 @@ class Geometry:
     share: float
 
     def cosine(self, base: str, left: str, right: str) -> float:
-        """Of the angle between two deltas; 0 where one of them is 0. From the three sides of their triangle."""
+        """Computes the cosine of the angle between two deltas from their triangle; 0 where one of them is 0."""
         a, b, c = (self.distances[pair] for pair in ((base, left), (base, right), (left, right)))
         return (a * a + b * b - c * c) / (2 * a * b) if a * b > 0 else 0.0
 
@@ -114,7 +114,7 @@ def measure(opened: Mapping[str, Checkpoint]) -> Geometry:
 
 
 def ancestor(geometry: Geometry) -> str | None:
-    """The model in the middle of the others, which is where fine-tunes started; None where none is clearly there.
+    """Finds the model in the middle of the others, which is where fine-tunes started; None where none is clearly there.
 
     Changes of about one length in about independent directions lie sqrt(2) times as far from each other as from
     where they began.
@@ -128,7 +128,7 @@ def ancestor(geometry: Geometry) -> str | None:
 
 
 def report(opened: Mapping[str, Checkpoint], base: str | None, geometry: Geometry, *, guessed: bool) -> str:
-    """What the models are and how they lie to each other, as text."""
+    """Describes the models and how they lie to each other."""
     sources = [model for model in opened if model != base]
     rows = [_row(model, checkpoint, base, geometry) for model, checkpoint in opened.items()]
     header = ["model", "architecture", "layers", "vocabulary", "dtype", "licence", "from the base"]
@@ -169,7 +169,7 @@ def _row(name: str, model: Checkpoint, base: str | None, geometry: Geometry) -> 
 
 
 def search_yaml(opened: Mapping[str, Checkpoint], base: str | None, out: Path, tasks: Sequence[str]) -> str:
-    """A search.yaml for these models, with a word on what to choose."""
+    """Writes the text of a search.yaml for these models, with a word on what to choose."""
     sources = _source_names([model for model in opened if model != base])
     where = out.resolve().parent
     models = {"base": _written(base, where)} if base else {}

@@ -210,7 +210,7 @@ class _PlannedWeights:
         raise _NotThereYet(name)
 
     def release(self, name: str) -> None:
-        """There is nothing to let go of."""
+        """Releases nothing."""
 
     def fingerprint(self) -> str:
         return ""  # a plan that is not carried out draws nothing from it

@@ -36,7 +36,7 @@ class Start:
 
 
 def baselines(space: SearchSpace) -> tuple[Start, ...]:
-    """Each parent (the base included), the uniform average, a λ grid, each method of the space at its paper's values.
+    """Lists each parent (the base included), the uniform average, a λ grid, and each method at its paper's values.
 
     Baselines with the same recipe count once, under the first name.
     """

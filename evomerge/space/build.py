@@ -31,7 +31,7 @@ def build_space(
     dtype: str | None = None,
     registry: Mapping[str, Method] | None = None,
 ) -> SearchSpace:
-    """The search space of a search.yaml and its models' layout.
+    """Builds the search space of a search.yaml and its models' layout.
 
     Args:
         base: Reference of the base model.

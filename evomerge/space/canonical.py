@@ -64,19 +64,19 @@ def all_blocks(space: SearchSpace, genome: Genome) -> list[Block]:
 
 
 def methods_of(space: SearchSpace, genome: Genome) -> list[Method]:
-    """The method of each layer group."""
+    """Returns the method of each layer group."""
     return [space.method(genome, index) for index in range(len(space.groups))]
 
 
 def searched_keys(space: SearchSpace, method: Method) -> Iterator[tuple[Parameter, str | None]]:
-    """The searched parameters of a method, each with every owner: a source, or None for all of them."""
+    """Yields the searched parameters of a method, each with every owner: a source, or None for all of them."""
     for parameter in space.searched[method.name]:
         for source in space.sources if parameter.per_source else (None,):
             yield parameter, source
 
 
 def literal_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key, Values]:
-    """The values of a block as the genome has them, whole numbers where the parameter is one."""
+    """Returns the values of a block as the genome has them, whole numbers where the parameter is one."""
     values: dict[Key, Values] = {}
     for parameter, source in searched_keys(space, block.method):
         own = (float(genome.values[name]) for name in block.gene_names(parameter.name, source))
@@ -85,7 +85,7 @@ def literal_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key
 
 
 def canonical_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key, Values]:
-    """The values of a block, the same for genomes that mean the same."""
+    """Returns the values of a block, the same for genomes that mean the same."""
     literal = literal_values(space, block, genome)
     counting = _counting(space, block.method, literal)
     values: dict[Key, Values] = {}
@@ -111,7 +111,7 @@ def counting_genes(space: SearchSpace, block: Block, genome: Genome) -> set[str]
 
 
 def only_ratios(space: SearchSpace, method: Method, parameter: Parameter) -> bool:
-    """Whether a factor on the parameter of all sources changes nothing in the space's recipes of the method."""
+    """Tells whether a factor on the parameter of all sources changes nothing in the space's recipes of the method."""
     if isinstance(parameter.only_ratios, bool):
         return parameter.only_ratios
     switch = method.parameter(parameter.only_ratios)
@@ -119,7 +119,7 @@ def only_ratios(space: SearchSpace, method: Method, parameter: Parameter) -> boo
 
 
 def absent_sources(space: SearchSpace, method: Method, blocks: Sequence[Mapping[Key, Values]]) -> set[str]:
-    """The sources that take no part in any of these blocks' values, short of what the method needs."""
+    """Names the sources that take no part in any of these blocks' values, short of what the method needs."""
     taking = next((p.name for p in space.searched[method.name] if p.takes_part), None)
     if taking is None:
         return set()

@@ -104,7 +104,7 @@ def decode_literally(space: SearchSpace, genome: Genome) -> LiteralRecipe:
 
 
 def copies_layers(space: SearchSpace, genome: Genome) -> bool:
-    """Whether any part of the genome's recipe is a copy of layers."""
+    """Tells whether any part of the genome's recipe is a copy of layers."""
     return any(method.copies_layers for method in methods_of(space, genome))
 
 
@@ -117,7 +117,7 @@ def active_genes(space: SearchSpace, genome: Genome) -> frozenset[str]:
 
 
 def active_reals(space: SearchSpace, genome: Genome) -> Mask:
-    """Which real genes the genome's recipe depends on, shape [reals]."""
+    """Tells which real genes the genome's recipe depends on, shape [reals]."""
     names = active_genes(space, genome)
     return np.array([gene.name in names for gene in space.reals], dtype=np.bool_)
 

@@ -80,7 +80,7 @@ def gene_name(parameter: str, source: str | None, group: str, tensors: str | Non
 
 
 def enabled_parameters(methods: Sequence[Method], overrides: Mapping[str, Any]) -> frozenset[str]:
-    """Parameters that are searched only because an override gives them a range: no method declares one for them."""
+    """Names the parameters that only an override gives a range: no method declares one for them."""
     declared = {p.name for method in methods for p in method.parameters if p.gene is not None}
     return frozenset(key.split(".")[0] for key in overrides) - declared
 
@@ -116,7 +116,7 @@ def _few_enough(parameter: Parameter, source_count: int) -> bool:
 
 
 def paper_value(parameter: Parameter) -> Any:
-    """The value of a parameter in a search that gives it no gene: the paper's, else the recipe default."""
+    """Returns the value of a parameter in a search that gives it no gene: the paper's, else the recipe default."""
     return parameter.default if parameter.paper is None else parameter.paper
 
 
@@ -158,7 +158,7 @@ class Family:
 
 
 def families(methods: Sequence[Method], overrides: Mapping[str, Any], source_count: int) -> list[Family]:
-    """One family per searched parameter (and kind of owner), in order of name.
+    """Makes one family per searched parameter (and kind of owner), in order of name.
 
     Raises:
         SpecError: An override that is unknown, has no sense, or leaves the parameter's allowed range.
@@ -238,7 +238,7 @@ def real_genes(
     tensor_groups: Sequence[str],
     has_outer: bool,
 ) -> tuple[Real, ...]:
-    """Every real gene, sorted by name; the most specific override of a name's prefixes gives its range.
+    """Makes every real gene, sorted by name; the most specific override of a name's prefixes gives its range.
 
     Raises:
         SpecError: An override of a gene that does not exist, or one that has no sense.

@@ -12,7 +12,7 @@ Scalar = float | int | str
 
 
 def canonical(value: Scalar) -> Scalar:
-    """Floats rounded to four decimals (and -0.0 to 0.0), so that equal genomes are equal as text too."""
+    """Rounds floats to four decimals (and -0.0 to 0.0), so that equal genomes are equal as text too."""
     return round(value, DECIMALS) + 0.0 if isinstance(value, float) else value
 
 
@@ -39,7 +39,7 @@ class Genome:
 
     @classmethod
     def of(cls, values: Mapping[str, Scalar], layers: Iterable[LayerGene] = ()) -> Genome:
-        """A genome in canonical form: names sorted, floats rounded to four decimals."""
+        """Makes a genome in canonical form: names sorted, floats rounded to four decimals."""
         scalars = tuple((name, canonical(values[name])) for name in sorted(values))
         scaled = (LayerGene(g.source, g.layer, float(canonical(float(g.scale)))) for g in layers)
         return cls(scalars, tuple(scaled))
@@ -50,7 +50,7 @@ class Genome:
         return dict(self.scalars)
 
     def to_json(self) -> dict[str, Any]:
-        """A mapping that `json` can write."""
+        """Returns the genome as JSON."""
         data: dict[str, Any] = {"genes": dict(self.scalars)}
         if self.layers:
             data["layers"] = [[gene.source, gene.layer, gene.scale] for gene in self.layers]
@@ -58,6 +58,6 @@ class Genome:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Genome:
-        """The genome that `to_json` wrote."""
+        """Reads what `to_json` wrote."""
         layers = (LayerGene(source, int(layer), float(scale)) for source, layer, scale in data.get("layers", ()))
         return cls.of(data["genes"], layers)

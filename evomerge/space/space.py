@@ -99,7 +99,7 @@ class SearchSpace:
     # -- genomes ---------------------------------------------------------------------------------------------------
 
     def unit(self, genome: Genome) -> FloatArray:
-        """The real genes scaled to [0, 1], shape [reals]; a gene without width is 0."""
+        """Scales a genome's real genes to [0, 1], shape [reals]; a gene without width is 0."""
         values = np.array([genome.values[gene.name] for gene in self.reals], dtype=np.float64)
         width = self.high - self.low
         return np.divide(values - self.low, width, out=np.zeros_like(values), where=width > 0)
@@ -107,7 +107,7 @@ class SearchSpace:
     def genome(
         self, unit: FloatArray, choices: Mapping[str, str] | None = None, layers: Sequence[LayerGene] = ()
     ) -> Genome:
-        """A genome from real genes in [0, 1], shape [reals], clipped; choices left out take their first option."""
+        """Makes a genome of real genes in [0, 1], shape [reals], clipped; a choice left out is its first option."""
         values: dict[str, Scalar] = {choice.name: choice.options[0] for choice in self.choices}
         values.update(choices or {})
         real = self.low + np.clip(unit, 0.0, 1.0) * (self.high - self.low)
@@ -116,26 +116,26 @@ class SearchSpace:
         return Genome.of(values, layers)
 
     def default(self) -> Genome:
-        """Every gene at its paper's value, the first method, and the first model's own layers."""
+        """Makes the genome with every gene at its paper's value, the first method, and the first model's own layers."""
         values: dict[str, Scalar] = {choice.name: choice.options[0] for choice in self.choices}
         values.update({gene.name: gene.default for gene in self.reals})
         return Genome.of(values, self.own_layers(self.pattern.models[0]) if self.pattern else ())
 
     def own_layers(self, model: str) -> tuple[LayerGene, ...]:
-        """A model's own layers in order, cut or repeated at the end to fit the pattern's length."""
+        """Returns a model's own layers in order, cut or repeated at the end to fit the pattern's length."""
         if self.pattern is None:
             return ()
         layers = [LayerGene(model, layer) for layer in range(self.pattern.layer_count)][: self.pattern.max_layers]
         return tuple(layers + [layers[-1]] * (self.pattern.min_layers - len(layers)))
 
     def sample(self, rng: np.random.Generator) -> Genome:
-        """A random genome: each gene uniform in its range, the layers in a few runs of random models."""
+        """Draws a random genome: each gene uniform in its range, the layers in a few runs of random models."""
         unit = rng.random(len(self.reals))
         choices = {choice.name: choice.options[int(rng.integers(len(choice.options)))] for choice in self.choices}
         return self.genome(unit, choices, sample_layers(self.pattern, rng) if self.pattern else ())
 
     def contains(self, genome: Genome) -> bool:
-        """Whether the genome has exactly this space's genes, each within its range."""
+        """Tells whether the genome has exactly this space's genes, each within its range."""
         names = {gene.name for gene in self.reals} | {choice.name for choice in self.choices}
         if set(genome.values) != names or bool(genome.layers) != bool(self.pattern):
             return False
@@ -157,7 +157,7 @@ class SearchSpace:
     # -- models and methods ----------------------------------------------------------------------------------------
 
     def method(self, genome: Genome, group: int) -> Method:
-        """The method that a genome gives to a layer group."""
+        """Returns the method that a genome gives to a layer group."""
         for name in ("method", f"method.g{group}"):
             if name in genome.values:
                 return self._by_name[str(genome.values[name])]
@@ -169,13 +169,13 @@ class SearchSpace:
         return genes.fixed_parameters(method, parameters, has_base=self.base is not None)
 
     def needs_base(self, method: Method) -> bool:
-        """Whether the space's recipes of a method have the base; where they do, it is no source."""
+        """Tells whether the space's recipes of a method have the base; where they do, it is no source."""
         if method.copies_layers:
             return False
         return (method.takes_base and self.base is not None) or method.base_needed(self.fixed_parameters(method))
 
     def reference(self, model: str) -> str:
-        """The reference of a model by its name in genes; ``base`` is the base unless a source is called so."""
+        """Returns the reference of a model by its name in genes; ``base`` is the base unless a source is called so."""
         if model in self.sources:
             return self.sources[model]
         if model != "base" or self.base is None:
@@ -184,7 +184,7 @@ class SearchSpace:
 
 
 def sample_layers(pattern: Pattern, rng: np.random.Generator) -> tuple[LayerGene, ...]:
-    """A random pattern: the stack in a few runs of consecutive layers, each of one model.
+    """Draws a random pattern: the stack in a few runs of consecutive layers, each of one model.
 
     Half of the patterns are one whole stack, as far as the bounds allow; in the other half the length is random, and
     runs overlap or leave gaps. Half of the runs have a scale other than 1, rather near 1 than far from it.

@@ -33,13 +33,13 @@ class SpaceLayout:
     method: str
 
     def method_at(self, genome: Genome, layer: int) -> str:
-        """The method that a genome gives to a layer."""
+        """Returns the method that a genome gives to a layer."""
         group = next(k for k, (start, stop) in enumerate(self.groups) if start <= layer < stop)
         values = genome.values
         return str(values.get("method", values.get(f"method.g{group}", self.method)))
 
     def value(self, genome: Genome, stem: str, tensors: str | None, layer: int) -> float | None:
-        """A parameter (``density.math``) of some tensors of a layer; None where there is no such gene."""
+        """Returns a parameter (``density.math``) of some tensors of a layer; None where there is no such gene."""
         if tensors is None and self.tensor_groups:
             by_group = [self.value(genome, stem, each, layer) for each in self.tensor_groups]
             values = [value for value in by_group if value is not None]
@@ -52,7 +52,7 @@ class SpaceLayout:
 
 
 def depth_shares(groups: Sequence[tuple[int, int]], smooth: bool, layer: int) -> dict[int, float]:
-    """The groups (or control points) that give a layer its value, each with its share."""
+    """Returns the groups (or control points) that give a layer its value, each with its share."""
     if not smooth:
         return {next(k for k, (start, stop) in enumerate(groups) if start <= layer < stop): 1.0}
     position = layer * (len(groups) - 1) / max(groups[-1][1] - 1, 1)
@@ -61,7 +61,7 @@ def depth_shares(groups: Sequence[tuple[int, int]], smooth: bool, layer: int) ->
 
 
 def layer_shares(space: SearchSpace, group: int) -> dict[int, float]:
-    """The layers whose mean is the nearest value of a group, or of a control point, each with its share."""
+    """Returns the layers whose mean is the nearest value of a group, or of a control point, each with its share."""
     if not space.smooth:
         start, stop = space.groups[group]
         return dict.fromkeys(range(start, stop), 1.0 / (stop - start))
@@ -71,7 +71,7 @@ def layer_shares(space: SearchSpace, group: int) -> dict[int, float]:
 
 
 def transfer_genome(space: SearchSpace, genome: Genome, shape: SpaceLayout, names: Mapping[str, str]) -> Genome | None:
-    """Another search's genome in this space.
+    """Moves another search's genome into this space.
 
     Genes go by the names of parameter and model, over the depth by layer. A source that the other search does not have
     takes no part; what else it lacks keeps its default. Values are moved into their ranges. A pattern whose models are
@@ -114,7 +114,7 @@ def transfer_genome(space: SearchSpace, genome: Genome, shape: SpaceLayout, name
 
 
 def nearest_genome(space: SearchSpace, recipe: Recipe, tensors: Sequence[TensorLayer]) -> Genome:
-    """The genome nearest to a recipe: its method where the space has it, each parameter averaged over a gene's tensors.
+    """Finds the genome nearest to a recipe: its method if the space has it, parameters averaged over a gene's tensors.
 
     Args:
         space: The space.

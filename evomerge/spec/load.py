@@ -190,13 +190,13 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
 
 
 def shipped_folder() -> Path:
-    """The folder that holds `search_spaces` and `eval`."""
+    """Returns the folder that holds `search_spaces` and `eval`."""
     packaged = Path(__file__).parent.parent / "_data"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent.parent
 
 
 def find_search(text: str) -> Path:
-    """A search.yaml by its path, or a shipped one by its name ("quickstart").
+    """Returns a search.yaml by its path, or a shipped one by its name ("quickstart").
 
     Raises:
         SpecError: When there is neither.

@@ -89,7 +89,7 @@ class Candidate(Proposal):
 
     @classmethod
     def of(cls, proposal: Proposal, outcome: Outcome) -> Candidate:
-        """The record of a proposal's outcome."""
+        """Returns the record of a proposal's outcome."""
         return cls(
             number=proposal.number,
             generation=proposal.generation,

@@ -102,7 +102,7 @@ class Journal:
         return self._study is not None
 
     def read(self) -> Iterator[Mapping[str, Any]]:
-        """The lines of the study's trials that were not read before, oldest first.
+        """Reads the lines of the study's trials that were not read before, oldest first.
 
         Raises:
             RunError: A line in the middle of the file is not JSON.
@@ -185,7 +185,7 @@ class Journal:
 
 
 def optuna_storage(journal: Path) -> BaseStorage:
-    """Optuna's journal storage on the file, behind the same lock, repaired."""
+    """Opens the file as Optuna's journal storage, behind the same lock, repaired."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from optuna.storages.journal._file import BaseJournalFileLock

@@ -27,7 +27,7 @@ from evomerge.study.record import Record
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Why a search stopped, in a word and in a sentence, and what it found."""
+    """Why a search stopped, in a word and in a sentence, and its candidates."""
 
     reason: Reason
     message: str
@@ -105,9 +105,8 @@ class _Loop:
         monitor = StopMonitor(self.stop, self.record.candidates(), self.executor.slots)
         if ended := monitor.limit_reached():
             return ended
-        return (
-            self._run_asynchronously(starts, monitor) if self.asynchronous else self._run_generations(starts, monitor)
-        )
+        run = self._run_asynchronously if self.asynchronous else self._run_generations
+        return run(starts, monitor)
 
     @property
     def _spent(self) -> End:
@@ -150,7 +149,7 @@ class _Loop:
         return self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
 
     def _score(self, proposals: Sequence[Proposal], monitor: StopMonitor) -> End | None:
-        """Scores and records what is not recorded of a generation; the end, if it comes in the middle."""
+        """Scores and records what is not recorded of a generation; returns the end, if it comes in the middle."""
         candidates = self.record.candidates()
         before = bisect_left(candidates, proposals[0].number, key=number_of) if proposals else 0
         recorded = {candidate.number for candidate in candidates[before:]}
@@ -185,13 +184,13 @@ class _Loop:
         return due
 
     def _append(self, candidate: Candidate, monitor: StopMonitor) -> End | None:
-        """Records a candidate; the end, if it brings it."""
+        """Records a candidate; returns the end, if that is one."""
         self.record.append(candidate)
         self.tracker.candidate(candidate)
         return monitor.after_candidate(candidate)
 
     def _run_asynchronously(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
-        """As many candidates under way as there is room for, at any time."""
+        """Keeps as many candidates under way as there is room for."""
         first = first_generation(starts, self.stop.candidates)
         recorded = {candidate.number for candidate in self.record.candidates()}
         free = (number for number in count() if number not in recorded)
@@ -209,7 +208,7 @@ class _Loop:
             ended = ended or end
 
     def _submit(self, number: int, first: Sequence[Proposal], pending: dict[int, Proposal]) -> End | None:
-        """Submits a proposal with this number; why not, if there is nothing to propose."""
+        """Submits a proposal with this number; returns why not, if there is nothing to propose."""
         if number >= self.stop.candidates:
             return self._spent
         candidates = self.record.candidates()
@@ -230,11 +229,10 @@ class _Loop:
         return None
 
     def _generation(self, number: int, starts: int) -> int:
-        """The generation of a number."""
         return 0 if number < starts else 1 + (number - starts) // self.settings.population
 
     def _after_generations(self, starts: int, monitor: StopMonitor) -> End | None:
-        """The end, if it comes with the last generation of which all have finished."""
+        """Returns the end, if the last generation of which all have finished brings it."""
         if self.stop.stale_generations is None and self.stop.fitness is None:
             return None
         candidates = self.record.candidates()
@@ -249,5 +247,4 @@ _PENDING = Outcome(None, state="pending")
 
 
 def _first_missing(taken: set[int]) -> int:
-    """The lowest number that is not taken."""
     return next(number for number in count() if number not in taken)

@@ -31,7 +31,7 @@ STATES: dict[State, int] = {"done": 1, "pruned": 2, "failed": 3}
 
 
 def pack(candidate: Candidate) -> str:
-    """All of a candidate, compressed, as text that JSON need not escape."""
+    """Compresses a candidate to text that JSON need not escape."""
     content = {
         "number": candidate.number,
         "generation": candidate.generation,
@@ -52,7 +52,7 @@ def pack(candidate: Candidate) -> str:
 
 
 def unpack(packed: str) -> Candidate:
-    """The candidate that `pack` wrote."""
+    """Reads the candidate that `pack` wrote."""
     saved = json.loads(zlib.decompress(base64.b64decode(packed)))
     genes = saved["genome"]["genes"]
     # The names are the same objects in all candidates: ten thousand of them have the same genes.
@@ -76,7 +76,7 @@ def unpack(packed: str) -> Candidate:
 
 
 def candidate_of_trial(system_attributes: Mapping[str, Any], trial: int) -> Candidate:
-    """The candidate in a trial's system attributes.
+    """Reads the candidate in a trial's system attributes.
 
     Raises:
         RunError: The trial was not written by us, or by another version.
@@ -90,7 +90,7 @@ def candidate_of_trial(system_attributes: Mapping[str, Any], trial: int) -> Cand
 
 
 def user_attributes(candidate: Candidate) -> dict[str, Any]:
-    """What a person wants to see beside the parameters: short, numbers where one may want to sort, no empty ones."""
+    """Collects what a person wants to see beside the parameters: short, numbers where one may sort, none empty."""
     shown: dict[str, Any] = {"number": candidate.number, "generation": candidate.generation}
     shown["operator"] = candidate.operator
     if candidate.parents:
@@ -124,21 +124,21 @@ def intermediate_values(candidate: Candidate) -> dict[int, float]:
 
 
 def values(candidate: Candidate) -> list[float] | None:
-    """The objectives of a candidate that is done."""
+    """Returns the objectives of a candidate that is done."""
     if candidate.state != "done" or candidate.fitness is None:
         return None
     return list(candidate.objectives or (candidate.fitness,))
 
 
 def start_and_end(candidate: Candidate) -> tuple[datetime.datetime, datetime.datetime]:
-    """When a candidate that ends now began, and now."""
+    """Returns when a candidate that ends now began, and now."""
     now = datetime.datetime.now(datetime.UTC)
     return now - datetime.timedelta(seconds=float(candidate.seconds.get("total", 0.0))), now
 
 
 @lru_cache(maxsize=4)
 def distributions_of(space: SearchSpace) -> Mapping[str, BaseDistribution]:
-    """Optuna's distribution of every gene; a layer pattern becomes its length and a few genes per layer."""
+    """Returns Optuna's distribution of every gene; a layer pattern becomes its length and a few genes per layer."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     distributions: dict[str, BaseDistribution] = {c.name: CategoricalDistribution(c.options) for c in space.choices}
@@ -155,7 +155,7 @@ def distributions_of(space: SearchSpace) -> Mapping[str, BaseDistribution]:
 
 
 def params_of(space: SearchSpace, genome: Genome) -> dict[str, Any]:
-    """The active genes of a genome, as parameters of an Optuna trial."""
+    """Returns the active genes of a genome, as parameters of an Optuna trial."""
     active = active_genes(space, genome)
     params: dict[str, Any] = {name: value for name, value in genome.scalars if name in active}
     if space.pattern is not None and copies_layers(space, genome):
@@ -164,7 +164,7 @@ def params_of(space: SearchSpace, genome: Genome) -> dict[str, Any]:
 
 
 def layer_params(space: SearchSpace, layers: Sequence[LayerGene]) -> dict[str, Any]:
-    """A layer pattern as parameters of an Optuna trial: its length, and a few for each layer."""
+    """Returns a layer pattern as parameters of an Optuna trial: its length, and a few for each layer."""
     params: dict[str, Any] = {"layers": len(layers)}
     for index, gene in enumerate(layers):
         params[f"layers.{index:02d}.source"] = gene.source
@@ -175,7 +175,7 @@ def layer_params(space: SearchSpace, layers: Sequence[LayerGene]) -> dict[str, A
 
 
 def genome_of(space: SearchSpace, params: Mapping[str, Any]) -> Genome:
-    """The genome that an Optuna sampler suggests; genes left out (inactive ones) keep their default."""
+    """Returns the genome that an Optuna sampler suggests; genes left out (inactive ones) keep their default."""
     start = space.default()
     values = {name: params.get(name, value) for name, value in start.scalars}
     layers = start.layers
@@ -200,7 +200,7 @@ class Parameters:
         self._texts: dict[str, str] = {}
 
     def of(self, candidate: Candidate) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-        """The active genes of a candidate: values and distributions."""
+        """Returns the active genes of a candidate: values and distributions."""
         if self._space is None:
             return {}, {}
         params = params_of(self._space, candidate.genome)
@@ -208,7 +208,7 @@ class Parameters:
         return params, {name: distributions[name] for name in params}
 
     def journal_fields(self, candidate: Candidate) -> dict[str, Any]:
-        """The fields ``params`` and ``distributions`` of a line of the journal."""
+        """Returns the fields ``params`` and ``distributions`` of a line of the journal."""
         params, distributions = self.of(candidate)
         for name in distributions.keys() - self._texts.keys():
             self._texts[name] = distribution_json(distributions[name])
@@ -219,7 +219,7 @@ class Parameters:
 
 
 def distribution_json(distribution: BaseDistribution) -> str:
-    """A distribution in the abbreviated form that Optuna reads: half as long as the one that it writes."""
+    """Writes a distribution in the abbreviated form that Optuna reads: half as long as the one that it writes."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     content: dict[str, Any]
@@ -241,7 +241,7 @@ def _state(candidate: Candidate) -> int:
 
 
 def journal_line(candidate: Candidate, parameters: Parameters) -> dict[str, Any]:
-    """The fields of a finished trial in Optuna's journal."""
+    """Makes the fields of a finished trial in Optuna's journal."""
     began, ended = start_and_end(candidate)
     reached = values(candidate)
     several = reached is not None and len(reached) > 1
@@ -259,7 +259,7 @@ def journal_line(candidate: Candidate, parameters: Parameters) -> dict[str, Any]
 
 
 def frozen_trial(candidate: Candidate, parameters: Parameters) -> FrozenTrial:
-    """A finished trial for any other storage."""
+    """Makes a finished trial for any other storage."""
     import optuna
 
     began, ended = start_and_end(candidate)

@@ -23,7 +23,7 @@ _MARGIN_WITHOUT_RANGE = 0.5  # of the value: the same where there is no range
 
 
 def ranks(values: FloatArray, enough: int | None = None) -> IntArray:
-    """The number of the front that each point is in, 0 for those that nothing dominates.
+    """Numbers the front that each point is in, 0 for those that nothing dominates.
 
     Args:
         values: The points.
@@ -63,7 +63,7 @@ def _first_front(losses: FloatArray) -> Mask:
 
 
 def crowding(values: FloatArray) -> FloatArray:
-    """How far apart a front's neighbours of each point are: the sum over the objectives, as shares of their ranges.
+    """Computes how far apart a front's neighbours of each point are: the sum over objectives, as shares of ranges.
 
     The ends are infinitely far out. Points that are equal count once: the first has the distance, the others 0.
 
@@ -87,7 +87,7 @@ def crowding(values: FloatArray) -> FloatArray:
 
 
 def thin_front(values: FloatArray, count: int, keep: Collection[int] = ()) -> list[int]:
-    """At most `count` points of a front, spread over it: the most crowded goes first, again and again.
+    """Keeps at most `count` points of a front, spread over it: the most crowded goes first, again and again.
 
     Args:
         values: The front.
@@ -107,7 +107,7 @@ def thin_front(values: FloatArray, count: int, keep: Collection[int] = ()) -> li
 
 
 def hypervolume(values: FloatArray, reference: FloatArray) -> float:
-    """The volume of what the points dominate above a reference point; points that are not above it add nothing.
+    """Computes the volume of what the points dominate above a reference point; those not above it add nothing.
 
     Args:
         values: The points.
@@ -118,7 +118,7 @@ def hypervolume(values: FloatArray, reference: FloatArray) -> float:
 
 
 def growing_hypervolume(values: FloatArray, reference: FloatArray) -> FloatArray:
-    """The hypervolume of the first point, of the first two, and so on; for the price of one, not of as many.
+    """Computes the hypervolume of the first point, of the first two, and so on; for the price of one, not of as many.
 
     Returns:
         Shape [points], ascending.
@@ -152,7 +152,7 @@ def _volume(gains: FloatArray) -> float:
 
 
 def reference_point(values: FloatArray) -> FloatArray:
-    """Where volumes are measured from: below the worst value of each objective, by a tenth of its range.
+    """Computes where volumes are measured from: below the worst value of each objective, by a tenth of its range.
 
     A little below, so that the ends of a front count too; by half the value where all are equal, which says nothing of
     how far down is bad.
@@ -168,7 +168,7 @@ def reference_point(values: FloatArray) -> FloatArray:
 
 
 def knee(values: FloatArray, otherwise: FloatArray) -> int:
-    """The position of the point of a front where giving up a little of one objective costs the others most.
+    """Finds the point of a front where giving up a little of one objective costs the others most.
 
     It lies farthest outside the hyperplane through the best points of each objective, which a front that is nowhere
     convex has no point outside of: then it is one of those. Equally far points are decided by `otherwise`, so that of
@@ -187,7 +187,7 @@ def knee(values: FloatArray, otherwise: FloatArray) -> int:
 
 
 def by_knee(values: FloatArray, otherwise: FloatArray) -> list[int]:
-    """Positions of the points, best first: the knee of the front, the knee of the front of the rest, and so on.
+    """Ranks the points, best first, as positions: the knee of the front, the knee of the front of the rest, and so on.
 
     Args:
         values: The points, of which some may dominate others.

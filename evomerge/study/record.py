@@ -54,7 +54,7 @@ def _defer_signals() -> Iterator[None]:
 
 @contextmanager
 def _pause_garbage_collection() -> Iterator[None]:
-    """Without garbage collection: reading makes millions of objects and no garbage, and going through them all again
+    """Pauses garbage collection: reading makes millions of objects and no garbage, and going through them all again
     and again takes as long as reading."""
     before = gc.isenabled()
     gc.disable()
@@ -188,7 +188,7 @@ class Record:
             )
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """Every recorded candidate, by number."""
+        """Returns every recorded candidate, by number."""
         return tuple(self._candidates)
 
     def __len__(self) -> int:

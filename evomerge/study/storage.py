@@ -43,7 +43,7 @@ class Store(Protocol):
         ...
 
     def read(self) -> Iterator[Candidate]:
-        """Every recorded candidate, in the order of writing."""
+        """Reads every recorded candidate, in the order of writing."""
         ...
 
     def append(self, candidate: Candidate) -> None:
@@ -55,14 +55,14 @@ class Store(Protocol):
         ...
 
     def study(self) -> Study:
-        """The study as Optuna opens it."""
+        """Opens the study as Optuna opens it."""
         ...
 
 
 def open_store(
     where: str | Path, name: str, space: SearchSpace | None, objectives: int, create: bool, names: Sequence[str]
 ) -> Store | None:
-    """The study `name`; None when there is none and it is not to be created.
+    """Opens the study `name`; None when there is none and it is not to be created.
 
     Raises:
         RunError: The storage cannot be used.
@@ -102,7 +102,7 @@ class JournalStore:
         return self._journal.attributes
 
     def read(self) -> Iterator[Candidate]:
-        """Every recorded candidate, in the order of writing."""
+        """Reads every recorded candidate, in the order of writing."""
         read, self._read = self._read, []
         return iter(read)
 
@@ -115,7 +115,7 @@ class JournalStore:
         self._journal.set_attribute(key, value)
 
     def study(self) -> Study:
-        """The study as Optuna opens it, with every trial in memory."""
+        """Opens the study as Optuna opens it, with every trial in memory."""
         import optuna
 
         with quiet_optuna():
@@ -153,7 +153,7 @@ class DatabaseStore:
             return cls(study, url, space)
 
     def read(self) -> Iterator[Candidate]:
-        """Every recorded candidate, in the order of writing."""
+        """Reads every recorded candidate, in the order of writing."""
         for trial in self._study.get_trials(deepcopy=False):
             yield candidate_of_trial(trial.system_attrs, trial.number)
 
@@ -195,12 +195,12 @@ class DatabaseStore:
             self._study.set_user_attr(key, value)
 
     def study(self) -> Study:
-        """The study."""
+        """Returns the study."""
         return self._study
 
 
 def connect(url: str) -> RDBStorage:
-    """A database by URL, which raises `StorageUnavailable` as soon as the connection is.
+    """Opens a database by URL, which raises `StorageUnavailable` as soon as the connection is.
 
     Optuna would try again by itself; but where the connection broke after the commit, that writes a trial twice.
 
@@ -225,13 +225,13 @@ def connect(url: str) -> RDBStorage:
 
 
 def _libpq_timeouts(url: URL) -> dict[str, Any]:
-    """Settings of libpq that let a connection to a host that is gone fail, where it would wait for hours."""
+    """Returns settings of libpq that let a connection to a host that is gone fail, where it would wait for hours."""
     uses_libpq = url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
     return {name: value for name, value in _LIBPQ_TIMEOUTS.items() if name not in url.query} if uses_libpq else {}
 
 
 def _raise_unavailable(context: Any) -> None:
-    """Replaces SQLAlchemy's error by ours where the connection is the trouble, and not the statement."""
+    """Raises `StorageUnavailable` instead where the connection is the trouble, and not the statement."""
     import sqlalchemy
 
     transient = sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError
@@ -241,7 +241,7 @@ def _raise_unavailable(context: Any) -> None:
 
 @contextmanager
 def _translate_errors() -> Iterator[None]:
-    """What Optuna and SQLAlchemy raise for a database that cannot be reached, as `StorageUnavailable`."""
+    """Translates what Optuna and SQLAlchemy raise for a database that cannot be reached to `StorageUnavailable`."""
     import optuna
     import sqlalchemy
 
@@ -261,6 +261,6 @@ def _first_line(error: BaseException | None) -> str:
 
 
 def without_password(url: str) -> str:
-    """A storage's URL as it may be shown."""
+    """Leaves the password out of a storage's URL."""
     scheme, mark, rest = url.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}" if mark else url

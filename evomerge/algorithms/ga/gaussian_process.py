@@ -85,7 +85,7 @@ class GaussianProcess:
         )
 
     def predict(self, point: FloatArray) -> tuple[float, FloatArray]:
-        """The posterior mean at a point of shape [genes] (GPML, eq. 2.25), and its derivatives."""
+        """Computes the posterior mean at a point of shape [genes] (GPML, eq. 2.25), and its derivatives."""
         x, square = (point - self._origin) @ self._basis, self._length**2
         from_values, from_gradients = x - self._points, x - self._gradient_points
         values = self._value_weights * np.exp(-(from_values**2).sum(1) / (2 * square))
@@ -98,7 +98,7 @@ class GaussianProcess:
         return value, np.asarray(self._basis @ gradient)
 
     def maximum_within(self, radius: float) -> FloatArray:
-        """The best genes within [0, 1] that are at most `radius` from where steps start, by projected ascent."""
+        """Finds the best genes in [0, 1] that are at most `radius` from where steps start, by projected ascent."""
         best, step = self._origin, radius / 4
         value, gradient = self.predict(best)
         for _ in range(_MAX_ASCENT_STEPS):

@@ -24,7 +24,7 @@ _SCALE_STEP = 0.15
 
 
 def fit(layers: Sequence[LayerGene], pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """Layers dropped or doubled at random places until the length is allowed."""
+    """Drops or doubles layers at random places until the length is allowed."""
     fitted = list(layers)
     while len(fitted) > pattern.max_layers:
         del fitted[int(rng.integers(len(fitted)))]
@@ -54,7 +54,7 @@ def _from_model(layers: Layers, start: int, stop: int, model: str) -> Layers:
 
 
 def insert(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A layer more: after a layer, the same depth or the next of any model."""
+    """Inserts a layer after another: the same depth or the next of any model."""
     index = int(rng.integers(len(layers)))
     layer = min(layers[index].layer + int(rng.integers(0, 2)), pattern.layer_count - 1)
     new = LayerGene(pattern.models[int(rng.integers(len(pattern.models)))], layer)
@@ -62,21 +62,21 @@ def insert(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers
 
 
 def delete(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A short run of layers less."""
+    """Deletes a short run of layers."""
     start, stop = _span(layers, rng)
     stop = min(stop, start + max(len(layers) - pattern.min_layers, 1))
     return fit(layers[:start] + layers[stop:] or layers, pattern, rng)
 
 
 def duplicate(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A short run of layers twice, one after the other."""
+    """Repeats a short run of layers, one after the other."""
     start, stop = _span(layers, rng)
     stop = min(stop, start + max(pattern.max_layers - len(layers), 1))
     return fit(layers[:stop] + layers[start:stop] + layers[stop:], pattern, rng)
 
 
 def swap(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """Two neighbouring layers exchanged."""
+    """Exchanges two neighbouring layers."""
     if len(layers) < 2:
         return layers
     index = int(rng.integers(len(layers) - 1))
@@ -84,7 +84,7 @@ def swap(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
 
 
 def shift(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A run of layers moved one up or down its model."""
+    """Moves a run of layers one up or down its model."""
     start, stop = _span(layers, rng)
     step = 1 if rng.random() < 0.5 else -1
     moved = tuple(replace(g, layer=min(max(g.layer + step, 0), pattern.layer_count - 1)) for g in layers[start:stop])
@@ -92,19 +92,19 @@ def shift(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
 
 
 def change_model(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A run of layers from another model, at the same depths."""
+    """Takes a run of layers from another model, at the same depths."""
     start, stop = _span(layers, rng)
     return _from_model(layers, start, stop, _other(pattern, layers[start].source, rng))
 
 
 def change_layer(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """One layer from another model, at the same depth."""
+    """Takes one layer from another model, at the same depth."""
     index = int(rng.integers(len(layers)))
     return _from_model(layers, index, index + 1, _other(pattern, layers[index].source, rng))
 
 
 def move_seam(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A run reaches further into its neighbour of another model, at the same depths."""
+    """Extends a run into its neighbour of another model, at the same depths."""
     seams = [index for index in range(1, len(layers)) if layers[index].source != layers[index - 1].source]
     if not seams:
         return change_model(layers, pattern, rng)
@@ -116,7 +116,7 @@ def move_seam(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Lay
 
 
 def repeat_neighbour(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """One layer gives way to a second copy of a neighbour."""
+    """Replaces one layer by a second copy of a neighbour."""
     if len(layers) < 2:
         return layers
     index = int(rng.integers(len(layers) - 1))
@@ -125,7 +125,7 @@ def repeat_neighbour(layers: Layers, pattern: Pattern, rng: np.random.Generator)
 
 
 def straighten(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """Where depths jump, the layers in between are filled in from either side's model, or the repeat is taken out."""
+    """Fills in the layers that a jump of depth leaves out, from either side's model, or takes a repeat out."""
     jumps = [index for index in range(1, len(layers)) if layers[index].layer != layers[index - 1].layer + 1]
     if not jumps:
         return change_model(layers, pattern, rng)
@@ -143,7 +143,7 @@ def straighten(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> La
 
 
 def rescale(layers: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """The scales of a run moved by one factor, half of the way to 1, or to 1."""
+    """Moves the scales of a run by one factor, half of the way to 1, or to 1."""
     if pattern.scale is None:
         return change_layer(layers, pattern, rng)
     start, stop = _span(layers, rng)
@@ -175,7 +175,7 @@ MOVES: dict[str, Move] = {
 
 
 def crossover(first: Layers, second: Layers, pattern: Pattern, rng: np.random.Generator) -> Layers:
-    """A block of depths from the second parent: its layers there, or only the models that it has for them.
+    """Takes a block of depths from the second parent: its layers there, or only the models that it has for them.
 
     The block lies between two depths, or reaches from one to the end. A parent crossed with itself is itself.
     """

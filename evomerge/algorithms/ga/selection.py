@@ -55,18 +55,18 @@ class Parent:
 
     @classmethod
     def of(cls, space: SearchSpace, candidate: Candidate) -> Parent:
-        """A candidate of the space."""
+        """Makes a parent of a candidate of the space."""
         genome = candidate.genome
         choices = {choice.name: str(genome.values[choice.name]) for choice in space.choices}
         return cls(candidate.number, space.unit(genome), choices, genome.layers)
 
     def copies_layers(self, space: SearchSpace) -> bool:
-        """Whether any part of its recipe is a copy of layers."""
+        """Tells whether any part of its recipe is a copy of layers."""
         return copies_layers(space, space.genome(self.unit, self.choices, self.layers))
 
 
 def is_its_genome(space: SearchSpace, candidate: Candidate) -> bool:
-    """Whether a candidate of copied layers is what its genome says: no pattern stands for an average of models."""
+    """Tells whether a candidate of copied layers is what its genome says: no pattern stands for an average."""
     if candidate.generation > 0:
         return True
     return candidate.operator.startswith(PARENT) or space.registry[candidate.recipe["merge_method"]].copies_layers

@@ -136,7 +136,7 @@ class Posterior:
         self._weights, self._variance, self._whiten = fit.weights, fit.variance, np.linalg.inv(fit.cholesky)
 
     def best_of(self, points: FloatArray, rng: np.random.Generator) -> FloatArray:
-        """The best of some points under a draw of the function, shape [genes] (GPML, eq. 2.25 and 2.26)."""
+        """Chooses the best of some points under a draw of the function, shape [genes] (GPML, eq. 2.25 and 2.26)."""
         length = self._length * self._scale
         cross = _squared_exponential(points, self._points, length)
         whitened = self._whiten @ cross.T

@@ -165,7 +165,7 @@ def density_cutoff(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int
 
 
 def values_at(scores: Callable[[], Iterator[tuple[int, Floats]]], size: int, ranks: Sequence[int]) -> list[float]:
-    """The scores at these ranks, counted from the largest (1) down; `scores` and `size` as for `density_cutoff`."""
+    """Finds the scores at these ranks, from the largest (1) down; `scores` and `size` as for `density_cutoff`."""
     parts = _scores(scores, size)
     histogram = count_magnitudes(parts, FINE)
     return [joint_cutoff([parts], [histogram], histogram, rank).threshold for rank in ranks]
@@ -220,7 +220,7 @@ def bin_of(histogram: Histogram, keep: int) -> tuple[int, int]:
 
 
 def rank_from_top(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
-    """Counting from the top: the bin of the `rank`-th element, and its rank within that bin."""
+    """Finds the bin of the `rank`-th element from the top, and its rank within that bin."""
     from_top = counts[::-1].cumsum()
     position = int(np.searchsorted(from_top, rank))
     above = int(from_top[position - 1]) if position else 0

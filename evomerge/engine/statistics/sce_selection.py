@@ -153,7 +153,7 @@ class _LevelElements:
                 self._parts.append((start, indices[:equal_count].copy(), np.empty(equal_count, dtype=np.uint32)))
 
     def count_variances(self, upper: int, sources: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """How many variances there are in a bin, by their lower bits, and the sums of squares of their deltas."""
+        """Counts the variances in a bin, by their lower bits, and the sums of squares of their deltas."""
         from evomerge.engine.kernels import sce_della
 
         counts = np.zeros(1 << SHIFT, dtype=np.int64)

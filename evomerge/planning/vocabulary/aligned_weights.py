@@ -131,7 +131,7 @@ def aligned_checkpoint(
 
 
 def sized_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """config.json with another size of the vocabulary, wherever it says one."""
+    """Returns config.json with another size of the vocabulary, wherever it says one."""
     sized = dict(config)
     if isinstance(sized.get("text_config"), Mapping):
         sized["text_config"] = sized_config(sized["text_config"], rows)
