@@ -26,8 +26,8 @@ from evomerge.engine.statistics.operation_statistics import OperationStatistics
 from evomerge.engine.statistics.row_ranks import Levels
 from evomerge.engine.statistics.tensor_reader import CHUNK
 from evomerge.engine.symbolic_merge import BASE, linear_combination
-from evomerge.methods import breadcrumbs, della, sce
-from evomerge.methods.arithmetic import normalized_weights, participants
+from evomerge.methods import della, sce
+from evomerge.methods.arithmetic import normalized_weights, participants, scaled_weights
 from evomerge.methods.contract import Cutoff, Settings
 from evomerge.methods.dare import keep_probability, terms
 from evomerge.methods.dare_ties import trims_after_drop
@@ -172,7 +172,7 @@ def _trim_after_drop(
 
 
 def _breadcrumbs(method: str, settings: Settings, statistics: OperationStatistics) -> KernelCall | None:
-    parts = breadcrumbs.terms(settings)
+    parts = scaled_weights("breadcrumbs", settings)
     if all(settings.sources[i]["density"] >= 1.0 for i, _ in parts):
         return _linear(method, settings, statistics)
     indices = [i for i, _ in parts]
@@ -197,7 +197,7 @@ def _della(method: str, settings: Settings, statistics: OperationStatistics) -> 
 
 
 def _della_linear(method: str, settings: Settings, statistics: OperationStatistics) -> KernelCall | None:
-    parts = della.terms(settings)
+    parts = scaled_weights("della_linear", settings)
     if all(della.keeps_all(settings.sources[i]) for i, _ in parts):
         return _linear(method, settings, statistics)
     edits, levels = _magprune(settings, statistics, parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import RecipeError
@@ -41,6 +41,16 @@ def zero_sum_problem(method: str, weights: Sequence[float]) -> list[str]:
         return []
     got = ", ".join(f"{weight:g}" for weight in weights) or "none but 0"
     return [f"{method}: the weights sum to zero ({got}) and the merge divides by their sum; change a weight"]
+
+
+def refuse_zero_sum(method: str, normalize: str | None = None) -> Callable[[Settings], list[str]]:
+    """Makes a method's check: weights may not sum to zero, where a parameter says so only under that."""
+
+    def check(settings: Settings) -> list[str]:
+        divides = normalize is None or settings.shared[normalize]
+        return zero_sum_problem(method, participants(settings)[1]) if divides else []
+
+    return check
 
 
 def normalized_weights(method: str, weights: Sequence[float]) -> list[float]:
@@ -121,6 +131,21 @@ def add_edited_deltas(block: Block, terms: Iterable[tuple[Tensor, float]]) -> Te
     for delta, factor in terms:
         result.add_(delta.mul_(factor))
     return result
+
+
+def scaled_weights(method: str, settings: Settings) -> list[tuple[int, float]]:
+    """Returns (source, λ wi) of the sources that take part, the weights divided by their sum under `normalize`."""
+    indices, weights = participants(settings)
+    shares = normalized_weights(method, weights) if settings.shared["normalize"] else weights
+    scale = float(settings.shared["lambda"])
+    return [(i, scale * share) for i, share in zip(indices, shares, strict=True)]
+
+
+def add_whole_deltas(block: Block, settings: Settings, parts: Sequence[tuple[int, float]]) -> Tensor:
+    """θ0 + Σ ci δi with the coefficients of `scaled_weights`."""
+    scale = float(settings.shared["lambda"])
+    total = scale if settings.shared["normalize"] else scale * math.fsum(participants(settings)[1])
+    return add_deltas(block, [i for i, _ in parts], [factor for _, factor in parts], total)
 
 
 def linear_combination(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

@@ -9,17 +9,16 @@ left out of the largest (the paper's β and γ are percentiles: density = γ −
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evomerge.methods.arithmetic import (
-    add_deltas,
     add_edited_deltas,
+    add_whole_deltas,
     base_of,
-    normalized_weights,
     participants,
-    zero_sum_problem,
+    refuse_zero_sum,
+    scaled_weights,
 )
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
@@ -46,21 +45,10 @@ GAMMA = Parameter(
 
 def merge(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ wi δ̂i, the weights divided by their sum under `normalize`."""
-    parts = terms(settings)
+    parts = scaled_weights("breadcrumbs", settings)
     if all(settings.sources[i]["density"] >= 1.0 for i, _ in parts):
-        scale = float(settings.shared["lambda"])
-        total = scale if settings.shared["normalize"] else scale * math.fsum(participants(settings)[1])
-        return add_deltas(block, [i for i, _ in parts], [factor for _, factor in parts], total)
+        return add_whole_deltas(block, settings, parts)
     return add_edited_deltas(block, ((sparse_delta(block, i, settings), factor) for i, factor in parts))
-
-
-def terms(settings: Settings) -> list[tuple[int, float]]:
-    """(source, factor of what is kept of its delta) of the sources that take part."""
-    indices, weights = participants(settings)
-    if settings.shared["normalize"]:
-        weights = normalized_weights("breadcrumbs", weights)
-    scale = float(settings.shared["lambda"])
-    return [(i, scale * weight) for i, weight in zip(indices, weights, strict=True)]
 
 
 def sparse_delta(block: Block, source: int, settings: Settings) -> Tensor:
@@ -82,11 +70,6 @@ def merge_ties(block: Block, settings: Settings) -> Tensor:
     return elect_and_merge(block, indices, [sparse_delta(block, i, settings) for i in indices], weights, settings)
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero under `normalize`."""
-    return zero_sum_problem("breadcrumbs", participants(settings)[1]) if settings.shared["normalize"] else []
-
-
 METHOD = Method(
     name="breadcrumbs",
     paper=PAPER,
@@ -100,7 +83,7 @@ METHOD = Method(
         INT8_MASK,
     ),
     merge=merge,
-    check=check,
+    check=refuse_zero_sum("breadcrumbs", "normalize"),
 )
 
 TIES = replace(

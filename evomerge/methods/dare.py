@@ -7,18 +7,16 @@ Yu et al. 2023, "Language models are super Mario", https://arxiv.org/abs/2311.03
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from evomerge.methods.arithmetic import (
-    add_deltas,
     add_edited_deltas,
+    add_whole_deltas,
     base_of,
-    normalized_weights,
-    participants,
-    zero_sum_problem,
+    refuse_zero_sum,
+    scaled_weights,
 )
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.random_field import keep_threshold
@@ -50,11 +48,9 @@ def drop_and_rescale(block: Block, source: int, probability: float, rescale: boo
 
 def merge(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ wi δ̃i, the weights divided by their sum under `normalize`."""
-    scale, weights = float(settings.shared["lambda"]), participants(settings)[1]
-    total = scale if settings.shared["normalize"] else scale * math.fsum(weights)
     parts = terms(settings)
     if all(chance >= 1.0 for _, _, chance in parts):
-        return add_deltas(block, [i for i, _, _ in parts], [factor for _, factor, _ in parts], total)
+        return add_whole_deltas(block, settings, [(i, factor) for i, factor, _ in parts])
     return add_edited_deltas(
         block,
         ((drop_and_rescale(block, i, chance, rescale=False), factor) for i, factor, chance in parts if chance > 0.0),
@@ -63,21 +59,12 @@ def merge(block: Block, settings: Settings) -> Tensor:
 
 def terms(settings: Settings) -> list[tuple[int, float, float]]:
     """(source, factor of what is kept of its delta, probability to keep) of the sources that take part."""
-    indices, weights = participants(settings)
-    scale, rescale = float(settings.shared["lambda"]), settings.shared["rescale"]
+    rescale = settings.shared["rescale"]
     triples = []
-    for i, share in zip(
-        indices, normalized_weights("dare", weights) if settings.shared["normalize"] else weights, strict=True
-    ):
+    for i, factor in scaled_weights("dare", settings):
         chance = keep_probability(settings.sources[i])
-        factor = scale * share
         triples.append((i, factor / chance if rescale and chance > 0.0 else factor, chance))
     return triples
-
-
-def check(settings: Settings, name: str = "dare") -> list[str]:
-    """Refuses weights that sum to zero under `normalize`."""
-    return zero_sum_problem(name, participants(settings)[1]) if settings.shared["normalize"] else []
 
 
 METHOD = Method(
@@ -95,7 +82,7 @@ METHOD = Method(
     ),
     merge=merge,
     stochastic=True,
-    check=check,
+    check=refuse_zero_sum("dare", "normalize"),
 )
 
 LINEAR = replace(
@@ -103,5 +90,5 @@ LINEAR = replace(
     name="dare_linear",
     summary="Drop elements of the deltas at random, rescale the rest, add up.",
     parameters=tuple(replace(p, default=False) if p.name == "normalize" else p for p in METHOD.parameters),
-    check=lambda settings: check(settings, "dare_linear"),
+    check=refuse_zero_sum("dare_linear", "normalize"),
 )

@@ -11,19 +11,18 @@ alone, and a byte holds it. `della_linear` adds up instead of electing signs, as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from evomerge.methods.arithmetic import (
-    add_deltas,
     add_edited_deltas,
+    add_whole_deltas,
     as_float32,
     base_of,
-    normalized_weights,
     participants,
-    zero_sum_problem,
+    refuse_zero_sum,
+    scaled_weights,
 )
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.random_field import STEPS
@@ -111,26 +110,10 @@ def merge(block: Block, settings: Settings) -> Tensor:
 
 def merge_linear(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ wi δ̃i, the weights divided by their sum under `normalize`."""
-    parts = terms(settings)
+    parts = scaled_weights("della_linear", settings)
     if all(keeps_all(settings.sources[i]) for i, _ in parts):
-        scale = float(settings.shared["lambda"])
-        total = scale if settings.shared["normalize"] else scale * math.fsum(participants(settings)[1])
-        return add_deltas(block, [i for i, _ in parts], [factor for _, factor in parts], total)
+        return add_whole_deltas(block, settings, parts)
     return add_edited_deltas(block, ((magprune(block, i, settings, factor), 1.0) for i, factor in parts))
-
-
-def terms(settings: Settings) -> list[tuple[int, float]]:
-    """(source, factor of its pruned delta) of the sources that take part."""
-    indices, weights = participants(settings)
-    if settings.shared["normalize"]:
-        weights = normalized_weights("della_linear", weights)
-    scale = float(settings.shared["lambda"])
-    return [(i, scale * weight) for i, weight in zip(indices, weights, strict=True)]
-
-
-def check_linear(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero under `normalize`."""
-    return zero_sum_problem("della_linear", participants(settings)[1]) if settings.shared["normalize"] else []
 
 
 METHOD = Method(
@@ -158,5 +141,5 @@ LINEAR = replace(
     summary="Drop elements of the deltas at random, small ones more often; add up the rest.",
     parameters=(*METHOD.parameters[:4], replace(NORMALIZE, default=False), METHOD.parameters[5], INT8_MASK),
     merge=merge_linear,
-    check=check_linear,
+    check=refuse_zero_sum("della_linear", "normalize"),
 )

@@ -26,7 +26,7 @@ from evomerge.methods.arithmetic import (
     base_of,
     normalized_weights,
     participants,
-    zero_sum_problem,
+    refuse_zero_sum,
 )
 from evomerge.methods.contract import Block, Granularity, Method, Parameter, Settings, Statistics
 from evomerge.methods.shared_parameters import DENSITY, LAMBDA, WEIGHT
@@ -125,11 +125,6 @@ def granularity(settings: Settings) -> Granularity:
     return "row" if settings.shared["scope"] == "row" else "element"
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero."""
-    return zero_sum_problem("dfs", participants(settings)[1])
-
-
 METHOD = Method(
     name="dfs",
     paper="Li, Chen and Wasserman 2016, Deep feature selection, https://doi.org/10.1089/cmb.2015.0189 (the name); "
@@ -170,5 +165,5 @@ METHOD = Method(
     ),
     merge=merge,
     granularity=granularity,
-    check=check,
+    check=refuse_zero_sum("dfs"),
 )

@@ -13,12 +13,11 @@ false` (for the embeddings by a filter, say) averages a matrix like a vector.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import add_deltas, base_of, normalized_weights, participants, zero_sum_problem
+from evomerge.methods.arithmetic import add_deltas, base_of, normalized_weights, participants, refuse_zero_sum
 from evomerge.methods.contract import Block, Method, Settings
-from evomerge.methods.shared_parameters import LAMBDA, SPECTRAL, WEIGHT
+from evomerge.methods.shared_parameters import LAMBDA, SHARE, SPECTRAL
 from evomerge.methods.spectral import right_vectors, tall, times
 
 if TYPE_CHECKING:
@@ -52,27 +51,16 @@ def isotropic(matrix: Tensor) -> Tensor:
     return result if standing is matrix else result.T.contiguous()
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero."""
-    return zero_sum_problem("iso_c", participants(settings)[1])
-
-
 METHOD = Method(
     name="iso_c",
     paper="Marczak et al. 2025, No Task Left Behind: Isotropic Model Merging, https://arxiv.org/abs/2502.04959",
     summary="Base plus the summed deltas, each matrix with all its singular values replaced by their mean.",
     parameters=(
-        replace(
-            WEIGHT,
-            default=1.0,
-            required=False,
-            only_ratios=True,
-            help="Share of the source, relative to the others.",
-        ),
+        SHARE,
         LAMBDA,
         SPECTRAL,
     ),
     merge=merge,
     granularity=lambda settings: "tensor" if settings.shared["spectral"] else "element",
-    check=check,
+    check=refuse_zero_sum("iso_c"),
 )

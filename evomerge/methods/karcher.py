@@ -22,8 +22,8 @@ from evomerge.methods.arithmetic import (
     linear_combination,
     normalized_weights,
     participants,
+    refuse_zero_sum,
     unit_factors,
-    zero_sum_problem,
 )
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
@@ -99,11 +99,6 @@ def _length(cosines: FloatArray, coefficients: FloatArray) -> float:
     return math.sqrt(max(float(coefficients @ cosines @ coefficients), 0.0))
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero."""
-    return zero_sum_problem("karcher", participants(settings)[1])
-
-
 METHOD = Method(
     name="karcher",
     paper="Karcher 1977, Riemannian center of mass and mollifier smoothing, https://doi.org/10.1002/cpa.3160300502",
@@ -115,5 +110,5 @@ METHOD = Method(
     ),
     merge=merge,
     needs_base=False,
-    check=check,
+    check=refuse_zero_sum("karcher"),
 )

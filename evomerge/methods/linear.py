@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import affine, normalized_weights, participants, weighted_sum, zero_sum_problem
+from evomerge.methods.arithmetic import affine, normalized_weights, participants, refuse_zero_sum, weighted_sum
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import NORMALIZE, WEIGHT
 
@@ -27,11 +27,6 @@ def merge(block: Block, settings: Settings) -> Tensor:
     return weighted_sum(block.sources, settings.column("weight"))
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero under `normalize`."""
-    return zero_sum_problem("linear", participants(settings)[1]) if settings.shared["normalize"] else []
-
-
 METHOD = Method(
     name="linear",
     paper="Wortsman et al. 2022, Model soups, https://arxiv.org/abs/2203.05482",
@@ -39,5 +34,5 @@ METHOD = Method(
     parameters=(WEIGHT, NORMALIZE),
     merge=merge,
     needs_base=False,
-    check=check,
+    check=refuse_zero_sum("linear", "normalize"),
 )

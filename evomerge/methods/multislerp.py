@@ -24,8 +24,8 @@ from evomerge.methods.arithmetic import (
     normalized_weights,
     origin_dot,
     participants,
+    refuse_zero_sum,
     unit_factors,
-    zero_sum_problem,
 )
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
@@ -61,11 +61,6 @@ def directions_mean(gram: Sequence[Sequence[float]], weights: Sequence[float], e
     return [part * scale for part in parts]
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero under `normalize_weights`."""
-    return zero_sum_problem("multislerp", participants(settings)[1]) if settings.shared["normalize_weights"] else []
-
-
 METHOD = Method(
     name="multislerp",
     paper="Goddard 2025, Multi-SLERP, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
@@ -78,5 +73,5 @@ METHOD = Method(
     merge=merge,
     needs_base=False,
     takes_base=True,
-    check=check,
+    check=refuse_zero_sum("multislerp", "normalize_weights"),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import affine, as_float32, base_of, normalized_weights, participants, zero_sum_problem
+from evomerge.methods.arithmetic import affine, as_float32, base_of, normalized_weights, participants, refuse_zero_sum
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import WEIGHT
 
@@ -40,11 +40,6 @@ def reach_of(settings: Settings) -> float:
     return as_float32(min(float(settings.shared["t"]), LARGEST))
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero."""
-    return zero_sum_problem("nearswap", participants(settings)[1])
-
-
 METHOD = Method(
     name="nearswap",
     paper="alchemonaut 2024, QuartetAnemoi-70B, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
@@ -61,5 +56,5 @@ METHOD = Method(
         ),
     ),
     merge=merge,
-    check=check,
+    check=refuse_zero_sum("nearswap"),
 )

@@ -5,6 +5,8 @@ A default is mergekit's; a method whose paper or mergekit counterpart differs us
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from evomerge.methods.contract import Parameter
 
 WEIGHT = Parameter(
@@ -33,6 +35,9 @@ DROP_RATE = Parameter(
     high=1.0,
     instead_of="density",
     help="Probability to drop an element of a delta: 1 - density.",
+)
+SHARE = replace(
+    WEIGHT, default=1.0, required=False, only_ratios=True, help="Share of the source, relative to the others."
 )
 LAMBDA = Parameter("lambda", default=1.0, gene=(0.3, 2.0), help="Factor on the merged delta.")
 NORMALIZE = Parameter("normalize", default=True, kind="bool", help="Divide by the sum of the weights.")

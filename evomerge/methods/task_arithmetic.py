@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import add_deltas, normalized_weights, participants, zero_sum_problem
+from evomerge.methods.arithmetic import add_deltas, normalized_weights, participants, refuse_zero_sum
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
 
@@ -26,16 +26,11 @@ def merge(block: Block, settings: Settings) -> Tensor:
     return add_deltas(block, indices, [scale * w for w in weights], scale * math.fsum(weights))
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero under `normalize`."""
-    return zero_sum_problem("task_arithmetic", participants(settings)[1]) if settings.shared["normalize"] else []
-
-
 METHOD = Method(
     name="task_arithmetic",
     paper="Ilharco et al. 2022, Editing models with task arithmetic, https://arxiv.org/abs/2212.04089",
     summary="Base plus the weighted sum of the deltas.",
     parameters=(WEIGHT, LAMBDA, replace(NORMALIZE, default=False), INT8_MASK),
     merge=merge,
-    check=check,
+    check=refuse_zero_sum("task_arithmetic", "normalize"),
 )

@@ -15,12 +15,11 @@ orthonormal vectors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import add_deltas, base_of, normalized_weights, participants, zero_sum_problem
+from evomerge.methods.arithmetic import add_deltas, base_of, normalized_weights, participants, refuse_zero_sum
 from evomerge.methods.contract import Block, Method, Settings
-from evomerge.methods.shared_parameters import LAMBDA, SPECTRAL, WEIGHT
+from evomerge.methods.shared_parameters import LAMBDA, SHARE, SPECTRAL
 from evomerge.methods.spectral import orthogonal, right_vectors, tall, times
 
 if TYPE_CHECKING:
@@ -91,27 +90,16 @@ def task_vectors(deltas: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor, 
     return orthogonal(torch.cat(lefts, 1)), orthogonal(torch.cat(rights, 1)), torch.cat(values), torch.cat(owner)
 
 
-def check(settings: Settings) -> list[str]:
-    """Refuses weights that sum to zero."""
-    return zero_sum_problem("tsv_merge", participants(settings)[1])
-
-
 METHOD = Method(
     name="tsv_merge",
     paper="Gargiulo et al. 2024, Task Singular Vectors, https://arxiv.org/abs/2412.00081",
     summary="Base plus the leading singular vectors of every delta, decorrelated, side by side.",
     parameters=(
-        replace(
-            WEIGHT,
-            default=1.0,
-            required=False,
-            only_ratios=True,
-            help="Share of the source, relative to the others.",
-        ),
+        SHARE,
         LAMBDA,
         SPECTRAL,
     ),
     merge=merge,
     granularity=lambda settings: "tensor" if settings.shared["spectral"] else "element",
-    check=check,
+    check=refuse_zero_sum("tsv_merge"),
 )
