@@ -126,7 +126,7 @@ def catcma(
         return random_search(space, history, numbers, generation, seed, settings)
     baselines = best_first(candidate for candidate in history if candidate.generation == 0)
     start = baselines[0].genome if baselines else space.default()
-    population = max(settings.population, replay.SMALLEST)
+    population = max(settings.population, replay.MIN_POPULATION)
     params = all_params(space, start)
 
     def begin(restart: int) -> CatCMAwM:

@@ -75,7 +75,7 @@ def cmaes(
         free, mean, genome, point = _folded(space, start, options["mean"])
     if not free.any():
         return random_search(space, history, numbers, generation, seed, settings)
-    population = max(settings.population, replay.SMALLEST)
+    population = max(settings.population, replay.MIN_POPULATION)
 
     def begin(restart: int) -> CMA:
         import cmaes as package

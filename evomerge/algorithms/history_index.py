@@ -25,7 +25,7 @@ from evomerge.system.arrays import FloatArray, Mask
 
 T = TypeVar("T")
 
-FEW = 64
+MAX_INSERTIONS = 64
 """So many new candidates are inserted one by one; more are sorted."""
 
 
@@ -120,7 +120,7 @@ class HistoryIndex:
             if candidate.operator == DRAW and candidate.state != "pending":
                 self.draws[candidate.generation] = self.draws.get(candidate.generation, False) or improved
             self.multi_objective = self.multi_objective or candidate.objectives is not None
-        if len(new) > FEW:
+        if len(new) > MAX_INSERTIONS:
             self._fittest = sorted([*self._fittest, *filter(has_fitness, new)], key=fitness_key)
         else:
             for candidate in filter(has_fitness, new):

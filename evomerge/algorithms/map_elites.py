@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 OPTIONS: dict[str, Any] = {"cells": 64, "iso_sigma": 0.03, "line_sigma": 0.3}
 #: More axes than this are tessellated.
 GRID_AXES = 4
-TOURNAMENT = 2
+TOURNAMENT_SIZE = 2
 CHOICE_MUTATION = 0.1
 _SAMPLES = 2000
 
@@ -127,7 +127,7 @@ def _child(
 ) -> Draw:
     from ribs.emitters.operators import IsoLineOperator
 
-    first, second = (elites[operators.tournament(len(elites), TOURNAMENT, rng)] for _ in range(2))
+    first, second = (elites[operators.tournament(len(elites), TOURNAMENT_SIZE, rng)] for _ in range(2))
     operator = IsoLineOperator(iso_sigma, line_sigma, seed=int(rng.integers(2**32)))
     unit = operator.ask(np.stack([first.unit, second.unit])[:, None])[0]
     choices = {name: (first if rng.random() < 0.5 else second).choices[name] for name in first.choices}

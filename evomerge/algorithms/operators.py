@@ -15,13 +15,13 @@ def reflect(unit: FloatArray) -> FloatArray:
     return np.where(folded > 1.0, 2.0 - folded, folded)
 
 
-SMALLEST, LARGEST = 0.01, 0.3
+MIN_STEP, MAX_STEP = 0.01, 0.3
 """Bounds of a mutation's step, in units of a gene's range."""
 
 
 def step_size(rng: np.random.Generator) -> float:
     """Draws the step of one child, log-uniformly: small ones refine, large ones leave a plateau."""
-    return float(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST))))
+    return float(np.exp(rng.uniform(np.log(MIN_STEP), np.log(MAX_STEP))))
 
 
 def gaussian(unit: FloatArray, mask: Mask, sigma: float, rng: np.random.Generator) -> FloatArray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.algorithms import catcma, cmaes, map_elites, optuna_samplers
-from evomerge.algorithms.ga.ga import GENERATION, OPTIONS, ga
+from evomerge.algorithms.ga.ga import OPTIONS, POPULATION, ga
 from evomerge.algorithms.random_search import random_search
 from evomerge.errors import SpecError, suggest
 from evomerge.space.space import SearchSpace
@@ -71,7 +71,7 @@ def _of_kind(value: Any, default: Any) -> bool:
 
 
 ALGORITHMS: dict[str, RegisteredAlgorithm] = {
-    "ga": RegisteredAlgorithm(ga, OPTIONS, multi_objective=True, population=GENERATION),
+    "ga": RegisteredAlgorithm(ga, OPTIONS, multi_objective=True, population=POPULATION),
     "random": RegisteredAlgorithm(random_search, multi_objective=True),
     "tpe": RegisteredAlgorithm(optuna_samplers.tpe, optuna_samplers.TPE_OPTIONS, multi_objective=True),
     "cmaes": RegisteredAlgorithm(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),

@@ -22,7 +22,7 @@ from evomerge.study.candidate import Candidate, Proposal
 #: What an ask gives: the point in the strategy's own coordinates.
 P = TypeVar("P")
 #: Fewer candidates than this give an evolution strategy no direction.
-SMALLEST = 4
+MIN_POPULATION = 4
 
 
 class Optimizer(Protocol[P]):

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +15,9 @@ import torch
 
 from evomerge.checkpoints.dtypes import DTYPE_BYTES, dtype_name, torch_dtype
 from evomerge.checkpoints.fingerprint import FingerprintCache, content_fingerprint
-from evomerge.checkpoints.header import TensorInfo
+from evomerge.checkpoints.header import TensorInfo, TensorSpec
 from evomerge.checkpoints.weight_files import TensorIndex, WeightFiles, read_tensor_index, signature
-from evomerge.errors import CheckpointError
+from evomerge.errors import CheckpointError, EvoMergeError
 
 # Not in Python's mmap module before 3.13. A private map of a file bigger than the memory may otherwise be refused,
 # as if all of it could be written to.
@@ -39,6 +39,34 @@ class Weights(Protocol):
     def release(self, name: str) -> None: ...
 
     def fingerprint(self) -> str: ...
+
+
+class UnwrittenTensor(EvoMergeError):
+    """A tensor was asked for of which only the name, the shape and the dtype are there."""
+
+
+class UnwrittenWeights:
+    """Weights of which only the names, the shapes and the dtypes are there.
+
+    Args:
+        specs: These.
+        fingerprint: What stands for the content.
+    """
+
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, specs: Iterable[TensorSpec], fingerprint: str = "") -> None:
+        self.tensors = {spec.name: TensorInfo(spec.name, spec.shape, spec.dtype, 0, spec.nbytes) for spec in specs}
+        self._fingerprint = fingerprint
+
+    def read(self, name: str) -> torch.Tensor:
+        raise UnwrittenTensor(name)
+
+    def release(self, name: str) -> None:
+        """Releases nothing."""
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
 
 class MappedWeights:

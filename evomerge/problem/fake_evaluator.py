@@ -6,16 +6,15 @@ no time: `fake_problem` and `FakeRunner` stand in for what of a search touches m
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.header import TensorInfo, TensorSpec
+from evomerge.checkpoints.header import TensorSpec
+from evomerge.checkpoints.tensors import UnwrittenWeights
 from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import Selection
@@ -28,6 +27,7 @@ from evomerge.problem.problem import Problem, assemble
 from evomerge.recipe import parse_recipe
 from evomerge.spec.schema import SearchSpec
 from evomerge.system.arrays import FloatArray
+from evomerge.system.hashing import digest_bytes
 
 LAYERS = 4
 ITEMS = 40
@@ -130,40 +130,20 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _generator(*names: str) -> np.random.Generator:
-    key = hashlib.blake2b("\0".join(names).encode(), digest_size=8).digest()
-    return np.random.default_rng(int.from_bytes(key))
+    return np.random.default_rng(int.from_bytes(digest_bytes("\0".join(names), size=8)))
 
 
 def _models(spec: SearchSpec) -> dict[str, Checkpoint]:
     references = [*([spec.models.base] if spec.models.base else []), *spec.models.sources.values()]
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": LAYERS}
-    return {reference: Checkpoint(reference, None, config, _NoWeights(reference)) for reference in references}
+    return {reference: Checkpoint(reference, None, config, _weights(reference)) for reference in references}
 
 
-class _NoWeights:
+def _weights(reference: str) -> UnwrittenWeights:
     """Names and shapes of a small Llama."""
-
-    files: tuple[Path, ...] = ()
-
-    def __init__(self, reference: str) -> None:
-        self._reference = reference
-        names = [
-            f"model.layers.{k}.{name}.weight" for k in range(LAYERS) for name in ("self_attn.q_proj", "mlp.up_proj")
-        ]
-        shapes = dict.fromkeys(["model.embed_tokens.weight", *names], (_WIDTH, _WIDTH)) | {
-            "model.norm.weight": (_WIDTH,)
-        }
-        specs = [TensorSpec(name, shape, "F32") for name, shape in sorted(shapes.items())]
-        self.tensors = {spec.name: TensorInfo(spec.name, spec.shape, spec.dtype, 0, spec.nbytes) for spec in specs}
-
-    def read(self, name: str) -> Tensor:
-        raise ValueError(f"{self._reference} has no weights, so {name} cannot be read")
-
-    def release(self, name: str) -> None:
-        """Releases nothing."""
-
-    def fingerprint(self) -> str:
-        return self._reference
+    names = [f"model.layers.{k}.{name}.weight" for k in range(LAYERS) for name in ("self_attn.q_proj", "mlp.up_proj")]
+    shapes = dict.fromkeys(["model.embed_tokens.weight", *names], (_WIDTH, _WIDTH)) | {"model.norm.weight": (_WIDTH,)}
+    return UnwrittenWeights((TensorSpec(name, shape, "F32") for name, shape in sorted(shapes.items())), reference)
 
 
 def _tasks(spec: SearchSpec) -> TaskSet:

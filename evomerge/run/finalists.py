@@ -95,13 +95,13 @@ def choose_winner(
         reasons = sorted({c.failure_kind or "unknown" for c in history})
         raise RunError(f"{where}: none of {len(history)} candidates could be scored ({', '.join(reasons)})")
     steering, reported = evaluator.objective.fitness.unweighted, evaluator.objective.reported
-    reader = _Reader(evaluator, [split for split, items in problem.splits.items() if items], tracker)
-    finalists = reader.finalists(chosen, "finalist")
-    winner = next(filter(None, map(reader.complete, reader.best_first(finalists))), None)
+    scorer = _Scorer(evaluator, [split for split, items in problem.splits.items() if items], tracker)
+    finalists = scorer.finalists(chosen, "finalist")
+    winner = next(filter(None, map(scorer.complete, scorer.best_first(finalists))), None)
     if winner is None:
         raise EvoMergeError(f"{where}: none of the {len(chosen)} finalists could be scored on the new items")
-    to_beat = _baselines(spec, history, winner.candidate) + _random_winner(spec, reader, random_history)
-    completed = [model for model in map(reader.complete, to_beat) if model is not None]
+    to_beat = _baselines(spec, history, winner.candidate) + _random_winner(spec, scorer, random_history)
+    completed = [model for model in map(scorer.complete, to_beat) if model is not None]
     baselines = {model.name: model for model in completed}
     differences = compare(
         winner.splits[TEST], {name: model.splits[TEST] for name, model in baselines.items()}, reported
@@ -125,7 +125,7 @@ def choose_winner(
         finalists=tuple(
             Finalist(
                 _number(model),
-                reader.pooled(model),
+                scorer.pooled(model),
                 _pooled_difference(winner, model, steering),
                 _fitness(model, reported),
             )
@@ -135,12 +135,12 @@ def choose_winner(
         front=tuple(
             FrontEntry(
                 _number(model),
-                reader.objectives_by_split(model),
+                scorer.objectives_by_split(model),
                 evaluator.sizes(model.recipe),
                 _fitness(model, reported),
                 _tables(model),
             )
-            for model in reader.front(winner, finalists)
+            for model in scorer.front(winner, finalists)
         ),
         hypervolume=_hypervolume(spec.objectives, history),
         informative=_informative(evaluator, {c.number: c.fitness for c in chosen}, finalists),
@@ -150,8 +150,8 @@ def choose_winner(
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Reads models on splits, and ranks them by search and select items together.
+class _Scorer:
+    """Scores models on splits, and ranks them by search and select items together.
 
     `splits` are those that have items.
     """
@@ -232,10 +232,10 @@ class _Reader:
         return {**tasks, **self.evaluator.smallness(model.recipe)}
 
 
-def _random_winner(spec: SearchSpec, reader: _Reader, history: Sequence[Candidate]) -> list[_Model]:
+def _random_winner(spec: SearchSpec, scorer: _Scorer, history: Sequence[Candidate]) -> list[_Model]:
     """The winner of the random search, by the same rule; its number is one of its own record, so it has none here."""
-    finalists = reader.finalists(choose_finalists(history, spec.search.finalists), "the random search's finalist")
-    best = reader.best_first(finalists)[:1]
+    finalists = scorer.finalists(choose_finalists(history, spec.search.finalists), "the random search's finalist")
+    best = scorer.best_first(finalists)[:1]
     return [replace(model, name=f"random search: its {model.name}", candidate=None) for model in best]
 
 

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_checkpoints
 from evomerge.checkpoints.compatible import mixed_architectures
-from evomerge.checkpoints.header import TensorInfo, TensorSpec
+from evomerge.checkpoints.header import TensorSpec
+from evomerge.checkpoints.tensors import UnwrittenTensor, UnwrittenWeights
 from evomerge.checkpoints.writer import refuse_taken
 from evomerge.engine.execute import find_device
 from evomerge.engine.to_disk import Progress, write_checkpoint
-from evomerge.errors import BadInput, CheckpointError, EvoMergeError, OutputError
+from evomerge.errors import BadInput, CheckpointError, OutputError
 from evomerge.planning.plan import Plan, align_and_plan
 from evomerge.recipe import Recipe
 from evomerge.report.model_card import merge_card
 from evomerge.system.locks import exclusive
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def merge_to_folder(
@@ -179,7 +180,7 @@ def plan_documents(
             break
         try:
             plan, _, notes = align_and_plan(document, opened, identify=False)
-        except _NotThereYet:
+        except UnwrittenTensor:
             break
         except BadInput as error:
             if document is recipe:
@@ -189,28 +190,6 @@ def plan_documents(
         for text in notes:
             warn(text)
         if document.name is not None:
-            opened[document.name] = Checkpoint(document.name, None, plan.config, _PlannedWeights(plan))
+            specs = (TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations)
+            opened[document.name] = Checkpoint(document.name, None, plan.config, UnwrittenWeights(specs))
     return plans
-
-
-class _NotThereYet(EvoMergeError):
-    """A tensor that no step has made yet was asked for."""
-
-
-class _PlannedWeights:
-    """The weights that a plan will make: names, shapes and dtypes, no numbers."""
-
-    files: tuple[Path, ...] = ()
-
-    def __init__(self, plan: Plan) -> None:
-        specs = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
-        self.tensors = {spec.name: TensorInfo(spec.name, spec.shape, spec.dtype, 0, spec.nbytes) for spec in specs}
-
-    def read(self, name: str) -> torch.Tensor:
-        raise _NotThereYet(name)
-
-    def release(self, name: str) -> None:
-        """Releases nothing."""
-
-    def fingerprint(self) -> str:
-        return ""  # a plan that is not carried out draws nothing from it

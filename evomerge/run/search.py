@@ -327,7 +327,7 @@ def settings_of(section: Search, evaluator: CandidateEvaluator, algorithm: str |
 
 
 def score_unless_crashing(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:
-    """Scores a proposal here, unless it has killed one process after the other: then it has failed."""
+    """Scores a proposal in this process; fails it where it has killed one process after the other."""
     with folder.attempting(proposal.recipe_hash) as deaths:
         if deaths < _MAX_CRASHES:
             return evaluate(proposal)
@@ -360,7 +360,7 @@ class _BaselineTracker(NullTracker):
 
 
 def _failure_hint(candidates: tuple[Candidate, ...]) -> str:
-    """The way on from failures that have one cause."""
+    """What to try where many candidates failed in one way."""
     kinds = {c.failure_kind for c in candidates[-1:]} & {"out of memory", "MemoryError", "OutOfMemoryError"}
     memory = "; a lower evaluation.batch_tokens takes less memory" if kinds else ""
     return f". One cause is likely, and no recipe's; log.txt has the details{memory}; then the same command goes on"

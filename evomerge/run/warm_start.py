@@ -117,12 +117,12 @@ def warm_starts(spec: SearchSpec, space: SearchSpace, reference: Checkpoint, pla
     Raises:
         SpecError: As `read_seeds`; and for a recipe that cannot be carried out, or a run that does not fit.
     """
-    here = _Here(spec, space, _tensors(reference), plan)
+    target = _Target(spec, space, _tensors(reference), plan)
     starts = {recipe_hash(start.recipe): start for start in baselines(space)}
     problems: list[str] = []
     for seed in read_seeds(spec):
         try:
-            more = [_of_recipe(here, seed)] if seed.recipe is not None else _of_run(here, seed, starts)
+            more = [_of_recipe(target, seed)] if seed.recipe is not None else _of_run(target, seed, starts)
         except BadInput as error:
             problems += [f"{WHERE}: {seed.path}: {problem}" for problem in error.problems]
             continue
@@ -134,7 +134,7 @@ def warm_starts(spec: SearchSpec, space: SearchSpace, reference: Checkpoint, pla
 
 
 @dataclass(frozen=True)
-class _Here:
+class _Target:
     """The search that is to begin."""
 
     spec: SearchSpec
@@ -150,25 +150,25 @@ def _tensors(model: Checkpoint) -> list[TensorLayer]:
     return [(name, at.layer if main is not None and at.stack == main.prefix else None) for name, at in located.items()]
 
 
-def _of_recipe(here: _Here, seed: Seed) -> Start:
+def _of_recipe(target: _Target, seed: Seed) -> Start:
     """The start that a recipe's file gives."""
     if seed.recipe is None:
         raise ValueError(f"{seed.path} is no recipe")
     recipe = seed.recipe.to_mapping()
-    here.plan(recipe)  # whether it can be carried out
-    return Start(f"seed: {seed.path.name}", recipe, nearest_genome(here.space, seed.recipe, here.tensors))
+    target.plan(recipe)  # whether it can be carried out
+    return Start(f"seed: {seed.path.name}", recipe, nearest_genome(target.space, seed.recipe, target.tensors))
 
 
-def _of_run(here: _Here, seed: Seed, known_recipes: Container[str]) -> list[Start]:
+def _of_run(target: _Target, seed: Seed, known_recipes: Container[str]) -> list[Start]:
     """The best candidates of a run whose recipes are new, `MAX_OF_A_RUN` at most."""
     if seed.spec is None:
         raise ValueError(f"{seed.path} is no run")
-    names = common_sources(seed.spec, here.spec)
-    shape = _shape(seed.spec, here.space)
+    names = common_sources(seed.spec, target.spec)
+    shape = _shape(seed.spec, target.space)
     starts: dict[str, Start] = {}
     any_fits = False
     for candidate in seed.candidates:
-        start = _of_candidate(here, seed.spec, shape, names, candidate, f"seed: {seed.path.name} #{candidate.number}")
+        start = _of_candidate(target, seed.spec, shape, names, candidate, f"seed: {seed.path.name} #{candidate.number}")
         any_fits = any_fits or start is not None
         if start is not None and recipe_hash(start.recipe) not in known_recipes:
             starts.setdefault(recipe_hash(start.recipe), start)
@@ -180,15 +180,15 @@ def _of_run(here: _Here, seed: Seed, known_recipes: Container[str]) -> list[Star
 
 
 def _of_candidate(
-    here: _Here, there: SearchSpec, shape: SpaceLayout, names: Mapping[str, str], candidate: Candidate, name: str
+    target: _Target, origin: SearchSpec, shape: SpaceLayout, names: Mapping[str, str], candidate: Candidate, name: str
 ) -> Start | None:
     """One candidate here: of generation 0 the exact recipe, which need not be in either space; else its genome's."""
-    space = here.space
+    space = target.space
     if candidate.generation == 0:
-        exact = _translated(candidate.recipe, there, here.spec, names)
+        exact = _translated(candidate.recipe, origin, target.spec, names)
         if exact is not None:
-            here.plan(exact)  # whether it can be carried out
-            return Start(name, exact, nearest_genome(space, parse_recipe(exact, where=name), here.tensors))
+            target.plan(exact)  # whether it can be carried out
+            return Start(name, exact, nearest_genome(space, parse_recipe(exact, where=name), target.tensors))
     genome = transfer_genome(space, candidate.genome, shape, names)
     if genome is None or why_invalid(space, genome) is not None:
         return None
@@ -211,12 +211,12 @@ def _shape(spec: SearchSpec, space: SearchSpace) -> SpaceLayout:
 
 
 def _translated(
-    recipe: Mapping[str, Any], there: SearchSpec, here: SearchSpec, names: Mapping[str, str]
+    recipe: Mapping[str, Any], origin: SearchSpec, target: SearchSpec, names: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """A recipe with the models' references of this search; None where it has a model that is not here."""
-    references = {there.models.sources[name]: here.models.sources[own] for name, own in names.items()}
-    if there.models.base is not None and here.models.base is not None:
-        references[there.models.base] = here.models.base
+    references = {origin.models.sources[name]: target.models.sources[own] for name, own in names.items()}
+    if origin.models.base is not None and target.models.base is not None:
+        references[origin.models.base] = target.models.base
     if not set(parse_recipe(recipe).models()) <= set(references):
         return None
 

@@ -141,11 +141,7 @@ def _alternating(space: SearchSpace) -> tuple[LayerGene, ...]:
         for index, (start, stop) in enumerate(_parts(space))
         for layer in range(start, stop)
     ]
-    pattern = space.pattern
-    if pattern is None:
-        return tuple(layers)
-    layers = layers[: pattern.max_layers]
-    return tuple(layers + [layers[-1]] * (pattern.min_layers - len(layers)))
+    return tuple(layers) if space.pattern is None else space.pattern.fit_length(layers)
 
 
 def _halves(space: SearchSpace) -> list[Start]:
@@ -197,7 +193,7 @@ def _nearest(
         if isinstance(value, Mapping):
             value = value.get(gene.source)
         if value is not None:
-            scalars[gene.name] = min(max(float(value), gene.low), gene.high)
+            scalars[gene.name] = gene.clip(float(value))
     if space.pattern is not None and not layers:
         layers = space.own_layers(parent) if parent in space.pattern.models and parent else start.layers
     return Genome.of(scalars, layers)

@@ -120,23 +120,28 @@ def only_ratios(space: SearchSpace, method: Method, parameter: Parameter) -> boo
 
 def absent_sources(space: SearchSpace, method: Method, blocks: Sequence[Mapping[Key, Values]]) -> set[str]:
     """Names the sources that take no part in any of these blocks' values, short of what the method needs."""
-    taking = next((p.name for p in space.searched[method.name] if p.takes_part), None)
-    if taking is None:
+    share = _share_parameter(space, method)
+    if share is None:
         return set()
     names = list(space.sources)
-    away = [name for name in names if all(value == 0.0 for values in blocks for value in values[taking, name])]
+    away = [name for name in names if all(value == 0.0 for values in blocks for value in values[share, name])]
     return set(away[max(method.min_sources - (len(names) - len(away)), 0) :])
+
+
+def _share_parameter(space: SearchSpace, method: Method) -> str | None:
+    """The searched parameter that a source takes no part without, such as its weight."""
+    return next((p.name for p in space.searched[method.name] if p.takes_part), None)
 
 
 def _counting(space: SearchSpace, method: Method, literal: Mapping[Key, Values]) -> dict[Key, tuple[bool, ...]]:
     """For each value of a block whether it can change the merge."""
-    taking = next((p.name for p in space.searched[method.name] if p.takes_part), None)
+    share = _share_parameter(space, method)
     counting: dict[Key, tuple[bool, ...]] = {}
     for parameter, source in searched_keys(space, method):
         values = literal[parameter.name, source]
         flags = (True,) * len(values)
-        if source is not None and taking not in (None, parameter.name):
-            flags = _or_neighbour([value != 0.0 for value in literal[str(taking), source]])
+        if source is not None and share not in (None, parameter.name):
+            flags = _or_neighbour([value != 0.0 for value in literal[str(share), source]])
         counting[parameter.name, source] = flags
     for parameter, source in searched_keys(space, method):
         if parameter.idle_at is not None and (parameter.idle_at[0], source) in literal:

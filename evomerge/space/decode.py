@@ -63,10 +63,10 @@ ParameterKey = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class LiteralRecipe:
-    """The recipe that a genome spells out: every gene's own value, and every source.
+    """The recipe of a genome's literal values: every gene's own, and every source.
 
     Attributes:
-        recipe: It, as in YAML.
+        recipe: As in YAML.
         genes: Slice by slice the numbers that genes set: as in the recipe, but with a gene's name for its value.
     """
 
@@ -97,7 +97,7 @@ class LiteralRecipe:
 
 
 def decode_literally(space: SearchSpace, genome: Genome) -> LiteralRecipe:
-    """Makes the recipe that a genome's values spell out, for gradients with respect to genes."""
+    """Makes the recipe of a genome's literal values, for gradients with respect to genes."""
     slices = _slices(space, genome, literal=True)
     recipe = _recipe(space, methods_of(space, genome), slices)
     return LiteralRecipe(recipe, tuple(piece.genes for piece in slices))
@@ -205,11 +205,11 @@ def _slices(space: SearchSpace, genome: Genome, *, literal: bool = False) -> lis
 
 def _equal_runs(methods: Sequence[Method], regions: Sequence[list[_Part]]) -> list[tuple[int, int]]:
     """First and last layer group of each run that is merged alike."""
-    said = [[(part.filters, part.values) for part in parts] for parts in regions]
+    contents = [[(part.filters, part.values) for part in parts] for parts in regions]
     runs: list[tuple[int, int]] = []
-    for k, (method, own) in enumerate(zip(methods, said, strict=False)):
+    for k, (method, own) in enumerate(zip(methods, contents, strict=False)):
         last = runs[-1][1] if runs else k
-        if runs and method is methods[last] and not method.copies_layers and own == said[last]:
+        if runs and method is methods[last] and not method.copies_layers and own == contents[last]:
             runs[-1] = (runs[-1][0], k)
         else:
             runs.append((k, k))

@@ -15,6 +15,7 @@ from typing import Any
 
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.contract import Method, Parameter
+from evomerge.space.genome import LayerGene
 
 OUTER = "outer"
 REST = "rest"
@@ -45,6 +46,10 @@ class Real:
     tensors: str | None
     default: float
 
+    def clip(self, value: float) -> float:
+        """Moves a value into the gene's range."""
+        return min(max(value, self.low), self.high)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -72,6 +77,10 @@ class Pattern:
     min_layers: int
     max_layers: int
     scale: tuple[float, float] | None
+
+    def fit_length(self, layers: Sequence[LayerGene]) -> tuple[LayerGene, ...]:
+        """Cuts layers, or repeats the last one, to the allowed length."""
+        return tuple(layers[: self.max_layers]) + tuple(layers[-1:]) * (self.min_layers - len(layers))
 
 
 def gene_name(parameter: str, source: str | None, group: str, tensors: str | None) -> str:

@@ -125,8 +125,7 @@ class SearchSpace:
         """Returns a model's own layers in order, cut or repeated at the end to fit the pattern's length."""
         if self.pattern is None:
             return ()
-        layers = [LayerGene(model, layer) for layer in range(self.pattern.layer_count)][: self.pattern.max_layers]
-        return tuple(layers + [layers[-1]] * (self.pattern.min_layers - len(layers)))
+        return self.pattern.fit_length([LayerGene(model, layer) for layer in range(self.pattern.layer_count)])
 
     def sample(self, rng: np.random.Generator) -> Genome:
         """Draws a random genome: each gene uniform in its range, the layers in a few runs of random models."""

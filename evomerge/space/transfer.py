@@ -214,7 +214,7 @@ def _genome(
     for gene in space.reals:
         value = value_of(gene)
         if value is not None:
-            scalars[gene.name] = min(max(value, gene.low), gene.high)
+            scalars[gene.name] = gene.clip(value)
     for choice in space.choices:
         first, stop = (0, len(methods)) if choice.group is None else space.groups[choice.group]
         options = [name for name in methods[first:stop] if name in choice.options]
@@ -234,5 +234,4 @@ def _layers(space: SearchSpace, layers: Sequence[LayerGene], names: Mapping[str,
     moved = [LayerGene(here.get(gene.source, ""), gene.layer, s) for gene, s in zip(layers, scales, strict=True)]
     if any(gene.source not in pattern.models or gene.layer >= pattern.layer_count for gene in moved):
         return ()
-    moved = moved[: pattern.max_layers]
-    return tuple(moved + [moved[-1]] * (pattern.min_layers - len(moved)))
+    return pattern.fit_length(moved)

@@ -66,7 +66,7 @@ def said(index: HistoryIndex) -> dict[str, Any]:
 @given(drawn, st.lists(st.integers(0, 30), max_size=4), st.sampled_from([0, 3, 64]))
 def test_it_goes_on_from_where_it_was(rows: Any, stops: Any, few: int) -> None:
     history = history_of(rows)
-    with patch("evomerge.algorithms.history_index.FEW", few):
+    with patch("evomerge.algorithms.history_index.MAX_INSERTIONS", few):
         for stop in [*sorted(stops), len(history)]:
             assert said(HistoryIndex.of(SPACE, history[:stop])) == afresh(history[:stop])
 

@@ -97,5 +97,5 @@ def test_tournaments_prefer_the_better(seed: int) -> None:
 def test_steps_are_small_and_large_within_bounds() -> None:
     rng = rng_of(1)
     steps = [operators.step_size(rng) for _ in range(500)]
-    assert all(operators.SMALLEST <= step <= operators.LARGEST for step in steps)
-    assert np.median(steps) == pytest.approx(np.sqrt(operators.SMALLEST * operators.LARGEST), rel=0.2)
+    assert all(operators.MIN_STEP <= step <= operators.MAX_STEP for step in steps)
+    assert np.median(steps) == pytest.approx(np.sqrt(operators.MIN_STEP * operators.MAX_STEP), rel=0.2)

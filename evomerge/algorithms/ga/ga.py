@@ -31,7 +31,7 @@ from evomerge.algorithms.ga.selection import (
     choose,
     choose_first,
     choose_partner,
-    is_its_genome,
+    genome_is_exact,
     possible_recombinations,
 )
 from evomerge.algorithms.ga.trust_region import TrustRegion
@@ -48,14 +48,14 @@ from evomerge.system.arrays import FloatArray, IntArray, Mask
 OPTIONS = {"gradient_steps": True, "trust_region": True}
 """The options and their defaults; bench/results/search.md says why these."""
 
-GENERATION = 4
+POPULATION = 4
 """Candidates per generation where nothing else is asked for: a gradient step needs the last one's outcome."""
-DRAWN = 0.75
+TRUST_REGION_SHARE = 0.75
 """The share of a generation that is drawn near the best where there are no gradients; the rest is bred."""
-CENTROID_MOST = 8
-METHOD_MUTATION = 0.1
-MUTATION = 0.8
-PATTERNS = 256
+MAX_CENTROID_PARENTS = 8
+METHOD_MUTATION_RATE = 0.1
+MUTATION_RATE = 0.8
+MAX_PATTERNS = 256
 """Patterns of layers that say what each depth is worth: those of so many of the best."""
 
 
@@ -120,7 +120,7 @@ def ga(
 ) -> list[Proposal]:
     """Proposes children of the best candidates so far; random genomes while there are none."""
     breeding = _breeding(space, history, settings, seed)
-    drawn = math.floor(DRAWN * settings.population)
+    drawn = math.floor(TRUST_REGION_SHARE * settings.population)
 
     def draw(rng: np.random.Generator) -> Draw:
         return _child(breeding, rng) if breeding.parents else (space.sample(rng), (), "random")
@@ -137,11 +137,11 @@ def ga(
 def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: AlgorithmSettings, seed: int) -> Breeding:
     options = {**OPTIONS, **settings.options}
     parents = max(settings.population, PARENTS)
-    limit = max(2 * parents, PATTERNS if space.pattern is not None else 0)
+    limit = max(2 * parents, MAX_PATTERNS if space.pattern is not None else 0)
     only_copied = all(method.copies_layers for method in space.methods)
     index = HistoryIndex.of(space, history)
     if only_copied:
-        order = best_first((c for c in history if is_its_genome(space, c)), limit)
+        order = best_first((c for c in history if genome_is_exact(space, c)), limit)
     else:
         order = index.best_first(limit)
     steps = options["gradient_steps"] and settings.gradients is not None
@@ -169,7 +169,7 @@ def _child(breeding: Breeding, rng: np.random.Generator) -> Draw:
     if kind != "none":
         child, used, operator = _recombine(breeding, kind, first, rng)
         applied.append(operator)
-    if not applied or rng.random() < MUTATION:
+    if not applied or rng.random() < MUTATION_RATE:
         child, operator = _mutate(breeding, child, rng)
         applied.append(operator)
     genome = space.genome(child.unit, child.choices, child.layers)
@@ -205,7 +205,7 @@ def _recombine(
 def _centroid(parents: Sequence[Parent], first: Parent, rng: np.random.Generator) -> tuple[Parent, list[Parent], str]:
     alike = [p for p in parents if p.choices == first.choices]
     pool = alike if len(alike) > 1 else parents
-    count = int(rng.integers(2, min(CENTROID_MOST, len(pool)) + 1))
+    count = int(rng.integers(2, min(MAX_CENTROID_PARENTS, len(pool)) + 1))
     chosen = [pool[int(i)] for i in np.sort(rng.permutation(min(len(pool), 2 * count))[:count])]
     unit = operators.centroid([p.unit for p in chosen])
     return Parent(-1, unit, first.choices, chosen[0].layers), chosen, f"centroid of {count}"
@@ -215,7 +215,7 @@ def _mutate(breeding: Breeding, parent: Parent, rng: np.random.Generator) -> tup
     """Mutates methods, layers and real genes; returns the child and what was done."""
     space = breeding.space
     applied: list[str] = []
-    if space.choices and rng.random() < METHOD_MUTATION:  # every gene that the new method knows too is kept
+    if space.choices and rng.random() < METHOD_MUTATION_RATE:  # every gene that the new method knows too is kept
         choice = space.choices[int(rng.integers(len(space.choices)))]
         others = [name for name in choice.options if name != parent.choices[choice.name]]
         chosen = {**parent.choices, choice.name: others[int(rng.integers(len(others)))]}

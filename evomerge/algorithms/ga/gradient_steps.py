@@ -22,20 +22,20 @@ from evomerge.study.candidate import GRADIENT, Candidate, find, gradient_parent
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.system.arrays import FloatArray, Mask
 
-STARTS = 3
+MAX_STARTS = 3
 """So many of the best are asked for a gradient, at most."""
-FIRST = 0.13
+FIRST_LENGTH = 0.13
 """The length of a step where nothing is known, as a root mean square of genes."""
-LONGEST = 0.3
-LONGER = 1.3
+MAX_LENGTH = 0.3
+GROWTH = 1.3
 """The length of a step by that of the one that led to where it starts."""
-SHORTER = 0.35
+SHRINKAGE = 0.35
 """What the length is multiplied by for every step that was tried from there."""
-NO_STEP = 0.01
+MIN_STEP = 0.01
 """The share of this length that a step needs to be one."""
-VALUES = 24
+MAX_VALUES = 24
 """Candidates whose fitness the Gaussian process is given, and those whose gradients it is given: the nearest."""
-GRADIENTS = 16
+MAX_GRADIENTS = 16
 
 
 class GradientSteps:
@@ -71,13 +71,13 @@ class GradientSteps:
         length = self._length(start, parent, mask)
         unit = parent.unit.copy()
         unit[mask] = self._posterior(start, mask).maximum_within(length)
-        if np.linalg.norm(unit - parent.unit) < NO_STEP * length:
+        if np.linalg.norm(unit - parent.unit) < MIN_STEP * length:
             return None
         return self._space.genome(unit, parent.choices, parent.layers), (start.number,), GRADIENT
 
     def _start(self) -> Candidate | None:
         """The first of the best candidates that has a gradient."""
-        for candidate in self._done[:STARTS]:
+        for candidate in self._done[:MAX_STARTS]:
             if candidate.number in self._steps or self._gradient(candidate) is not None:
                 return candidate if np.any(self._gradient(candidate)) else None
         return None
@@ -96,10 +96,10 @@ class GradientSteps:
         """The fitness around a candidate, over the genes that count for it."""
         numbers = {center.number, *self._steps}
         stepped_from = [c for number in numbers if (c := find(self._index.history, number)) is not None]
-        with_value = self._index.nearest(center, mask, self._done, VALUES)
+        with_value = self._index.nearest(center, mask, self._done, MAX_VALUES)
         with_gradient = [
             (candidate, gradient[mask])
-            for candidate in self._index.nearest(center, mask, stepped_from, GRADIENTS)
+            for candidate in self._index.nearest(center, mask, stepped_from, MAX_GRADIENTS)
             if (gradient := self._gradient(candidate)) is not None
         ]
         return GaussianProcess(
@@ -114,9 +114,9 @@ class GradientSteps:
     def _length(self, start: Candidate, parent: Parent, mask: Mask) -> float:
         """How long a step from a candidate should be: somewhat more than the one that led to it, if one did."""
         unit = math.sqrt(mask.sum())
-        length = FIRST * unit
+        length = FIRST_LENGTH * unit
         number = gradient_parent(start)
         previous = find(self._index.history, number) if number is not None else None
         if previous is not None:
-            length = LONGER * float(np.linalg.norm(self._index.unit(previous)[mask] - parent.unit[mask]))
-        return min(length, LONGEST * unit) * SHORTER ** self._steps[start.number]
+            length = GROWTH * float(np.linalg.norm(self._index.unit(previous)[mask] - parent.unit[mask]))
+        return min(length, MAX_LENGTH * unit) * SHRINKAGE ** self._steps[start.number]

@@ -17,8 +17,8 @@ from evomerge.system.arrays import FloatArray
 
 PARENTS = 16
 """Whom to breed from: so many of the best, or as many as a generation has."""
-TOURNAMENT = 3
-SAME_METHODS = 0.7
+TOURNAMENT_SIZE = 3
+SAME_METHODS_RATE = 0.7
 """How often a partner is sought among those of the same methods."""
 
 ASSEMBLY = "assembly"
@@ -65,7 +65,7 @@ class Parent:
         return copies_layers(space, space.genome(self.unit, self.choices, self.layers))
 
 
-def is_its_genome(space: SearchSpace, candidate: Candidate) -> bool:
+def genome_is_exact(space: SearchSpace, candidate: Candidate) -> bool:
     """Tells whether a candidate of copied layers is what its genome says: no pattern stands for an average."""
     if candidate.generation > 0:
         return True
@@ -95,12 +95,12 @@ def choose(weights: Mapping[str, float], rng: np.random.Generator) -> str:
 
 def choose_first(parents: Sequence[Parent], rng: np.random.Generator) -> Parent:
     """Draws a parent by a tournament; they are given best first."""
-    return parents[operators.tournament(len(parents), TOURNAMENT, rng)]
+    return parents[operators.tournament(len(parents), TOURNAMENT_SIZE, rng)]
 
 
 def choose_partner(parents: Sequence[Parent], first: Parent, rng: np.random.Generator) -> Parent:
     """Draws another parent, rather one of the same methods: its numbers mean the same."""
     others = [p for p in parents if p is not first]
     alike = [p for p in others if p.choices == first.choices]
-    pool = alike if alike and rng.random() < SAME_METHODS else others
-    return pool[operators.tournament(len(pool), TOURNAMENT, rng)]
+    pool = alike if alike and rng.random() < SAME_METHODS_RATE else others
+    return pool[operators.tournament(len(pool), TOURNAMENT_SIZE, rng)]

@@ -31,15 +31,15 @@ ITEM_NOISES = (0.02, 0.05, 0.1)
 """Deviation of one item's paired difference between two candidates, in units of fitness; the most likely is taken."""
 VALUE_NOISE = 1e-3
 """Error of a full score, in units of how much the fitness varies."""
-BEST, NEAREST, FITTED = 512, 200, 100
+MAX_BEST, MAX_NEAREST, MAX_FITTED = 512, 200, 100
 """Of so many of the best candidates, the process is given so many of the nearest; its settings fit so many of these."""
 MOVES = 256
 """Random moves to choose from."""
 GENES_MOVED = 20
 """Genes that a move changes, on average, where there are more."""
-FIRST, SMALLEST, LARGEST = 0.2, 0.01, 0.3
+FIRST_SIZE, MIN_SIZE, MAX_SIZE = 0.2, 0.01, 0.3
 """The size of a move, as a root mean square of genes: at first, and its bounds."""
-LARGER, SMALLER = 1.5, 0.85
+GROWTH, SHRINKAGE = 1.5, 0.85
 """What it is multiplied by after a generation with a draw that is the best candidate so far, and after one without."""
 
 
@@ -54,7 +54,7 @@ class TrustRegion:
 
     def __init__(self, space: SearchSpace, index: HistoryIndex, seed: int) -> None:
         self._space, self._index, self._seed = space, index, seed
-        self._best = index.best_first(BEST)
+        self._best = index.best_first(MAX_BEST)
 
     def draw(self, number: int) -> Draw | None:
         """Draws a child of the best candidate; None where that has no real genes, or there is none."""
@@ -76,9 +76,9 @@ class TrustRegion:
 
     @cached_property
     def _size(self) -> float:
-        size = FIRST
+        size = FIRST_SIZE
         for improved in self._index.draws.values():
-            size = min(max(size * (LARGER if improved else SMALLER), SMALLEST), LARGEST)
+            size = min(max(size * (GROWTH if improved else SHRINKAGE), MIN_SIZE), MAX_SIZE)
         return size
 
     @cached_property
@@ -89,7 +89,7 @@ class TrustRegion:
         mask = active_reals(self._space, best.genome)
         if not mask.any():
             return None
-        nearest = self._index.nearest(best, mask, self._best, NEAREST)
+        nearest = self._index.nearest(best, mask, self._best, MAX_NEAREST)
         values = np.array([c.fitness for c in nearest], dtype=np.float64)
         posterior = Posterior(self._index.units(nearest, mask), values, _errors(nearest))
         return _Center(Parent.of(self._space, best), mask, posterior)
@@ -123,7 +123,7 @@ class Posterior:
         spread = max(float(values.std()), 1e-9)
         targets = (values - np.median(values)) / spread
         self._points, self._scale = points, math.sqrt(points.shape[1])
-        few = min(FITTED, len(points))
+        few = min(MAX_FITTED, len(points))
         fits = []
         for length in LENGTH_SCALES:
             covariance = _squared_exponential(points[:few], points[:few], length * self._scale)

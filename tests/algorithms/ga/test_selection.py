@@ -10,7 +10,7 @@ import pytest
 from evomerge.algorithms.ga.selection import (
     ASSEMBLY,
     RECOMBINATIONS,
-    SAME_METHODS,
+    SAME_METHODS_RATE,
     Parent,
     choose,
     choose_partner,
@@ -52,4 +52,4 @@ def test_partners_are_others_rather_good_ones_and_rather_of_the_same_methods() -
     assert 1 not in counts
     assert counts[0] > counts[6]
     # Of the rest too, three others of seven are of the same methods, and tournaments see mostly the first ones.
-    assert sum(p.choices == {"method": "ties"} for p in drawn) / 2000 >= SAME_METHODS
+    assert sum(p.choices == {"method": "ties"} for p in drawn) / 2000 >= SAME_METHODS_RATE

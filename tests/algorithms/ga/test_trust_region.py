@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.algorithms.ga.trust_region import FIRST, LARGER, SMALLER, SMALLEST, Posterior, TrustRegion
+from evomerge.algorithms.ga.trust_region import FIRST_SIZE, GROWTH, MIN_SIZE, SHRINKAGE, Posterior, TrustRegion
 from evomerge.algorithms.history_index import HistoryIndex
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.executors.in_process import InProcess
@@ -98,7 +98,7 @@ def test_nothing_is_drawn_of_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wins", "size"), [([], FIRST), ([True], FIRST * LARGER), ([False, False], FIRST * SMALLER**2)]
+    ("wins", "size"), [([], FIRST_SIZE), ([True], FIRST_SIZE * GROWTH), ([False, False], FIRST_SIZE * SHRINKAGE**2)]
 )
 def test_the_region_follows_what_draws_found(wins: list[bool], size: float) -> None:
     history = list(history_of(SPACE, [0.5]))
@@ -115,7 +115,7 @@ def test_the_region_follows_what_draws_found(wins: list[bool], size: float) -> N
 def test_the_region_does_not_vanish() -> None:
     history = history_of(SPACE, [0.5] + [0.1] * 60)
     later = [replace(c, generation=c.number + 1, operator=DRAW) for c in history[1:]]
-    assert TrustRegion(SPACE, HistoryIndex.of(SPACE, (history[0], *later)), 0)._size == SMALLEST
+    assert TrustRegion(SPACE, HistoryIndex.of(SPACE, (history[0], *later)), 0)._size == MIN_SIZE
 
 
 def _best_of(options: dict[str, bool], seed: int) -> float:
