@@ -12,10 +12,7 @@ answers most like this one; for a child of good parents, that is rarely the incu
 
 With the correction, the differences at the interim analyses are jointly normal with the covariances of any
 group-sequential trial whose information is the inverse of the corrected variance (Jennison and Turnbull, 1997,
-https://doi.org/10.1080/01621459.1997.10473654), so that its stopping boundary comes from spending an error rate over
-the analyses (Lan and DeMets, 1983, https://doi.org/10.1093/biomet/70.3.659), here as ``error * t ** power`` of the
-fraction t of the items (Kim and DeMets, 1987, https://doi.org/10.1093/biomet/74.1.149), computed by the recursive
-integration of Armitage, McPherson and Rowe (1969, https://doi.org/10.2307/2343787).
+https://doi.org/10.1080/01621459.1997.10473654): `stopping_boundary` needs no more.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ from itertools import pairwise
 import numpy as np
 
 from evomerge.objective.fitness import Fitness, Scores
+from evomerge.objective.stopping_boundary import stopping_boundary
 from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest_bytes
 
@@ -217,61 +215,3 @@ def blocks_at_analyses(count: int) -> tuple[int, ...]:
 def _random_key(seed: int, task: str, position: int) -> bytes:
     """An item's key in the random order of its task's items."""
     return digest_bytes(f"block\0{seed}\0{task}\0{position}")
-
-
-def stopping_boundary(fractions: Sequence[float], error: float, power: float) -> tuple[float, ...]:
-    """Computes how far below the cutoff, in standard errors, a candidate is stopped at each interim analysis.
-
-    Args:
-        fractions: The share of all items seen at each analysis, ascending, each between 0 and 1.
-        error: Probability that a candidate is stopped at any analysis that would come out equal to the cutoff.
-        power: How early the error is spent: 1 evenly over the items, more for later.
-
-    Returns:
-        A positive number for each analysis.
-    """
-    information = [t / (1 - t) for t in fractions]
-    spent = [error * t**power for t in fractions]
-    boundary: list[float] = []
-    grid: FloatArray = np.zeros(1)
-    weights: FloatArray = np.ones(1)
-    before = 0.0
-    for analysis, now in enumerate(information):
-        step = math.sqrt(now - before)
-        target = spent[analysis] - (spent[analysis - 1] if analysis else 0.0)
-        edge = _solve(grid, weights, step, target)
-        boundary.append(-edge / math.sqrt(now))
-        grid, weights = _advance(grid, weights, step, edge, 9 * math.sqrt(now))
-        before = now
-    return tuple(boundary)
-
-
-def _solve(grid: FloatArray, weights: FloatArray, step: float, probability: float) -> float:
-    """The edge below which a step leads from the weighted points with this probability, by bisection."""
-    low, high = float(grid[0]) - 9 * step, float(grid[-1]) + 9 * step
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = float(weights @ _normal_cdf((middle - grid) / step))
-        low, high = (middle, high) if below < probability else (low, middle)
-    return (low + high) / 2
-
-
-_POINTS = 401
-
-
-def _advance(
-    grid: FloatArray, weights: FloatArray, step: float, edge: float, top: float
-) -> tuple[FloatArray, FloatArray]:
-    """The weighted points (Simpson's rule) after one more step, of those paths that have stayed above the edge."""
-    points = np.linspace(edge, top, _POINTS)
-    rule = np.full(_POINTS, 2.0)
-    rule[1::2] = 4.0
-    rule[[0, -1]] = 1.0
-    z = (points[:, None] - grid[None, :]) / step
-    density = np.exp(-0.5 * z**2) @ weights / (step * math.sqrt(2 * math.pi))
-    return points, density * rule * (points[1] - points[0]) / 3
-
-
-@np.vectorize
-def _normal_cdf(z: float) -> float:
-    return 0.5 * math.erfc(-z / math.sqrt(2))
