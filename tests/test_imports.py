@@ -106,7 +106,7 @@ def test_every_package_has_a_row() -> None:
     assert set(IMPORTS) == {package for row in ROWS[1:8] for package in row}
 
 
-@pytest.mark.parametrize("package", ROW_OF)
+@pytest.mark.parametrize("package", sorted(ROW_OF))
 def test_imports_run_down(package: str) -> None:
     wrong = [
         f"{module} -> {other}"
@@ -119,7 +119,7 @@ def test_imports_run_down(package: str) -> None:
     assert [w for w in wrong if not w.startswith("evomerge -> ") and not w.startswith("evomerge.__main__ -> ")] == []
 
 
-@pytest.mark.parametrize("package", IMPORTS)
+@pytest.mark.parametrize("package", sorted(IMPORTS))
 def test_only_what_is_listed_is_imported(package: str) -> None:
     allowed = IMPORTS[package] | {"errors", "system", package}
 
@@ -137,7 +137,7 @@ def test_only_what_is_listed_is_imported(package: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", NEVER)
+@pytest.mark.parametrize("package", sorted(NEVER))
 def test_libraries_that_a_package_has_no_business_with(package: str) -> None:
     wrong = [
         f"{module} -> {name}"
