@@ -10,15 +10,15 @@ quickstart: $(VENV)/.installed
 	$(BIN)/evomerge export runs/quickstart runs/quickstart/export --overwrite
 
 test: $(VENV)/.installed-test $(VENV)/.kernels
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 # By itself, for the tracer takes as long again as the tests do.
 coverage: $(VENV)/.installed-test $(VENV)/.kernels
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --cov=evomerge --cov-report=term:skip-covered --cov-fail-under=85
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal --cov=evomerge --cov-report=term:skip-covered --cov-fail-under=85
 
 # Five hundred random examples of every property, drawn anew; `make test` has twenty-five, the same every time.
 thorough: $(VENV)/.installed-test $(VENV)/.kernels
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
