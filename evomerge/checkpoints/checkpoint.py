@@ -109,10 +109,8 @@ class Checkpoint:
         Raises:
             CheckpointError: config.json names no architecture that transformers knows.
         """
-        from transformers import AutoConfig
-
         try:
-            return AutoConfig.for_model(**self.config)
+            return transformers_config(self.config)
         except (TypeError, ValueError) as error:
             message = f"{self.reference}: config.json describes no model we can run: {error}"
             raise CheckpointError(message) from error
@@ -123,6 +121,27 @@ class Checkpoint:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             finite = list(pool.map(lambda name: is_finite(self.tensor(name)), names))
         return [name for name, fine in zip(names, finite, strict=True) if not fine]
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """Makes transformers' configuration of what config.json says, infinite numbers included.
+
+    Raises:
+        TypeError, ValueError: It names no architecture that transformers knows, or has values that are none.
+    """
+    from transformers import AutoConfig
+
+    content: dict[str, Any] = _with_floats(dict(config))
+    return AutoConfig.for_model(**content)
+
+
+def _with_floats(value: Any) -> Any:
+    """Numbers that JSON does not have, which transformers 5 writes as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and isinstance(value["__float__"], str):
+            return float(value["__float__"])
+        return {key: _with_floats(entry) for key, entry in value.items()}
+    return [_with_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 def open_checkpoint(reference: str, *, beside: Path | None = None, allow_pickle: bool = False) -> Checkpoint:

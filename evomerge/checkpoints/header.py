@@ -17,6 +17,7 @@ from evomerge.checkpoints.dtypes import DTYPE_BYTES
 from evomerge.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+LFS_POINTER = b"version https://git-lfs"
 _MAX_ELEMENTS = 2**63 - 1
 _NAMED = 5
 
@@ -79,6 +80,11 @@ def read_header(path: Path) -> Header:
     return Header(path, tensors, metadata)
 
 
+def lfs_problem(path: Path) -> str:
+    """Says that a repository was cloned without its large files: a text of three lines stands in a file's place."""
+    return f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in its folder, or download it"
+
+
 def shape_text(shape: Iterable[int]) -> str:
     """Writes a shape: (49152, 576) -> "49152x576"; a scalar is "scalar"."""
     return "x".join(map(str, shape)) or "scalar"
@@ -98,6 +104,8 @@ def _reason(error: OSError | ValueError) -> str:
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
     if len(prefix) < 8:
         raise CheckpointError(f"{path} is truncated: a safetensors file has at least 8 bytes, this one {size}")
+    if prefix == LFS_POINTER[:8]:
+        raise CheckpointError(lfs_problem(path))
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from evomerge.checkpoints.header import name_some
 from evomerge.errors import CheckpointError
-from evomerge.system.files import resolve_path
+from evomerge.system.files import expand_home, resolve_path
 from evomerge.zoo.models import ensure
 
 ZOO = "zoo:"
@@ -117,7 +117,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _near(reference: str, beside: Path | None) -> str:
-    path = Path(reference).expanduser()
+    path = expand_home(reference)
     near: list[str] = []
     for root in _roots(path, beside):
         try:

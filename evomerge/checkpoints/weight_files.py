@@ -1,15 +1,23 @@
-"""Which weight files a folder holds, and its index.json: checked against the headers in both directions."""
+"""Which weight files a folder holds, by itself or by its index.json, and which tensors lie in them."""
 
 from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from evomerge.checkpoints.header import Header, TensorInfo, name_some, parse_strict_json, read_header
+from evomerge.checkpoints.header import (
+    LFS_POINTER,
+    Header,
+    TensorInfo,
+    lfs_problem,
+    name_some,
+    parse_strict_json,
+    read_header,
+)
 from evomerge.errors import CheckpointError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -76,7 +84,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         return {}
     signature(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))  # lenient: real configs contain Infinity
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(LFS_POINTER.decode()):
+            raise CheckpointError(lfs_problem(path))
+        value = json.loads(text)  # lenient: real configs contain Infinity
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -103,7 +114,9 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def read_tensor_index(files: WeightFiles) -> TensorIndex:
-    """Reads every header and checks it against the index.
+    """Reads every header. What the files hold counts, as for everyone who reads them, not what their index says.
+
+    A tensor that only the index names is not there; one that lies in several files is one, where it is equal in all.
 
     Raises:
         CheckpointError: With the problems of all files at once.
@@ -117,13 +130,17 @@ def read_tensor_index(files: WeightFiles) -> TensorIndex:
             headers.append(read_header(path))
         except CheckpointError as error:
             problems += error.problems
-    if not problems and files.weight_map is not None and files.index is not None:
-        problems += _against_index(files.index, files.weight_map, headers)
     if problems:
         raise CheckpointError(problems)
-    tensors = {name: info for header in headers for name, info in header.tensors.items()}
-    paths = {name: header.path for header in headers for name in header.tensors}
-    return TensorIndex(dict(sorted(tensors.items())), paths, signatures)
+    holders: dict[str, list[Header]] = {}
+    for header in headers:
+        for name in header.tensors:
+            holders.setdefault(name, []).append(header)
+    problems = [text for name, several in holders.items() if len(several) > 1 for text in _different(name, several)]
+    if problems:
+        raise CheckpointError(problems)
+    tensors = {name: several[0].tensors[name] for name, several in sorted(holders.items())}
+    return TensorIndex(tensors, {name: several[0].path for name, several in holders.items()}, signatures)
 
 
 def _no_weights(folder: Path) -> str:
@@ -138,7 +155,10 @@ def _no_weights(folder: Path) -> str:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        value = parse_strict_json(index.read_bytes())
+        raw = index.read_bytes()
+        if raw.startswith(LFS_POINTER):
+            raise CheckpointError(lfs_problem(index))
+        value = parse_strict_json(raw)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{index} is corrupt: {error}") from error
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
@@ -179,13 +199,18 @@ def _stays_inside(name: str) -> bool:
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def _against_index(index: Path, weight_map: Mapping[str, str], headers: list[Header]) -> list[str]:
-    problems: list[str] = []
-    for header in headers:
-        shard = header.path.relative_to(index.parent).as_posix()
-        promised = {name for name, file in weight_map.items() if PurePosixPath(file).as_posix() == shard}
-        if absent := sorted(promised - set(header.tensors)):
-            problems.append(f"{header.path} lacks {name_some(absent)}, which {index.name} says it holds")
-        if extra := sorted(set(header.tensors) - promised):
-            problems.append(f"{header.path} holds {name_some(extra)}, which {index.name} does not say")
-    return problems
+def _different(name: str, headers: Sequence[Header]) -> list[str]:
+    """Says so where a tensor that lies in several files is not the same in all of them."""
+    first, *others = headers
+    for other in others:
+        one, two = first.tensors[name], other.tensors[name]
+        if (one.dtype, one.shape) != (two.dtype, two.shape) or _bytes(first, name) != _bytes(other, name):
+            return [f"{first.path} and {other.path} both hold {name}, with different values"]
+    return []
+
+
+def _bytes(header: Header, name: str) -> bytes:
+    info = header.tensors[name]
+    with header.path.open("rb") as file:
+        file.seek(info.start)
+        return file.read(info.end - info.start)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # For a larger write the kernel looks for long runs of free memory, which a virtual machine may have given back to its
 # host and is slow to get again: writing took up to six times as long.
 _MAX_WRITE = 1 << 17
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack, self._own_errors():
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, OSError) and error.errno in (*_FULL, errno.EFBIG):
                 raise error  # a full disk met outside of `put` gets the same message
             if error is None:
                 self._commit()
@@ -249,6 +249,8 @@ class CheckpointWriter:
             if error.errno in _FULL:
                 free = shutil.disk_usage(_existing(self.out)).free
                 raise OutputError(_too_full(self.out, self.nbytes, free)) from error
+            if error.errno == errno.EFBIG:
+                raise OutputError(_too_long(self.out, max(shard.nbytes for shard in self._shards))) from error
             raise OutputError(f"{self.out} cannot be written: {error.strerror or error}") from error
 
 
@@ -360,3 +362,10 @@ def _existing(path: Path) -> Path:
 
 def _too_full(out: Path, needed: int, free: int) -> str:
     return f"{out} cannot be written: the disk is full ({needed} bytes needed, {free} free)"
+
+
+def _too_long(out: Path, longest: int) -> str:
+    return (
+        f"{out} cannot be written: a file of {longest} bytes is longer than the file system or this user's limit "
+        "(ulimit -f) allows; a smaller --max-shard-size makes smaller files"
+    )

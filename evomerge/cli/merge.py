@@ -72,7 +72,9 @@ def merge(
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, help="Say what is read and written.", show_default=False)
     ] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor warnings nor notes.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet/--no-quiet", "-q", help="Neither progress nor warnings nor notes.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Refused: a merge runs no model's code.")] = False,
     safe_serialization: Annotated[bool, typer.Option(help="--no-... is refused: no pickles are written.")] = True,
     lazy_unpickle: Annotated[bool | None, typer.Option(help=no_effect("lazy_unpickle"))] = None,

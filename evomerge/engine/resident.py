@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.checkpoint import Checkpoint, transformers_config
 from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.engine.execute import execute_all, materialise, pieces
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
@@ -164,12 +164,10 @@ def empty_model(config: Mapping[str, object], device: torch.device) -> nn.Module
         CandidateError: When the config names no architecture that transformers knows.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
-    content = dict(config)
-    if "model_type" not in content:
+    if "model_type" not in config:
         raise CandidateError("the merged config.json has no model_type: a model cannot be built from it")
-    resolved = AutoConfig.for_model(**content)
+    resolved = transformers_config(config)
     with init_empty_weights(include_buffers=False):
         model = _model_class(config)._from_config(resolved)
     for module in model.modules():
@@ -209,12 +207,10 @@ def _loaded(
     Raises:
         CandidateError: When tensors are missing or left over.
     """
-    from transformers import AutoConfig
-
     with _no_progress_bar():
         model, report = kind.from_pretrained(  # type: ignore[attr-defined]
             None,
-            config=AutoConfig.for_model(**dict(config)),
+            config=transformers_config(config),
             state_dict=state,
             dtype=dtype or "auto",
             output_loading_info=True,

@@ -23,7 +23,7 @@ from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.engine.execute import execute_all, find_device, parts
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
-from evomerge.errors import BadInput, CheckpointError, RecipeError
+from evomerge.errors import BadInput, CheckpointError, OutputError, RecipeError
 from evomerge.planning.operation import Operation, inputs_of
 from evomerge.planning.plan import Plan
 
@@ -61,6 +61,7 @@ def write_checkpoint(
         OutputError: When writing fails.
     """
     torch_device = find_device(device)
+    refuse_inputs(out, checkpoints)
     specs = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
     with CheckpointWriter(out, specs, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer:
         _write_weights(plan, checkpoints, writer, progress, torch_device)
@@ -68,6 +69,19 @@ def write_checkpoint(
         (writer.folder / "README.md").write_text(card, encoding="utf-8")
         if finish is not None:
             finish(writer.folder)
+
+
+def refuse_inputs(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Refuses an output that would take the place of a model, or of what holds one, while that is read.
+
+    Raises:
+        OutputError: With the name of the first such model.
+    """
+    for reference, checkpoint in checkpoints.items():
+        folders = {path.parent.resolve() for path in checkpoint.files}
+        folders |= {checkpoint.folder.resolve()} if checkpoint.folder else set()
+        if any(folder.is_relative_to(out.resolve()) for folder in folders):
+            raise OutputError(f"{out} is not overwritten: {reference}, which is merged, lies there")
 
 
 def _write_weights(

@@ -47,6 +47,7 @@ class Parameter:
         only_ratios: Only the ratios of the sources' values count: always (True), or where the parameter of this name
             is true. A factor on all of them, above 0, changes nothing.
         idle_at: (parameter of the same source, its value) at which this one has no effect.
+        remark: What a recipe that gives it is told, where mergekit takes it in another way.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Parameter:
     takes_part: bool = False
     only_ratios: bool | str = False
     idle_at: tuple[str, float] | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from evomerge.methods.arithmetic import (
     unit_factors,
 )
 from evomerge.methods.contract import Block, Method, Parameter, Settings
-from evomerge.methods.shared_parameters import WEIGHT
+from evomerge.methods.shared_parameters import OUR_WEIGHT, WEIGHT
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ METHOD = Method(
     paper="Karcher 1977, Riemannian center of mass and mollifier smoothing, https://doi.org/10.1002/cpa.3160300502",
     summary="Mean of the models' directions on the hypersphere, at their mean length.",
     parameters=(
-        replace(WEIGHT, default=1.0, required=False, low=0.0, only_ratios=True),
+        replace(WEIGHT, default=1.0, required=False, low=0.0, only_ratios=True, remark=OUR_WEIGHT),
         Parameter("max_iter", default=10, kind="int", low=1, help="Most steps to the mean."),
         Parameter("tol", default=1e-5, low=0.0, help="The shortest step (in radians) that is followed by another."),
     ),

@@ -39,6 +39,7 @@ DROP_RATE = Parameter(
 SHARE = replace(
     WEIGHT, default=1.0, required=False, only_ratios=True, help="Share of the source, relative to the others."
 )
+OUR_WEIGHT = "counts here; mergekit's method of this name passes it over"
 LAMBDA = Parameter("lambda", default=1.0, gene=(0.3, 2.0), help="Factor on the merged delta.")
 NORMALIZE = Parameter("normalize", default=True, kind="bool", help="Divide by the sum of the weights.")
 RESCALE = Parameter("rescale", default=True, kind="bool", help="Divide what is kept by the density.")

@@ -37,8 +37,17 @@ BASE = -1
 """Index of the base among the operands, as in `Statistics.dot`."""
 
 
-def arc(aa: float, ab: float, bb: float, t: float) -> tuple[float, float, bool]:
-    """Coefficients of a and b at t, from their inner products: (of a, of b, whether they are the chord's)."""
+def arc(aa: float, ab: float, bb: float, t: float, *, zero_has_angle: bool = False) -> tuple[float, float, bool]:
+    """Coefficients of a and b at t, from their inner products: (of a, of b, whether they are the chord's).
+
+    Args:
+        aa, ab, bb: The inner products.
+        t: The way from a (0) to b (1), or beyond.
+        zero_has_angle: A tensor of zeros beside one that is none is taken as orthogonal to it, as in mergekit, and not
+            as being without an arc.
+    """
+    if zero_has_angle and (aa > 0.0) != (bb > 0.0):
+        return math.sin((1.0 - t) * math.pi / 2), math.sin(t * math.pi / 2), False
     if aa > 0.0 and bb > 0.0:
         cosine = ab / (math.sqrt(aa) * math.sqrt(bb))
         if abs(cosine) <= PARALLEL:
@@ -47,13 +56,16 @@ def arc(aa: float, ab: float, bb: float, t: float) -> tuple[float, float, bool]:
     return 1.0 - t, t, True
 
 
-def fold(count: int, steps: Sequence[float], dot: Callable[[int, int], float]) -> tuple[list[float], bool]:
+def fold(
+    count: int, steps: Sequence[float], dot: Callable[[int, int], float], *, zero_has_angle: bool = False
+) -> tuple[list[float], bool]:
     """Coefficients of operands folded in order.
 
     Args:
         count: Number of operands.
         steps: t of each fold, count − 1 of them.
         dot: Inner product of two operands, by position.
+        zero_has_angle: As for `arc`.
 
     Returns:
         The coefficient of each operand, and whether every fold was a chord (then they sum to one).
@@ -62,7 +74,7 @@ def fold(count: int, steps: Sequence[float], dot: Callable[[int, int], float]) -
     for k, t in enumerate(steps, start=1):
         aa = sum(x * y * dot(i, j) for i, x in enumerate(coefficients) for j, y in enumerate(coefficients))
         ab = sum(x * dot(i, k) for i, x in enumerate(coefficients))
-        of_a, of_b, chord = arc(aa, ab, dot(k, k), t)
+        of_a, of_b, chord = arc(aa, ab, dot(k, k), t, zero_has_angle=zero_has_angle)
         coefficients = [x * of_a for x in coefficients] + [of_b]
         chords = chords and chord
     return coefficients[:count], chords
@@ -90,7 +102,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
             return 0.0
         return block.statistics.dot(min(left, right), max(left, right), on, scope)
 
-    coefficients, chords = fold(len(indices), steps, dot)
+    coefficients, chords = fold(len(indices), steps, dot, zero_has_angle=on == "weights")
     if on == "deltas":
         moved = [(i, c) for i, c in zip(indices, coefficients, strict=True) if i != BASE]
         total = 1.0 if chords and BASE not in indices else math.fsum(c for _, c in moved)
@@ -128,12 +140,10 @@ METHOD = Method(
     parameters=(
         Parameter(
             "t",
-            low=0.0,
-            high=1.0,
             gene=(0.0, 1.0),
             gene_sources=1,
             instead_of="weight",
-            help="Way from base_model (0) to the other model (1).",
+            help="Way from base_model (0) to the other model (1); beyond them it goes on along the arc.",
         ),
         replace(
             WEIGHT, required=False, low=0.0, only_ratios=True, help="Share of the source in its fold; 0 takes no part."

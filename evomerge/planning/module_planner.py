@@ -159,7 +159,9 @@ class ModulePlanner:
         info = self._checkpoints[origin.model].tensors[origin.tensor]
         dtype = self._dtype if self._dtype and info.dtype in FLOATS else info.dtype
         if resolved.method.copies_layers or info.dtype not in FLOATS:
-            scale = self._copy_scale(inputs, resolved.settings, resolved.residual_scale, origin)
+            scale = 1.0  # of what is no number, such as an index or a mask
+            if info.dtype in FLOATS:
+                scale = self._copy_scale(inputs, resolved.settings, resolved.residual_scale, origin)
             return Operation(tensor.output, info.shape, dtype, COPY, None, (origin,), Settings(), scale=scale)
         return Operation(
             tensor.output,

@@ -70,6 +70,8 @@ def _entry(
         errors.warn(
             path, f"has no effect: '{name}' is one for all sources, so it belongs under 'parameters:' further up"
         )
+    if remarks := {parameter.remark for parameter in declarations if parameter.remark}:
+        errors.warn(path, "; ".join(sorted(remarks)))
     settings = [setting_at(errors, path, entry, rule) for rule in declarations] or [
         setting_at(errors, path, entry, None)
     ]

@@ -20,6 +20,10 @@ from evomerge.system.yaml import read_documents
 
 MODEL = "model:"
 NO_MODEL = ("union", "base")
+_OTHER_FILES = {
+    "experts": ("mergekit-moe", "models are not put together as experts here; what mergekit-moe makes can be merged"),
+    "genome": ("mergekit-evolve", "`evomerge init MODEL...` writes a search.yaml for the same models"),
+}
 
 
 def load_recipe(path: str | Path, *, methods: Mapping[str, Method] = METHODS) -> Recipe:
@@ -97,6 +101,9 @@ def _parse_document(plain: Any, where: str, methods: Mapping[str, Method]) -> Re
     """One merge, its references as written."""
     if not isinstance(plain, Mapping):
         raise RecipeError(f"{where}: expected a mapping with merge_method and models, got {describe(plain)}")
+    for key, (what, instead) in _OTHER_FILES.items():
+        if key in plain and "models" not in plain and "slices" not in plain and "modules" not in plain:
+            raise RecipeError(f"{where}: is a configuration of {what} ('{key}'), not of a merge: {instead}")
     errors = ErrorCollector(where)
     recipe = Reader(errors, methods).recipe(plain)
     if not errors.problems:

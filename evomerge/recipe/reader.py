@@ -86,7 +86,11 @@ class Reader:
         misplaced = [str(key) for key in data if str(key) in names and key not in _TOP]
         for name in misplaced:
             self.errors.error(name, f"is a parameter: put it under 'parameters:' as '{name}: {data[name]}'")
-        return mapping_at(self.errors, "", {k: v for k, v in data.items() if str(k) not in misplaced}, _TOP)
+        return self._mapping("", {k: v for k, v in data.items() if str(k) not in misplaced}, _TOP)
+
+    def _mapping(self, path: str, value: Any, allowed: tuple[str, ...]) -> dict[str, Any]:
+        names = {p.name for method in self.methods.values() for p in method.parameters}
+        return mapping_at(self.errors, path, value, allowed, names)
 
     def _method(self, path: str, name: Any, *, required: bool) -> Method | None:
         if name is None:
@@ -118,7 +122,7 @@ class Reader:
         bodies = []
         for name, body in modules.items():
             path = f"modules.{name}"
-            fields = mapping_at(self.errors, path, body, ("slices", "models", "parameters"))
+            fields = self._mapping(path, body, ("slices", "models", "parameters"))
             if ("slices" in fields) == ("models" in fields):
                 self.errors.error(path, "needs exactly one of 'models' and 'slices'")
             bodies.append(_Body(fields, path, str(name)))
@@ -148,7 +152,7 @@ class Reader:
         return (), ()
 
     def _slice(self, path: str, value: Any, default: Method | None) -> Slice:
-        fields = mapping_at(self.errors, path, value, _SLICE)
+        fields = self._mapping(path, value, _SLICE)
         method = self._method(join(path, "merge_method"), fields.get("merge_method"), required=False)
         effective = method if "merge_method" in fields else default
         if isinstance(value, Mapping) and "sources" not in fields:
@@ -174,7 +178,7 @@ class Reader:
         if isinstance(value, str):
             self.errors.error(path, f"expected a mapping: write '- model: {value}'")
             return Source("")
-        fields = mapping_at(self.errors, path, value, keys)
+        fields = self._mapping(path, value, keys)
         if isinstance(value, Mapping) and "model" not in fields:
             self.errors.error(join(path, "model"), "is missing")
         return Source(

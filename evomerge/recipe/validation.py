@@ -14,17 +14,31 @@ def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def mapping_at(errors: ErrorCollector, path: str, value: Any, known: Iterable[str]) -> dict[str, Any]:
-    """Returns the mapping at a path without its empty entries; reports anything else, and keys that are not known."""
+def mapping_at(
+    errors: ErrorCollector, path: str, value: Any, allowed: Iterable[str], parameters: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Returns the mapping at a path without its empty entries; reports anything else, and keys that are not known.
+
+    Args:
+        errors: Takes the problems.
+        path: Where the value stands.
+        value: What should be a mapping.
+        allowed: The keys that it may have.
+        parameters: Where given, a key that neither resembles a known one nor is one of these is passed over with a
+            warning, as mergekit does: people keep anchors and remarks there.
+    """
     if not isinstance(value, Mapping):
         errors.error(path, f"expected a mapping, got {describe(value)}")
         return {}
-    names = tuple(known)
+    names = tuple(allowed)
     for key in value:
-        if key not in names:
-            errors.error(
-                join(path, str(key)), f"unknown key{suggest(str(key), names) or ': known are ' + ', '.join(names)}"
-            )
+        if key in names:
+            continue
+        at, near = join(path, str(key)), suggest(str(key), names)
+        if parameters is not None and not near and str(key) not in parameters:
+            errors.warn(at, "is passed over, as in mergekit: it is no key of a recipe")
+        else:
+            errors.error(at, f"unknown key{near or ': known are ' + ', '.join(names)}")
     return {key: entry for key, entry in value.items() if key in names and entry is not None}
 
 

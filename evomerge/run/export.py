@@ -31,7 +31,7 @@ from evomerge.report.result import RunResult
 from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import Candidate, find
-from evomerge.system.files import write_atomic
+from evomerge.system.files import expand_home, write_atomic
 
 if TYPE_CHECKING:
     from evomerge.study.interfaces import Tracker
@@ -48,6 +48,7 @@ def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwri
     """
     from evomerge.checkpoints.checkpoint import open_checkpoint
 
+    out = expand_home(out)
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; --overwrite replaces it")
     folder = RunFolder.existing(run)
@@ -84,7 +85,9 @@ def export_candidate(
     problem = open_problem(folder.spec)
     folder.check_environment(environment(problem))
     runner = ModelRunner(problem)
-    return write_export(problem, runner, folder, chosen, out, overwrite=overwrite, max_shard_size=max_shard_size)
+    return write_export(
+        problem, runner, folder, chosen, expand_home(out), overwrite=overwrite, max_shard_size=max_shard_size
+    )
 
 
 def keep_best(problem: Problem, runner: ModelRunner, folder: RunFolder, result: RunResult, tracker: Tracker) -> None:

@@ -21,7 +21,7 @@ from evomerge.planning.operation import Input
 from evomerge.report.model_card import licences
 from evomerge.report.tables import table
 from evomerge.run.preflight import parse_search
-from evomerge.system.files import write_atomic
+from evomerge.system.files import expand_home, write_atomic
 from evomerge.system.yaml import read_yaml, write_yaml
 
 _LOOK_AT = 50_000_000  # elements of each model: enough for three digits, and seconds for any model
@@ -68,6 +68,7 @@ def init_search(
     Raises:
         BadInput: With everything that keeps the models from being merged, or a file that is there.
     """
+    out = expand_home(out)
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: is there already: choose another name with --output, or --overwrite it")
     given = [*([base] if base else []), *references]

@@ -16,11 +16,12 @@ from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import UnwrittenTensor, UnwrittenWeights
 from evomerge.checkpoints.writer import refuse_taken
 from evomerge.engine.execute import find_device
-from evomerge.engine.to_disk import Progress, write_checkpoint
+from evomerge.engine.to_disk import Progress, refuse_inputs, write_checkpoint
 from evomerge.errors import BadInput, CheckpointError, OutputError
 from evomerge.planning.plan import Plan, align_and_plan
 from evomerge.recipe import Recipe
 from evomerge.report.model_card import merge_card
+from evomerge.system.files import expand_home
 from evomerge.system.locks import exclusive
 
 if TYPE_CHECKING:
@@ -63,9 +64,11 @@ def merge_to_folder(
         OutputError: When writing fails; what was there before is intact.
     """
     find_device(device)
+    out = expand_home(out)
     checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle)
     if not allow_crimes:
         refuse_crimes(checkpoints)
+    refuse_inputs(out, checkpoints)
     refuse_taken(out.resolve(), overwrite)
 
     def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:

@@ -21,7 +21,8 @@ OUTER = "outer"
 REST = "rest"
 CONTROL_POINTS = "control_points"
 
-LayerGroups = int | Sequence[int] | str | Mapping[Any, int]
+DEFAULT_GROUPS = 6
+LayerGroups = int | Sequence[int] | str | Mapping[Any, int] | None
 
 
 @dataclass(frozen=True)
@@ -298,13 +299,16 @@ def layer_groups(groups: LayerGroups, layer_count: int) -> tuple[tuple[int, int]
     """Runs of layers [start, stop) that share genes; of control points the layers nearest to each.
 
     Args:
-        groups: A number of equal groups, the boundaries between groups, ``per_layer``, or {control_points: number}.
+        groups: A number of equal groups, the boundaries between groups, ``per_layer``, {control_points: number}, or
+            None for six groups, fewer where there are fewer layers.
         layer_count: Layers of the models.
 
     Raises:
         SpecError: Groups that the layers do not allow.
     """
     where = "space.layer_groups"
+    if groups is None:
+        groups = max(1, min(DEFAULT_GROUPS, layer_count))
     if groups == "per_layer":
         return tuple((layer, layer + 1) for layer in range(layer_count))
     if isinstance(groups, int) and not isinstance(groups, bool):

@@ -63,7 +63,8 @@ class Space(Section):
 
     methods: list[str] = Field(["linear", "task_arithmetic", "ties", "dare_ties"], min_length=1)
     method_scope: Literal["run", "layer_group"] = "run"
-    layer_groups: Annotated[int, Field(ge=1)] | list[int] | Literal["per_layer"] | ControlPoints = 6
+    # None: six groups, or as many as the models have layers
+    layer_groups: Annotated[int, Field(ge=1)] | list[int] | Literal["per_layer"] | ControlPoints | None = None
     tensor_groups: list[Literal["attention", "mlp", "rest"]] | None = None
     genes: dict[str, Range] = {}
     frankenmerge: Frankenmerge = Frankenmerge()

@@ -12,6 +12,11 @@ from platformdirs import user_cache_path
 
 from evomerge.errors import OutputError
 
+_REASONS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EFBIG: "it is longer than the file system or this user's limit (ulimit -f) allows",
+}
+
 
 def cache_folder(kind: Literal["fingerprints", "scores", "zoo"]) -> Path:
     """Returns where things of one kind are kept that can be computed again: below $EVOMERGE_CACHE, if it is set.
@@ -40,7 +45,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
+        reason = _REASONS.get(error.errno or 0, error.strerror)
         raise OutputError(f"{path}: cannot be written: {reason}") from error
 
 
@@ -48,7 +53,7 @@ def resolve_path(text: str, beside: Path | None) -> Path | None:
     """Looks for a path beside a file, then beside the folders above it, then in the working directory.
 
     Args:
-        text: The path as written; ``~`` is expanded, an absolute path is only checked.
+        text: The path as written; ``~`` is expanded where no such name is there, an absolute path is only checked.
         beside: The file that mentions the path, or its folder; None to look in the working directory alone.
 
     Returns:
@@ -57,10 +62,18 @@ def resolve_path(text: str, beside: Path | None) -> Path | None:
     if not text.strip() or "\0" in text:
         return None
     for folder in _folders(beside):
-        candidate = folder / Path(text).expanduser()
-        if _exists(candidate):
-            return candidate.resolve()
+        for candidate in dict.fromkeys((folder / text, folder / expand_home(text))):
+            if _exists(candidate):
+                return candidate.resolve()
     return None
+
+
+def expand_home(path: str | Path) -> Path:
+    """Expands ``~`` as a shell does; a name such as ``~x`` of which there is no user stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _folders(beside: Path | None) -> Iterator[Path]:

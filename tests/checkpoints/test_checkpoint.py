@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from evomerge.checkpoints.checkpoint import open_checkpoint
+from evomerge.checkpoints.checkpoint import open_checkpoint, transformers_config
 from evomerge.errors import CheckpointError
 from tests.checkpoints.raw import entry, raw_file
 from tests.models import write_tiny_llama
@@ -187,17 +189,54 @@ def test_missing_shard(broken: Path) -> None:
         open_checkpoint(str(broken))
 
 
-def test_tensor_that_the_index_promises_and_no_shard_has(broken: Path) -> None:
-    file = sorted(broken.glob("model-*"))[0].name
-    _edit_index(broken, {"model.ghost": file})
-    with pytest.raises(CheckpointError, match=rf"{file} lacks model.ghost, which model.safetensors.index.json says"):
+def test_what_the_shards_hold_counts_and_not_their_index(broken: Path) -> None:
+    """As transformers reads them: a tensor that only the index names, and one that it does not name."""
+    before = open_checkpoint(str(broken))
+    _edit_index(broken, {"model.ghost": sorted(broken.glob("model-*"))[0].name, "model.norm.weight": None})
+    after = open_checkpoint(str(broken))
+    assert after.tensors.keys() == before.tensors.keys()
+    assert torch.equal(after.tensor("model.norm.weight"), before.tensor("model.norm.weight"))
+
+
+def test_a_tensor_in_two_shards_is_one_where_it_is_equal_in_both(broken: Path) -> None:
+    norm = open_checkpoint(str(broken)).tensor("model.norm.weight").clone()
+    other = next(path for path in sorted(broken.glob("model-*")) if "model.norm.weight" not in load_file(path))
+    content = load_file(other)
+    save_file(content | {"model.norm.weight": norm}, other)
+    assert torch.equal(open_checkpoint(str(broken)).tensor("model.norm.weight"), norm)
+    save_file(content | {"model.norm.weight": norm + 1}, other)
+    with pytest.raises(CheckpointError, match=r"both hold model\.norm\.weight, with different values"):
         open_checkpoint(str(broken))
 
 
-def test_tensor_that_the_index_does_not_say(broken: Path) -> None:
-    _edit_index(broken, {"model.norm.weight": None})
-    with pytest.raises(CheckpointError, match=r"holds model.norm.weight, which .*index.json does not say"):
-        open_checkpoint(str(broken))
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json"])
+def test_a_pointer_of_git_lfs(tiny_family: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "cloned"
+    shutil.copytree(tiny_family["a"], folder)
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n")
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer .*git lfs pull"):
+        open_checkpoint(str(folder))
+
+
+def test_names_that_begin_with_a_tilde(tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tiny_family["a"].parent / "tilde"
+    shutil.copytree(tiny_family["a"], root / "~nobody-x")
+    shutil.copytree(tiny_family["b"], root / "home" / "b")
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(root / "home"))
+    assert open_checkpoint("~nobody-x").folder == root / "~nobody-x"
+    assert open_checkpoint("~/b").folder == root / "home" / "b"
+    with pytest.raises(CheckpointError, match="no such model: '~nobody-y'"):
+        open_checkpoint("~nobody-y")
+
+
+def test_infinite_numbers_in_a_config() -> None:
+    """As transformers 5 writes them, wherever they stand; everything else is as it was."""
+    content = {"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}], "num_hidden_layers": 2}
+    assert tuple(transformers_config(content).time_step_limit) == (0.0, math.inf)
+    assert content["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
 
 
 def test_problems_of_all_shards_at_once(broken: Path) -> None:

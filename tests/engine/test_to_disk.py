@@ -181,6 +181,31 @@ def test_full_disk(tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: py
     assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.lock", ".new.lock"}
 
 
+def test_a_limit_of_file_sizes_is_no_full_disk(
+    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr("evomerge.checkpoints.writer._write_at", failing)
+    with pytest.raises(OutputError, match=r"a file of \d+ bytes is longer than .*ulimit -f.*--max-shard-size"):
+        merge_to_folder(ties(tiny_family), tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["models/a", "models"])
+def test_what_is_merged_is_not_overwritten(tiny_family: dict[str, Path], tmp_path: Path, out: str) -> None:
+    """Neither a model's own folder nor one that holds it."""
+    for name in ("base", "a", "b"):
+        shutil.copytree(tiny_family[name], tmp_path / "models" / name)
+    (tmp_path / "models" / "config.json").write_text("{}")
+    family = {name: tmp_path / "models" / name for name in ("base", "a", "b")} | {"c": tiny_family["c"]}
+    before = dict(files(tmp_path / "models" / "a"))
+    with pytest.raises(OutputError, match=r"is not overwritten: .*which is merged, lies there"):
+        merge_to_folder(ties(family), tmp_path / out, overwrite=True)
+    assert dict(files(tmp_path / "models" / "a")) == before
+    assert merge_to_folder(ties(family), tmp_path / "models" / "a" / "merged").is_dir()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 160 kB, less than the tiny model; where none can be mounted, a limit on file sizes."""
@@ -207,7 +232,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_really_too_small(tiny_family: dict[str, Path], small_disk: Path) -> None:
-    with pytest.raises(OutputError, match="the disk is full"):
+    with pytest.raises(OutputError, match=r"the disk is full|ulimit -f"):
         merge_to_folder(ties(tiny_family), small_disk / "out")
     assert [path.name for path in small_disk.iterdir() if path.name != ".out.lock"] == []
     half = write_tiny_llama(small_disk / "fits", 1, layers=1, hidden=16)

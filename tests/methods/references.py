@@ -92,8 +92,10 @@ def dare_ties(
     return elect(base, deltas, own, shared)
 
 
-def arc(a: Array, b: Array, t: float) -> Array:
+def arc(a: Array, b: Array, t: float, on: str) -> Array:
     norm = np.linalg.norm(a) * np.linalg.norm(b)
+    if on == "weights" and norm == 0 and (a.any() or b.any()):
+        return np.asarray(np.sin((1 - t) * np.pi / 2) * a + np.sin(t * np.pi / 2) * b)
     cosine = float((a * b).sum() / norm) if norm > 0 else 1.0
     if abs(cosine) > 0.9995:
         return (1 - t) * a + t * b
@@ -105,11 +107,11 @@ def slerp(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: 
     origin = base if shared["on"] == "deltas" else np.zeros_like(base)
     if shared["t"] is not None:
         first, second = [base, *sources][-2:] if len(sources) == 1 else sources
-        return origin + arc(first - origin, second - origin, shared["t"])
+        return origin + arc(first - origin, second - origin, shared["t"], shared["on"])
     point, total = sources[0] - origin, own[0]["weight"]
     for source, o in list(zip(sources, own, strict=True))[1:]:
         total += o["weight"]
-        point = arc(point, source - origin, o["weight"] / total)
+        point = arc(point, source - origin, o["weight"] / total, shared["on"])
     return origin + point
 
 

@@ -56,7 +56,6 @@ def test_the_ends_are_the_models() -> None:
 @pytest.mark.parametrize(
     "b",
     [
-        pytest.param(row(0, 0), id="zero"),
         pytest.param(row(-2, 0), id="antipodal"),
         pytest.param(row(-2, 0.01), id="nearly antipodal"),
         pytest.param(row(1, 0.03), id="near-parallel"),  # cos = 1/√1.0009 = 0.99955
@@ -65,6 +64,22 @@ def test_the_ends_are_the_models() -> None:
 def test_no_arc_is_a_chord(b: Tensor) -> None:
     torch.testing.assert_close(merge(row(1, 0), [b], t=0.25), 0.75 * row(1, 0) + 0.25 * b)
     torch.testing.assert_close(merge(b, [row(1, 0)], t=0.25), 0.75 * b + 0.25 * row(1, 0))
+
+
+def test_a_tensor_of_zeros_is_orthogonal_to_any_other() -> None:
+    # as in mergekit: Ω = π/2, at t = 1/3 sin 60° and sin 30°. Between deltas there is nothing to turn: the chord
+    zero, one = row(0, 0), row(3, 4)
+    torch.testing.assert_close(merge(zero, [one], t=1 / 3), 0.5 * one)
+    torch.testing.assert_close(merge(one, [zero], t=1 / 3), math.sqrt(3) / 2 * one)
+    torch.testing.assert_close(merge(zero, [zero], t=1 / 3), zero)
+    torch.testing.assert_close(merge(one, [one, 2 * one], t=1 / 3, on="deltas"), 4 / 3 * one)
+
+
+@pytest.mark.parametrize("t", [-0.5, 1.5])
+def test_beyond_the_ends_it_goes_on_along_the_arc(t: float) -> None:
+    # Ω = π/2: at 3/2 that is −√½ a + √½ b, at −1/2 the other way round
+    merged = merge(row(1, 0), [row(0, 1)], t=t)
+    torch.testing.assert_close(merged, row(-math.sqrt(0.5), math.sqrt(0.5)) * (1 if t > 1 else -1))
 
 
 def test_just_inside_the_threshold_it_is_an_arc() -> None:

@@ -190,3 +190,12 @@ def test_misfits_are_refused(tiny_family: dict[str, Path], tmp_path: Path) -> No
     recipe = {"merge_method": "linear", "models": [{"model": str(m)} for m in (tiny_family["a"], narrow)]}
     with pytest.raises(CheckpointError, match="other shapes"):
         plan_of({**recipe, "parameters": {"weight": 1.0}})
+
+
+def test_scale_is_for_numbers(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """Indices and masks are copied as they are, however a layer is scaled."""
+    state = {"weight": torch.rand(4), "ids": torch.arange(300), "mask": torch.tensor([True, False])}
+    save_file(state, tmp_path / "m.safetensors")
+    source = {"model": str(tmp_path / "m.safetensors"), "parameters": {"scale": 0.5}}
+    plan = plan_of({"merge_method": "passthrough", "models": [source]})
+    assert {op.output: op.scale for op in plan.operations} == {"weight": 0.5, "ids": 1.0, "mask": 1.0}

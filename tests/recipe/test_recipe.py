@@ -321,3 +321,46 @@ def test_parts_of_whole_models_are_one_slice() -> None:
     recipe = parse_recipe(LINEAR)
     assert recipe.parts == (Slice(sources=recipe.sources),)
     assert recipe.parts[0].length is None
+
+
+def test_keys_that_mergekit_passes_over() -> None:
+    """Anchors and remarks under keys of their own; what may be a slip of the pen is refused, as before."""
+    text = """
+    const: &MODEL a
+    half: &half {weight: 0.5}
+    merge_method: linear
+    models:
+    - {model: *MODEL, parameters: *half, why: it is good at sums}
+    - {model: b, parameters: *half}
+    """
+    recipe = parse_recipe(text)
+    assert [source.parameters["weight"] for source in recipe.sources] == [0.5, 0.5]
+    for key in ("const", "half", "models[0].why"):
+        assert any(f"{key}: is passed over" in warning for warning in recipe.warnings)
+    for slip, message in (
+        (text.replace("merge_method", "merge_methd"), r"merge_methd: unknown key \(did you mean 'merge_method'"),
+        (text.replace("why: it is good at sums", "weight: 0.9"), r"models\[0\]\.weight: unknown key"),
+        (text.replace("why: it is good at sums", "paramaters: {}"), r"paramaters: unknown key \(did you mean"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            parse_recipe(slip)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_model: a\ngate_mode: hidden\nexperts: [{source_model: b}]", "a configuration of mergekit-moe"),
+        ("genome: {models: [a, b], merge_method: ties}\ntasks: [{name: t}]", "mergekit-evolve.*evomerge init"),
+    ],
+)
+def test_files_of_mergekits_other_programs_are_told_what_they_are(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(text)
+
+
+def test_a_weight_that_mergekit_passes_over_is_said() -> None:
+    models = [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.8), ("b", 0.2))]
+    recipe = parse_recipe({"merge_method": "karcher", "models": models})
+    assert len(recipe.warnings) == 2
+    assert all("weight: counts here; mergekit's" in warning for warning in recipe.warnings)
+    assert not parse_recipe({"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}]}).warnings

@@ -344,3 +344,8 @@ def test_sampled_patterns_are_often_one_whole_stack_and_scales_mostly_near_one()
     assert max(off) <= 0.5
     assert np.median(off) < 0.1
     assert max(off) > 0.4
+
+
+@pytest.mark.parametrize(("layers", "groups"), [(1, 1), (3, 3), (6, 6), (24, 6)])
+def test_groups_that_nobody_asked_for_are_never_more_than_the_layers(layers: int, groups: int) -> None:
+    assert len(layer_groups(None, layers)) == groups
