@@ -61,6 +61,8 @@ def get_method(name: str) -> Method:
     Raises:
         RecipeError: There is none; the message names the nearest.
     """
+    if name in METHODS:
+        return METHODS[name]
     names = {alias: method for method in METHODS.values() for alias in (method.name, *method.aliases)}
     if name not in names:
         raise RecipeError(f"unknown merge_method '{name}'{suggest(name, names)}; known: {', '.join(names)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evomerge.methods.contract import Method, Parameter
@@ -68,19 +68,13 @@ def methods_of(space: SearchSpace, genome: Genome) -> list[Method]:
     return [space.method(genome, index) for index in range(len(space.groups))]
 
 
-def searched_keys(space: SearchSpace, method: Method) -> Iterator[tuple[Parameter, str | None]]:
-    """Yields the searched parameters of a method, each with every owner: a source, or None for all of them."""
-    for parameter in space.searched[method.name]:
-        for source in space.sources if parameter.per_source else (None,):
-            yield parameter, source
-
-
 def literal_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key, Values]:
     """Returns the values of a block as the genome has them, whole numbers where the parameter is one."""
+    genes = genome.values
     values: dict[Key, Values] = {}
-    for parameter, source in searched_keys(space, block.method):
-        own = (float(genome.values[name]) for name in block.gene_names(parameter.name, source))
-        values[parameter.name, source] = tuple(float(round(v)) if parameter.kind == "int" else v for v in own)
+    for parameter, source in space.searched_by_owner[block.method.name]:
+        own = [float(genes[name]) for name in block.gene_names(parameter.name, source)]
+        values[parameter.name, source] = tuple([float(round(v)) for v in own] if parameter.kind == "int" else own)
     return values
 
 
@@ -89,9 +83,10 @@ def canonical_values(space: SearchSpace, block: Block, genome: Genome) -> dict[K
     literal = literal_values(space, block, genome)
     counting = _counting(space, block.method, literal)
     values: dict[Key, Values] = {}
-    for parameter, source in searched_keys(space, block.method):
+    for parameter, source in space.searched_by_owner[block.method.name]:
         key = (parameter.name, source)
-        values[key] = _filled(literal[key], counting[key], _neutral(parameter))
+        counts = counting[key]
+        values[key] = literal[key] if all(counts) else _filled(literal[key], counts, _neutral(parameter))
     for parameter in space.searched[block.method.name]:
         if only_ratios(space, block.method, parameter):
             own = [(parameter.name, source) for source in space.sources]
@@ -136,14 +131,15 @@ def _share_parameter(space: SearchSpace, method: Method) -> str | None:
 def _counting(space: SearchSpace, method: Method, literal: Mapping[Key, Values]) -> dict[Key, tuple[bool, ...]]:
     """For each value of a block whether it can change the merge."""
     share = _share_parameter(space, method)
+    taking_part: dict[str | None, tuple[bool, ...]] = {}
+    if share is not None:
+        taking_part = {s: _or_neighbour([value != 0.0 for value in literal[share, s]]) for s in space.sources}
     counting: dict[Key, tuple[bool, ...]] = {}
-    for parameter, source in searched_keys(space, method):
-        values = literal[parameter.name, source]
-        flags = (True,) * len(values)
-        if source is not None and share not in (None, parameter.name):
-            flags = _or_neighbour([value != 0.0 for value in literal[str(share), source]])
-        counting[parameter.name, source] = flags
-    for parameter, source in searched_keys(space, method):
+    for parameter, source in space.searched_by_owner[method.name]:
+        always = source not in taking_part or parameter.name == share
+        key = (parameter.name, source)
+        counting[key] = (True,) * len(literal[key]) if always else taking_part[source]
+    for parameter, source in space.searched_by_owner[method.name]:
         if parameter.idle_at is not None and (parameter.idle_at[0], source) in literal:
             # What counts is the other parameter as it is merged with: a point that does not count is not asked.
             other = (parameter.idle_at[0], source)
@@ -156,6 +152,8 @@ def _counting(space: SearchSpace, method: Method, literal: Mapping[Key, Values])
 
 def _or_neighbour(flags: Sequence[bool]) -> tuple[bool, ...]:
     """Whether a point or one beside it is flagged: as far as interpolation carries a point's value."""
+    if len(flags) == 1:
+        return tuple(flags)
     return tuple(any(flags[max(k - 1, 0) : k + 2]) for k in range(len(flags)))
 
 

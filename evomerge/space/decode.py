@@ -26,7 +26,6 @@ from evomerge.space.canonical import (
     literal_values,
     methods_of,
     only_ratios,
-    searched_keys,
 )
 from evomerge.space.genes import OUTER
 from evomerge.space.genome import Genome, LayerGene
@@ -238,7 +237,7 @@ def _merged_slice(
     own: dict[str | None, dict[str, Any]] = {source: {} for source in space.sources} | {None: shared}
     genes: dict[ParameterKey, Setting] = {}
     position = {source: k for k, source in enumerate(space.sources)}
-    for parameter, source in searched_keys(space, method):
+    for parameter, source in space.searched_by_owner[method.name]:
         key, whole = (parameter.name, source), parameter.kind == "int"
         values = [(part.filters, [int(v) if whole else v for v in part.values[key]]) for part in parts]
         own[source][parameter.name] = plain(_setting(values))
@@ -264,7 +263,7 @@ def _setting(parts: Sequence[tuple[tuple[str, ...], Sequence[Scalar]]]) -> Setti
 
     Values are gradients where they differ along the depth. The last part is of the tensors that no filter picks.
     """
-    values = [points[0] if all(point == points[0] for point in points) else tuple(points) for _, points in parts]
+    values = [points[0] if points.count(points[0]) == len(points) else tuple(points) for _, points in parts]
     *filtered, rest = values
     conditions = [
         Conditional(value, text) for (filters, _), value in zip(parts, filtered, strict=False) for text in filters

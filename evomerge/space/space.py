@@ -88,6 +88,14 @@ class SearchSpace:
         }
 
     @cached_property
+    def searched_by_owner(self) -> Mapping[str, tuple[tuple[Parameter, str | None], ...]]:
+        """The same, each with every owner: a source, or None for all of them."""
+        return {
+            method: tuple((p, source) for p in parameters for source in (self.sources if p.per_source else (None,)))
+            for method, parameters in self.searched.items()
+        }
+
+    @cached_property
     def constants(self) -> Mapping[str, Mapping[str, Any]]:
         """`fixed_parameters` by name of method."""
         return {method.name: self.fixed_parameters(method) for method in self.methods}

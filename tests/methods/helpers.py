@@ -117,13 +117,23 @@ def in_pieces(
 
 
 def numbers(dtype: torch.dtype, size: int, largest: float = 1e30) -> st.SearchStrategy[Tensor]:
-    """Tensors of any finite values of a floating dtype up to a magnitude: zeros, subnormals, far apart exponents."""
+    """Tensors of any finite values of a floating dtype up to a magnitude: zeros, subnormals, far apart exponents, ties.
+
+    Elements are random bits, but for a share of them, up to all, that are some value of a few.
+    """
     bits = {torch.bfloat16: 16, torch.float32: 32}[dtype]
     whole = {16: np.int16, 32: np.int32}[bits]
+    mantissa = {16: 7, 32: 23}[bits]
+    sign, one = 1 << (bits - 1), 127 << mantissa
+    few = [0, sign, 1, sign | 1, (1 << mantissa) - 1, 1 << mantissa, one, sign | one, one + 1, one - 1]
 
-    def tensor(patterns: list[int]) -> Tensor:
-        values = torch.from_numpy(np.array(patterns, dtype=f"u{bits // 8}").view(whole)).view(dtype)
+    def tensor(drawn: tuple[int, float]) -> Tensor:
+        seed, share = drawn
+        rng = np.random.default_rng(seed)
+        patterns = rng.integers(0, 2**bits, size, dtype=f"u{bits // 8}")
+        patterns = np.where(rng.random(size) < share, rng.choice([*few, *patterns[:2].tolist()], size), patterns)
+        values = torch.from_numpy(patterns.astype(f"u{bits // 8}").view(whole)).view(dtype)
         usual = torch.linspace(-1.0, 1.0, size).to(dtype)
         return torch.where(values.float().abs() <= largest, values, usual)
 
-    return st.lists(st.integers(0, 2**bits - 1), min_size=size, max_size=size).map(tensor)
+    return st.tuples(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, 0.5, 1.0])).map(tensor)
