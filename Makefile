@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Bytecode is kept, whatever the environment says: the tests start many processes, each of which would compile it all.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: quickstart test coverage thorough check zoo format clean
 
 quickstart: $(VENV)/.installed
