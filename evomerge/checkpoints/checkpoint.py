@@ -27,18 +27,32 @@ class Checkpoint:
 
     Attributes:
         reference: The reference as the user gave it.
-        folder: Where config.json and the tokenizer lie; None for a lone file of weights. With an adapter, the base's.
+        folder: Where config.json lies; None for a lone file of weights. With an adapter, the base's.
         config: config.json; {} without one.
+        tokenizer_folder: Where the tokenizer lies: the adapter's folder where it has one, else as `folder`.
     """
 
-    def __init__(self, reference: str, folder: Path | None, config: Mapping[str, Any], weights: Weights) -> None:
+    def __init__(
+        self,
+        reference: str,
+        folder: Path | None,
+        config: Mapping[str, Any],
+        weights: Weights,
+        tokenizer_folder: Path | None = None,
+    ) -> None:
         self.reference = reference
         self.folder = folder
+        self.tokenizer_folder = tokenizer_folder or folder
         self.config: dict[str, Any] = dict(config)
         self.weights = weights
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.reference!r})"
+
+    def changed(self, *, config: Mapping[str, Any] | None = None, weights: Weights | None = None) -> Checkpoint:
+        """Returns the model with another config or other weights, the files beside them as they are."""
+        new = config if config is not None else self.config
+        return Checkpoint(self.reference, self.folder, new, weights or self.weights, self.tokenizer_folder)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -91,7 +105,7 @@ class Checkpoint:
     @cached_property
     def tokenizer_files(self) -> tuple[Path, ...]:
         """The tokenizer's files, chat template included; () without a tokenizer."""
-        return () if self.folder is None else tokenizer_files(self.folder)
+        return () if self.tokenizer_folder is None else tokenizer_files(self.tokenizer_folder)
 
     def load_tokenizer(self) -> Tokenizer:
         """Reads the tokenizer beside the weights.
@@ -99,9 +113,9 @@ class Checkpoint:
         Raises:
             CheckpointError: There is none, or it cannot be read.
         """
-        if self.folder is None:
+        if self.tokenizer_folder is None:
             raise CheckpointError(f"{self.reference}: a single file has no tokenizer; give a model's folder")
-        return read_tokenizer(self.reference, self.folder)
+        return read_tokenizer(self.reference, self.tokenizer_folder)
 
     def load_config(self) -> Any:
         """Reads the configuration as transformers does.

@@ -30,6 +30,8 @@ _OUTPUT = re.compile(r"^output$")  # BERT: `attention.output` is met as attentio
 _BEFORE = re.compile(r"emb|wte|wpe|shared|patch|cls_token|position|rotary|projector|conv|(^|_)in$")
 _HEAD = re.compile(r"^(lm_head|embed_out|proj_out|output|head|score|classifier|cls|pooler|qa_outputs)$")
 _HEAD_CLASS = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
+_FURTHER = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")  # parts that predict further tokens, which transformers leaves out
+_FURTHER_KEY = re.compile(r"(^|_)(mtp|nextn)(_|$)")
 _NO_TOKENS = re.compile(r"pos|wpe|token_type|patch")  # tables of something else that may be as tall as the vocabulary
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _SEVERAL_TOWERS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")
@@ -109,6 +111,11 @@ class Layout:
             return Location(None, None, name, "outer", _position(name))
         return Location(prefix, layer, suffix, _group(suffix), None)
 
+    def predicts_further(self, name: str) -> bool:
+        """Tells whether a tensor belongs to the layers that predict further tokens, behind the others or beside."""
+        prefix, layer, _ = _split(name)
+        return bool(_FURTHER.search(name)) or (layer is not None and layer >= self._lengths.get(prefix, layer + 1))
+
     def name(self, stack: str, layer: int, suffix: str) -> str:
         """Gives the full name of a layer's tensor: the inverse of `locate`."""
         return f"{stack}.{layer}.{suffix}" if stack else f"{layer}.{suffix}"
@@ -136,18 +143,19 @@ def layout_of(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> L
         config: Its config.json, {} when there is none.
     """
     depths = _depths(config)
-    stacks = tuple(_stacks(tensors.values(), depths))
+    stacks = tuple(_stacks(tensors.values(), depths, _further_layers(config)))
     names = tuple(sorted(tensors))
     layout = Layout(stacks, _main(stacks, config, depths), names, (), None, None, False)
     outer = [tensors[name] for name in names if layout.locate(name).group == "outer"]
-    embedding = _embedding(outer, config)
-    head = _head(outer, embedding)
+    own = [info for info in outer if not layout.predicts_further(info.name)]
+    embedding = _embedding(own, config)
+    head = _head(own, embedding)
     return replace(
         layout,
         outer=tuple(info.name for info in outer),
         embedding=embedding.name if embedding else None,
         head=head,
-        tied_head=head is None and embedding is not None and _ties(config),
+        tied_head=head is None and embedding is not None and ties_head(config),
     )
 
 
@@ -219,25 +227,51 @@ def _depths(config: Mapping[str, Any]) -> set[int]:
     return {tower[key] for tower in towers for key in _DEPTH_KEYS if isinstance(tower.get(key), int)}
 
 
-def _stacks(tensors: Iterable[TensorSpec], depths: set[int]) -> list[Stack]:
+def _further_layers(config: Mapping[str, Any]) -> int:
+    """Counts the layers that predict further tokens, as config.json says it."""
+    towers = [config, *(config[key] for key in _SEVERAL_TOWERS if isinstance(config.get(key), Mapping))]
+    return max(
+        (v for tower in towers for k, v in tower.items() if _FURTHER_KEY.search(k) and type(v) is int), default=0
+    )
+
+
+def _stacks(tensors: Iterable[TensorSpec], depths: set[int], further: int) -> list[Stack]:
     """Lists the numbered blocks that are layers: from 0, with few numbers missing, and more than one matrix in each.
 
     The last rule keeps out plain sequences of modules (a projector's `0.weight`, `2.weight`; convolutional stems),
-    unless config.json names exactly that depth.
+    unless config.json names exactly that depth. Layers that predict further tokens are none of them.
     """
-    matrices: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    suffixes: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    matrices: dict[str, int] = defaultdict(int)
     for info in tensors:
-        prefix, layer, _ = _split(info.name)
-        if layer is not None:
-            matrices[prefix][layer] += len(info.shape) >= 2
+        prefix, layer, suffix = _split(info.name)
+        if layer is not None and not _FURTHER.search(info.name):
+            suffixes[prefix][layer].add(suffix)
+            matrices[prefix] += len(info.shape) >= 2
     stacks = []
-    for prefix, layers in sorted(matrices.items()):
+    for prefix, layers in sorted(suffixes.items()):
         length = max(layers) + 1
         numbered = 0 in layers and 2 * len(layers) > length
-        several = sum(layers.values()) >= 2 * len(layers)
+        several = matrices[prefix] >= 2 * len(layers)
         if numbered and (several or length in depths):
-            stacks.append(Stack(prefix, length))
+            stacks.append(Stack(prefix, _own_length(layers, depths, further)))
     return stacks
+
+
+def _own_length(layers: Mapping[int, set[str]], depths: set[int], further: int) -> int:
+    """Counts the layers of a stack up to those that predict further tokens.
+
+    These follow the depth that config.json names: as many as it says, or with tensors that no layer before them has.
+    """
+    length = max(layers) + 1
+    if length in depths:
+        return length
+    for depth in sorted((d for d in depths if 0 < d < length), reverse=True):
+        own = set().union(*(suffixes for layer, suffixes in layers.items() if layer < depth))
+        behind = [suffixes for layer, suffixes in layers.items() if layer >= depth]
+        if length - depth == further or all(suffixes - own for suffixes in behind):
+            return depth
+    return length
 
 
 def _main(stacks: tuple[Stack, ...], config: Mapping[str, Any], depths: set[int]) -> Stack | None:
@@ -310,11 +344,11 @@ def _head(outer: list[TensorSpec], embedding: TensorSpec | None) -> str | None:
     return None
 
 
-def _ties(config: Mapping[str, Any]) -> bool:
+def ties_head(config: Mapping[str, Any]) -> bool:
     """Says whether the head is tied: what config.json says; where that is silent, whether the model class has a head.
 
-    Older files leave defaults out. Only asked when no head is stored, and a model that has one then has nowhere else to
-    take it from.
+    Older files leave defaults out. The answer counts where no head is stored: a model that has one then has nowhere
+    else to take it from.
     """
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):

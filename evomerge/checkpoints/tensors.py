@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import platform
 import sys
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from evomerge.checkpoints.dtypes import DTYPE_BYTES, dtype_name, torch_dtype
-from evomerge.checkpoints.fingerprint import FingerprintCache, content_fingerprint
+from evomerge.checkpoints.fingerprint import FingerprintCache, content_fingerprint, derived_fingerprint
 from evomerge.checkpoints.header import TensorInfo, TensorSpec
 from evomerge.checkpoints.weight_files import TensorIndex, WeightFiles, read_tensor_index, signature
 from evomerge.errors import CheckpointError, EvoMergeError
@@ -67,6 +69,37 @@ class UnwrittenWeights:
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+
+class SelectedWeights:
+    """Tensors of a checkpoint under other names: renamed, left out, or one of them under two names.
+
+    Args:
+        weights: The tensors as they are stored.
+        sources: Name -> the name that its tensor is stored under.
+    """
+
+    def __init__(self, weights: Weights, sources: Mapping[str, str]) -> None:
+        self._weights = weights
+        self._sources = dict(sorted(sources.items()))
+        self._tensors = {name: replace(weights.tensors[stored], name=name) for name, stored in self._sources.items()}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._weights.files
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._weights.read(self._sources[name])
+
+    def release(self, name: str) -> None:
+        self._weights.release(self._sources[name])
+
+    def fingerprint(self) -> str:
+        return derived_fingerprint("names", self._weights.fingerprint(), json.dumps(self._sources))
 
 
 class MappedWeights:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evomerge.checkpoints.checkpoint import Checkpoint, transformers_config
 from evomerge.checkpoints.dtypes import torch_dtype
+from evomerge.checkpoints.module_names import model_class
 from evomerge.engine.execute import execute_all, materialise, pieces
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import CandidateError
@@ -169,27 +169,11 @@ def empty_model(config: Mapping[str, object], device: torch.device) -> nn.Module
         raise CandidateError("the merged config.json has no model_type: a model cannot be built from it")
     resolved = transformers_config(config)
     with init_empty_weights(include_buffers=False):
-        model = _model_class(config)._from_config(resolved)
+        model = model_class(config)._from_config(resolved)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _model_class(config: Mapping[str, object]) -> Any:
-    """The class that config.json names, else the causal language model of its type."""
-    import transformers
-
-    named = config.get("architectures")
-    for name in named if isinstance(named, list) else []:
-        candidate = getattr(transformers, str(name), None)
-        if isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel):
-            return candidate
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    kind = type(transformers.AutoConfig.for_model(str(config["model_type"])))
-    if kind not in mapping:
-        raise CandidateError(f"the merged config.json names no model class: architectures is {named!r}")
-    return mapping[kind]
 
 
 def _loaded(

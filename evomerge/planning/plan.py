@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.compatible import check_compatible
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import Layout, Stack, layout_of, vocabulary_tensors
+from evomerge.checkpoints.matching.compatible import check_compatible
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.registry import get_method
 from evomerge.planning.merged_config import merged_config
@@ -138,20 +138,30 @@ def _planners(
 ) -> Iterator[ModulePlanner]:
     """One for the whole model, or one for each module and one that copies what no module decides from the reference."""
     modules = recipe.modules or ((recipe,) if recipe.module is not None else ())
+    alone = _of_one_model(recipe, checkpoints)
+    if alone:
+        yield ModulePlanner(_copy(recipe), checkpoints, layout, identify, None, lambda name: name in alone)
     if not modules:
-        yield ModulePlanner(recipe, checkpoints, layout, identify, layout.main, lambda name: True)
+        yield ModulePlanner(recipe, checkpoints, layout, identify, layout.main, lambda name: name not in alone)
         return
     shares = find_shares([str(module.module) for module in modules], layout)
     if len(layout.stacks) == len(shares) == 1:
-        yield ModulePlanner(modules[0], checkpoints, layout, identify, layout.main, lambda name: True)
+        yield ModulePlanner(modules[0], checkpoints, layout, identify, layout.main, lambda name: name not in alone)
         return
 
     def owned_by(share: Share | None) -> Callable[[str], bool]:
-        return lambda name: owner(name, layout, shares) == share
+        return lambda name: name not in alone and owner(name, layout, shares) == share
 
     for module, share in zip(modules, shares, strict=True):
         yield ModulePlanner(module, checkpoints, layout, identify, share.stack, owned_by(share))
     yield ModulePlanner(_copy(recipe), checkpoints, layout, identify, None, owned_by(None))
+
+
+def _of_one_model(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> frozenset[str]:
+    """The reference's layers for further tokens, where another model lacks them: they are kept as they are."""
+    reference, *others = (checkpoints[model] for model in recipe.models())
+    further = [name for name in reference.tensors if reference.layout.predicts_further(name)]
+    return frozenset(name for name in further if any(name not in model.tensors for model in others))
 
 
 def _copy(recipe: Recipe) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.compatible import open_compatible
+from evomerge.checkpoints.matching.compatible import open_compatible
 from evomerge.errors import ErrorCollector, SpecError
 from evomerge.evaluation.splits import GUARD, TEST, Selection, split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
-from evomerge.checkpoints.compatible import not_finite
+from evomerge.checkpoints.matching.compatible import not_finite
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection
 from evomerge.planning.plan import Plan

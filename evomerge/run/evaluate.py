@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
+from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.reference import resolve_reference
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, TaskError
@@ -88,7 +89,7 @@ def evaluate(
     except KeyError:
         raise BadInput(f"--dtype: '{dtype}' is not one of float32, bfloat16, float16") from None
     reference = resolve_reference(model, Path.cwd())
-    checkpoint = open_checkpoint(reference)
+    checkpoint = reconcile({reference: open_checkpoint(reference)}).checkpoints[reference]
     task_set = find_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot)
     if task_set.problems:
         raise TaskError(task_set.problems)

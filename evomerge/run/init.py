@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
-from evomerge.checkpoints.compatible import check_compatible, mixed_architectures, not_finite
 from evomerge.checkpoints.dtypes import FLOATS
+from evomerge.checkpoints.matching.compatible import check_compatible, mixed_architectures, not_finite
+from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.reference import resolve_reference
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput, CheckpointError
@@ -72,7 +73,8 @@ def init_search(
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: is there already: choose another name with --output, or --overwrite it")
     given = [*([base] if base else []), *references]
-    opened = open_checkpoints(resolve_reference(reference, Path.cwd()) for reference in given)
+    stored = open_checkpoints(resolve_reference(reference, Path.cwd()) for reference in given)
+    opened = reconcile(stored).checkpoints
     if len(opened) < 2:
         raise BadInput(f"init: give at least two models, the base included, got {len(opened)}")
     _refuse(opened)

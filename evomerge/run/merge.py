@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_checkpoints
-from evomerge.checkpoints.compatible import mixed_architectures
 from evomerge.checkpoints.header import TensorSpec
+from evomerge.checkpoints.matching.compatible import mixed_architectures
 from evomerge.checkpoints.tensors import UnwrittenTensor, UnwrittenWeights
 from evomerge.checkpoints.writer import refuse_taken
 from evomerge.engine.execute import find_device

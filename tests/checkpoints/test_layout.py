@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -359,9 +360,34 @@ def test_one_matrix_a_layer_is_a_stack_when_the_config_says_so() -> None:
 
 
 def test_a_side_stack_beside_the_depth_that_the_config_names() -> None:
-    tensors = _blocks("model.layers.", 4) | _blocks("mtp.layers.", 1)
+    tensors = _blocks("model.layers.", 4) | _blocks("adapter.layers.", 1)
     assert layout_of(tensors, {}).main is None
     assert layout_of(tensors, {"num_hidden_layers": 4}).main == Stack("model.layers", 4)
+
+
+@pytest.mark.parametrize(
+    ("further", "config"),
+    [
+        (_blocks("mtp.layers.", 1), {}),
+        (_blocks("model.mtp_layers.", 2), {"num_hidden_layers": 4}),
+        (_blocks("model.layers.", 5, suffixes=("eh_proj.weight", "mlp.up_proj.weight")), {"num_hidden_layers": 4}),
+        (_blocks("model.layers.", 5), {"num_hidden_layers": 4, "num_nextn_predict_layers": 1}),
+    ],
+)
+def test_layers_for_further_tokens_are_none_of_the_stack(
+    further: dict[str, TensorSpec], config: dict[str, int]
+) -> None:
+    own = _blocks("model.layers.", 4)
+    behind = {name: info for name, info in further.items() if not re.match(r"model\.layers\.[0-3]\.", name)}
+    layout = layout_of(own | behind, config)
+    assert layout.stacks == (Stack("model.layers", 4),)
+    assert layout.main == layout.stacks[0]
+    assert {name for name in layout.names if layout.predicts_further(name)} == behind.keys()
+    assert layout.outer == tuple(sorted(behind))
+
+
+def test_more_layers_than_the_config_names_are_layers() -> None:
+    assert layout_of(_blocks("model.layers.", 6), {"num_hidden_layers": 4}).main == Stack("model.layers", 6)
 
 
 def test_two_towers_have_no_main_stack() -> None:

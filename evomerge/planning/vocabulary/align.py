@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import name_some, shape_text
 from evomerge.checkpoints.layout import vocabulary_tensors
+from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.reference import find_model
 from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer, tokenizer_files
 from evomerge.checkpoints.weight_files import read_json_object
@@ -47,7 +48,7 @@ class Aligned:
 
 
 def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Aligned:
-    """Gives the models of a recipe one vocabulary.
+    """Gives the models of a recipe one naming and one vocabulary.
 
     Args:
         recipe: The recipe, its references as the keys of `checkpoints`.
@@ -57,13 +58,17 @@ def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Aligned:
         RecipeError: What the recipe says of tokens, tokenizers or the chat template cannot be carried out.
         CheckpointError: A tokenizer is missing or cannot be used, or the models' rows cannot be told or matched.
     """
-    models = {reference: checkpoints[reference] for reference in recipe.models()}
+    sliced = any(part.length is not None for part in recipe.parts)
+    given = {reference: checkpoints[reference] for reference in recipe.models()}
+    reconciled = reconcile(given, layers_move=sliced)
+    models = reconciled.checkpoints
     tokenizers = _Tokenizers(models)
     block = _block(recipe)
     aligned = _by_row(recipe, models, tokenizers) if block is None else _by_token(recipe, block, models, tokenizers)
     if recipe.chat_template is not None:
         aligned = _with_template(recipe, recipe.chat_template, aligned, tokenizers)
-    return Aligned({**checkpoints, **aligned.checkpoints}, aligned.tokenizer, aligned.warnings)
+    every = {**checkpoints, **aligned.checkpoints}
+    return Aligned(every, aligned.tokenizer, (*reconciled.notes, *aligned.warnings))
 
 
 class _Tokenizers:
@@ -82,7 +87,7 @@ class _Tokenizers:
         Raises:
             CheckpointError: It has none.
         """
-        folder = self._models[model].folder
+        folder = self._models[model].tokenizer_folder
         if folder is None or not self.has(model):
             raise CheckpointError(f"{model}: has no tokenizer, which the recipe needs: give a folder with one")
         if model not in self._read:
@@ -264,7 +269,7 @@ def _finished(
     config, lost = fitting_ids(checkpoint.config, read_json_object(folder / "config.json"), vocabulary, before)
     given = read_json_object(folder / "generation_config.json")
     generation, lost_too = fitting_ids(checkpoint.generation_config, given, vocabulary, before)
-    sized = Checkpoint(checkpoint.reference, checkpoint.folder, config, checkpoint.weights)
+    sized = checkpoint.changed(config=config)
     files = WrittenTokenizer(files_of(vocabulary), generation)
     every = dict.fromkeys([*warnings, *lost, *lost_too])
     return Aligned({**aligned, reference: sized}, files, tuple(every))

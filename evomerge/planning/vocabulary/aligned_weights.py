@@ -127,7 +127,7 @@ def aligned_checkpoint(
         return checkpoint
     weights = {reference: other.weights for reference, other in checkpoints.items()}
     aligned = AlignedWeights(model, weights, names, maps, exact=exact)
-    return Checkpoint(checkpoint.reference, checkpoint.folder, sized_config(checkpoint.config, len(own)), aligned)
+    return checkpoint.changed(config=sized_config(checkpoint.config, len(own)), weights=aligned)
 
 
 def sized_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
 from evomerge.checkpoints.layout import vocabulary_tensors
+from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.errors import CheckpointError
 
-# Constants that older versions of transformers stored and newer ones compute.
-_BUFFERS = (".inv_freq", ".masked_bias", ".position_ids", ".attn.bias", ".attention.bias")
+# What a class adds to a family's name: LlamaModel, LlamaForCausalLM, GPT2LMHeadModel, CLIPTextModel.
+_TASK = re.compile(r"(For[A-Z]\w*|(LMHead|Encoder|Text|Vision)?Model)$")
 
 
 def open_compatible(base: str | None, sources: Mapping[str, str]) -> dict[str, Checkpoint]:
@@ -27,7 +29,7 @@ def open_compatible(base: str | None, sources: Mapping[str, str]) -> dict[str, C
     Raises:
         CheckpointError: With every problem of every model.
     """
-    opened = open_checkpoints([*([base] if base else []), *sources.values()])
+    opened = dict(reconcile(open_checkpoints([*([base] if base else []), *sources.values()])).checkpoints)
     problems = [problem for checkpoint in opened.values() for problem in not_finite(checkpoint)]
     named = {name: opened[reference] for name, reference in sources.items()}
     problems += check_compatible(opened[base] if base else None, named)
@@ -43,9 +45,9 @@ def not_finite(checkpoint: Checkpoint) -> list[str]:
 
 
 def mixed_architectures(checkpoints: Mapping[str, Checkpoint]) -> str:
-    """Says which architectures the models' configs name, where they differ; "" where they agree or say nothing."""
+    """Says which architectures the models' configs name, where families differ; "" where they agree or say nothing."""
     named = {reference: _architecture(model) for reference, model in checkpoints.items() if model.config}
-    if len(set(named.values())) < 2:
+    if len({_TASK.sub("", name) for name in named.values()}) < 2:
         return ""
     return f"different architectures: {', '.join(f'{reference} is {kind}' for reference, kind in named.items())}"
 
@@ -102,9 +104,7 @@ def _compare(
                 problems.append(f"{name}: {stack.length} layers in {stack.prefix}, {reference_name} has {depth}")
     missing = sorted(reference.tensors.keys() - shared - beyond)
     extra = sorted(model.tensors.keys() - shared - beyond)
-    extra = [tensor for tensor in extra if not tensor.endswith(_BUFFERS)]
-    head, missing, extra = _heads(reference_name, reference, name, model, missing, extra)
-    problems += head
+    missing = [tensor for tensor in missing if not reference.layout.predicts_further(tensor)]
     if missing:
         problems.append(f"{name}: lacks {_some(missing, reference.tensors)} of {reference_name}")
     if extra:
@@ -126,31 +126,6 @@ def _names_beyond(reference: Checkpoint, model: Checkpoint, stack: str, depth: i
             if location.stack == stack and location.layer is not None and location.layer >= depth:
                 beyond.add(tensor)
     return beyond
-
-
-def _heads(
-    reference_name: str, reference: Checkpoint, name: str, model: Checkpoint, missing: list[str], extra: list[str]
-) -> tuple[list[str], list[str], list[str]]:
-    """Compares the heads where one model stores one and the other ties it to the embedding."""
-    problems: list[str] = []
-    head = model.layout.head
-    if reference.layout.tied_head and head in extra:
-        extra = [tensor for tensor in extra if tensor != head]
-        if not _copies_embedding(model):
-            problems.append(f"{name}: has a head of its own ({head}), {reference_name} ties its head to the embedding")
-    head = reference.layout.head
-    if model.layout.tied_head and head in missing:
-        missing = [tensor for tensor in missing if tensor != head]
-        problems.append(f"{name}: ties its head to the embedding, {reference_name} has a head of its own ({head})")
-    return problems, missing, extra
-
-
-def _copies_embedding(model: Checkpoint) -> bool:
-    """Says whether the head repeats the embedding, as a tied one that is stored does: nothing is lost without it."""
-    import torch
-
-    head, embedding = model.layout.head, model.layout.embedding
-    return head is not None and embedding is not None and torch.equal(model.tensor(head), model.tensor(embedding))
 
 
 def _some(names: list[str], tensors: Mapping[str, TensorInfo]) -> str:
