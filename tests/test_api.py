@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 import evomerge
 from evomerge.errors import RecipeError, SpecError
 from evomerge.recipe import parse_recipe
+from evomerge.system.sealed import read_sealed_json
 from tests.frame import TASKS, environment, search_spec
 
 
@@ -70,7 +70,7 @@ def test_search_on_a_run_that_is_there(finished_run: Path, tmp_path: Path) -> No
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     path = finished_run.parent / "tiny.yaml"
     for form in (path, str(path), yaml.safe_load(path.read_text())):
-        assert evomerge.search(form, folder=run) == json.loads((run / "result.json").read_text())
+        assert evomerge.search(form, folder=run) == read_sealed_json(run / "result.json", dict, "")
     assert evomerge.study.loop.search is not evomerge.search
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from evomerge.cli.merge import Crimes, merge
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.evaluation.backends.registry import BackendName
 from evomerge.system.memory import collect_rarely
+from evomerge.system.streams import discard, prepare_streams
 
 app = typer.Typer(
     name="evomerge",
@@ -33,6 +35,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest file of the checkpoint, such as 5GB.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that score candidates, instead of the file's.", min=1)]
+AcceptEdited = Annotated[bool, typer.Option("--accept-edited", help="Go on with a run's files that were edited.")]
 Candidate = Annotated[int | None, typer.Option("--candidate", help="A candidate's number; default: the winner.")]
 
 
@@ -42,6 +45,7 @@ def run(
     candidates: Annotated[int | None, typer.Option(help="Budget instead of the file's.", min=1)] = None,
     directory: Annotated[Path | None, typer.Option("--dir", help="Run folder instead of the file's.")] = None,
     workers: Workers = None,
+    accept_edited: AcceptEdited = False,
 ) -> None:
     """Search for the best merge; on a run that exists already, go on with it."""
     from evomerge.report.tables import result_table
@@ -58,6 +62,7 @@ def run(
         candidates=candidates,
         folder=directory,
         workers=workers,
+        accept_edited=accept_edited,
         tracker=ConsoleTracker(),
     )
     typer.echo(result_table(result))
@@ -68,6 +73,7 @@ def resume(
     run: RunFolder,
     candidates: Annotated[int | None, typer.Option(help="Extend the budget to this many candidates.", min=1)] = None,
     workers: Workers = None,
+    accept_edited: AcceptEdited = False,
 ) -> None:
     """Go on with a search from where it stopped."""
     from evomerge.report.tables import result_table
@@ -75,7 +81,9 @@ def resume(
     from evomerge.trackers.console import ConsoleTracker
 
     _interruptible()
-    result = resume_run(run, candidates=candidates, workers=workers, tracker=ConsoleTracker())
+    result = resume_run(
+        run, candidates=candidates, workers=workers, accept_edited=accept_edited, tracker=ConsoleTracker()
+    )
     typer.echo(result_table(result))
 
 
@@ -225,25 +233,58 @@ def _interruptible() -> None:
 
 
 def main() -> None:
-    """Entry point: our own errors become messages and exit codes; a bug keeps its traceback."""
+    """Entry point: our own errors, and what the system refuses, become messages and exit codes; a bug keeps its
+    traceback."""
+    prepare_streams()
     collect_rarely()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Where other processes compete for the cores, threads that spin at every barrier make scoring six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    code = _exit_code()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or _system_error(error)
+    if code == STOPPED:
+        _say("stopped; the same command goes on from here")
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Carries out the command line; its exit code, after what went wrong has been told."""
     try:
         code = app(standalone_mode=False)
     except EvoMergeError as error:
-        problems = error.problems if isinstance(error, BadInput) else (str(error),)
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        code = STOPPED
+        for problem in error.problems if isinstance(error, BadInput) else (str(error),):
+            _say(f"error: {problem}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return STOPPED
+    except typer.Abort as error:
+        if isinstance(error.__cause__, EOFError):  # typer takes the end of any file for the user's Ctrl-D
+            raise error.__cause__ from None
+        return STOPPED
+    except OSError as error:
+        return _system_error(error)
     except Exception as error:
         if not (hasattr(error, "exit_code") and hasattr(error, "show")):
             raise
         error.show()  # a usage error of the command line itself
-        sys.exit(error.exit_code)
-    if code == STOPPED:  # typer itself turns Ctrl-C into this code
-        print("stopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(code or 0)
+        return int(error.exit_code)
+    return code if isinstance(code, int) else 0  # typer itself turns Ctrl-C into that code
+
+
+def _system_error(error: OSError) -> int:
+    """Says what the system refused, and of which file."""
+    if error.errno != errno.EPIPE:  # where whoever reads our output has seen enough
+        _say(f"error: {error.filename or 'the standard output'}: {error.strerror or error}")
+    discard(1)  # what is left of the output would fail again at the exit
+    return EvoMergeError.exit_code
+
+
+def _say(text: str) -> None:
+    """Prints a line on the standard error, where that takes one."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # the exit status is all that can be told
+        discard(2)

@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +20,7 @@ from evomerge.errors import OutputError
 from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
 from evomerge.system.files import write_atomic
 from evomerge.system.hashing import digest
+from evomerge.system.sealed import Damaged, read_sealed_json, seal_json
 
 LIMIT = 512 * 2**20
 """Bytes that the cache may grow to."""
@@ -29,7 +28,6 @@ _WRITES = 500
 """Files written between two checks of the cache's size."""
 _ABANDONED = 3600.0
 """Seconds after which a half-written file is a dead process's."""
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +58,8 @@ class ScoreCache:
             items: Task to the ids of its items; scores of anything else count as missing.
         """
         path = self._path(key)
-        try:
-            scores = load_scores(io.BytesIO(path.read_bytes()))
-        except FileNotFoundError:
-            return None
-        except _UNREADABLE as error:
-            log.warning("%s: not readable and ignored (%s)", path, error)
+        scores = _read(path)
+        if scores is None:
             return None
         if {task: part.items for task, part in scores.items()} != dict(items):
             log.warning("%s: holds other items than it should and is ignored", path)
@@ -123,8 +117,7 @@ class RunScores:
 
     def load(self, plan: str, split: str) -> dict[str, ItemScores] | None:
         """Reads the scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
-        path = self._scores_path(plan, split)
-        return load_scores(path) if path.is_file() else None
+        return _read(self._scores_path(plan, split))
 
     def save(self, plan: str, split: str, scores: Mapping[str, ItemScores]) -> None:
         """Keeps the scores of a plan on a split."""
@@ -135,20 +128,30 @@ class RunScores:
     def load_gradients(self, plan: str) -> tuple[Mapping[str, float] | None] | None:
         """Reads the derivatives of a plan's fitness, as (derivatives or None,); None where none were asked for."""
         path = self._gradients_path(plan)
-        return (json.loads(path.read_text())["gradients"],) if path.is_file() else None
+        if not path.exists():
+            return None
+        try:
+            return read_sealed_json(path, _gradients, "they are worked out again")
+        except Damaged as error:
+            log.warning("%s", error)
+            return None
 
     def save_gradients(self, plan: str, gradients: Mapping[str, float] | None) -> None:
         """Keeps the derivatives of a plan's fitness by gene, or that it has none."""
-        write_atomic(self._gradients_path(plan), json.dumps({"gradients": gradients}, sort_keys=True))
+        write_atomic(
+            self._gradients_path(plan),
+            seal_json({"gradients": None if gradients is None else dict(sorted(gradients.items()))}),
+        )
 
     def load_samples(self) -> dict[str, Any] | None:
         """Reads the items that were drawn of each task, as JSON; None where none were."""
         path = self._samples_path
-        return dict(json.loads(path.read_text())) if path.is_file() else None
+        advice = "without the file, the same command draws the items again, the same"
+        return read_sealed_json(path, _samples, advice) if path.exists() else None
 
     def save_samples(self, samples: Mapping[str, Any]) -> None:
         """Keeps the items that were drawn of each task."""
-        write_atomic(self._samples_path, json.dumps(samples, indent=2))
+        write_atomic(self._samples_path, seal_json({"tasks": samples}))
 
     def _scores_path(self, plan: str, split: str) -> Path:
         return self._folder / "scores" / f"{plan}-{split}.npz"
@@ -159,3 +162,25 @@ class RunScores:
     @property
     def _samples_path(self) -> Path:
         return self._folder / "informative.json"
+
+
+def _read(path: Path) -> dict[str, ItemScores] | None:
+    """Reads a file of scores; one that is damaged counts as missing, since scores can be measured again."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no ordinary file")
+        return load_scores(io.BytesIO(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise nearly anything
+        log.warning("%s: is damaged and ignored: its items are scored again (%s)", path, error or type(error).__name__)
+        return None
+
+
+def _gradients(content: dict[str, Any]) -> tuple[Mapping[str, float] | None]:
+    gradients = content["gradients"]
+    return (None if gradients is None else {str(name): float(value) for name, value in gradients.items()},)
+
+
+def _samples(content: dict[str, Any]) -> dict[str, Any]:
+    return {str(task): dict(sample) for task, sample in content["tasks"].items()}

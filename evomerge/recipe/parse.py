@@ -15,8 +15,8 @@ from evomerge.methods.registry import METHODS
 from evomerge.recipe.model import ModelToken, Recipe, Slice, Source, TokenizerBlock, TokenRule
 from evomerge.recipe.reader import Reader
 from evomerge.recipe.rules import check_recipe
-from evomerge.system.files import resolve_path
-from evomerge.system.yaml import read_documents
+from evomerge.system.files import read_text, resolve_path
+from evomerge.system.yaml import MOST_YAML, read_documents
 
 MODEL = "model:"
 NO_MODEL = ("union", "base")
@@ -33,12 +33,7 @@ def load_recipe(path: str | Path, *, methods: Mapping[str, Method] = METHODS) ->
         RecipeError: The file cannot be read, or all that is wrong with the recipe.
     """
     file = Path(path)
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as problem:
-        raise RecipeError(f"{file}: cannot be read: {problem.strerror or problem}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{file}: is not a text file (UTF-8)") from None
+    text = read_text(file, RecipeError, limit=MOST_YAML)
     return parse_recipe(text, where=str(file), beside=file, methods=methods)
 
 

@@ -22,7 +22,8 @@ from evomerge.run.preflight import check_models, load_search
 from evomerge.run.warm_start import warm_starts
 from evomerge.space.baselines import baselines
 from evomerge.spec.schema import SearchSpec
-from evomerge.system.yaml import read_documents
+from evomerge.system.files import read_text
+from evomerge.system.yaml import MOST_YAML, read_documents
 
 _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
 
@@ -36,10 +37,7 @@ def check_file(path: Path, *, allow_crimes: bool = False) -> str:
     Raises:
         BadInput: With every problem found.
     """
-    try:
-        documents = read_documents(path.read_text(encoding="utf-8"), str(path), BadInput)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    documents = read_documents(read_text(path, BadInput, limit=MOST_YAML), str(path), BadInput)
     if documents and not any(_is_search(document) for document in documents):
         return check_recipe(path, allow_crimes=allow_crimes)
     return check_search(load_search(path))

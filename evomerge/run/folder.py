@@ -8,11 +8,12 @@ import logging
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import ValidationError
 
 from evomerge.errors import RunError
 from evomerge.evaluation.score_store import RunScores
@@ -20,8 +21,19 @@ from evomerge.report.result import RunResult
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import best
-from evomerge.system.files import write_atomic
+from evomerge.system.files import read_text, write_atomic
 from evomerge.system.locks import exclusive
+from evomerge.system.sealed import (
+    Damaged,
+    accept_json,
+    accept_lines,
+    read_sealed_json,
+    read_sealed_lines,
+    seal_json,
+    seal_lines,
+)
+from evomerge.system.secrets import has_secret, masked
+from evomerge.system.yaml import read_yaml
 
 if TYPE_CHECKING:
     from evomerge.space.baselines import Start
@@ -49,46 +61,62 @@ class RunFolder:
         self.scores = RunScores(root)
 
     @classmethod
-    def existing(cls, root: Path) -> RunFolder:
+    def existing(cls, root: Path, *, accept_edited: bool = False) -> RunFolder:
         """Opens the folder of a run.
 
+        Args:
+            root: The folder.
+            accept_edited: Take its files as they are, whatever has changed in them since they were written.
+
         Raises:
-            RunError: When it holds no run.
+            RunError: When it holds no run, or a file that is damaged or was edited.
         """
         resolved = root / "resolved.yaml"
-        if not resolved.is_file():
+        if not resolved.exists():
             near = sorted(p.parent.name for p in root.parent.glob("*/resolved.yaml")) if root.parent.is_dir() else []
             others = f"; runs beside it: {', '.join(near)}" if near else ""
             raise RunError(f"{root}: no run here (no resolved.yaml){others}")
-        return cls(root, SearchSpec.model_validate(yaml.safe_load(resolved.read_text())))
+        if accept_edited:
+            _accept_edited(root)
+        return cls(root, _read_spec(resolved))
 
     @classmethod
-    def create(cls, root: Path, spec: SearchSpec, given: str) -> RunFolder:
+    def create(cls, root: Path, spec: SearchSpec, given: str, *, accept_edited: bool = False) -> RunFolder:
         """Opens the folder of this search, with the specification that it holds, or makes it.
 
         Args:
             root: The folder.
             spec: The resolved specification.
             given: The search.yaml as the user wrote it.
+            accept_edited: As for `existing`.
 
         Raises:
             RunError: When the folder holds another search's run, with a diff, or anything else.
         """
-        if (root / "resolved.yaml").is_file():
-            folder = cls.existing(root)
+        resolved = root / "resolved.yaml"
+        if resolved.exists():
+            try:
+                folder = cls.existing(root, accept_edited=accept_edited)
+            except Damaged as error:
+                if error.edited or not _same_text(root / "search.yaml", given):
+                    raise
+                log.warning("%s; it is written again from the search.yaml, which is the run's own", error)
+                folder = cls(root, spec)
+                folder.write_spec(spec)
             folder._refuse_other(spec)
             return folder
         if root.exists() and not _only_begun(root):
             raise RunError(f"{root}: not empty, and no run; choose another folder with run.dir or --dir")
         (root / "scores").mkdir(parents=True, exist_ok=True)
-        write_atomic(root / "search.yaml", given)
+        write_atomic(root / "search.yaml", given, private=has_secret(spec.run.storage or ""))
         folder = cls(root, spec)
         folder.write_spec(spec)
         return folder
 
     def write_spec(self, spec: SearchSpec) -> None:
-        """Stores the resolved specification (again, when its budget has changed)."""
-        write_atomic(self.root / "resolved.yaml", yaml.safe_dump(spec.model_dump(), sort_keys=False))
+        """Stores the resolved specification (again, when its budget or its password has changed)."""
+        text = yaml.safe_dump(spec.model_dump(), sort_keys=False)
+        write_atomic(self.root / "resolved.yaml", seal_lines(text), private=has_secret(spec.run.storage or ""))
         self.spec = spec
 
     def _refuse_other(self, spec: SearchSpec) -> None:
@@ -121,9 +149,11 @@ class RunFolder:
         Gives how many processes in a row have died in such a block of this candidate, and of no other since.
         """
         path = self.root / "attempt.json"
-        before = json.loads(path.read_text()) if path.is_file() else {}
-        deaths = before["deaths"] if before.get("recipe_hash") == recipe_hash else 0
-        write_atomic(path, json.dumps({"recipe_hash": recipe_hash, "deaths": deaths + 1}))
+        deaths = 0
+        with suppress(Damaged):  # it counts as missing
+            before, count = read_sealed_json(path, _attempt, "") if path.exists() else ("", 0)
+            deaths = count if before == recipe_hash else 0
+        write_atomic(path, seal_json({"recipe_hash": recipe_hash, "deaths": deaths + 1}))
         try:
             yield deaths
         finally:  # whatever else ends the block, the process lives
@@ -139,15 +169,26 @@ class RunFolder:
             RunError: When the models' or the tasks' content has changed, with a diff.
         """
         path = self.root / "environment.json"
-        if not path.is_file():
-            write_atomic(path, json.dumps(environment, indent=2, sort_keys=True))
+        before = self._environment(path)
+        if before is None:
+            write_atomic(path, seal_json(dict(sorted(environment.items()))))
             return []
-        before = json.loads(path.read_text())
         diff = _diff(before["content"], json.loads(json.dumps(environment["content"])))
         if diff:
             raise RunError(f"{self.root}: the models or the data have changed since this run began:\n{diff}")
         changed = _diff(before["versions"], json.loads(json.dumps(environment["versions"])))
         return [f"versions differ from the run's first ones; equal up to rounding:\n{changed}"] if changed else []
+
+    def _environment(self, path: Path) -> dict[str, dict[str, Any]] | None:
+        if not path.exists():
+            return None
+        try:
+            return read_sealed_json(path, _environment, "without the file, it is written again")
+        except Damaged as error:
+            if error.edited:
+                raise
+            log.warning("%s; it is written again, from the models and tasks as they are now", error)
+            return None
 
     def record(
         self,
@@ -178,9 +219,10 @@ class RunFolder:
     def _owner(self) -> dict[str, str]:
         """Who this folder is to a storage that other runs use as well; the same after the folder was moved."""
         path = self.root / "id"
-        if not path.is_file():
-            write_atomic(path, uuid.uuid4().hex)
-        return {"id": path.read_text(), "folder": str(self.root.resolve()), "host": socket.gethostname()}
+        if not path.exists():
+            write_atomic(path, seal_lines(uuid.uuid4().hex))
+        number = read_sealed_lines(path, "the storage has it, as the run's id").strip()
+        return {"id": number, "folder": str(self.root.resolve()), "host": socket.gethostname()}
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Reads all recorded candidates, by number."""
@@ -211,7 +253,12 @@ class RunFolder:
             RunError: When another version wrote it.
         """
         path = self.root / "result.json"
-        return RunResult.from_json(json.loads(path.read_text()), str(path)) if path.is_file() else None
+        advice = f"without the file, `evomerge resume {self.root}` writes it again"
+        return (
+            read_sealed_json(path, lambda content: RunResult.from_json(content, str(path)), advice)
+            if (path.exists())
+            else None
+        )
 
     def extended_from(self) -> int:
         """Counts the candidates there were when the run was last extended after it had ended before its budget did.
@@ -228,23 +275,63 @@ class RunFolder:
 
     def write_result(self, result: RunResult) -> None:
         """Stores what the finished run found."""
-        write_atomic(self.root / "result.json", json.dumps(result.to_json(), indent=2))
+        write_atomic(self.root / "result.json", seal_json(result.to_json()))
 
     def starts(self) -> tuple[Start, ...] | None:
         """Reads generation 0 of a warm start, as it was when the run began; None where it is not kept."""
-        from evomerge.space.baselines import Start
-        from evomerge.space.genome import Genome
-
         path = self.root / STARTS
-        if not path.is_file():
-            return None
-        kept = json.loads(path.read_text())
-        return tuple(Start(entry["name"], entry["recipe"], Genome.from_json(entry["genome"])) for entry in kept)
+        advice = "without it, and with what search.warm_start names, a new run draws the same"
+        return read_sealed_json(path, _starts, advice) if path.exists() else None
 
     def write_starts(self, starts: Sequence[Start]) -> None:
         """Keeps generation 0 of a warm start."""
         content = [{"name": s.name, "recipe": dict(s.recipe), "genome": s.genome.to_json()} for s in starts]
-        write_atomic(self.root / STARTS, json.dumps(content, indent=2))
+        write_atomic(self.root / STARTS, seal_json({"starts": content}))
+
+
+def _read_spec(path: Path) -> SearchSpec:
+    """Reads the resolved specification of a run."""
+    advice = "`evomerge run` with the search.yaml that it was made from writes it again"
+    text = read_sealed_lines(path, advice)
+    try:
+        return SearchSpec.model_validate(read_yaml(text, str(path), RunError))
+    except ValidationError as error:
+        raise Damaged(f"{path}: no specification of this version ({error.error_count()} problems): {advice}") from None
+
+
+def _accept_edited(root: Path) -> None:
+    """Takes the small files of a run as they are from now on."""
+    from evomerge.study.journal import accept_edited
+
+    for name in ("resolved.yaml", "id"):
+        if (root / name).is_file():
+            accept_lines(root / name)
+    for path in sorted(root.glob("*.json")):
+        accept_json(path)
+    accept_edited(root / "study.log")
+
+
+def _same_text(path: Path, text: str) -> bool:
+    """Whether a file has this text."""
+    try:
+        return read_text(path, RunError) == text
+    except RunError:
+        return False
+
+
+def _attempt(content: dict[str, Any]) -> tuple[str, int]:
+    return str(content["recipe_hash"]), int(content["deaths"])
+
+
+def _environment(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {key: dict(content[key]) for key in ("content", "versions")}
+
+
+def _starts(content: dict[str, Any]) -> tuple[Start, ...]:
+    from evomerge.space.baselines import Start
+    from evomerge.space.genome import Genome
+
+    return tuple(Start(s["name"], dict(s["recipe"]), Genome.from_json(s["genome"])) for s in content["starts"])
 
 
 def _only_begun(root: Path) -> bool:
@@ -256,9 +343,12 @@ def _only_begun(root: Path) -> bool:
 
 
 def _identity(spec: SearchSpec) -> dict[str, Any]:
-    """What may not change under a run: all but its budget, stopping rules, baseline, cache, place and what it keeps."""
+    """What may not change under a run.
+
+    All but its budget, stopping rules, baseline, cache, place, passwords and what it keeps.
+    """
     content = spec.model_dump(mode="json")
-    content["run"] = {"storage": content["run"]["storage"]}
+    content["run"] = {"storage": masked(content["run"]["storage"] or "")}
     del content["evaluation"]["cache"]
     for key in ("candidates", "stop", "baseline"):
         del content["search"][key]

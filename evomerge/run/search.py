@@ -32,6 +32,7 @@ from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, Executor, LogTracker, NullTracker, SearchInfo, Tracker
 from evomerge.study.loop import SearchResult, search
 from evomerge.study.record import Record
+from evomerge.system.files import read_text
 from evomerge.system.quiet import log_to_file
 from evomerge.system.yaml import write_yaml
 
@@ -68,6 +69,7 @@ def start(
     candidates: int | None = None,
     folder: Path | None = None,
     workers: int | None = None,
+    accept_edited: bool = False,
     tracker: Tracker | None = None,
     parts: SearchParts | None = None,
 ) -> RunResult:
@@ -79,6 +81,7 @@ def start(
         candidates: Budget instead of the specification's. That of a run that exists can only grow.
         folder: Run folder instead of the specification's.
         workers: Processes that score candidates, instead of the specification's number.
+        accept_edited: Take the run's files as they are, whatever has changed in them since they were written.
         tracker: Is told of the progress, and closed; None for the log alone.
         parts: What of the search touches models; None for models.
 
@@ -90,11 +93,11 @@ def start(
         raise SpecError(problems)
     if candidates is not None:
         spec = _with_budget(spec, candidates)
-    given = source.read_text(encoding="utf-8") if source else write_yaml(spec.model_dump(mode="json"))
+    given = read_text(source, SpecError) if source else write_yaml(spec.model_dump(mode="json"))
     root = folder or spec.folder
-    if not (root / STARTS).is_file():
+    if not (root / STARTS).exists():
         read_seeds(spec)  # so that a wrong one leaves no folder behind
-    opened = RunFolder.create(root, spec, given)
+    opened = RunFolder.create(root, spec, given, accept_edited=accept_edited)
     if candidates is None:  # the run may have been extended beyond the file's budget
         spec = _with_budget(spec, max(spec.search.candidates, opened.spec.search.candidates))
     return _run(opened, _with_workers(spec, workers), tracker, parts)
@@ -105,6 +108,7 @@ def resume(
     *,
     candidates: int | None = None,
     workers: int | None = None,
+    accept_edited: bool = False,
     tracker: Tracker | None = None,
     parts: SearchParts | None = None,
 ) -> RunResult:
@@ -114,13 +118,14 @@ def resume(
         root: The run folder.
         candidates: Extend the budget to this many candidates.
         workers: Processes that score candidates from now on.
+        accept_edited: As for `start`.
         tracker: As for `start`.
         parts: As for `start`.
 
     Raises:
         RunError: When there is no run, another process holds it, or its models or data have changed.
     """
-    folder = RunFolder.existing(root)
+    folder = RunFolder.existing(root, accept_edited=accept_edited)
     spec = folder.spec if candidates is None else _with_budget(folder.spec, candidates)
     return _run(folder, _with_workers(spec, workers), tracker, parts)
 

@@ -12,8 +12,8 @@ from evomerge.checkpoints.reference import resolve_reference
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.registry import METHODS, get_method
 from evomerge.spec.schema import MOST_OBJECTIVES, Models, SearchSpec, Section
-from evomerge.system.files import resolve_path
-from evomerge.system.yaml import read_yaml
+from evomerge.system.files import read_text, resolve_path
+from evomerge.system.yaml import MOST_YAML, read_yaml
 
 Check = Callable[[SearchSpec], Sequence[str]]
 """Further problems of a specification, known to whoever reads it."""
@@ -52,10 +52,7 @@ def load_spec(path: Path, *, checks: Sequence[Check] = ()) -> SearchSpec:
     Raises:
         SpecError: When the file cannot be read, is no mapping, or says something wrong.
     """
-    try:
-        data = read_yaml(path.read_text(encoding="utf-8"), str(path), SpecError)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    data = read_yaml(read_text(path, SpecError, limit=MOST_YAML), str(path), SpecError)
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a mapping with name, models and evaluation, got {type(data).__name__}")
     return parse_spec(data, where=str(path), beside=path.resolve().parent, checks=checks)

@@ -4,6 +4,9 @@ Optuna's storage keeps every trial in memory with a copy of every distribution: 
 where the candidates themselves need a tenth. So lines are appended and read here; `optuna_storage` opens the same file
 as the ordinary storage that it is, and so does the dashboard.
 
+Each line of ours ends with a checksum of itself and of the line before it, under a key that Optuna passes over: a
+flipped bit, an edit, and a line that is gone or came twice are noticed, and told by the line's number.
+
 The journal is locked by the kernel (``flock``), which drops the lock of a killed process, and is repaired when it is
 opened: a line torn by a kill is cut off before anything is appended to it.
 """
@@ -13,14 +16,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import OutputError, RunError
+from evomerge.system.files import write_atomic
+from evomerge.system.hashing import digest
 from evomerge.system.locks import wait_for_lock
+from evomerge.system.sealed import Damaged, edited
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -31,6 +38,8 @@ _CHUNK = 1 << 16
 CREATE_STUDY, DELETE_STUDY, SET_STUDY_USER_ATTR, SET_STUDY_SYSTEM_ATTR, CREATE_TRIAL = 0, 1, 2, 3, 4
 METRIC_NAMES = "study:metric_names"  # where `Study.set_metric_names` puts them
 MAXIMIZE = 2
+
+_SEAL = re.compile(rb',"checksum":"([0-9a-f]{32})"}\r?\n\Z')
 
 
 def locked(journal: Path) -> AbstractContextManager[None]:
@@ -94,6 +103,8 @@ class Journal:
         self._study: int | None = None
         self._names: list[str] = []  # of the studies in the file: Optuna numbers them, and skips a name that is taken
         self._read = 0  # bytes of the file that are known here
+        self._lines = 0
+        self._seal = b""  # of the last line that has one
         self._worker = f"{uuid.uuid4()}-0"
 
     @property
@@ -105,22 +116,41 @@ class Journal:
         """Reads the lines of the study's trials that were not read before, oldest first.
 
         Raises:
-            RunError: A line in the middle of the file is not JSON.
+            Damaged: A line is not what was written, or no line of a journal.
         """
         if not self.path.exists():
             return
+        if not self.path.is_file():
+            raise Damaged(f"{self.path}: is no file")
         with self.path.open("rb") as file:
             file.seek(self._read)
             for line in file:
                 if not line.endswith(b"\n"):  # somebody is writing it
                     return
                 self._read += len(line)
-                try:
-                    entry = json.loads(line)
-                except ValueError as error:
-                    raise RunError(f"{self.path}: the line that ends at byte {self._read} is broken") from error
+                self._lines += 1
+                entry = self._checked(line)
                 if self._about_trial(entry):
                     yield entry
+
+    def _checked(self, line: bytes) -> Mapping[str, Any]:
+        """What a line says, if it is what was written."""
+        where = f", line {self._lines}"
+        advice = "without that line and those after it, the same command scores their candidates again"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f"{self.path}{where}: is damaged ({error}): {advice}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("op_code"), int):
+            raise Damaged(f"{self.path}{where}: is damaged (no operation of a study): {advice}")
+        match = _SEAL.search(line)
+        if match is not None:
+            if digest(self._seal, line[: match.start()]).encode() != match[1]:
+                raise edited(self.path, advice, where)
+            self._seal = match[1]
+        elif entry["op_code"] == CREATE_TRIAL and entry.get("study_id") == self._study:  # Optuna writes notes, too
+            raise edited(self.path, advice, where, sealed=False)
+        return entry
 
     def _about_trial(self, entry: Mapping[str, Any]) -> bool:
         """Takes in what a line says of the studies; whether it is a trial of this one."""
@@ -159,11 +189,12 @@ class Journal:
         self._write({"op_code": CREATE_TRIAL, "study_id": self._study, **fields})
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps({"worker_id": self._worker, **entry}, separators=(",", ":")).encode() + b"\n"
+        body = json.dumps({"worker_id": self._worker, **entry}, separators=(",", ":")).encode()
         try:
             with locked(self.path), self.path.open("ab") as file:
                 if file.tell() != self._read:
                     self._catch_up(file.fileno())
+                line, seal = _sealed(self._seal, body)
                 try:
                     file.write(line)
                     file.flush()
@@ -175,6 +206,8 @@ class Journal:
             reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
             raise OutputError(f"{self.path}: cannot be written: {reason}") from error
         self._read += len(line)
+        self._lines += 1
+        self._seal = seal
         self._about_trial(entry)
 
     def _catch_up(self, descriptor: int) -> None:
@@ -182,6 +215,29 @@ class Journal:
         if any(True for _ in self.read()):
             raise RunError(f"{self.path}: another process has written to study '{self.name}' meanwhile")
         os.ftruncate(descriptor, self._read)  # what is behind the last whole line is of a process that was killed
+
+
+def _sealed(before: bytes, body: bytes) -> tuple[bytes, bytes]:
+    """A line of the journal with its checksum, and that; `before` is the one of the line before."""
+    body = body.removesuffix(b"}")
+    seal = digest(before, body).encode()
+    return body + b',"checksum":"' + seal + b'"}\n', seal
+
+
+def accept_edited(journal: Path) -> None:
+    """Gives every line that is JSON the checksum of what is in it now; leaves out the others."""
+    if not journal.is_file():
+        return
+    with locked(journal):
+        lines, seal = [], b""
+        for line in journal.read_bytes().splitlines():
+            with suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    entry.pop("checksum", None)
+                    sealed, seal = _sealed(seal, json.dumps(entry, separators=(",", ":")).encode())
+                    lines.append(sealed)
+        write_atomic(journal, b"".join(lines))
 
 
 def optuna_storage(journal: Path) -> BaseStorage:

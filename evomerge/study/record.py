@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 from evomerge.errors import RunError
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, find, number_of
-from evomerge.study.storage import StorageUnavailable, Store, open_store, without_password
+from evomerge.study.storage import StorageUnavailable, Store, open_store
+from evomerge.system.secrets import masked
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -84,7 +85,7 @@ class Record:
         waits: Sequence[float] = TO_APPEND,
     ) -> None:
         self._store = store
-        self._where = without_password(str(where))
+        self._where = masked(str(where))
         self._report = report
         self._waits = waits
         # The first one of a number counts: a commit whose answer was lost may have been made twice.
@@ -126,9 +127,7 @@ class Record:
         record = cls._open_if_any(where, name, space, objectives, names, create, report, waits)
         if record is None:
             missing = "://" not in str(where) and not Path(where).exists()
-            raise RunError(
-                f"{where}: no such record" if missing else f"{without_password(str(where))}: holds no study '{name}'"
-            )
+            raise RunError(f"{where}: no such record" if missing else f"{masked(str(where))}: holds no study '{name}'")
         if owner is not None:
             record.claim(name, owner)
         return record
@@ -162,9 +161,11 @@ class Record:
                 return None if store is None else cls(store, where, report=report, waits=waits)
 
         try:
-            return _retry(work, TO_OPEN, report, without_password(str(where)))
+            return _retry(work, TO_OPEN, report, masked(str(where)))
         except StorageUnavailable as error:
-            raise RunError(f"run.storage: cannot open {without_password(str(where))}: {error}") from error
+            raise RunError(
+                f"run.storage: cannot open {masked(str(where))}: {masked(str(error), str(where))}"
+            ) from error
 
     @property
     def study(self) -> Study:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,7 @@ from evomerge.study.candidate import Candidate
 from evomerge.study.journal import Journal, optuna_storage, repair
 from evomerge.study.optuna_trials import Parameters, candidate_of_trial, frozen_trial, journal_line
 from evomerge.system.quiet import quiet_optuna
+from evomerge.system.secrets import masked
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -140,7 +142,7 @@ class DatabaseStore:
         """Connects; None when there is no such study and it is not to be created."""
         import optuna
 
-        with quiet_optuna(), _translate_errors():
+        with quiet_optuna(), _translate_errors(url):
             storage = connect(url)
             try:
                 study = optuna.load_study(storage=storage, study_name=name)
@@ -164,7 +166,7 @@ class DatabaseStore:
             RunError: Another process has written to the study since it was read.
             StorageUnavailable: The database broke off. Whether it has the candidate is looked up at the next try.
         """
-        with quiet_optuna(), _translate_errors():
+        with quiet_optuna(), _translate_errors(self._url):
             try:
                 if not (self._in_doubt and self._has(candidate.number)):
                     self._add(candidate)
@@ -185,13 +187,13 @@ class DatabaseStore:
         self._trials += 1
         if storage.get_trial_number_from_id(trial_id) != self._trials - 1:
             raise RunError(
-                f"{without_password(self._url)}: another process has written to study '{self._study.study_name}' "
+                f"{masked(self._url)}: another process has written to study '{self._study.study_name}' "
                 "meanwhile: one run folder was copied, and both are being run? Stop one, and resume the other"
             )
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Sets a user attribute of the study."""
-        with quiet_optuna(), _translate_errors():
+        with quiet_optuna(), _translate_errors(self._url):
             self._study.set_user_attr(key, value)
 
     def study(self) -> Study:
@@ -215,12 +217,12 @@ def connect(url: str) -> RDBStorage:
         storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
     except ImportError as error:
         hint = '; pip install "evomerge[postgres]"' if url.startswith("postgres") else ""
-        raise RunError(f"run.storage: {without_password(url)}: {error}{hint}") from error
+        raise RunError(f"run.storage: {masked(url)}: {masked(str(error), url)}{hint}") from error
     except (sqlalchemy.exc.ArgumentError, optuna.exceptions.OptunaError, RuntimeError) as error:
         if isinstance(error, optuna.exceptions.StorageInternalError):
             raise
-        raise RunError(f"run.storage: cannot open {without_password(url)}: {error}") from error
-    sqlalchemy.event.listen(storage.engine, "handle_error", _raise_unavailable)
+        raise RunError(f"run.storage: cannot open {masked(url)}: {masked(str(error), url)}") from error
+    sqlalchemy.event.listen(storage.engine, "handle_error", partial(_raise_unavailable, url))
     return storage
 
 
@@ -230,17 +232,17 @@ def _libpq_timeouts(url: URL) -> dict[str, Any]:
     return {name: value for name, value in _LIBPQ_TIMEOUTS.items() if name not in url.query} if uses_libpq else {}
 
 
-def _raise_unavailable(context: Any) -> None:
+def _raise_unavailable(url: str, context: Any) -> None:
     """Raises `StorageUnavailable` instead where the connection is the trouble, and not the statement."""
     import sqlalchemy
 
     transient = sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError
     if not context.is_pre_ping and (context.is_disconnect or isinstance(context.sqlalchemy_exception, transient)):
-        raise StorageUnavailable(_first_line(context.original_exception)) from context.original_exception
+        raise StorageUnavailable(_first_line(context.original_exception, url)) from context.original_exception
 
 
 @contextmanager
-def _translate_errors() -> Iterator[None]:
+def _translate_errors(url: str) -> Iterator[None]:
     """Translates what Optuna and SQLAlchemy raise for a database that cannot be reached to `StorageUnavailable`."""
     import optuna
     import sqlalchemy
@@ -249,18 +251,13 @@ def _translate_errors() -> Iterator[None]:
     try:
         yield
     except transient as error:
-        raise StorageUnavailable(_first_line(error.orig)) from error
+        raise StorageUnavailable(_first_line(error.orig, url)) from error
     except optuna.exceptions.StorageInternalError as error:
         if not isinstance(error.__cause__, transient):
             raise
-        raise StorageUnavailable(_first_line(error.__cause__.orig)) from error
+        raise StorageUnavailable(_first_line(error.__cause__.orig, url)) from error
 
 
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
-
-
-def without_password(url: str) -> str:
-    """Leaves the password out of a storage's URL."""
-    scheme, mark, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if mark else url
+def _first_line(error: BaseException | None, url: str) -> str:
+    """What a driver says, without the secrets of the URL, which some repeat."""
+    return masked((str(error).strip().splitlines() or ["no reason given"])[0], url)

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from evomerge.system.text import printable
+
 _CHATTY = ("lm_eval", "datasets", "transformers", "huggingface_hub", "fsspec")
 
 
@@ -86,11 +88,18 @@ def torch_seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Leaves out of the log what it leaves out of a terminal: a log is read on one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextlib.contextmanager
 def log_to_file(path: Path, name: str) -> Iterator[None]:
     """Sends the log of a name, from INFO on, and Python's warnings to a file within."""
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log = logging.getLogger(name)
     loggers = [log, logging.getLogger("py.warnings")]
     level = log.level

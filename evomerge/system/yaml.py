@@ -1,14 +1,15 @@
 """YAML for files that people write: duplicate keys are errors, and every error knows its line.
 
 Two things differ from PyYAML's safe loader. A mapping key is always text, so that ``on:`` is the word. A number
-such as ``1e-5`` is a number, although YAML 1.1 asks for a dot in it.
+such as ``1e-5`` is a number, although YAML 1.1 asks for a dot in it. And a document has limits that nobody's file
+meets: of its size, its depth, and of what its aliases stand for when they are written out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -16,10 +17,33 @@ from evomerge.errors import BadInput
 
 _TEXT = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
+MOST_YAML = 4 * 2**20
+"""Bytes of a file."""
+_MOST_NODES = 200_000
+_DEEPEST = 100
 _SHORT_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def get_single_node(self) -> Any:
+        return _limited(super().get_single_node())
+
+    def get_node(self) -> Any:
+        return _limited(super().get_node())
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"nested more than {_DEEPEST} deep", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         first: dict[str, int] = {}
         for key, _ in node.value:
@@ -34,6 +58,31 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
             first[key.value] = line
         return super().construct_mapping(node, deep)
+
+
+def _limited(root: yaml.Node | None) -> yaml.Node | None:
+    """Refuses a document whose aliases lead back to what holds them, or stand for more than anybody writes."""
+    measured: dict[int, tuple[int, int] | None] = {}
+
+    def refuse(node: yaml.Node, text: str) -> NoReturn:
+        raise yaml.composer.ComposerError(None, None, text, node.start_mark)
+
+    def measure(node: yaml.Node) -> tuple[int, int]:
+        """Counts the values in a node, and how deep they are, aliases written out."""
+        if id(node) in measured:
+            return measured[id(node)] or refuse(node, "an alias stands for what it is in")
+        measured[id(node)] = None
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inside = [measure(part) for part in parts] if isinstance(parts, list) else []
+        size, depth = 1 + sum(n for n, _ in inside), 1 + max((d for _, d in inside), default=0)
+        if size > _MOST_NODES or depth > _DEEPEST:
+            refuse(node, f"with its aliases written out it has over {_MOST_NODES} values, or is over {_DEEPEST} deep")
+        measured[id(node)] = size, depth
+        return size, depth
+
+    if root is not None:
+        measure(root)
+    return root
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SHORT_FLOAT, list("-+0123456789"))
@@ -73,7 +122,8 @@ def read_documents(text: str, where: str, error: type[BadInput]) -> list[Any]:
         raise error(f"{where}{line}: not valid YAML: {problem.problem or problem.context}") from None
     except yaml.YAMLError as problem:
         raise error(f"{where}: not valid YAML: {' '.join(str(problem).split())}") from None
-    except ValueError as problem:  # an impossible date, a number with too many digits
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as problem:
+        # An impossible date, a number with too many digits, a value that is not what its tag says.
         raise error(f"{where}: not valid YAML: {problem}") from None
     except RecursionError:
         raise error(f"{where}: not valid YAML: nested too deeply") from None

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from evomerge.study.candidate import Candidate
 from evomerge.study.interfaces import Level, SearchInfo
 from evomerge.study.ranking import ranked
+from evomerge.system.streams import PrintableStream
+from evomerge.system.text import printable
 
 log = logging.getLogger("evomerge.run")
 
@@ -23,7 +25,7 @@ class ConsoleTracker:
 
     def __init__(self) -> None:
         self._name = ""
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        self._console = _console()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._best: Candidate | None = None
@@ -40,6 +42,7 @@ class ConsoleTracker:
 
     def report(self, text: str, level: Level = "info") -> None:
         """Shows and logs one line of what is going on."""
+        text = printable(text)
         log.log(logging.WARNING if level == "warning" else logging.INFO, text)
         console = self._progress.console if self._progress else self._console
         console.print(f"{self._name}: {'warning: ' if level == 'warning' else ''}{text}", markup=False)
@@ -108,9 +111,15 @@ def tensor_progress(show: bool = True) -> Iterator[Callable[[int, int], None] | 
     if not (show and sys.stderr.isatty()):
         yield None
         return
-    with _bar("tensors", Console(stderr=True), transient=True) as bar:
+    with _bar("tensors", _console(), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _console() -> Console:
+    """The standard error as it is: what is drawn there on purpose must not be filtered out."""
+    raw = sys.stderr.unfiltered if isinstance(sys.stderr, PrintableStream) else None
+    return Console(file=raw, stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def _bar(text: str, console: Console, transient: bool = False) -> Progress:

@@ -172,12 +172,12 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_deep_nesting_is_an_error_of_ours() -> None:
-    with pytest.raises(RecipeError, match="nested too deeply"):
+    with pytest.raises(RecipeError, match="nested more than 100 deep"):
         parse_recipe("[" * 2000)
 
 
 def test_self_reference_is_an_error_of_ours() -> None:
-    with pytest.raises(RecipeError, match=r"models\[0\]: expected a mapping, got a list"):
+    with pytest.raises(RecipeError, match="an alias stands for what it is in"):
         parse_recipe("merge_method: linear\nmodels: &a [*a]\n")
 
 

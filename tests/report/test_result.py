@@ -13,19 +13,20 @@ import pytest
 from evomerge.errors import RunError
 from evomerge.report.result import Hypervolume, InformativeItems, RunResult
 from evomerge.study.ranking import Growth
+from evomerge.system.sealed import read_sealed_json, seal_json
 from tests.report.test_tables import FINISHED
 
 
 @pytest.fixture
 def written(finished_run: Path) -> Any:
     """The content of a real run's result.json."""
-    return json.loads((finished_run / "result.json").read_text())
+    return read_sealed_json(finished_run / "result.json", dict, "")
 
 
 def test_a_real_result_read_and_written_is_the_same_text(finished_run: Path) -> None:
     text = (finished_run / "result.json").read_text()
-    result = RunResult.from_json(json.loads(text))
-    assert json.dumps(result.to_json(), indent=2) == text
+    result = read_sealed_json(finished_run / "result.json", RunResult.from_json, "")
+    assert seal_json(result.to_json()) == text
     assert result.winner.scores["test"]["tiny_choice"]["acc"].n > 0
     assert result.candidates.recorded == 18
 

@@ -20,6 +20,7 @@ from evomerge.run.folder import RunFolder
 from evomerge.run.merge import merge_to_folder
 from evomerge.study.record import Record
 from evomerge.system.quiet import quiet
+from evomerge.system.sealed import seal_json
 from tests.frame import TASKS, files, invoke
 
 
@@ -169,8 +170,9 @@ def test_changed_models_are_noticed(
     """An export from other weights than the search's would be another model."""
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     environment = json.loads((run / "environment.json").read_text())
+    del environment["checksum"]
     environment["content"]["models"][str(tiny_family["a"])] = "0" * 32
-    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "environment.json").write_text(seal_json(environment))
     ended = invoke(capsys, "export", run, tmp_path / "out")
     assert ended.code == 2
     assert "the models or the data have changed" in ended.err

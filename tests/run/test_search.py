@@ -239,13 +239,19 @@ def test_splits_are_disjoint(small: SearchSpec) -> None:
 
 
 def test_a_run_of_an_older_version_goes_on(finished_run: Path, tmp_path: Path) -> None:
-    """What this version added is missing from its specification and its result, which is written anew."""
+    """What this version added is missing from its specification and its result, which is written anew.
+
+    It had no checksums either, so that its files have to be accepted once.
+    """
     root = Path(shutil.copytree(finished_run, tmp_path / "run"))
     resolved = yaml.safe_load((root / "resolved.yaml").read_text())
     for key in ("informative", "cache"):
         del resolved["evaluation"][key]
     del resolved["search"]["baseline"]
     (root / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+    with pytest.raises(RunError, match=r"resolved\.yaml: has no checksum: .*--accept-edited"):
+        read_status(root)
+    assert RunFolder.existing(root, accept_edited=True).spec.search.baseline is None
     result = json.loads((root / "result.json").read_text())
     for row in result["baselines"].values():
         row["winner_less_this"] = {key: row["winner_less_this"][key] for key in ("value", "stderr")}

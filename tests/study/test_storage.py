@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import OutputError, RunError
@@ -23,7 +25,7 @@ from evomerge.space.baselines import baselines
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.journal import Journal
+from evomerge.study.journal import Journal, accept_edited
 from evomerge.study.loop import search
 from evomerge.study.record import Record
 from evomerge.study.storage import StorageUnavailable
@@ -171,12 +173,67 @@ def test_lines_of_others_do_not_disturb(tmp_path: Path) -> None:
     assert len(Record.open(journal, "other")) == 1
 
 
-def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+def journal_of(path: Path, count: int) -> list[bytes]:
+    """The lines of a journal with some candidates."""
+    record = Record.open(path, "run", space=SPACE)
+    for number in range(count):
+        record.append(candidate(number))
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    "line", [b"\0\0\n", b"null\n", b"[1]\n", b'"x"\n', b"{}\n", b'{"op_code":"4"}\n', b"[" * 9999 + b"\n"]
+)
+def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path, line: bytes) -> None:
+    lines = journal_of(tmp_path / "study.log", 2)
+    (tmp_path / "study.log").write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
+    with pytest.raises(RunError, match=r"study\.log, line 3: is damaged"):
+        list(Journal(tmp_path / "study.log", "run").read())
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_flipped_bit_of_the_record_is_noticed(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Refused by the line's number; or, in the last line, cut off as one that a kill has torn."""
+    journal = tmp_path_factory.mktemp("flip") / "study.log"
+    raw = bytearray(b"".join(journal_of(journal, 3)))
+    before = Record.open(journal, "run").candidates()
+    bit = data.draw(st.integers(0, 8 * len(raw) - 1))
+    raw[bit // 8] ^= 1 << bit % 8
+    journal.write_bytes(raw)
+    try:
+        assert Record.open(journal, "run", create=False).candidates() in (before, before[:-1])
+    except RunError as error:
+        line = raw.count(b"\n", 0, bit // 8) + 1
+        # The name of the study itself; or the checksum's own key in it, which the next line has after all.
+        first = line == 1 and ("holds no study" in str(error) or "study.log, line 2: " in str(error))
+        assert first or f"study.log, line {line}: " in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("change", [lambda a, b, c: [a, c], lambda a, b, c: [a, b, b, c], lambda a, b, c: [a, c, b]])
+def test_lines_that_are_gone_or_twice_or_in_another_order_are_noticed(
+    tmp_path: Path, change: Callable[[bytes, bytes, bytes], list[bytes]]
+) -> None:
+    created, *lines = journal_of(tmp_path / "study.log", 3)
+    (tmp_path / "study.log").write_bytes(b"".join([created, *change(*lines)]))
+    with pytest.raises(RunError, match=r"study\.log, line [34]: was changed .*--accept-edited"):
+        Record.open(tmp_path / "study.log", "run")
+
+
+def test_an_edited_record_is_refused_until_it_is_accepted(tmp_path: Path) -> None:
+    """And goes on from there; without its last lines it goes on as it is, as after a kill."""
     journal = tmp_path / "study.log"
-    Record.open(journal, "run", space=SPACE).append(candidate(0))
-    journal.write_bytes(b"\0\0\n" + journal.read_bytes())
-    with pytest.raises(RunError, match=r"study\.log: the line that ends at byte 3 is broken"):
-        list(Journal(journal, "run").read())
+    lines = journal_of(journal, 3)
+    journal.write_bytes(b"".join(lines).replace(b'"value":0.25', b'"value":0.75'))
+    with pytest.raises(RunError, match=r"study\.log, line 3: was changed"):
+        Record.open(journal, "run")
+    accept_edited(journal)
+    record = Record.open(journal, "run", space=SPACE)
+    assert [trial.value for trial in record.study.trials] == [0.0, 0.75, 0.5]
+    record.append(candidate(3))
+    assert len(Record.open(journal, "run")) == 4
+    journal.write_bytes(b"".join(lines[:-1]))
+    assert len(Record.open(journal, "run")) == 2
 
 
 # -- PostgreSQL, where it is installed -------------------------------------------------------------------------------
