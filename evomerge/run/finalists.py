@@ -89,20 +89,50 @@ def choose_winner(
     Raises:
         RunError: When no candidate has a score.
     """
-    spec = problem.spec
-    chosen = choose_finalists(history, spec.search.finalists)
-    if not chosen:
+    scorer = _Scorer(evaluator, [split for split, items in problem.splits.items() if items], tracker)
+    choice = _choose(problem.spec, scorer, history, random_history, where)
+    return _result(problem.spec, scorer, history, ended, choice)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The candidates chosen from, their models as far as they have scores, the winner, and what it has to beat.
+
+    The winner and the baselines have been read on all splits.
+    """
+
+    candidates: Sequence[Candidate]
+    finalists: Sequence[_Model]
+    winner: _Model
+    baselines: Mapping[str, _Model]
+
+
+def _choose(
+    spec: SearchSpec,
+    scorer: _Scorer,
+    history: tuple[Candidate, ...],
+    random_history: tuple[Candidate, ...],
+    where: str,
+) -> _Choice:
+    candidates = choose_finalists(history, spec.search.finalists)
+    if not candidates:
         reasons = sorted({c.failure_kind or "unknown" for c in history})
         raise RunError(f"{where}: none of {len(history)} candidates could be scored ({', '.join(reasons)})")
-    steering, reported = evaluator.objective.fitness.unweighted, evaluator.objective.reported
-    scorer = _Scorer(evaluator, [split for split, items in problem.splits.items() if items], tracker)
-    finalists = scorer.finalists(chosen, "finalist")
+    finalists = scorer.finalists(candidates, "finalist")
     winner = next(filter(None, map(scorer.complete, scorer.best_first(finalists))), None)
     if winner is None:
-        raise EvoMergeError(f"{where}: none of the {len(chosen)} finalists could be scored on the new items")
+        raise EvoMergeError(f"{where}: none of the {len(candidates)} finalists could be scored on the new items")
     to_beat = _baselines(spec, history, winner.candidate) + _random_winner(spec, scorer, random_history)
     completed = [model for model in map(scorer.complete, to_beat) if model is not None]
-    baselines = {model.name: model for model in completed}
+    return _Choice(candidates, finalists, winner, {model.name: model for model in completed})
+
+
+def _result(
+    spec: SearchSpec, scorer: _Scorer, history: tuple[Candidate, ...], ended: Ending, choice: _Choice
+) -> RunResult:
+    """What was chosen, beside everything that it is compared with; reads the front on the test items."""
+    objective, winner, baselines = scorer.evaluator.objective, choice.winner, choice.baselines
+    steering, reported = objective.fitness.unweighted, objective.reported
     differences = compare(
         winner.splits[TEST], {name: model.splits[TEST] for name, model in baselines.items()}, reported
     )
@@ -114,7 +144,7 @@ def choose_winner(
         items=ItemCounts(**count_items(history)),
         scale=spec.evaluation.scale,
         goals=_goals(reported, steering),
-        winner=_winner_row(winner, next(c for c in chosen if c.number == winner.candidate), reported),
+        winner=_winner_row(winner, next(c for c in choice.candidates if c.number == winner.candidate), reported),
         selection_bias=_selection_bias(winner, reported),
         baselines={
             name: BaselineRow(
@@ -129,21 +159,21 @@ def choose_winner(
                 _pooled_difference(winner, model, steering),
                 _fitness(model, reported),
             )
-            for model in finalists
+            for model in choice.finalists
         ),
         objectives=tuple(spec.objectives),
         front=tuple(
             FrontEntry(
                 _number(model),
                 scorer.objectives_by_split(model),
-                evaluator.sizes(model.recipe),
+                scorer.evaluator.sizes(model.recipe),
                 _fitness(model, reported),
                 _tables(model),
             )
-            for model in scorer.front(winner, finalists)
+            for model in scorer.front(winner, choice.finalists)
         ),
         hypervolume=_hypervolume(spec.objectives, history),
-        informative=_informative(evaluator, {c.number: c.fitness for c in chosen}, finalists),
+        informative=_informative(scorer.evaluator, {c.number: c.fitness for c in choice.candidates}, choice.finalists),
         within_noise_of=tuple(within_noise(differences)),
         verdict=verdict(differences, {name: reported(model.splits[TEST]) for name, model in baselines.items()}),
     )

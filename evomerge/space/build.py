@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.contract import Method
+from evomerge.methods.registry import METHODS
 from evomerge.space import genes
 from evomerge.space.genes import CONTROL_POINTS, REST, Choice, LayerGroups, Pattern, Real
 from evomerge.space.space import MethodScope, SearchSpace
@@ -29,7 +30,7 @@ def build_space(
     frankenmerge: Mapping[str, Any] | None = None,
     recipe_seed: int = 0,
     dtype: str | None = None,
-    registry: Mapping[str, Method] | None = None,
+    registry: Mapping[str, Method] = METHODS,
 ) -> SearchSpace:
     """Builds the search space of a search.yaml and its models' layout.
 
@@ -48,46 +49,38 @@ def build_space(
         frankenmerge: {min_layers, max_layers, scale}.
         recipe_seed: Seed of the stochastic methods.
         dtype: Output dtype of the recipes.
-        registry: Known methods; default: all of EvoMerge's.
+        registry: Known methods.
 
     Raises:
         SpecError: Everything that is wrong, at once.
     """
-    if registry is None:
-        from evomerge.methods.registry import METHODS
-
-        registry = METHODS
     problems: list[str] = []
     chosen = _chosen_methods(methods, registry, base, len(sources), problems)
     whole: tuple[tuple[int, int], ...] = ((0, layer_count),)
-    found_groups = _collect(problems, lambda: genes.layer_groups(layer_groups, layer_count), whole)
+    groups = _collect(problems, lambda: genes.layer_groups(layer_groups, layer_count), whole)
     parts, filters = _tensor_groups(tensor_groups, tensor_group_filters or {}, problems)
     pattern = _collect(problems, lambda: _pattern(chosen, base, sources, layer_count, frankenmerge or {}), None)
     overrides = dict(gene_overrides or {})
-    no_reals: tuple[Real, ...] = ()
-    reals = _collect(
-        problems,
-        lambda: genes.real_genes(chosen, overrides, tuple(sources), len(found_groups), parts, bool(outer)),
-        no_reals,
-    )
-    if method_scope not in ("run", "layer_group"):
-        problems.append(f"space.method_scope: run or layer_group; got {method_scope!r}")
+
+    def real_genes() -> tuple[Real, ...]:
+        return genes.real_genes(chosen, overrides, tuple(sources), len(groups), parts, bool(outer))
+
+    reals = _collect(problems, real_genes, ())
     smooth = isinstance(layer_groups, Mapping)
-    if smooth:
-        problems += _smooth_problems(method_scope, reals, chosen)
+    problems += _scope_problems(method_scope, smooth, reals, chosen)
     if problems:
         raise SpecError(problems)
     return SearchSpace(
         base=base,
         sources=dict(sources),
-        groups=found_groups,
+        groups=groups,
         outer=tuple(outer),
         filters=filters,
         tensor_groups=parts,
         methods=chosen,
         method_scope=method_scope,
         reals=reals,
-        choices=_choices(chosen, method_scope, len(found_groups)),
+        choices=_choices(chosen, method_scope, len(groups)),
         pattern=pattern,
         seed=recipe_seed,
         dtype=dtype,
@@ -97,9 +90,13 @@ def build_space(
     )
 
 
-def _smooth_problems(scope: MethodScope, reals: Sequence[Real], methods: Sequence[Method]) -> list[str]:
-    """What cannot be interpolated between control points."""
+def _scope_problems(scope: MethodScope, smooth: bool, reals: Sequence[Real], methods: Sequence[Method]) -> list[str]:
+    """What is wrong with where a method is chosen, and what cannot be interpolated between control points."""
     problems = []
+    if scope not in ("run", "layer_group"):
+        problems.append(f"space.method_scope: run or layer_group; got {scope!r}")
+    if not smooth:
+        return problems
     if scope == "layer_group":
         text = "values between control points are interpolated, and methods cannot be: give method_scope run"
         problems.append(f"space.method_scope: {text}, or layer_groups without {CONTROL_POINTS}; got layer_group")
