@@ -16,12 +16,11 @@ from torch import Tensor
 
 from evomerge.engine.execute import Part, parts
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
+from evomerge.methods.contract import ParameterKey as ParameterKey  # handed on
 from evomerge.methods.contract import Settings
 from evomerge.planning.operation import Family, Operation
 from evomerge.system.threads import run_all
 
-ParameterKey = tuple[str, int | None]
-"""A number in an operation's settings: the parameter, and the index of the source that it is for."""
 ParameterRange = tuple[float, float]
 
 STEP = 0.04

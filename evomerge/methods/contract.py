@@ -70,6 +70,10 @@ class Parameter:
     remark: str = ""
 
 
+#: A number in the settings of a tensor: (parameter, index of the source that it is for; None where it is for all).
+ParameterKey = tuple[str, int | None]
+
+
 @dataclass(frozen=True)
 class Settings:
     """The parameter values for one tensor, resolved: nothing is left to look up.

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from evomerge.methods.contract import Method
+from evomerge.methods.contract import Method, ParameterKey
 from evomerge.recipe.settings import Conditional, Scalar, Setting, conditionals, evaluate, plain
 from evomerge.space.canonical import (
     Block,
@@ -54,10 +54,6 @@ def genome_hash(space: SearchSpace, genome: Genome) -> str:
 def decode(space: SearchSpace, genome: Genome) -> RecipeMapping:
     """Makes the recipe of a genome: the same one for genomes that differ only in genes that change nothing."""
     return _recipe(space, methods_of(space, genome), _slices(space, genome))
-
-
-#: A number in the settings of a tensor, as in `evomerge.engine.parameter_gradients`: (parameter, its source or None).
-ParameterKey = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
