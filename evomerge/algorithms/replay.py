@@ -106,11 +106,6 @@ def propose(
     return proposals
 
 
-def forget() -> None:
-    """Drops what is kept of the last replay."""
-    _KEPT.clear()
-
-
 def _ask(optimizer: Optimizer[P], rng: np.random.Generator) -> P:
     optimizer.reseed_rng(int(rng.integers(2**32)))
     return optimizer.ask()
