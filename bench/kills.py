@@ -12,57 +12,18 @@ after one kill in four the last line of the journal is cut at a random byte as w
 from __future__ import annotations
 
 import argparse
-import random
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import optuna  # noqa: F401  # imported before the fork, not in every child
 import yaml
 
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.run.folder import RunFolder
-from evomerge.study.ranking import best
-from evomerge.study.record import Record
-from tests.algorithms.landscapes import plain
 from tests.frame import environment, search_spec
-from tests.study.kills import Killed, Launch, forked, kill_and_resume, life
-from tests.study.scripted_run import run
-
-MOST = 3  # kills of one run
-
-
-def recorded(folder: Path) -> Any:
-    """What must be the same: everything of the candidates but their timings, and the winner."""
-    record = Record.find(folder / "study.log", "run" if not (folder / "resolved.yaml").exists() else "tiny")
-    candidates = record.candidates() if record is not None else ()
-    leader = best(candidates)
-    return plain(candidates), None if leader is None else leader.number
-
-
-def campaign(
-    launch: Launch, root: Path, kills: int, runs: int | None, seed: int, same: Callable[[Path, Path], bool]
-) -> tuple[list[Killed], list[Path], float]:
-    """Kills runs until there are so many kills (or runs).
-
-    Returns:
-        What was done, the folders that differ from the uninterrupted run's, and the seconds of that.
-    """
-    chance = random.Random(seed)
-    length = life(launch, root / "whole")
-    done: list[Killed] = []
-    different: list[Path] = []
-    while sum(len(k.moments) for k in done) < kills if runs is None else len(done) < runs:
-        folder = root / f"killed-{len(done)}"
-        left = kills - sum(len(k.moments) for k in done)
-        done.append(kill_and_resume(launch, folder, min(left, chance.randint(1, MOST)), length, chance))
-        if not same(root / "whole", folder):
-            different.append(folder)
-    return done, different, length
+from tests.study.kills import Killed, campaign, recorded, scripted_campaign
 
 
 def row(name: str, done: list[Killed], different: list[Path], length: float, counts: Counter[str]) -> list[str]:
@@ -82,13 +43,7 @@ def row(name: str, done: list[Killed], different: list[Path], length: float, cou
 
 def scripted(algorithm: str, kills: int, budget: int, seed: int, root: Path) -> tuple[list[str], list[Path]]:
     """The row of one algorithm."""
-
-    def work(folder: Path) -> None:
-        run(folder, algorithm, budget, pause=0.001)
-
-    done, different, length = campaign(
-        forked(work), root, kills, None, seed, lambda one, other: bool(recorded(one) == recorded(other))
-    )
+    done, different, length = scripted_campaign(algorithm, kills, budget, seed, root)
     counts = Counter(candidate["state"] for candidate in recorded(root / "whole")[0])
     return row(algorithm, done, different, length, counts), different
 
@@ -111,11 +66,12 @@ def real(runs: int, seed: int, root: Path) -> tuple[list[str], list[Path]]:
 
     def same(one: Path, other: Path) -> bool:
         results = [RunFolder.existing(folder).result() for folder in (one, other)]
+        records = [recorded(folder, "tiny") for folder in (one, other)]
         weights = [[p.read_bytes() for p in sorted((f / "best").rglob("*.safetensors"))] for f in (one, other)]
-        return bool(recorded(one) == recorded(other) and results[0] == results[1] and weights[0] == weights[1] != [])
+        return bool(records[0] == records[1] and results[0] == results[1] and weights[0] == weights[1] != [])
 
     done, different, length = campaign(launch, root, 10**9, runs, seed, same)
-    counts = Counter(candidate["state"] for candidate in recorded(root / "whole")[0])
+    counts = Counter(candidate["state"] for candidate in recorded(root / "whole", "tiny")[0])
     return row("`evomerge run`", done, different, length, counts), different
 
 

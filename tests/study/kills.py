@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna  # noqa: F401  # imported before the fork, not in every child
+
+from evomerge.study.ranking import best
+from evomerge.study.record import Record
+from tests.algorithms.landscapes import plain
+from tests.study.scripted_run import run
+
 #: Starts or goes on with a run in a folder, in a process of its own; returns its id.
 Launch = Callable[[Path], int]
 
 TEAR = 0.25  # the share of kills after which the last line is cut as well, as by a power cut
+MOST = 3  # kills of one run
 
 
 def forked(work: Callable[[Path], Any]) -> Launch:
@@ -112,3 +120,46 @@ def _kill_after(child: int, seconds: float) -> bool:
 
 def _wait(child: int) -> int:
     return os.waitpid(child, 0)[1]
+
+
+def recorded(folder: Path, name: str = "run") -> Any:
+    """What must be the same: everything of the candidates but their timings, and the winner."""
+    record = Record.find(folder / "study.log", name)
+    candidates = record.candidates() if record is not None else ()
+    leader = best(candidates)
+    return plain(candidates), None if leader is None else leader.number
+
+
+def campaign(
+    launch: Launch, root: Path, kills: int, runs: int | None, seed: int, same: Callable[[Path, Path], bool]
+) -> tuple[list[Killed], list[Path], float]:
+    """Kills runs until there are so many kills (or runs).
+
+    Returns:
+        What was done, the folders that differ from the uninterrupted run's, and the seconds of that.
+    """
+    chance = random.Random(seed)
+    length = life(launch, root / "whole")
+    done: list[Killed] = []
+    different: list[Path] = []
+    while sum(len(k.moments) for k in done) < kills if runs is None else len(done) < runs:
+        folder = root / f"killed-{len(done)}"
+        left = kills - sum(len(k.moments) for k in done)
+        done.append(kill_and_resume(launch, folder, min(left, chance.randint(1, MOST)), length, chance))
+        if not same(root / "whole", folder):
+            different.append(folder)
+    return done, different, length
+
+
+def scripted_campaign(
+    algorithm: str, kills: int, budget: int, seed: int, root: Path
+) -> tuple[list[Killed], list[Path], float]:
+    """A campaign on the scripted search of one algorithm."""
+
+    def work(folder: Path) -> None:
+        run(folder, algorithm, budget, pause=0.001)
+
+    def same(one: Path, other: Path) -> bool:
+        return bool(recorded(one) == recorded(other))
+
+    return campaign(forked(work), root, kills, None, seed, same)
