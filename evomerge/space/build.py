@@ -61,11 +61,12 @@ def build_space(
     parts, filters = _tensor_groups(tensor_groups, tensor_group_filters or {}, problems)
     pattern = _collect(problems, lambda: _pattern(chosen, base, sources, layer_count, frankenmerge or {}), None)
     overrides = dict(gene_overrides or {})
+    no_reals: tuple[Real, ...] = ()
 
     def real_genes() -> tuple[Real, ...]:
         return genes.real_genes(chosen, overrides, tuple(sources), len(groups), parts, bool(outer))
 
-    reals = _collect(problems, real_genes, ())
+    reals = _collect(problems, real_genes, no_reals)
     smooth = isinstance(layer_groups, Mapping)
     problems += _scope_problems(method_scope, smooth, reals, chosen)
     if problems:
