@@ -234,8 +234,8 @@ def _loaded(plan: Plan, checkpoints: Mapping[str, Checkpoint], device: str) -> P
     """Loads the plan's result as transformers would have from a folder."""
     from transformers import AutoTokenizer, GenerationConfig
 
+    from evomerge.engine.companions import write_companions
     from evomerge.engine.resident import Resident
-    from evomerge.engine.to_disk import write_companions
 
     model: Any
     model, _ = Resident(checkpoints, device=device, private=True).write(plan)

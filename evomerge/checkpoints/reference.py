@@ -22,8 +22,11 @@ from evomerge.zoo.models import ensure
 ZOO = "zoo:"
 
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-_SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.py", "*.yaml"]
+_SMALL += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 _WEIGHTS = ["*.safetensors"]
+# Folders hold a model in other forms, but for the numbered modules of an embedding model, such as 2_Dense.
+_NOT_THE_MODEL = ["[!0-9]*/*.safetensors", "[!0-9]*/*.bin", "checkpoint-*/*", "onnx/*", "openvino/*", "coreml/*"]
 
 
 def split_adapter(reference: str, beside: Path | None) -> tuple[str, str | None]:
@@ -40,6 +43,11 @@ def split_adapter(reference: str, beside: Path | None) -> tuple[str, str | None]
         if adapter and resolve_path(adapter, beside) is not None:
             return base, adapter
     return splits[0]
+
+
+def is_hub_id(reference: str) -> bool:
+    """Tells whether a reference without an adapter reads as a model of the Hub."""
+    return bool(_HUB.fullmatch(reference)) and not reference.endswith(".safetensors")
 
 
 def resolve_reference(reference: str, beside: Path | None) -> str:
@@ -113,7 +121,7 @@ def _patterns(weights: bool, allow_pickle: bool) -> list[str]:
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_THE_MODEL))
 
 
 def _near(reference: str, beside: Path | None) -> str:

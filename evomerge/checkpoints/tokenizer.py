@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
 from evomerge.system.hashing import digest
 
@@ -28,6 +30,11 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+# What no class of transformers reads in the same way, and what goes with a tokenizer all the same.
+_FURTHER = re.compile(
+    r"tekken\.json|.*\.tiktoken|tiktoken\.model|.*\.spm|.*\.bpe|normalizer\.json|bpe\.codes|tokenization_.*\.py"
+    r"|additional_chat_templates/[^/]*\.jinja"
 )
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
@@ -74,6 +81,24 @@ class Tokenizer:
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """Lists the files of a folder that a tokenizer is read from, chat template included."""
     return tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Tells by its name within a model's folder whether a file belongs to the tokenizer."""
+    return name in _TOKENIZER_FILES or bool(_FURTHER.fullmatch(name))
+
+
+def tokenizer_contents(folder: Path) -> dict[str, bytes]:
+    """Reads every file that belongs to the tokenizer of a folder, by its name from there."""
+    paths = [path for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if path.is_file()]
+    names = sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+    return {name: path.read_bytes() for name, path in names if is_tokenizer_file(name)}
+
+
+def is_python_code(folder: Path) -> bool:
+    """Tells whether a folder's tokenizer is Python code that lies there or on the Hub, which is not run."""
+    given = read_json_object(folder / "tokenizer_config.json").get("auto_map")
+    return isinstance(given, Mapping) and bool(given.get("AutoTokenizer"))
 
 
 def read_tokenizer(model: str, folder: Path) -> Tokenizer:

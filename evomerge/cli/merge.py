@@ -30,7 +30,6 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "lora_merge_dtype": "adapters are applied in float32 and rounded once",
     "unsafe_truncate_embeddings": "what happens to vocabularies is the recipe's to say: tokenizer_source",
 }
-_NOT_TOKENIZER = re.compile(r"config\.json|generation_config\.json|README\.md|.*\.safetensors(\.index\.json)?")
 _MERGEKIT_SIZE = re.compile(r"(\d+)([kmb]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -196,7 +195,9 @@ def choose_device(device: str | None, cuda: bool) -> str:
 
 
 def _remove(folder: Path, tokenizer: bool, card: bool) -> None:
-    """Removes tokenizer or card from a folder that is not an output yet."""
-    for path in folder.iterdir():
-        if (card and path.name == "README.md") or (tokenizer and not _NOT_TOKENIZER.fullmatch(path.name)):
-            path.unlink()
+    """Removes the tokenizer, or the card and the recipe, from a folder that is not an output yet."""
+    from evomerge.checkpoints.tokenizer import tokenizer_contents
+
+    names = [*(tokenizer_contents(folder) if tokenizer else ()), *(("README.md", "recipe.yaml") if card else ())]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import re
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +18,7 @@ from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
+from evomerge.engine.companions import write_companions
 from evomerge.engine.execute import execute_all, find_device, parts
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput, CheckpointError, OutputError, RecipeError
@@ -43,6 +41,7 @@ def write_checkpoint(
     device: str = "cpu",
     progress: Progress | None = None,
     finish: Callable[[Path], None] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes a plan's result as a complete Hugging Face checkpoint.
 
@@ -56,6 +55,7 @@ def write_checkpoint(
         device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
         progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
         finish: Called with the folder before it gets its final name, to add to it.
+        warn: Called with what of the reference model's folder is left out.
 
     Raises:
         OutputError: When writing fails.
@@ -65,7 +65,8 @@ def write_checkpoint(
     specs = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
     with CheckpointWriter(out, specs, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer:
         _write_weights(plan, checkpoints, writer, progress, torch_device)
-        write_companions(plan, checkpoints[plan.reference], writer.folder)
+        for text in write_companions(plan, checkpoints[plan.reference], writer.folder):
+            warn(text)
         (writer.folder / "README.md").write_text(card, encoding="utf-8")
         if finish is not None:
             finish(writer.folder)
@@ -140,37 +141,6 @@ def _not_finite(operation: Operation, checkpoints: Mapping[str, Checkpoint]) -> 
         f"{operation.output} has no finite value in {operation.dtype} under {operation.method}: "
         "give a wider out_dtype, or smaller weights"
     )
-
-
-def write_companions(plan: Plan, reference: Checkpoint, folder: Path) -> None:
-    """Writes config, generation config, and the tokenizer with its chat template."""
-    if plan.config:
-        _write_json(folder / "config.json", plan.config)
-    if plan.tokenizer is not None:
-        generation = plan.tokenizer.generation_config or _generation_defaults(plan.config)
-        if generation:
-            _write_json(folder / "generation_config.json", generation)
-        for name, content in plan.tokenizer.files.items():
-            (folder / name).write_bytes(content)
-        return
-    if reference.folder is None:
-        return
-    own = reference.folder / "generation_config.json"
-    if own.is_file():
-        shutil.copyfile(own, folder / own.name)
-    elif plan.config:
-        _write_json(folder / "generation_config.json", _generation_defaults(plan.config))
-    for path in reference.tokenizer_files:
-        shutil.copyfile(path, folder / path.name)
-
-
-def _generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {key: config[key] for key in keys if config.get(key) is not None}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def parse_size(size: str | int) -> int:

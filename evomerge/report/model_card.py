@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.recipe import Recipe
+from evomerge.checkpoints.reference import is_hub_id
+from evomerge.recipe import Recipe, expand_frankenmerge
 from evomerge.report.lineage import ancestry
 from evomerge.report.tables import table
 from evomerge.study.candidate import Candidate
+from evomerge.system.files import resolve_path
 
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _TOLERANCE = 1e-6  # below which two scores are the same
@@ -56,11 +58,11 @@ def licence_verdict(stated: Mapping[str, str | None]) -> tuple[str | None, str |
 
 
 def front_matter(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tags: tuple[str, ...] = ()) -> str:
-    """Writes the YAML block that the Hub reads: base models, the relation `merge`, the licence when all agree."""
+    """Writes the YAML block that the Hub reads: its own models among the sources, the licence when all agree."""
     licence, _ = licence_verdict(licences(_external(recipe, checkpoints)))
+    bases = list(dict.fromkeys(part for model in recipe.external_models() for part in _of_the_hub(model)))
     metadata: dict[str, Any] = {
-        "base_model": [_public_name(model) for model in recipe.external_models()],
-        "base_model_relation": "merge",
+        **({"base_model": bases, "base_model_relation": "merge"} if bases else {}),
         "library_name": "transformers",
         "tags": ["evomerge", "merge", recipe.merge_method, *tags],
     }
@@ -91,6 +93,7 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
         f"> **Licence:** {warning}\n" if warning else "",
         body,
         "## Sources\n\n" + "\n".join(sources) + "\n",
+        _layers_section(recipe, checkpoints),
         f"## Recipe\n\n```yaml\n{recipe.to_yaml().strip()}\n```\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -167,6 +170,25 @@ def _quote(text: str) -> str:
 def _external(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
     """The models that were there before; what a step made of them has no licence of its own."""
     return {model: checkpoints[model] for model in recipe.external_models()}
+
+
+def _layers_section(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """The section that says which layers a pattern took from which model; "" where the recipe itself says it."""
+    layout = checkpoints[recipe.models()[0]].layout
+    if layout.main is None or recipe.slices or len(recipe.sources) < 2:
+        return ""
+    written = expand_frankenmerge(recipe, layout.layer_count)
+    if written is recipe:
+        return ""
+    rows = [(part.sources[0].model, *(part.sources[0].layer_range or (0, 0))) for part in written.slices]
+    lines = [f"- {first} to {stop - 1}: `{_public_name(model)}`" for model, first, stop in rows]
+    return "## Layers\n\n" + "\n".join(lines) + "\n"
+
+
+def _of_the_hub(reference: str) -> list[str]:
+    """The Hub ids in a reference: what lies in a local folder means nothing elsewhere, whatever it is called."""
+    parts = [part.strip() for part in reference.split("+")]
+    return [part.partition("@")[0] for part in parts if is_hub_id(part) and resolve_path(part, None) is None]
 
 
 def _public_name(reference: str) -> str:

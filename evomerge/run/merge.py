@@ -57,7 +57,7 @@ def merge_to_folder(
         finish: Called with the folder before it gets its final name, to add to it or take from it.
 
     Returns:
-        `out`: config, generation config, tokenizer, weights and a model card.
+        `out`: weights, config, tokenizer and whatever small files lie beside the first model, a card and the recipe.
 
     Raises:
         BadInput: When the recipe or a checkpoint cannot be used; found before anything is written.
@@ -75,11 +75,17 @@ def merge_to_folder(
         plan, aligned, warnings_ = align_and_plan(document, opened, identify=False)
         for text in warnings_:
             warn(text)
-        write_checkpoint(plan, aligned, folder, device=device, progress=progress, **options)
+        write_checkpoint(plan, aligned, folder, device=device, progress=progress, warn=warn, **options)
 
     with step_results(recipe, checkpoints, out, functools.partial(carry_out, card="")) as opened:
         card = merge_card(recipe, opened, identify=False)
-        carry_out(recipe, opened, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, finish=finish)
+
+        def complete(folder: Path) -> None:
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            if finish is not None:
+                finish(folder)
+
+        carry_out(recipe, opened, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, finish=complete)
     return out
 
 

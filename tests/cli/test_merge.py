@@ -72,7 +72,7 @@ def test_without_tokenizer_and_card(recipe: Path, capsys: pytest.CaptureFixture[
     assert invoke(capsys, "merge", recipe, bare, "--no-copy-tokenizer", "--no-write-model-card").code == 0
     assert {path.name for path in bare.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     left = {path.name for path in whole.iterdir()} - {path.name for path in bare.iterdir()}
-    assert left == {"README.md", "tokenizer.json", "tokenizer_config.json"}
+    assert left == {"README.md", "recipe.yaml", "tokenizer.json", "tokenizer_config.json"}
     card = recipe.parent / "card"
     assert invoke(capsys, "merge", recipe, card, "--no-copy-tokenizer").code == 0
     assert (card / "README.md").is_file()

@@ -120,7 +120,7 @@ def test_card_and_generation_config(tiny_family: dict[str, Path], tmp_path: Path
     assert json.loads((out / "generation_config.json").read_text()) == generation
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nbase_model:\n")
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert "merge_method: ties" in card
     (family["base"] / "generation_config.json").unlink()
     again = merge_to_folder(ties(family), tmp_path / "again")

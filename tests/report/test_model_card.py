@@ -38,8 +38,6 @@ def the_card(family: dict[str, Path], body: str = "") -> str:
 def test_metadata(licensed: dict[str, Path]) -> None:
     text = the_card(licensed, "## Scores\n\nnone yet\n")
     assert card_of(text) == {
-        "base_model": ["base", "a", "b"],
-        "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["evomerge", "merge", "ties"],
         "license": "apache-2.0",
@@ -48,6 +46,27 @@ def test_metadata(licensed: dict[str, Path]) -> None:
     assert "**Licence:**" not in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert parse_recipe(recipe).digest
+
+
+def test_base_models_are_the_hubs(licensed: dict[str, Path]) -> None:
+    """The Hub takes a name for one of its own: no folder's name stands there, whatever it looks like."""
+    models = ["org/one@v2", str(licensed["a"]), "org/two+org/adapter", f"org/one+{licensed['b']}", "zoo:x"]
+    listed = [{"model": model, "parameters": {"weight": 1}} for model in models]
+    parsed = parse_recipe({"merge_method": "linear", "models": listed})
+    checkpoint = opened([str(licensed["a"])])[str(licensed["a"])]
+    card = card_of(merge_card(parsed, dict.fromkeys(models, checkpoint)))
+    assert card["base_model"] == ["org/one", "org/two", "org/adapter"]
+    assert card["base_model_relation"] == "merge"
+
+
+def test_the_card_says_which_layers_a_drawn_pattern_took(licensed: dict[str, Path]) -> None:
+    models = [{"model": str(licensed[name])} for name in "ab"]
+    recipe = parse_recipe({"merge_method": "frankenmerge", "models": models, "parameters": {"pattern": "AAB"}})
+    card = merge_card(recipe, opened(recipe.models()))
+    assert "## Layers\n\n- 0 to 1: `a`\n- 2 to 2: `b`\n- 3 to 3: `a`\n" in card
+    drawn = parse_recipe({"merge_method": "frankenmerge", "models": models})
+    assert "## Layers" in merge_card(drawn, opened(drawn.models()))
+    assert "## Layers" not in the_card(licensed)
 
 
 @pytest.mark.parametrize("content", ["---\nlicense: mit\n---\n", "# no metadata", "---\n[not a mapping]\n---\n", None])

@@ -80,7 +80,7 @@ def test_what_an_export_holds(finished_run: Path, exported: Path) -> None:
         "scores.json",
     }
     card = (exported / "README.md").read_text()
-    assert yaml.safe_load(card.split("---\n")[1])["base_model_relation"] == "merge"
+    assert yaml.safe_load(card.split("---\n")[1])["tags"][:2] == ["evomerge", "merge"]
     for heading in ("## Scores on the test items", "## Beside its sources", "## Lineage", "## Samples", "## Recipe"):
         assert f"\n{heading}\n" in card
     assert "the same numbers as in the search" in card

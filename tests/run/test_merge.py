@@ -63,7 +63,12 @@ def test_the_card_holds_every_step(tiny_family: dict[str, Path], tmp_path: Path)
     recipe = parse_recipe(chain(tiny_family))
     card = (merge_to_folder(recipe, tmp_path / "out") / "README.md").read_text()
     assert parse_recipe(card.split("```yaml\n")[1].split("```")[0]) == recipe
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["a", "b", "c", "base"]
+    assert [line for line in card.splitlines() if line.startswith("- `")] == [
+        "- `a`",
+        "- `b`",
+        "- `c`",
+        "- `base` (base)",
+    ]
     assert "second" not in card.split("## Recipe")[0]
 
 

@@ -7,6 +7,7 @@ vocabulary, provided that the rows they keep mean the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,13 @@ from evomerge.checkpoints.header import name_some, shape_text
 from evomerge.checkpoints.layout import vocabulary_tensors
 from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.reference import find_model
-from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer, tokenizer_files
+from evomerge.checkpoints.tokenizer import (
+    Tokenizer,
+    is_python_code,
+    read_tokenizer,
+    tokenizer_contents,
+    tokenizer_files,
+)
 from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
 from evomerge.planning.vocabulary.chat_template import chosen_template
@@ -30,6 +37,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MODEL = "model:"
+_OF_THE_MODEL = re.compile(
+    r"\..*|.*\.md|(generation_)?config\.json|.*\.index\.json|.*\.(safetensors|bin|pt|pth|gguf)"
+    r"|(modeling|configuration)_.*\.py"
+)
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,13 @@ def _unlike(reference: str, rows: int, tokenizers: _Tokenizers, models: Mapping[
     for model, checkpoint in models.items():
         if model == reference or not tokenizers.has(model) or (files and files == _tokenizer_json(checkpoint)):
             continue
+        if coded := [m for m in (reference, model) if _is_code(models[m])]:
+            if _python_files(models[reference]) != _python_files(checkpoint):
+                problems.append(
+                    f"{coded[0]}: its tokenizer is Python code, which is not run: whether {model} has the same tokens "
+                    f"as {reference} cannot be told"
+                )
+            continue
         reference_tokens, model_tokens = (
             {i: t for t, i in tokenizers.of(m).tokens.items() if i < rows} for m in (reference, model)
         )
@@ -215,6 +233,18 @@ def _unlike(reference: str, rows: int, tokenizers: _Tokenizers, models: Mapping[
                 f"{i}: {model_tokens[i]!r} against {reference_tokens[i]!r})"
             )
     return problems
+
+
+def _is_code(checkpoint: Checkpoint) -> bool:
+    return checkpoint.folder is not None and is_python_code(checkpoint.folder)
+
+
+def _python_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What a tokenizer that is Python code may be read from: it says itself which files those are."""
+    folder = checkpoint.folder
+    paths = sorted(path for path in folder.iterdir() if path.is_file()) if folder else []
+    small = [path for path in paths if path not in checkpoint.files and not _OF_THE_MODEL.fullmatch(path.name)]
+    return {path.name: path.read_bytes() for path in small}
 
 
 def _tokenizer_json(checkpoint: Checkpoint) -> bytes | None:
@@ -284,7 +314,7 @@ def _with_template(recipe: Recipe, chat_template: str, aligned: Aligned, tokeniz
     written = aligned.tokenizer
     if written is None:
         own = tokenizers.of(reference)
-        files = {path.name: path.read_bytes() for path in tokenizer_files(own.folder)}
+        files = tokenizer_contents(own.folder)
         written = WrittenTokenizer(files, aligned.checkpoints[reference].generation_config)
     files = with_chat_template(written.files, template)
     return Aligned(aligned.checkpoints, WrittenTokenizer(files, written.generation_config), aligned.warnings)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer, tokenizer_files
+from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer, tokenizer_contents
 from evomerge.errors import CheckpointError
 from evomerge.planning.vocabulary.merged_vocabulary import Vocabulary
 from evomerge.system.hashing import digest
@@ -45,7 +45,7 @@ def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
         CheckpointError: What was changed does not come back from the files with the same ids.
     """
     if vocabulary.document is None:
-        return {path.name: path.read_bytes() for path in tokenizer_files(vocabulary.start.folder)}
+        return tokenizer_contents(vocabulary.start.folder)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vocabulary.start.loaded.save_pretrained(folder)
@@ -53,7 +53,7 @@ def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")
         _edit(folder / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder", None))
         _refuse_moved(vocabulary, folder)
-        return {path.name: path.read_bytes() for path in tokenizer_files(folder)}
+        return tokenizer_contents(folder)
 
 
 def with_chat_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
