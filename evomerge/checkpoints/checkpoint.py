@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.header import TensorInfo
-from evomerge.checkpoints.layout import Layout, layout_of
+from evomerge.checkpoints.layout import Layout, layout_of, sized_config, with_tied_flag
 from evomerge.checkpoints.lora import LoraWeights, read_adapter
 from evomerge.checkpoints.reference import find_model, split_adapter
 from evomerge.checkpoints.tensors import Weights, is_finite, open_weights
@@ -175,9 +175,13 @@ def open_checkpoint(reference: str, *, beside: Path | None = None, allow_pickle:
         return _open_model(reference, find_model(base, beside, allow_pickle=allow_pickle), allow_pickle)
     model = open_checkpoint(base, beside=beside, allow_pickle=allow_pickle)
     folder = find_model(adapter, beside, allow_pickle=allow_pickle)
-    weights = LoraWeights(model.weights, model.layout, read_adapter(folder, allow_pickle=allow_pickle))
-    config = model.config | ({"tie_word_embeddings": False} if weights.unties_head else {})
-    return Checkpoint(reference, model.folder, config, weights)
+    weights = LoraWeights(model.weights, model.layout, read_adapter(folder, allow_pickle=allow_pickle), model.config)
+    config = with_tied_flag(model.config, False) if weights.unties_head else model.config
+    embedding = model.layout.embedding
+    if embedding is not None and weights.tensors[embedding].shape != model.tensors[embedding].shape:
+        config = sized_config(config, weights.tensors[embedding].shape[0])
+    own = folder if tokenizer_files(folder) else model.tokenizer_folder
+    return Checkpoint(reference, model.folder, config, weights, own)
 
 
 def open_checkpoints(references: Iterable[str], *, allow_pickle: bool = False) -> dict[str, Checkpoint]:

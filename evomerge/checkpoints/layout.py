@@ -181,6 +181,25 @@ def vocabulary_tensors(layout: Layout, tensors: Mapping[str, TensorSpec]) -> tup
     return tuple(sorted(names))
 
 
+def sized_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Returns config.json with another size of the vocabulary, wherever it says one."""
+    sized = dict(config)
+    if isinstance(sized.get("text_config"), Mapping):
+        sized["text_config"] = sized_config(sized["text_config"], rows)
+    if "vocab_size" in sized:
+        sized["vocab_size"] = rows
+    return sized
+
+
+def with_tied_flag(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """Returns config.json with what it says of the head, at the top and for the text."""
+    changed = {**config, "tie_word_embeddings": tied}
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and "tie_word_embeddings" in text:
+        changed["text_config"] = {**text, "tie_word_embeddings": tied}
+    return changed
+
+
 def residual_writers(
     layout: Layout, tensors: Mapping[str, TensorSpec], layer: int, *, stack: str | None = None
 ) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from evomerge.errors import CheckpointError
-from tests.models import write_tiny_llama
+from tests.architectures import ARCHITECTURES
+from tests.models import byte_tokenizer, write_tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = ROOT / "models"
@@ -58,11 +59,10 @@ LINEAR = ["q_proj", "v_proj", "o_proj", "down_proj"]
             "alpha_pattern": {"model.layers.0.mlp.down_proj": 5, "o_proj": 6},
         },
         {"r": 2, "target_modules": "all-linear", "modules_to_save": ["norm", "input_layernorm"]},
-        {"r": 2, "target_modules": ["q_proj", "embed_tokens"]},
+        {"r": 3, "lora_alpha": 12, "target_modules": LINEAR, "use_dora": True},
     ],
-    ids=["plain", "rslora", "patterns", "modules_to_save", "embedding"],
+    ids=["plain", "rslora", "patterns", "modules_to_save", "dora"],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT: the embedding is saved with the adapter; the head is tied
 def test_as_peft_merges(tiny_family: dict[str, Path], tmp_path: Path, settings: dict[str, Any]) -> None:
     expected = _train(tiny_family["base"], tmp_path / "adapter", **settings)
     base = open_checkpoint(str(tiny_family["base"]))
@@ -72,6 +72,93 @@ def test_as_peft_merges(tiny_family: dict[str, Path], tmp_path: Path, settings: 
     assert not torch.equal(model.tensor("model.layers.0.self_attn.q_proj.weight"), base.tensor(model.layout.names[-5]))
     assert model.layout.tied_head
     assert model.config == base.config
+
+
+TABLES = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT: the embedding is saved with the adapter; the head is tied
+@pytest.mark.parametrize(
+    ("settings", "added", "tied"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, 0, False),
+        ({"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, 0, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, 0, False),
+        ({"target_modules": ["q_proj", *TABLES]}, 0, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 0, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": TABLES}, 0, False),
+        ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, 0, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, 5, True),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}, 0, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": TABLES}, 5, False),
+        ({"target_modules": ["q_proj", *TABLES]}, 5, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, 5, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 5, False),
+    ],
+)
+def test_tables_of_tokens_as_the_live_model_has_them(
+    tiny_family: dict[str, Path], tmp_path: Path, settings: dict[str, Any], added: int, tied: bool
+) -> None:
+    """The head of a tied base goes on using the base's matrix, unless PEFT ties the two; rows may be added."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_family["base"])
+    rows = base.config.vocab_size + added
+    if added:
+        base.resize_token_embeddings(rows)
+    live: Any = get_peft_model(base, LoraConfig(r=2, **settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    live.save_pretrained(tmp_path / "adapter")
+    model = open_checkpoint(f"{tiny_family['base']}+{tmp_path / 'adapter'}")
+    assert (model.layout.tied_head, model.config["tie_word_embeddings"]) == (tied, tied)
+    assert (model.config["vocab_size"], model.tensors["model.embed_tokens.weight"].shape[0]) == (rows, rows)
+    state = {name: model.tensor(name) for name in model.tensors}
+    model.load_config().save_pretrained(tmp_path / "out")
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "out" / "model.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(again(ids).logits, live.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_that_stores_a_copy_of_its_head(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    tensors = _tensors(tiny_family["base"])
+    table = tensors["model.embed_tokens.weight"]
+    (tmp_path / "base").mkdir()
+    save_file(tensors | {"lm_head.weight": table.clone()}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text((tiny_family["base"] / "config.json").read_text())
+    _write(tmp_path / "a", {"base_model.model.model.embed_tokens.weight": table + 1})
+    model = open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'a'}")
+    assert model.config["tie_word_embeddings"] is False
+    assert torch.equal(model.tensor("lm_head.weight"), table)
+
+
+def test_names_as_in_memory(tmp_path: Path) -> None:
+    """Of a vision-language model, whose files name the modules otherwise than PEFT saw them."""
+    architecture = ARCHITECTURES["llava"]
+    architecture.build().save_pretrained(tmp_path / "base")
+    base = open_checkpoint(str(tmp_path / "base"))
+    key = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
+    shape = (2, 16)
+    a, b = torch.ones(shape), torch.ones(shape[::-1])
+    _write(tmp_path / "a", {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b})
+    model = open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'a'}")
+    changed = [name for name in base.tensors if not torch.equal(base.tensor(name), model.tensor(name))]
+    assert [name.endswith("layers.1.self_attn.q_proj.weight") and "vision" not in name for name in changed] == [True]
+
+
+def test_a_tokenizer_of_its_own(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    _write(tmp_path / "a", {"base_model.model.model.norm.weight": torch.ones(32)})
+    reference = f"{tiny_family['base']}+{tmp_path / 'a'}"
+    assert open_checkpoint(reference).load_tokenizer().folder == tiny_family["base"]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "a")
+    model = open_checkpoint(reference)
+    assert model.load_tokenizer().chat_template == tokenizer.chat_template
+    assert {path.parent for path in model.tokenizer_files} == {tmp_path / "a"}
+    assert model.folder == tiny_family["base"]
 
 
 def test_biases(tmp_path: Path) -> None:
@@ -191,11 +278,10 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> P
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "use_dora: DoRA adapters cannot be applied"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3': only LORA"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication is not supported"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters is not supported"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is not supported"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices must list rows"),
         ({"lora_bias": True}, "lora_bias is not supported"),
         ({"use_qalora": True}, "use_qalora is not supported"),
         ({"use_something_new": True}, "use_something_new is not supported"),
@@ -229,10 +315,15 @@ _O = "base_model.model.model.layers.0.self_attn.o_proj"
         ({f"{_O}.lora_A.weight": (2, 32)}, "o_proj has lora_A alone"),
         ({f"{_O}.lora_A.weight": (2, 31), f"{_O}.lora_B.weight": (32, 2)}, "B·A has shape 32x31, .* has 32x32"),
         ({f"{_O}.lora_A.weight": (2, 32, 1, 1), f"{_O}.lora_B.weight": (32, 2)}, "o_proj is no linear layer"),
-        ({f"{_O}.lora_magnitude_vector": (32,)}, "the base has no tensor for .*lora_magnitude_vector"),
+        ({f"{_O}.lora_magnitude_vector": (32,)}, "o_proj has lora_magnitude_vector alone"),
         ({f"{_O}.lora_B.bias": (32,)}, "the base has no tensor for .*lora_B.bias"),
         ({f"{_O[:-2]}x.lora_A.weight": (2, 32), f"{_O[:-2]}x.lora_B.weight": (32, 2)}, "the base has no tensor for"),
-        ({"base_model.model.model.embed_tokens.weight": (260, 32)}, "has shape 260x32, .* of the base has 259x32"),
+        (
+            {"base_model.model.model.embed_tokens.weight": (260, 32)},
+            "changes the number of tokens in some tensors only",
+        ),
+        ({"base_model.model.model.embed_tokens.weight": (259, 31)}, "has shape 259x31, .* of the base has 259x32"),
+        ({"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 32)}, "names 0 rows"),
     ],
 )
 def test_refuses_what_does_not_fit(

@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import TensorSpec, name_some
-from evomerge.checkpoints.layout import ties_head, vocabulary_tensors
+from evomerge.checkpoints.layout import ties_head, vocabulary_tensors, with_tied_flag
 from evomerge.checkpoints.module_names import matched_names, without_number
 from evomerge.checkpoints.tensors import SelectedWeights
 
@@ -64,15 +63,6 @@ def selected(checkpoint: Checkpoint, keep: Callable[[str], bool]) -> Checkpoint:
     """Returns a checkpoint with some of its tensors; the checkpoint itself where these are all."""
     names = {name: name for name in checkpoint.tensors if keep(name)}
     return checkpoint if len(names) == len(checkpoint.tensors) else _with_names(checkpoint, names)
-
-
-def with_tied_flag(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    """Returns config.json with what it says of the head, at the top and for the text."""
-    changed = {**config, "tie_word_embeddings": tied}
-    text = config.get("text_config")
-    if isinstance(text, Mapping) and "tie_word_embeddings" in text:
-        changed["text_config"] = {**text, "tie_word_embeddings": tied}
-    return changed
 
 
 def _with_names(checkpoint: Checkpoint, sources: Mapping[str, str]) -> Checkpoint:

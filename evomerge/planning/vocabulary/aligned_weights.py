@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import dtype_name, torch_dtype
 from evomerge.checkpoints.fingerprint import derived_fingerprint
 from evomerge.checkpoints.header import TensorInfo
-from evomerge.checkpoints.layout import vocabulary_tensors
+from evomerge.checkpoints.layout import sized_config, vocabulary_tensors
 from evomerge.checkpoints.tensors import Weights
 from evomerge.planning.vocabulary.row_maps import RowMaps
 from evomerge.system.hashing import digest
@@ -128,16 +127,6 @@ def aligned_checkpoint(
     weights = {reference: other.weights for reference, other in checkpoints.items()}
     aligned = AlignedWeights(model, weights, names, maps, exact=exact)
     return checkpoint.changed(config=sized_config(checkpoint.config, len(own)), weights=aligned)
-
-
-def sized_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Returns config.json with another size of the vocabulary, wherever it says one."""
-    sized = dict(config)
-    if isinstance(sized.get("text_config"), Mapping):
-        sized["text_config"] = sized_config(sized["text_config"], rows)
-    if "vocab_size" in sized:
-        sized["vocab_size"] = rows
-    return sized
 
 
 def _copy(stored: torch.Tensor, rows: NDArray[np.int64], targets: NDArray[np.int64], result: torch.Tensor) -> None:
