@@ -36,11 +36,8 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Compiled once, before test processes start that would each do it. Numba's cache watches only the file that a kernel
-# stands in, not those whose parts it takes in: a change to any of them empties it.
-KERNELS := $(wildcard evomerge/engine/kernels/*.py) evomerge/methods/random_field.py
-$(VENV)/.kernels: $(KERNELS) | $(VENV)/.installed-test
-	rm -f evomerge/engine/kernels/__pycache__/*.nbi evomerge/engine/kernels/__pycache__/*.nbc
+# Compiled once, before test processes start that would each do it.
+$(VENV)/.kernels: $(wildcard evomerge/engine/kernels/*.py) evomerge/methods/random_field.py | $(VENV)/.installed-test
 	$(BIN)/python -m tests.engine.compile_kernels
 	touch $@
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -94,3 +99,43 @@ def test_moments_of_rows_come_together_from_parts(rows: int, columns: int, cut: 
     wide = values.reshape(rows, columns).astype(np.float64)
     np.testing.assert_allclose(means, wide.mean(1), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(squares / columns, wide.var(1), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_kept_on_disk_is_that_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel whose shared part has changed, in another file, is compiled again; numba alone does not notice."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "user_kernel.py").write_text(
+        "from shared_part import amount\nfrom evomerge.engine.kernels.jit import kernel\n\n\n"
+        "@kernel\ndef added(x):\n    return x + amount()\n"
+    )
+
+    def result(amount: int, version: str) -> int:
+        text = "from evomerge.engine.kernels.jit import part\n\n\n@part\ndef amount():\n    return {}\n"
+        (tmp_path / "shared_part.py").write_text(text.format(amount))
+        importlib.invalidate_caches()
+        for name in ("user_kernel", "shared_part"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr(jit, "_VERSION", version)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        return int(importlib.import_module("user_kernel").added(1))
+
+    assert result(10, "before") == 11
+    assert result(20, "before") == 11  # read from the disk
+    assert result(20, "after") == 21
+
+
+def test_the_version_covers_all_that_kernels_are_compiled_from() -> None:
+    """What a kernel imports from elsewhere in the package are constants and functions of these files."""
+    folder = Path(jit.__file__).parent
+    assert set(folder.glob("*.py")) < set(jit.SOURCES)
+    compiled = {path for path in folder.glob("*.py") if path.name != "jit.py"}
+    imported = {
+        node.module
+        for path in compiled
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("evomerge")
+    }
+    root = folder.parents[2]
+    files = {root / f"{module.replace('.', '/')}.py" for module in imported}
+    assert {str(file) for file in files} <= {str(path) for path in jit.SOURCES}
