@@ -62,6 +62,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, and a killed process loses nothing that is written; other processes do wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def command_line() -> Iterator[None]:
     """The command line is built once a session, not at every call: that takes longer than most commands."""
     with pytest.MonkeyPatch.context() as patch:
