@@ -97,6 +97,12 @@ class Checkpoint:
         """Hash of the content: names, dtypes, shapes, bytes. The first time ever reads the whole model."""
         return self.weights.fingerprint()
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Every file that was read of the model, or will be."""
+        beside = ("config.json", "generation_config.json", "model.safetensors.index.json")
+        return (*self.files, *self.tokenizer_files, *(self.folder / name for name in beside if self.folder))
+
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json; {} without one."""

@@ -64,9 +64,14 @@ class FingerprintCache:
         key = derived_fingerprint("files", json.dumps(files))
         self._path = cache_folder("fingerprints") / key
 
-    def get_or(self, compute: Callable[[], str]) -> str:
-        """Gives the remembered fingerprint, else computes it and remembers it if the files have not changed."""
-        remembered = self._remembered()
+    def get_or(self, compute: Callable[[], str], *, anew: bool = False) -> str:
+        """Gives the remembered fingerprint, else computes it and remembers it if the files have not changed.
+
+        Args:
+            compute: Computes it.
+            anew: Compute it even where one is remembered.
+        """
+        remembered = None if anew else self._remembered()
         if remembered is not None:
             return remembered
         fingerprint = compute()
@@ -86,7 +91,7 @@ class FingerprintCache:
         return all(signature(path) == signed for path, signed in self._signatures.items())
 
     def _old_enough(self) -> bool:
-        return all(time.time_ns() - mtime > _TICK_NS for _, mtime, _ in self._signatures.values())
+        return all(time.time_ns() - mtime > _TICK_NS for _, mtime, _, _ in self._signatures.values())
 
     def _remember(self, fingerprint: str) -> None:
         with suppress(OSError, OutputError):  # a cache that cannot be written costs time, nothing else

@@ -225,9 +225,11 @@ class LoraWeights:
     def release(self, name: str) -> None:
         self._base.release(self._tied_to.get(name, name))
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, anew: bool = False) -> str:
         settings = json.dumps(asdict(self._adapter.settings), sort_keys=True)
-        return derived_fingerprint("lora", self._base.fingerprint(), self._adapter.weights.fingerprint(), settings)
+        return derived_fingerprint(
+            "lora", self._base.fingerprint(anew=anew), self._adapter.weights.fingerprint(anew=anew), settings
+        )
 
 
 def _first_match(patterns: Iterable[str], module: str) -> str:

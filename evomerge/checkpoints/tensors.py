@@ -20,6 +20,7 @@ from evomerge.checkpoints.fingerprint import FingerprintCache, content_fingerpri
 from evomerge.checkpoints.header import TensorInfo, TensorSpec
 from evomerge.checkpoints.weight_files import TensorIndex, WeightFiles, read_tensor_index, signature
 from evomerge.errors import CheckpointError, EvoMergeError
+from evomerge.system.truncation import watch_map
 
 # Not in Python's mmap module before 3.13. A private map of a file bigger than the memory may otherwise be refused,
 # as if all of it could be written to.
@@ -40,7 +41,7 @@ class Weights(Protocol):
 
     def release(self, name: str) -> None: ...
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self, *, anew: bool = False) -> str: ...
 
 
 class UnwrittenTensor(EvoMergeError):
@@ -67,7 +68,7 @@ class UnwrittenWeights:
     def release(self, name: str) -> None:
         """Releases nothing."""
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, anew: bool = False) -> str:
         return self._fingerprint
 
 
@@ -98,8 +99,8 @@ class SelectedWeights:
     def release(self, name: str) -> None:
         self._weights.release(self._sources[name])
 
-    def fingerprint(self) -> str:
-        return derived_fingerprint("names", self._weights.fingerprint(), json.dumps(self._sources))
+    def fingerprint(self, *, anew: bool = False) -> str:
+        return derived_fingerprint("names", self._weights.fingerprint(anew=anew), json.dumps(self._sources))
 
 
 class MappedWeights:
@@ -143,8 +144,10 @@ class MappedWeights:
         start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
         mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
-    def fingerprint(self) -> str:
-        return FingerprintCache(self._index.signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))
+    def fingerprint(self, *, anew: bool = False) -> str:
+        return FingerprintCache(self._index.signatures).get_or(
+            lambda: content_fingerprint(self.tensors, self.read), anew=anew
+        )
 
     def _map(self, path: Path) -> mmap.mmap:
         with self._lock:
@@ -152,6 +155,7 @@ class MappedWeights:
                 if signature(path) != self._index.signatures[path]:
                     raise CheckpointError(f"{path} has changed since it was opened: open the checkpoint again")
                 self._maps[path] = _private_map(path)
+                watch_map(path, self._index.signatures[path][0])
             return self._maps[path]
 
 
@@ -180,8 +184,10 @@ class PickledWeights:
     def release(self, name: str) -> None:
         """Does nothing: the whole state dict stays in memory."""
 
-    def fingerprint(self) -> str:
-        return FingerprintCache(self._signatures).get_or(lambda: content_fingerprint(self.tensors, self.read))
+    def fingerprint(self, *, anew: bool = False) -> str:
+        return FingerprintCache(self._signatures).get_or(
+            lambda: content_fingerprint(self.tensors, self.read), anew=anew
+        )
 
 
 def open_weights(files: WeightFiles, *, allow_pickle: bool = False) -> Weights:

@@ -24,7 +24,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SINGLE = {"safetensors": "model.safetensors", "pickle": "pytorch_model.bin"}
 
 Kind = Literal["safetensors", "pickle"]
-Signature = tuple[int, int, int]
+Signature = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TensorIndex:
     Attributes:
         tensors: By name, sorted.
         paths: Name -> the file that holds it.
-        signatures: File -> its (size, mtime in ns, inode) when the header was read.
+        signatures: File -> its (size, mtime and ctime in ns, inode) when the header was read.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -60,7 +60,9 @@ class TensorIndex:
 
 
 def signature(path: Path) -> Signature:
-    """Gives what changes when a file is written to or replaced: (size, mtime in ns, inode).
+    """Gives what changes when a file is written to or replaced: (size, mtime in ns, inode, ctime in ns).
+
+    The last one changes even where somebody puts the time of modification back.
 
     Raises:
         CheckpointError: The file cannot be looked at, or is a pipe or a device, which might never end.
@@ -71,7 +73,7 @@ def signature(path: Path) -> Signature:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} cannot be read: it is not an ordinary file")
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

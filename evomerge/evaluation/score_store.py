@@ -48,7 +48,7 @@ class ScoreCache:
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         self._folder = folder
         self._limit = limit
-        self._written = 0
+        self._written: list[Path] = []
 
     def get(self, key: str, items: Mapping[str, tuple[str, ...]]) -> dict[str, ItemScores] | None:
         """Returns the scores under a key, or None.
@@ -79,9 +79,14 @@ class ScoreCache:
         except (OSError, OutputError) as error:
             log.warning("the score cache cannot be written: %s", error)
             return
-        if self._written % _WRITES == 0:
+        if len(self._written) % _WRITES == 0:
             self.shrink()
-        self._written += 1
+        self._written.append(path)
+
+    def withdraw(self) -> None:
+        """Removes what was written through this object: it has turned out to be in doubt."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
 
     def shrink(self) -> None:
         """Removes the least recently used files until the folder is within its limit, and what a kill left behind."""

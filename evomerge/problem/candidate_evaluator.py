@@ -144,7 +144,12 @@ class CandidateEvaluator:
         self.race_against(self.incumbents(history))
 
     def incumbents(self, history: tuple[Candidate, ...]) -> Incumbents | None:
-        """Returns whom to race against, given this history; None for nobody."""
+        """Returns whom to race against, given this history; None for nobody.
+
+        Raises:
+            ChangedInput: A model or data have changed since they were opened.
+        """
+        self._runner.check_inputs()
         leaders = ranked(history)[:CONTROLS]
         if not leaders or len(self.objective.blocks) == 1:
             return None

@@ -95,6 +95,9 @@ class FakeRunner:
     def release(self) -> None:
         """Gives back nothing."""
 
+    def check_inputs(self, *, whole: bool = False) -> None:
+        """Has none."""
+
     def _item_scores(self, name: str, plan: str, level: float, positions: Sequence[int]) -> ItemScores:
         task = self._tasks[name]
         difficulty = _generator(name).normal(0.0, 0.2, len(task.items))

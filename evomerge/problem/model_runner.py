@@ -6,11 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.tokenizer import tokenizer_digest
 from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, parameter_gradients
@@ -29,6 +31,7 @@ from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
 from evomerge.system.arrays import FloatArray
 from evomerge.system.files import cache_folder
+from evomerge.system.inputs import ChangedInput, Inputs
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,10 @@ class Runner(Protocol):
         """Gives back the memory of what runs, until it is needed again."""
         ...
 
+    def check_inputs(self, *, whole: bool = False) -> None:
+        """Checks that models and data are as they were when they were opened: some of them, or all."""
+        ...
+
 
 class ModelRunner:
     """Turns recipes into plans, plans into a live model, and that into per-item scores.
@@ -106,6 +113,13 @@ class ModelRunner:
             threads=problem.threads,
         )
         self.reused = 0
+        self._inputs = Inputs(
+            [file for part in (problem.checkpoints, problem.tasks) for one in part.values() for file in _files(one)],
+            {
+                reference: (checkpoint.fingerprint, partial(checkpoint.weights.fingerprint, anew=True))
+                for reference, checkpoint in problem.checkpoints.items()
+            },
+        )
         self._cache = ScoreCache(cache_folder("scores")) if evaluation.cache else None
         self._resident: Resident | None = None
         self._contents: dict[str, Mapping[str, Any]] = {}  # by digest of the batches
@@ -131,6 +145,25 @@ class ModelRunner:
         """Gives back the live model's memory, until it is needed again."""
         self._resident = None
 
+    def check_inputs(self, *, whole: bool = False) -> None:
+        """Checks that models and data are as they were when they were opened.
+
+        Args:
+            whole: Compare all of their content; else some pages of each file, and all where a signature has changed.
+
+        Raises:
+            ChangedInput: With every file that has changed.
+        """
+        try:
+            if whole:
+                self._inputs.verify()
+            else:
+                self._inputs.renew(sampled=True)
+        except ChangedInput:
+            if self._cache is not None:
+                self._cache.withdraw()
+            raise
+
     def scores(self, plan: Plan, selection: Selection) -> tuple[Scores, dict[str, float]]:
         """Scores a plan on some items, or reads its scores from the user's cache.
 
@@ -153,11 +186,16 @@ class ModelRunner:
         return scores, seconds
 
     def measure(self, plan: Plan, selection: Selection) -> tuple[dict[str, ItemScores], dict[str, float]]:
-        """Materialises a plan and scores it on some items, whatever the cache has. As `scores`."""
+        """Materialises a plan and scores it on some items, whatever the cache has. As `scores`.
+
+        Raises:
+            ChangedInput: A model or data have changed, so that nobody knows what was scored.
+        """
         started = time.perf_counter()
         model = self.materialise(plan)
         written = time.perf_counter()
         scores = self.evaluator.score(model, selection)
+        self._inputs.renew()
         return scores, {"materialise": written - started, "score": time.perf_counter() - written}
 
     def sizes(self, plan: Plan) -> dict[str, int]:
@@ -184,9 +222,11 @@ class ModelRunner:
         if not parameters <= {op.output for op in plan.operations}:
             log.warning("no gradients: the parameters of %s are not its checkpoints' tensors", type(model).__name__)
             return None
-        return self.evaluator.weight_gradient(
+        gradients = self.evaluator.weight_gradient(
             model, selection, numerators, [name for name in names if name in parameters]
         )
+        self._inputs.renew()
+        return gradients
 
     def parameter_gradients(
         self,
@@ -195,7 +235,9 @@ class ModelRunner:
         gradient: Mapping[str, Tensor],
     ) -> dict[str, dict[ParameterKey, float]]:
         """Contracts a gradient of the weights with how they move with the settings of a plan's operations."""
-        return parameter_gradients(ranges, gradient, self._live.store, plan.family)
+        contracted = parameter_gradients(ranges, gradient, self._live.store, plan.family)
+        self._inputs.renew()
+        return contracted
 
     @property
     def _live(self) -> Resident:
@@ -238,6 +280,11 @@ class ModelRunner:
                 },
             }
         return self._contents[batches]
+
+
+def _files(opened: Checkpoint | Task) -> tuple[Path, ...]:
+    """The files that a model or a task was read from."""
+    return opened.inputs if isinstance(opened, Checkpoint) else opened.files
 
 
 def selection_size(selection: Selection) -> int:

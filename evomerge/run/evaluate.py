@@ -21,6 +21,7 @@ from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, group_scores
 from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
+from evomerge.system.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def evaluate(
     task_set = find_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot)
     if task_set.problems:
         raise TaskError(task_set.problems)
+    inputs = Inputs([*checkpoint.inputs, *(file for task in task_set.tasks.values() for file in task.files)])
     evaluator = Evaluator(
         task_set.tasks,
         checkpoint.load_tokenizer().loaded,
@@ -109,4 +111,5 @@ def evaluate(
     plan = make_plan(parse_recipe(single_model(reference)), {reference: checkpoint})
     resident, _ = Resident({reference: checkpoint}, compute_dtype, device).write(plan)
     scores = score_table(evaluator.score(resident, selection))
+    inputs.renew(sampled=True)
     return Evaluation(model, scores, group_scores(task_set, scores))

@@ -120,6 +120,7 @@ def write_export(
 
     def finish(partial: Path) -> None:
         """Reads the written weights back, scores them, and completes the card before the folder gets its name."""
+        runner.check_inputs(whole=True)
         model = _load(partial, folder.spec.evaluation.dtype)
         split = _rescored_split(folder, plan.digest)
         rescored = _rescore(runner.evaluator, problem.splits[split], folder, model, plan.digest, split)

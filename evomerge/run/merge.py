@@ -22,6 +22,7 @@ from evomerge.planning.plan import Plan, align_and_plan
 from evomerge.recipe import Recipe
 from evomerge.report.model_card import merge_card
 from evomerge.system.files import expand_home
+from evomerge.system.inputs import Inputs
 from evomerge.system.locks import exclusive
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def merge_to_folder(
         refuse_crimes(checkpoints)
     refuse_inputs(out, checkpoints)
     refuse_taken(out.resolve(), overwrite)
+    inputs = Inputs(file for checkpoint in checkpoints.values() for file in checkpoint.inputs)
 
     def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
         plan, aligned, warnings_ = align_and_plan(document, opened, identify=False)
@@ -81,6 +83,7 @@ def merge_to_folder(
         card = merge_card(recipe, opened, identify=False)
 
         def complete(folder: Path) -> None:
+            inputs.renew(sampled=True)
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             if finish is not None:
                 finish(folder)

@@ -160,6 +160,7 @@ def open_worker(root: Path, threads: int, share: int, parts: SearchParts | None 
     folder, parts = RunFolder.existing(root), parts or MODEL_PARTS
     problem = parts.open_problem(folder.spec, threads)
     runner = parts.make_runner(problem)
+    folder.check_environment(environment(problem))  # opened later than the driver's, perhaps other files by now
     objective = prepare_objective(problem, runner, folder.scores, NullTracker())
     evaluator = CandidateEvaluator(problem, runner, folder.scores, objective)
     return evaluator.race_against, evaluator
@@ -243,6 +244,7 @@ class _Session:
         result = choose_winner(
             self.problem, self.evaluator, ended.candidates, tracker, ending, baseline, where=str(folder.root)
         )
+        self.runner.check_inputs(whole=True)
         folder.write_result(result)
         if self.runner.reused:
             tracker.report(f"{self.runner.reused} item evaluations of this session came from the cache of earlier runs")

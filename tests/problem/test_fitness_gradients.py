@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from evomerge.space.genome import Genome
 from evomerge.spec.load import parse_spec
 from evomerge.study.interfaces import NullTracker
 from evomerge.system.memory import available
+from evomerge.system.sealed import read_sealed_json
 from tests.frame import changed, search_spec
 from tests.models import write_tiny_llama
 
@@ -288,7 +288,8 @@ def test_a_run_finds_them_once(copied: RunFolder, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("evomerge.problem.candidate_evaluator.fitness_gradients", lambda *_: pytest.fail("asked twice"))
     assert evaluator_of(copied)[1].gradients(merged) == ours
     digest = ModelRunner(problem).plan(merged.recipe).digest
-    assert json.loads((copied.root / "scores" / f"{digest}-gradients.json").read_text()) == {"gradients": dict(ours)}
+    kept = read_sealed_json(copied.root / "scores" / f"{digest}-gradients.json", dict, "")
+    assert kept == {"gradients": dict(ours)}
 
 
 def test_who_has_none(copied: RunFolder) -> None:

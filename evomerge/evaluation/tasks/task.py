@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
@@ -101,6 +102,14 @@ class Task:
             near = f"{suggest(name, self.filters)}; it has {', '.join(self.filters)}"
             raise TaskError(f"task {self.name!r} has no metric {metric!r}: no filter {name!r}{near}")
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The local files that its documents were read from."""
+        kwargs = self.lm_eval_task.dump_config().get("dataset_kwargs") or {}
+        paths = [Path(text) for key in ("data_files", "data_dir") for text in _texts(kwargs.get(key))]
+        inside = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths]
+        return tuple(path for several in inside for path in several if path.is_file())
+
     @cached_property
     def digest(self) -> str:
         """Identity of the task's settings and documents: changes when either does."""
@@ -110,6 +119,14 @@ class Task:
 
 _PATHS = frozenset({"metadata", "dataset_kwargs", "dataset_path"})
 """Settings that say where a task's files are, not what is in them."""
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a value, however deep."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for part in parts for text in _texts(part)]
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -100,8 +100,8 @@ class AlignedWeights:
             total = torch.stack([tables[model][row].float() for model, row in parts]).sum(0)
             result[target] = (total / len(parts)).to(result.dtype)
 
-    def fingerprint(self) -> str:
-        prints = {model: weights.fingerprint() for model, weights in self._weights.items()}
+    def fingerprint(self, *, anew: bool = False) -> str:
+        prints = {model: weights.fingerprint(anew=anew) for model, weights in self._weights.items()}
         rows = digest(self._own.tobytes(), self._blank.tobytes(), json.dumps(sorted(self._defaults.items())))
         shapes = [[name, self._tensors[name].dtype] for name in sorted(self._names)]
         return derived_fingerprint("vocabulary", prints[self._model], json.dumps([prints, shapes]), rows)

@@ -101,7 +101,7 @@ class Held:
     def release(self, name: str) -> None:
         assert name in self._tensors
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, anew: bool = False) -> str:
         return self._print
 
 
