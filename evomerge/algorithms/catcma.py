@@ -38,7 +38,7 @@ STEPS = 0.3
 CHANGES = 2.0
 
 
-def problems(options: Mapping[str, Any]) -> list[str]:
+def check_options(options: Mapping[str, Any]) -> list[str]:
     """Lists what is wrong with options of the right kind."""
     sigma = {**OPTIONS, **options}["sigma"]
     return [] if sigma > 0 else [f"search.options.sigma: a positive number; got {sigma!r}"]

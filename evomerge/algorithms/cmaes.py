@@ -47,7 +47,7 @@ SMALLEST_SPREAD = 1e-3
 MERGEKIT_GENES = ("weight", "density", "t")
 
 
-def problems(options: Mapping[str, Any]) -> list[str]:
+def check_options(options: Mapping[str, Any]) -> list[str]:
     """Lists what is wrong with options of the right kind."""
     given = {**OPTIONS, **options}
     problems = []

@@ -38,7 +38,7 @@ CHOICE_MUTATION = 0.1
 _SAMPLES = 2000
 
 
-def problems(options: Mapping[str, Any]) -> list[str]:
+def check_options(options: Mapping[str, Any]) -> list[str]:
     """Lists what is wrong with options of the right kind."""
     given = {**OPTIONS, **options}
     problems = [

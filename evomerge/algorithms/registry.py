@@ -50,7 +50,7 @@ class RegisteredAlgorithm:
         """The algorithm's proposals."""
         return self.propose(space, history, numbers, generation, seed, settings)
 
-    def problems(self, options: Mapping[str, Any]) -> list[str]:
+    def option_problems(self, options: Mapping[str, Any]) -> list[str]:
         """Lists what is wrong with these options."""
         problems = []
         for name, value in options.items():
@@ -74,13 +74,17 @@ ALGORITHMS: dict[str, RegisteredAlgorithm] = {
     "ga": RegisteredAlgorithm(ga, OPTIONS, multi_objective=True, population=POPULATION),
     "random": RegisteredAlgorithm(random_search, multi_objective=True),
     "tpe": RegisteredAlgorithm(optuna_samplers.tpe, optuna_samplers.TPE_OPTIONS, multi_objective=True),
-    "cmaes": RegisteredAlgorithm(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.problems, asynchronous=False),
-    "catcma": RegisteredAlgorithm(catcma.catcma, catcma.OPTIONS, check=catcma.problems, asynchronous=False),
+    "cmaes": RegisteredAlgorithm(cmaes.cmaes, cmaes.OPTIONS, check=cmaes.check_options, asynchronous=False),
+    "catcma": RegisteredAlgorithm(catcma.catcma, catcma.OPTIONS, check=catcma.check_options, asynchronous=False),
     "gp": RegisteredAlgorithm(optuna_samplers.gp, optuna_samplers.GP_OPTIONS),
     "nsga2": RegisteredAlgorithm(optuna_samplers.nsga2, multi_objective=True, asynchronous=False),
     "nsga3": RegisteredAlgorithm(optuna_samplers.nsga3, multi_objective=True, asynchronous=False),
     "map_elites": RegisteredAlgorithm(
-        map_elites.map_elites, map_elites.OPTIONS, check=map_elites.problems, multi_objective=True, asynchronous=False
+        map_elites.map_elites,
+        map_elites.OPTIONS,
+        check=map_elites.check_options,
+        multi_objective=True,
+        asynchronous=False,
     ),
 }
 
@@ -98,7 +102,7 @@ def get_algorithm(name: str) -> RegisteredAlgorithm:
     return ALGORITHMS[name]
 
 
-def problems_of(name: str, options: Mapping[str, Any], *, multi_objective: bool, asynchronous: bool) -> list[str]:
+def search_problems(name: str, options: Mapping[str, Any], *, multi_objective: bool, asynchronous: bool) -> list[str]:
     """Says why an algorithm cannot do a search; nothing where it can.
 
     Args:
@@ -111,7 +115,7 @@ def problems_of(name: str, options: Mapping[str, Any], *, multi_objective: bool,
         names = ", ".join(sorted(ALGORITHMS))
         return [f"search.algorithm: '{name}' is not one of {names}{suggest(name, ALGORITHMS)}"]
     algorithm = ALGORITHMS[name]
-    problems = algorithm.problems(options)
+    problems = algorithm.option_problems(options)
     fit = {key: a.multi_objective if multi_objective else a.single_objective for key, a in ALGORITHMS.items()}
     if not fit[name]:
         able = ", ".join(sorted(key for key, can in fit.items() if can))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge.algorithms.registry import problems_of
+from evomerge.algorithms.registry import search_problems
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
@@ -31,7 +31,7 @@ _SLACK = 1.0  # nats that a model may be worse than guessing before there is a w
 def algorithm_problems(spec: SearchSpec) -> list[str]:
     """Says why the algorithm that a specification names cannot do its search."""
     search = spec.search
-    problems = problems_of(
+    problems = search_problems(
         search.algorithm,
         search.options,
         multi_objective=search.objectives == "pareto",

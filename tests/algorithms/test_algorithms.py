@@ -213,9 +213,9 @@ def test_the_ga_beats_random_search_on_noisy_landscapes(space_name: str, genes: 
 
 def test_options_are_checked_by_name_and_kind():
     entry = RegisteredAlgorithm(ALGORITHMS["random"].propose, {"sigma": 0.3, "restarts": True, "start": None})
-    assert entry.problems({"sigma": 1, "restarts": False, "start": "anything"}) == []
-    assert entry.problems({"sgima": 1}) == [
+    assert entry.option_problems({"sigma": 1, "restarts": False, "start": "anything"}) == []
+    assert entry.option_problems({"sgima": 1}) == [
         "search.options.sgima: no such option (did you mean 'sigma'?); it has: restarts, sigma, start"
     ]
-    assert entry.problems({"sigma": True}) == ["search.options.sigma: a float such as 0.3; got True"]
-    assert entry.problems({"restarts": 1}) == ["search.options.restarts: a bool such as True; got 1"]
+    assert entry.option_problems({"sigma": True}) == ["search.options.sigma: a float such as 0.3; got True"]
+    assert entry.option_problems({"restarts": 1}) == ["search.options.restarts: a bool such as True; got 1"]

@@ -191,10 +191,12 @@ def test_those_for_several_objectives_learn_from_them(algorithm: str) -> None:
 
 
 def test_options_of_the_strategies_are_checked() -> None:
-    assert ALGORITHMS["cmaes"].problems({"mean": "middle", "sigma": 0.0}) == [
+    assert ALGORITHMS["cmaes"].option_problems({"mean": "middle", "sigma": 0.0}) == [
         "search.options.sigma: a positive number; got 0.0",
         "search.options.mean: one of best, center, mergekit; got 'middle'",
     ]
-    assert ALGORITHMS["catcma"].problems({"sigma": -1}) == ["search.options.sigma: a positive number; got -1"]
-    assert ALGORITHMS["map_elites"].problems({"cells": 1}) == ["search.options.cells: a number from 2 to 2000; got 1"]
-    assert ALGORITHMS["cmaes"].problems({"mean": "center", "separable": True, "like_mergekit": False}) == []
+    assert ALGORITHMS["catcma"].option_problems({"sigma": -1}) == ["search.options.sigma: a positive number; got -1"]
+    assert ALGORITHMS["map_elites"].option_problems({"cells": 1}) == [
+        "search.options.cells: a number from 2 to 2000; got 1"
+    ]
+    assert ALGORITHMS["cmaes"].option_problems({"mean": "center", "separable": True, "like_mergekit": False}) == []
