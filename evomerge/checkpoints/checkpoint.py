@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.layout import Layout, layout_of, sized_config, with_tied_flag
 from evomerge.checkpoints.lora import LoraWeights, read_adapter
@@ -104,6 +106,14 @@ class Checkpoint:
         return (*self.files, *self.tokenizer_files, *(self.folder / name for name in beside if self.folder))
 
     @cached_property
+    def whole_config(self) -> Mapping[str, Any]:
+        """config.json with what transformers derives from it; config.json alone where it knows no such model."""
+        try:
+            return {**self.config, **_with_sections(self.config, transformers_config(self.config).to_dict())}
+        except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError):
+            return self.config
+
+    @cached_property
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json; {} without one."""
         return read_json_object(self.folder / "generation_config.json") if self.folder else {}
@@ -153,6 +163,18 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
 
     content: dict[str, Any] = _with_floats(dict(config))
     return AutoConfig.for_model(**content)
+
+
+def _with_sections(config: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any]:
+    """What is derived, but for what config.json itself says."""
+    return {
+        key: _with_sections(config[key], value)
+        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping)
+        else config.get(key)
+        if config.get(key) is not None
+        else value
+        for key, value in derived.items()
+    }
 
 
 def _with_floats(value: Any) -> Any:

@@ -19,7 +19,10 @@ _SIDES = {
     "encoder": ("encoder_layers", "num_encoder_layers", *DEPTHS),  # of two sides, a plain depth is the encoder's
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
-_NO_LAYERS = re.compile("token|architectures")  # lists that have as many entries as layers by chance
+# Lists that have as many entries as layers by chance.
+_NO_LAYERS = re.compile("token|architectures|limit|multipliers|section|_mean|_std|_map")
+_INDICES = re.compile(r"layers$|layer_ids$|layer_idx|layers?_ind|_idxs?$|block_ind|visual_ind")
+_LEADING = ("first_k_dense_replace", "num_dense_layers")  # how many layers come first that have no experts
 
 Config = Mapping[str, Any]
 
@@ -41,24 +44,37 @@ def merged_config(
         operations: The plan's operations, for the dtype.
 
     Returns:
-        A new mapping: the depths, the lists with one entry a layer, and the dtype agree with the weights.
+        A new mapping: the depths, what is said layer by layer, and the dtype agree with the weights. Where layers
+        have moved, what transformers derives from their numbers is written out, so that each stays of its kind.
 
     Raises:
-        RecipeError: The number of a stack's layers changes, and the config does not say where it has it.
+        RecipeError: The number of a stack's layers changes and the config does not say where it has it, or it has only
+            the number of layers of one kind, which no longer come first.
     """
     config = copy.deepcopy(dict(checkpoints[reference].config))
     if not config:
         return config
     for stack, layers in origins.items():
         path, keys = _settings_of(config, stack, layout)
-        section = _at(config, path)
-        sections = {model: _at(checkpoints[model].config, path) for model, _ in layers}
-        for key in _layer_lists(section, stack.length):
-            section[key] = [_entry(sections[model], key, layer, section[key]) for model, layer in layers]
-        depths = [key for key in keys if section.get(key) == stack.length]
-        if len(layers) != stack.length and not depths:
+        section, depth = _at(config, path), stack.length
+        moved = [layer for _, layer in layers] != list(range(depth))
+        sections = {
+            model: _at(checkpoints[model].whole_config if moved else checkpoints[model].config, path)
+            for model in (reference, *(model for model, _ in layers))
+        }
+        for key, value in (sections[reference] | section).items():
+            if _is_layer_list(key, value, depth) and (moved or key in section):
+                entries = [_entry(sections[model], key, layer, value) for model, layer in layers]
+                section[key] = "".join(entries) if isinstance(value, str) else entries
+            elif moved and _is_index_list(key, value, depth):
+                listed = {model: own.get(key) or () for model, own in sections.items()}
+                section[key] = [i for i, (model, layer) in enumerate(layers) if layer in listed[model]]
+            elif moved and key in _LEADING and isinstance(value, int):
+                section[key] = _leading(key, [(m, i, i < sections[m].get(key, value)) for m, i in layers])
+        depths = [key for key in keys if section.get(key) == depth]
+        if len(layers) != depth and not depths:
             raise RecipeError(
-                f"slices: {stack.prefix} would have {len(layers)} layers instead of {stack.length}, and config.json of "
+                f"slices: {stack.prefix} would have {len(layers)} layers instead of {depth}, and config.json of "
                 f"{reference} does not say where it keeps that number"
             )
         section |= dict.fromkeys(depths, len(layers))
@@ -68,10 +84,13 @@ def merged_config(
     return config
 
 
-def has_layer_list(config: Config, stack: Stack, layout: Layout) -> bool:
-    """Returns whether a model's config says something layer by layer of one of its stacks."""
+def says_kinds(config: Config, stack: Stack, layout: Layout) -> bool:
+    """Returns whether a model's config says of one of its stacks, layer by layer, which kind each layer is of."""
     path, _ = _settings_of(config, stack, layout)
-    return bool(_layer_lists(_at(config, path), stack.length))
+    return any(
+        _is_layer_list(key, value, stack.length) or _is_index_list(key, value, stack.length) or key in _LEADING
+        for key, value in _at(config, path).items()
+    )
 
 
 def _settings_of(config: Config, stack: Stack, layout: Layout) -> tuple[str | None, tuple[str, ...]]:
@@ -90,12 +109,34 @@ def _at(config: Config, path: str | None) -> Any:
     return part if isinstance(part, dict) else {}
 
 
-def _layer_lists(section: Config, depth: int) -> list[str]:
-    return [
-        key
-        for key, value in section.items()
-        if isinstance(value, list) and len(value) == depth > 1 and not _NO_LAYERS.search(key)
-    ]
+def _is_layer_list(key: str, value: Any, depth: int) -> bool:
+    """Tells a list, or a word such as "M-M*", with one entry a layer."""
+    if isinstance(value, str):
+        return len(value) == depth > 1 and "pattern" in key
+    listed = isinstance(value, list) and len(value) == depth > 1 and not _NO_LAYERS.search(key)
+    return listed and not _is_index_list(key, value, depth)
+
+
+def _is_index_list(key: str, value: Any, depth: int) -> bool:
+    """Tells a list of layers by their numbers, such as those that have experts."""
+    if not isinstance(value, list) or not value or not _INDICES.search(key):
+        return False
+    numbers = [entry for entry in value if isinstance(entry, int) and not isinstance(entry, bool)]
+    return len(numbers) == len(value) == len(set(numbers)) and all(0 <= number < depth for number in numbers)
+
+
+def _leading(key: str, layers: Sequence[tuple[str, int, bool]]) -> int:
+    """How many layers come first that are of the kind which the config counts."""
+    kinds = [kind for _, _, kind in layers]
+    count = kinds.index(False) if False in kinds else len(kinds)
+    late = next((i for i in range(count, len(kinds)) if kinds[i]), None)
+    if late is not None:
+        model, layer, _ = layers[late]
+        raise RecipeError(
+            f"slices: layer {late} of the output is layer {layer} of {model}, which is of another kind than layer "
+            f"{count} before it (other tensors), and config.json has only the number of those that come first: {key}"
+        )
+    return count
 
 
 def _set_dtype(config: dict[str, Any], operations: Sequence[Operation]) -> None:

@@ -10,7 +10,7 @@ from evomerge.checkpoints.dtypes import FLOATS, parse_dtype
 from evomerge.checkpoints.layout import Layout, Stack, residual_writers
 from evomerge.errors import RecipeError
 from evomerge.methods.contract import Settings
-from evomerge.planning.merged_config import has_layer_list
+from evomerge.planning.merged_config import says_kinds
 from evomerge.planning.modules import stack_list
 from evomerge.planning.operation import COPY, Input, Operation
 from evomerge.recipe import LayerPlace, Recipe, expand_frankenmerge, layer_places, resolve, slice_inputs
@@ -123,7 +123,7 @@ class ModulePlanner:
         """Refuses a layer of one kind in the place of another, where only its number tells a model which kind it is."""
         stack = self.stack
         reference = self._checkpoints[self._reference(0).model]
-        if stack is None or has_layer_list(reference.config, stack, self._layout):
+        if stack is None or says_kinds(reference.config, stack, self._layout):
             return
         kinds = [reference.layout.suffixes(stack.prefix, layer) for layer in range(_depth(reference, stack))]
         for output, (model, layer) in enumerate(self.origins()):

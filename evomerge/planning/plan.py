@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
@@ -40,6 +40,7 @@ class Plan:
         family: The inputs that together make the model, for ``scope: model``.
         reference: The model whose files the merged model takes.
         tokenizer: The tokenizer to write instead of the reference's own; None where that one fits.
+        origins: For each stack whose layers are counted, by its prefix: the (model, layer) of each output layer.
     """
 
     operations: tuple[Operation, ...]
@@ -48,6 +49,7 @@ class Plan:
     family: Family
     reference: str
     tokenizer: WrittenTokenizer | None = None
+    origins: Mapping[str, Sequence[tuple[str, int]]] = field(default_factory=dict)
 
     @property
     def layer_count(self) -> int:
@@ -126,11 +128,12 @@ def make_plan(
     if identify:
         operations = tuple(replace(operation, digest=_digest(operation, family)) for operation in drafts)
     config = merged_config(checkpoints, reference, origins, layout, operations)
+    sources = {stack.prefix: layers for stack, layers in origins.items()}
     if not identify:
-        return Plan(operations, config, "", family, reference, tokenizer)
+        return Plan(operations, config, "", family, reference, tokenizer, sources)
     content = [[(op.output, op.digest) for op in operations], config, *([tokenizer.digest()] if tokenizer else [])]
     text = json.dumps(content, sort_keys=True, default=str)
-    return Plan(operations, config, digest(text), family, reference, tokenizer)
+    return Plan(operations, config, digest(text), family, reference, tokenizer, sources)
 
 
 def _planners(

@@ -15,6 +15,7 @@ from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.matching.compatible import mixed_architectures
 from evomerge.checkpoints.tensors import UnwrittenTensor, UnwrittenWeights
 from evomerge.checkpoints.writer import refuse_taken
+from evomerge.engine.described_model import refuse_moved_layers
 from evomerge.engine.execute import find_device
 from evomerge.engine.to_disk import Progress, refuse_inputs, write_checkpoint
 from evomerge.errors import BadInput, CheckpointError, OutputError
@@ -75,6 +76,7 @@ def merge_to_folder(
 
     def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
         plan, aligned, warnings_ = align_and_plan(document, opened, identify=False)
+        refuse_moved_layers(plan, aligned)
         for text in warnings_:
             warn(text)
         write_checkpoint(plan, aligned, folder, device=device, progress=progress, warn=warn, **options)
@@ -191,7 +193,8 @@ def plan_documents(
         if (document.tokenizer_source or document.tokenizer) and set(document.models()) - set(checkpoints):
             break
         try:
-            plan, _, notes = align_and_plan(document, opened, identify=False)
+            plan, aligned, notes = align_and_plan(document, opened, identify=False)
+            refuse_moved_layers(plan, aligned)
         except UnwrittenTensor:
             break
         except BadInput as error:
