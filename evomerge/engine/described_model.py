@@ -16,7 +16,7 @@ from torch import nn
 from evomerge.checkpoints.checkpoint import Checkpoint, transformers_config
 from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.header import TensorSpec, name_some
-from evomerge.engine.resident import model_class
+from evomerge.checkpoints.module_names import model_class
 from evomerge.errors import RecipeError
 from evomerge.planning.plan import Plan
 from evomerge.system.quiet import quiet

@@ -205,7 +205,9 @@ def test_a_layer_of_another_kind_is_refused(family_of: Families) -> None:
     """DeepSeek's first layer is dense, and only its number tells the model so."""
     family = family_of("deepseek_v3")
     slices = [{"sources": [{"model": str(family["a"]), "layer_range": span}]} for span in ([0, 2], [0, 1])]
-    with pytest.raises(RecipeError, match=r"layer 2 of the output is layer 0 of .* of another kind than layer 1 before it"):
+    with pytest.raises(
+        RecipeError, match=r"layer 2 of the output is layer 0 of .* of another kind than layer 1 before it"
+    ):
         plan_of({"merge_method": "passthrough", "slices": slices})
 
 
