@@ -41,7 +41,7 @@ IMPORTS: dict[str, set[str]] = {
     "recipe": {"methods", "checkpoints.reference"},
     "spec": {"methods.registry", "checkpoints.reference"},
     "planning": {"recipe", "checkpoints", "methods"},
-    "objective": {"evaluation.scores", "evaluation.tasks.task", "spec.schema"},
+    "objective": {"evaluation.scores", "evaluation.splits", "evaluation.tasks.task", "spec.schema"},
     "space": {"spec", "recipe", "methods"},
     "engine": {"planning", "checkpoints", "methods"},
     "study": {"space"},

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class Resident:
         private: bool = False,
     ) -> None:
         self.store = StatisticsStore(checkpoints, room=_ROOM)
+        self._checkpoints = checkpoints
         self._dtype = dtype
         self._device = torch.device(device)
         self._private = private
@@ -80,7 +82,7 @@ class Resident:
         Raises:
             CandidateError: When the architecture's parameters are not the plan's tensors.
         """
-        model = self._skeleton(plan)
+        model: Any = self._skeleton(plan)
         slots = _slots(model)
         bound, kept, stale = self._sort(plan.operations)
         self._compute(stale, plan.family)
@@ -88,9 +90,11 @@ class Resident:
         if state.keys() <= slots.keys() <= state.keys() | _tied(model):
             for name, value in state.items():
                 _bind(slots[name], value)
-            model.tie_weights()  # type: ignore[operator]
+            model.tie_weights()
         else:
             model = _loaded(type(model), plan.config, state, self._dtype, self._device)
+        if model.can_generate():
+            model.generation_config = _generation_config(model, generation_of(plan, self._checkpoints))
         return model, Written(len(stale), len(bound), kept)
 
     def _value(self, operation: Operation, bound: bool) -> Tensor:
@@ -155,6 +159,22 @@ class Resident:
         if len(self._skeletons) > _SKELETONS:
             self._skeletons.popitem(last=False)
         return model
+
+
+def generation_of(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Any]:
+    """Returns what generation_config.json of the plan's result says; {} where it would not have one."""
+    if plan.tokenizer is not None:
+        return plan.tokenizer.generation_config
+    return checkpoints[plan.reference].generation_config
+
+
+def _generation_config(model: Any, settings: Mapping[str, Any]) -> Any:
+    """What a model generates by, had it been loaded from a folder with this generation_config.json."""
+    from transformers import GenerationConfig
+
+    if settings:
+        return GenerationConfig.from_dict(dict(settings))
+    return GenerationConfig.from_model_config(model.config)
 
 
 def empty_model(config: Mapping[str, object], device: torch.device) -> nn.Module:

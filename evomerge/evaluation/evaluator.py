@@ -68,7 +68,7 @@ class Evaluator:
         if apply_chat_template:
             self.encoder.require_chat_template()
         self._requests: dict[str, Requests] = {}
-        self._hashes: dict[str, tuple[str, ...]] = {}
+        self._hashes: dict[tuple[str, int], str] = {}
         vocabulary = int((getattr(config, "text_config", None) or config).vocab_size)
         self.backend = make_backend(backend, BackendOptions(self.encoder, vocabulary, batch_tokens, threads))
 
@@ -159,17 +159,16 @@ class Evaluator:
         return loglikelihood_derivatives(self._task(task), self.requests(task), chosen, responses, part)
 
     def requests(self, task: str) -> Requests:
-        """Builds what the task asks, on first use."""
+        """Returns what the task asks, each item's on first use."""
         if task not in self._requests:
             self._requests[task] = build_requests(self._task(task), self.encoder, self.prompting)
         return self._requests[task]
 
     def item_hash(self, task: str, index: int) -> str:
         """Returns the identity of one item's content: its document and what it asks."""
-        if task not in self._hashes:
-            by_item = self.requests(task).by_item
-            self._hashes[task] = tuple(_hash(instances) for instances in by_item)
-        return self._hashes[task][index]
+        if (task, index) not in self._hashes:
+            self._hashes[task, index] = _hash(self.requests(task).by_item[index])
+        return self._hashes[task, index]
 
     def check(self, selection: Selection | None = None) -> list[str]:
         """Builds and encodes what some items ask, so that what cannot be scored is found before any model is.
@@ -184,7 +183,9 @@ class Evaluator:
         warnings: list[str] = []
         for task, indices in (self.all_items if selection is None else selection).items():
             try:
-                by_item = self.requests(task).by_item
+                requests = self.requests(task)
+                requests.build(indices)
+                by_item = requests.by_item
                 with quiet():  # tokenizers have an opinion on long texts, too
                     # Every request is encoded: the second one of an item may be what cannot be scored.
                     cut = sum(max(list(map(self.encoder.is_cut, by_item[k]))) for k in indices)
@@ -203,6 +204,8 @@ class Evaluator:
     def batch_digest(self, selection: Selection | None = None) -> str:
         """Returns the identity of how a selection is batched: scores under equal digests are rounded alike."""
         chosen = sorted((self.all_items if selection is None else selection).items())
+        for task, indices in chosen:
+            self.requests(task).build(indices)
         parts = (f"{task}:{self.backend.digest(self.requests(task), indices)};" for task, indices in chosen)
         return digest(*parts)
 

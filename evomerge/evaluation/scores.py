@@ -243,6 +243,42 @@ def concatenate(parts: Sequence[ItemScores]) -> ItemScores:
     return ItemScores(first.task, items, columns, first.higher_is_better, first.transforms)
 
 
+def pool(
+    task: str,
+    items: Sequence[str],
+    parts: Mapping[int, ItemScores],
+    weights: Mapping[int, float],
+    weighted: Sequence[str],
+) -> ItemScores:
+    """Joins the scores of several tasks to those of one, which has every metric that all of them have item by item.
+
+    Args:
+        task: The one's name.
+        items: Its items, in order.
+        parts: The tasks' scores by number, on these items.
+        weights: What an item of each task weighs.
+        weighted: The metrics, whatever their filters, of which that counts.
+    """
+    first = next(iter(parts.values()))
+    names = [
+        name
+        for name in first.metrics
+        if all(name in p.metrics and p.transforms.get(name) == first.transforms.get(name) for p in parts.values())
+    ]
+    places = {item: k for k, item in enumerate(items)}
+    order = [[places[item] for item in part.items] for part in parts.values()]
+    metrics = {}
+    for name in names:
+        columns = np.zeros((2, len(items)))
+        for where, (k, part) in zip(order, parts.items(), strict=True):
+            weight = weights[k] if name.partition(",")[0] in weighted else 1.0
+            columns[:, where] = np.stack(part.metrics[name]) * weight
+        metrics[name] = columns[0], columns[1]
+    up = {name: first.higher_is_better[name] for name in names}
+    transforms = {name: first.transforms[name] for name in names if name in first.transforms}
+    return ItemScores(task, tuple(items), metrics, up, transforms)
+
+
 def score_table(scores: Mapping[str, ItemScores]) -> dict[str, dict[str, Score]]:
     """Aggregates every metric of every task: ``{task: {metric: Score}}``."""
     return {task: item_scores.scores() for task, item_scores in scores.items()}

@@ -54,7 +54,7 @@ def split_items(
         problems += wrong
         if wrong:
             continue
-        order = sorted(range(len(ids)), key=lambda i, ids=ids, task=task: _random_key(seed, task, ids[i]))  # type: ignore[misc]
+        order = balanced_order(ids, [_random_key(seed, task, item) for item in ids])
         start = 0
         for split, count in counts.items():
             drawn.setdefault(split, {})[task] = tuple(sorted(order[start : start + count]))
@@ -62,6 +62,23 @@ def split_items(
     if problems:
         raise TaskError(problems)
     return drawn
+
+
+def balanced_order(items: Sequence[str], keys: Sequence[bytes]) -> list[int]:
+    """Orders items at random, so that every run of them holds each task that they are of in its proportion.
+
+    Args:
+        items: Their ids, "TASK:NUMBER"; those of a group are of several tasks.
+        keys: The random key of each.
+
+    Returns:
+        Their positions.
+    """
+    tasks: dict[str, list[int]] = {}
+    for k in sorted(range(len(items)), key=keys.__getitem__):
+        tasks.setdefault(items[k].rpartition(":")[0], []).append(k)
+    evenly = {k: (rank + 0.5) / len(own) for own in tasks.values() for rank, k in enumerate(own)}
+    return sorted(evenly, key=lambda k: (evenly[k], keys[k]))
 
 
 def _random_key(seed: int, task: str, item: str) -> bytes:

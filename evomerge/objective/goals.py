@@ -68,9 +68,11 @@ def reported_goals(
         names = members.get(part.task, ())
         for name in names:
             task = tasks[name]
-            metric = part.metric or task.metrics[0]
+            if not task.metrics:
+                problems.append(f"task {name!r} has no metric that its parts share; name its tasks one by one")
+                continue
             try:
-                task.require_metric(metric)
+                metric = task.metric_name(part.metric or task.metrics[0])
             except TaskError as error:
                 problems += error.problems
                 continue

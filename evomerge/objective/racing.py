@@ -24,6 +24,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from evomerge.evaluation.splits import balanced_order
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.objective.stopping_boundary import stopping_boundary
 from evomerge.system.arrays import FloatArray
@@ -178,12 +179,15 @@ def _typical_square(differences: Sequence[FloatArray]) -> float:
     return float((squares**2).sum()) / total if total > 0 else 0.0
 
 
-def draw_blocks(items: Mapping[str, Sequence[int]], seed: int) -> tuple[dict[str, tuple[int, ...]], ...]:
+def draw_blocks(
+    items: Mapping[str, Sequence[int]], seed: int, ids: Mapping[str, Sequence[str]] | None = None
+) -> tuple[dict[str, tuple[int, ...]], ...]:
     """Cuts a selection of items into up to `BLOCKS` blocks, every task in every block in its proportion.
 
     Args:
         items: Task to positions of its items.
         seed: Another seed gives another draw.
+        ids: Task to the ids of all its items, so that the tasks of a group are in every block in their proportion.
 
     Returns:
         ``({task: positions, ascending}, ...)``: disjoint, together all the items; a single block where there are few.
@@ -191,7 +195,9 @@ def draw_blocks(items: Mapping[str, Sequence[int]], seed: int) -> tuple[dict[str
     count = max(1, min(BLOCKS, *(len(positions) // MIN_BLOCK_ITEMS for positions in items.values())))
     blocks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
     for task, positions in items.items():
-        order = sorted(positions, key=lambda position, task=task: _random_key(seed, task, position))  # type: ignore[misc]
+        keys = [_random_key(seed, task, position) for position in positions]
+        named = [ids[task][position] if ids else "" for position in positions]
+        order = [positions[k] for k in balanced_order(named, keys)]
         edges = [round(k * len(order) / count) for k in range(count + 1)]
         for block, (start, stop) in zip(blocks, pairwise(edges), strict=True):
             block[task] = tuple(sorted(order[start:stop]))

@@ -16,7 +16,7 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.tokenizer import tokenizer_digest
 from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, parameter_gradients
-from evomerge.engine.resident import Resident
+from evomerge.engine.resident import Resident, generation_of
 from evomerge.errors import CandidateError
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.score_store import ScoreCache, key_of
@@ -176,7 +176,10 @@ class ModelRunner:
         settings = self._score_settings  # also without a cache: numbers must not depend on there being one
         if self._cache is None or settings is None:
             return self.measure(plan, selection)
-        key = key_of({"plan": plan.digest, "settings": settings, "items": self._content(selection)})
+        generation = generation_of(plan, self._checkpoints)
+        key = key_of(
+            {"plan": plan.digest, "generation": generation, "settings": settings, "items": self._content(selection)}
+        )
         cached = self._cache.get(key, item_ids(self._tasks, selection))
         if cached is not None:
             self.reused += selection_size(selection)
@@ -260,7 +263,7 @@ class ModelRunner:
             log.warning("scores are not cached, because the reference model cannot be scored: %s", error)
             return None
         return {
-            "format": 2,
+            "format": 3,
             "settings": self._evaluation.model_dump(include={"device", "dtype", "backend"}),
             "max_length": self.evaluator.max_length,
             "tokenizer": tokenizer_digest(self._tokenizer),

@@ -124,7 +124,8 @@ def _with_blocks(
     objective: Objective, problem: Problem, runner: Runner, store: RunScores, tracker: Tracker
 ) -> Objective:
     """Cuts the items that steer into blocks, if candidates can be compared on part of them."""
-    blocks = draw_blocks(objective.selection, problem.spec.search.seed)
+    ids = {task: problem.tasks[task].items for task in objective.selection}
+    blocks = draw_blocks(objective.selection, problem.spec.search.seed, ids)
     if len(blocks) == 1:
         tracker.report("no racing: a task has too few items that steer for blocks")
         return objective

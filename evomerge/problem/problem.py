@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.matching.compatible import open_compatible
-from evomerge.errors import ErrorCollector, SpecError
-from evomerge.evaluation.splits import GUARD, TEST, Selection, split_items
-from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks
+from evomerge.errors import ErrorCollector, SpecError, TaskError
+from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection, split_items
+from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, groups_as_tasks
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Fitness
 from evomerge.objective.goals import reported_goals, smooth_goals
@@ -204,11 +204,41 @@ def _load_tokenizer(model: Checkpoint) -> Any:
 
 
 def _find_tasks(spec: SearchSpec) -> TaskSet:
-    """The tasks that count and guard, as far as they can be loaded."""
+    """The tasks that count and guard, as far as they can be loaded; a group with metrics of its own is one task.
+
+    A task that a guard has in common with what steers is loaded a second time, with the guard's own examples, under
+    the name GUARD::TASK.
+    """
     evaluation = spec.evaluation
     shots = {task.task: task.num_fewshot for task in evaluation.tasks}
-    names = [task.task for task in evaluation.tasks] + evaluation.guard
-    return find_tasks(names, include_path=evaluation.include_paths, num_fewshot=shots)
+    steering = find_tasks(list(shots), include_path=evaluation.include_paths, num_fewshot=shots)
+    parts = [groups_as_tasks(steering)]
+    problems = [*steering.problems, *steering.missing, *map(_once, steering.twice)]
+    if evaluation.guard:
+        guards = find_tasks(evaluation.guard, include_path=evaluation.include_paths)
+        problems += [*guards.problems, *guards.missing, *(f"guard: {text}" for text in map(_once, guards.twice))]
+        parts.append(_apart(groups_as_tasks(guards), parts[0]))
+    return TaskSet(
+        tasks={name: task for part in parts for name, task in part.tasks.items()},
+        members={name: own for part in parts for name, own in part.members.items()},
+        groups=(),
+        problems=tuple(problems),
+    )
+
+
+def _once(text: str) -> str:
+    return f"{text.removesuffix('; it is counted once')}; name it once"
+
+
+def _apart(guards: TaskSet, steering: TaskSet) -> TaskSet:
+    """The guards with other names for the tasks that steer too."""
+    tasks: dict[str, Task] = {}
+    members: dict[str, tuple[str, ...]] = {}
+    for guard, own in guards.members.items():
+        names = {name: f"{guard}::{name}" if name in steering.tasks else name for name in own}
+        tasks |= {names[name]: replace(guards.tasks[name], name=names[name]) for name in own}
+        members[guard] = tuple(names.values())
+    return replace(guards, tasks=tasks, members=members)
 
 
 def _sizes(splits: Splits) -> dict[str, float | int]:
@@ -216,16 +246,37 @@ def _sizes(splits: Splits) -> dict[str, float | int]:
 
 
 def _draw_splits(spec: SearchSpec, task_set: TaskSet) -> dict[str, Selection]:
-    """The items of each split. Guard tasks are read whole, as far as the test split's size goes."""
+    """The items of each split.
+
+    Guard tasks are read whole, as far as the test split's size goes, but for the items that steer or choose.
+    """
     evaluation, members, tasks = spec.evaluation, task_set.members, task_set.tasks
     per_task = {name: _sizes(t.splits) for t in evaluation.tasks if t.splits for name in members[t.task]}
     items = {name: tasks[name].items for task in evaluation.tasks for name in members[task.task]}
     drawn: dict[str, Selection] = dict(split_items(items, _sizes(evaluation.splits), spec.search.seed, per_task))
-    size = _sizes(evaluation.splits)[TEST]
-    guards = {name: tasks[name].items for guard in evaluation.guard for name in members[guard]}
-    sized = {name: {GUARD: min(size, len(ids)) if isinstance(size, int) else size} for name, ids in guards.items()}
-    drawn[GUARD] = split_items(guards, {GUARD: size}, spec.search.seed, sized).get(GUARD, {}) if guards else {}
-    return drawn
+    choosing = {items[name][k] for split in (SEARCH, SELECT) for name, chosen in drawn[split].items() for k in chosen}
+    guarded: dict[str, tuple[int, ...]] = {}
+    for guard in evaluation.guard:
+        own = {name: tasks[name].items for name in members[guard]}
+        free = {
+            name: [k for k, item in enumerate(ids) if item.removeprefix(f"{guard}::") not in choosing]
+            for name, ids in own.items()
+        }
+        if steering := sorted(name for name, chosen in free.items() if not chosen):
+            listed = ", ".join(steering)
+            raise TaskError(f"guard {guard!r}: all items of {listed} steer or choose, so none is left to guard with")
+        guarded |= _draw_guard(own, free, _sizes(evaluation.splits)[TEST], spec.search.seed)
+    return {**drawn, GUARD: guarded}
+
+
+def _draw_guard(
+    items: Mapping[str, Sequence[str]], free: Mapping[str, Sequence[int]], size: float, seed: int
+) -> dict[str, tuple[int, ...]]:
+    """The items of guard tasks, out of those at some positions."""
+    ids = {name: [items[name][k] for k in chosen] for name, chosen in free.items()}
+    sized = {name: {GUARD: min(size, len(own)) if size > 1 else size} for name, own in ids.items()}
+    chosen = split_items(ids, {GUARD: size}, seed, sized)[GUARD]
+    return {name: tuple(free[name][k] for k in positions) for name, positions in chosen.items()}
 
 
 def _reported(spec: SearchSpec, task_set: TaskSet) -> Fitness:

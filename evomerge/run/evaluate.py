@@ -93,7 +93,9 @@ def evaluate(
     checkpoint = reconcile({reference: open_checkpoint(reference)}).checkpoints[reference]
     task_set = find_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot)
     if task_set.problems:
-        raise TaskError(task_set.problems)
+        raise TaskError((*task_set.problems, *task_set.missing))
+    for text in (*(f"left out: {text}" for text in task_set.missing), *task_set.twice):
+        warn(text)
     inputs = Inputs([*checkpoint.inputs, *(file for task in task_set.tasks.values() for file in task.files)])
     evaluator = Evaluator(
         task_set.tasks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,6 +113,10 @@ class RunFolder:
         folder = cls(root, spec)
         folder.write_spec(spec)
         return folder
+
+    def remove(self) -> None:
+        """Removes the folder with all that is in it."""
+        shutil.rmtree(self.root)
 
     def write_spec(self, spec: SearchSpec) -> None:
         """Stores the resolved specification (again, when its budget or its password has changed)."""

@@ -97,10 +97,11 @@ def start(
     root = folder or spec.folder
     if not (root / STARTS).exists():
         read_seeds(spec)  # so that a wrong one leaves no folder behind
+    new = not (root / "resolved.yaml").exists()
     opened = RunFolder.create(root, spec, given, accept_edited=accept_edited)
     if candidates is None:  # the run may have been extended beyond the file's budget
         spec = _with_budget(spec, max(spec.search.candidates, opened.spec.search.candidates))
-    return _run(opened, _with_workers(spec, workers), tracker, parts)
+    return _run(opened, _with_workers(spec, workers), tracker, parts, new=new)
 
 
 def resume(
@@ -166,8 +167,13 @@ def open_worker(root: Path, threads: int, share: int, parts: SearchParts | None 
     return evaluator.race_against, evaluator
 
 
-def _run(folder: RunFolder, spec: SearchSpec, tracker: Tracker | None, parts: SearchParts | None) -> RunResult:
-    """Searches under `spec`, which is the folder's own but for what may change under a run."""
+def _run(
+    folder: RunFolder, spec: SearchSpec, tracker: Tracker | None, parts: SearchParts | None, *, new: bool = False
+) -> RunResult:
+    """Searches under `spec`, which is the folder's own but for what may change under a run.
+
+    A new run that is refused before its first candidate leaves no folder behind.
+    """
     budget = folder.spec.search.candidates
     if spec.search.candidates < budget:
         raise RunError(f"{folder.root}: the budget is {budget}; --candidates can only extend it")
@@ -176,7 +182,13 @@ def _run(folder: RunFolder, spec: SearchSpec, tracker: Tracker | None, parts: Se
         folder.remove_partial_files()
         if spec != folder.spec:
             folder.write_spec(spec)
-        return _Session.open(folder, shown, parts or MODEL_PARTS).run()
+        try:
+            session = _Session.open(folder, shown, parts or MODEL_PARTS)
+        except EvoMergeError:
+            if new:
+                folder.remove()
+            raise
+        return session.run()
 
 
 @dataclass(frozen=True)
@@ -202,8 +214,10 @@ class _Session:
         runner = parts.make_runner(problem)
         if spec.search.warm_starts and folder.starts() is None:  # going on needs nothing but the run's own folder
             folder.write_starts(warm_starts(spec, problem.space, problem.reference_model, runner.plan))
-        record = folder.record(problem.space, report=tracker.report)
-        if not len(record):  # a run that goes on has passed them
+        recorded = folder.candidates()
+        if recorded:  # another run's, too: then it is refused before anything is spent
+            folder.record(problem.space, report=tracker.report)
+        else:  # a run that goes on has passed them
             for text in parts.check(problem, runner):
                 tracker.report(text, "warning")
         tracker.started(
@@ -213,10 +227,11 @@ class _Session:
                 budget=spec.search.candidates,
                 genes=problem.space.size,
                 objectives=tuple(spec.objectives),
-                recorded=record.candidates(),
+                recorded=recorded,
             )
         )
         objective = prepare_objective(problem, runner, folder.scores, tracker)
+        record = folder.record(problem.space, report=tracker.report)
         evaluator = CandidateEvaluator(problem, runner, folder.scores, objective)
         return cls(folder, tracker, parts, problem, runner, evaluator, record)
 

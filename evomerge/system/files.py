@@ -19,7 +19,7 @@ _REASONS = {
 }
 
 
-def cache_folder(kind: Literal["fingerprints", "scores", "zoo"]) -> Path:
+def cache_folder(kind: Literal["fingerprints", "scores", "tasks", "zoo"]) -> Path:
     """Returns where things of one kind are kept that can be computed again: below $EVOMERGE_CACHE, if it is set.
 
     fingerprints/   hashes of checkpoints, by the state of their files

@@ -139,11 +139,11 @@ def test_generations_by_transformers_equal_hflm(bench: Bench, hflm_responses: Ca
 @pytest.fixture(scope="module")
 def by_lm_eval(bench: Bench) -> dict[str, dict[str, float]]:
     """What `lm_eval` reports for every task, on the first 20 items."""
-    from evomerge.evaluation.tasks.task_data import with_data
+    from evomerge.evaluation.tasks.task_data import single_specs
 
     with quiet():
         manager = TaskManager(include_path=str(bench.folder), include_defaults=False)
-        specs = [with_data(name, manager.task_index, []) for name in CONFIGS]
+        specs = [single_specs(name, manager.task_index)[0].load for name in CONFIGS]
         results = simple_evaluate(hflm(bench), tasks=specs, task_manager=manager, limit=20, bootstrap_iters=0)
     return results["results"]  # type: ignore[no-any-return]
 
@@ -168,11 +168,13 @@ def test_every_metric_equals_lm_eval(bench: Bench, backend: Any, by_lm_eval: dic
 
 def test_standard_errors_equal_lm_eval(bench: Bench) -> None:
     """lm-eval gives means their analytic error: the sample standard deviation over the root of n."""
-    from evomerge.evaluation.tasks.task_data import with_data
+    from evomerge.evaluation.tasks.task_data import single_specs
 
     with quiet():
         manager = TaskManager(include_path=str(bench.folder), include_defaults=False)
-        results = simple_evaluate(hflm(bench), tasks=[with_data("mc", manager.task_index, [])], task_manager=manager)
+        results = simple_evaluate(
+            hflm(bench), tasks=[single_specs("mc", manager.task_index)[0].load], task_manager=manager
+        )
     score = bench.evaluator("mc").score(bench.model)["mc"].score("acc")
     assert score.stderr == pytest.approx(results["results"]["mc"]["acc_stderr,none"], rel=1e-6)
     assert score.n == 24
@@ -185,12 +187,12 @@ def test_few_shot_prompts_equal_lm_eval(bench: Bench, tmp_path: Any) -> None:
     path = write_task(tmp_path / "tasks", "mc", num_fewshot=2, fewshot_split="test")
     tasks = load_tasks(["mc"], include_path=tmp_path / "tasks")
     scores = Evaluator(tasks, bench.tokenizer, bench.model.config).score(bench.model)["mc"]
-    from evomerge.evaluation.tasks.task_data import with_data
+    from evomerge.evaluation.tasks.task_data import single_specs
 
     with quiet():
         manager = TaskManager(include_path=str(path.parent), include_defaults=False)
         results = simple_evaluate(
-            hflm(bench), tasks=[with_data("mc", manager.task_index, [])], task_manager=manager, bootstrap_iters=0
+            hflm(bench), tasks=[single_specs("mc", manager.task_index)[0].load], task_manager=manager, bootstrap_iters=0
         )
     samples = sorted(results["samples"]["mc"], key=lambda sample: sample["doc_id"])
     assert [sample["acc"] for sample in samples] == scores.values("acc").tolist()

@@ -12,11 +12,15 @@ import numpy as np
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.scores import BITS, EXP, MEAN, ItemScores
+from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.requests import Requests, Responses
 from evomerge.evaluation.tasks.task import Task
 from evomerge.system.arrays import FloatArray
 
 log = logging.getLogger(__name__)
+
+Smooth = dict[str, tuple[FloatArray, FloatArray]]
+"""Metric to (numerators, denominators)."""
 
 Rows = list[Any]
 """One metric's value for every document, as the task's `process_results` gives it; None where it gives none."""
@@ -34,6 +38,8 @@ def item_scores(task: Task, indices: Sequence[int], instances: Sequence[Sequence
         TaskError: The task's own code fails on a document.
         CandidateError: A value is not finite.
     """
+    if isinstance(task, GroupTask):
+        return _pooled(task, indices, instances)
     flat = [instance for group in instances for instance in group]
     names = []
     for ensemble in task.lm_eval_task._filters:
@@ -46,9 +52,17 @@ def item_scores(task: Task, indices: Sequence[int], instances: Sequence[Sequence
                 # The first filter's metrics go by their plain name; with several, each goes by "metric,filter" too.
                 for full in [metric] * (k == 0) + [f"{metric},{name}"] * (len(names) > 1):
                     values.setdefault(full, [None] * len(indices))[position] = value
-    # A class may make its choices itself; which of them is right, only its own code knows.
-    unknown = task.output_type == "multiple_choice" and task.lm_eval_task.get_config("doc_to_choice") is None
-    return _collect(task, indices, values, {} if unknown else _smooth_metrics(task, indices, instances))
+    return _collect(task, indices, values, _smooth_metrics(task, indices, instances))
+
+
+def _pooled(task: GroupTask, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> ItemScores:
+    by_part: dict[int, tuple[list[int], list[Sequence[Any]]]] = {}
+    for index, group in zip(indices, instances, strict=True):
+        part, item = task.locate(index)
+        chosen, asked = by_part.setdefault(part, ([], []))
+        chosen.append(item)
+        asked.append(group)
+    return task.pool(indices, {part: item_scores(task.parts[part], *both) for part, both in by_part.items()})
 
 
 _STEP = 1e-4
@@ -111,8 +125,7 @@ def _process(task: Task, index: int, results: list[Any]) -> dict[str, Any]:
         raise TaskError(f"task {task.name!r}, item {index}: its own scoring fails: {reason}") from error
 
 
-def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: dict[str, FloatArray]) -> ItemScores:
-    ones = np.ones(len(indices))
+def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: Smooth) -> ItemScores:
     metrics: dict[str, tuple[FloatArray, FloatArray]] = {}
     transforms: dict[str, str] = {}
     corpus: dict[str, float] = {}
@@ -126,7 +139,7 @@ def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth
         metrics[name] = columns[0], columns[1]
         if columns[2] != MEAN:
             transforms[name] = columns[2]
-    metrics |= {name: (column, ones) for name, column in smooth.items() if name not in values}
+    metrics |= {name: columns for name, columns in smooth.items() if name not in values}
     for name, (numerators, _) in metrics.items():
         if not np.all(np.isfinite(numerators)):
             raise CandidateError(f"task {task.name!r}: {name} is not finite, so the candidate has no score")
@@ -163,31 +176,42 @@ def _aggregate(task: Task, name: str, aggregate: Callable[[Any], Any], rows: Row
         raise TaskError(f"task {task.name!r}: {name} cannot be aggregated: {reason}") from error
 
 
-def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> dict[str, FloatArray]:
-    """Metrics that vary smoothly where accuracy jumps.
+def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> Smooth:
+    """Metrics that vary smoothly where accuracy jumps: their numerators and denominators.
 
     multiple_choice: `prob`, the right choice's share of the choices' total probability, and `loss`, minus its log;
     `prob_norm`, the same share by log-likelihoods per character (as `acc_norm` compares them) times the choices' mean
-    length; `nll_byte`, minus the right choice's log-likelihood per byte.
+    length; `nll_byte`, minus the right choice's log-likelihood per byte. Where no choice is right, as where a label is
+    out of range, the share is 0, and the others have no value.
     loglikelihood: `prob`, the probability of the continuation, and `nll`, minus its log.
     """
+    if not task.has_smooth_metrics:
+        return {}
+    ones = np.ones(len(indices))
     if task.output_type == "loglikelihood":
         column = np.array([float(group[0].resps[0][0]) for group in instances])
-        return {"prob": np.exp(column), "nll": -column}
-    if task.output_type != "multiple_choice":
-        return {}
+        return {"prob": (np.exp(column), ones), "nll": (-column, ones)}
     rows = []
     for index, group in zip(indices, instances, strict=True):
         right, choices = _right_choices(task, index)
         if not right:
-            return {}
+            rows.append((-math.inf, -math.inf, 0.0, 0.0))
+            continue
         lls = np.array([float(instance.resps[0][0]) for instance in group[: len(choices)]])
         lengths = np.array([float(max(len(choice), 1)) for choice in choices])
         sizes = np.array([float(max(len(choice.encode()), 1)) for choice in choices])
         normed = lls / lengths * lengths.mean()
-        rows.append((_log_share(lls, right), _log_share(normed, right), float((lls / sizes)[right].max())))
-    share, share_norm, per_byte = np.array(rows, dtype=np.float64).T
-    return {"prob": np.exp(share), "loss": -share, "prob_norm": np.exp(share_norm), "nll_byte": -per_byte}
+        rows.append((_log_share(lls, right), _log_share(normed, right), float((lls / sizes)[right].max()), 1.0))
+    share, share_norm, per_byte, answered = np.array(rows, dtype=np.float64).T
+    if task.scores_itself and not answered.any():  # its target is no choice, so nothing is known of what is right
+        return {}
+    loss = np.where(answered == 0, 0.0, -share)
+    return {
+        "prob": (np.exp(share), ones),
+        "loss": (loss, answered),
+        "prob_norm": (np.exp(share_norm), ones),
+        "nll_byte": (-per_byte, answered),
+    }
 
 
 def _log_share(lls: FloatArray, right: Sequence[int]) -> float:

@@ -1,21 +1,32 @@
 """Loads lm-eval tasks by name: shipped ones, and those of any include path, with their data files found.
 
-Only lm-eval's public classes are used: `TaskManager` finds and builds the tasks.
+`TaskManager` builds them; `shipped` tells it what it ships.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
 from evomerge.evaluation.scores import Score, ScoreTable
+from evomerge.evaluation.tasks.group_task import GroupTask
+from evomerge.evaluation.tasks.shipped import add_shipped, shipped_index
 from evomerge.evaluation.tasks.task import FEWSHOT_SEED, Task
-from evomerge.evaluation.tasks.task_data import plain_names, with_data
+from evomerge.evaluation.tasks.task_data import (
+    SingleTask,
+    is_path,
+    merge_groups,
+    plain_groups,
+    plain_name,
+    single_specs,
+)
 from evomerge.system.quiet import quiet, seeded
 
 
@@ -26,14 +37,19 @@ class TaskSet:
     Attributes:
         tasks: Task name to task, in the order of the names.
         members: Each name to the names of its tasks.
-        groups: lm-eval's own groups among the names and in them, inner ones before those that hold them.
+        groups: lm-eval's own groups among the names and in them, inner ones before those that hold them; none that
+            lacks a task.
         problems: What is wrong with the names that are missing in `members`.
+        missing: What is wrong with single tasks of groups, tags and patterns of which others are there.
+        twice: What was said of tasks that several names stand for; each is there once.
     """
 
     tasks: Mapping[str, Task]
     members: Mapping[str, tuple[str, ...]]
     groups: tuple[Any, ...]
     problems: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    twice: tuple[str, ...] = ()
 
 
 def load_tasks(names: Sequence[str], **options: Any) -> dict[str, Task]:
@@ -50,8 +66,8 @@ def load_tasks(names: Sequence[str], **options: Any) -> dict[str, Task]:
         TaskError: Whatever is wrong with any of the names, all at once.
     """
     task_set = find_tasks(names, **options)
-    if task_set.problems:
-        raise TaskError(task_set.problems)
+    if problems := (*task_set.problems, *task_set.missing):
+        raise TaskError(problems)
     return dict(task_set.tasks)
 
 
@@ -61,6 +77,7 @@ def find_tasks(
     include_path: str | Path | Sequence[str | Path] | None = None,
     num_fewshot: int | Mapping[str, int | None] | None = None,
     fewshot_seed: int = FEWSHOT_SEED,
+    gen_kwargs: Mapping[str, Any] | None = None,
 ) -> TaskSet:
     """Loads what can be loaded, and says what is wrong with the rest.
 
@@ -68,11 +85,12 @@ def find_tasks(
     and tasks that need images, sound or to run generated code.
 
     Args:
-        names: Tasks, groups or tags.
+        names: Tasks, groups or tags; patterns of such names; YAML files, or a folder of them.
         include_path: Folders with task YAML; they win over the shipped tasks.
         num_fewshot: Examples before each question, for all tasks or by the name given in `names`; None leaves it to
             the task. As in lm-eval, a task that says 0 stays at 0.
         fewshot_seed: Draws the examples.
+        gen_kwargs: Settings of generation that replace those of the tasks.
 
     Raises:
         TaskError: No names, or an include path that is no folder.
@@ -87,20 +105,40 @@ def find_tasks(
     members: dict[str, tuple[str, ...]] = {}
     groups: dict[str, Any] = {}
     problems: list[str] = []
-    manager = _manager(names, folders)
+    lacking: list[str] = []
+    twice: list[str] = []
+    manager = _manager(folders)
     for name in dict.fromkeys(names):
         shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
         try:
-            tasks, inner = _load(name, manager)
-            for task in tasks:
-                _configure(task, shots, fewshot_seed)
+            part = _load(name, manager, partial(_configure, num_fewshot=shots, seed=fewshot_seed, options=gen_kwargs))
         except TaskError as error:
             problems += error.problems
             continue
-        loaded |= {task.task_name: Task(task.task_name, task, fewshot_seed) for task in tasks}
-        members[name] = tuple(task.task_name for task in tasks)
-        groups |= {group.name: group for group in inner}
-    return TaskSet(loaded, members, tuple(groups.values()), tuple(problems))
+        for task in part.tasks:
+            if other := next((other for other, own in members.items() if task in own), None):
+                twice.append(f"task {task!r} is both in {other!r} and in {name!r}; it is counted once")
+        loaded |= {task: Task(task, given, fewshot_seed) for task, given in part.tasks.items() if task not in loaded}
+        members[name] = tuple(part.tasks)
+        groups |= {group.name: group for group in part.groups}
+        lacking += part.missing
+    return TaskSet(loaded, members, tuple(groups.values()), tuple(problems), tuple(lacking), tuple(twice))
+
+
+def groups_as_tasks(task_set: TaskSet) -> TaskSet:
+    """Replaces the tasks of every name that is a group with metrics of its own by one task: the group."""
+    groups = {group.name: group for group in task_set.groups if group.has_aggregation}
+    tasks: dict[str, Task] = {}
+    members = dict(task_set.members)
+    for name, own in task_set.members.items():
+        group = groups.get(name)
+        if group is None:
+            tasks |= {task: task_set.tasks[task] for task in own}
+            continue
+        by_size = {part.metric: bool(part.weight_by_size) for part in group.aggregate_metric_list}
+        tasks[name] = GroupTask(name, group, parts=tuple(task_set.tasks[task] for task in own), by_size=by_size)
+        members[name] = (name,)
+    return replace(task_set, tasks=tasks, members=members)
 
 
 def group_scores(task_set: TaskSet, table: ScoreTable) -> dict[str, dict[str, Score]]:
@@ -126,93 +164,141 @@ def group_scores(task_set: TaskSet, table: ScoreTable) -> dict[str, dict[str, Sc
     return scores
 
 
-def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
-    """An index of tasks that holds every name that exists: the small one of the include paths if it can be.
-
-    Indexing all that lm-eval ships parses some 15,000 files; the folders in which a name occurs are nearly always
-    enough.
-    """
+def _manager(folders: Sequence[Path]) -> Any:
+    """lm-eval's index of the include paths; what it ships is added name by name."""
     from lm_eval.tasks import TaskManager
 
-    own = [str(folder) for folder in folders]
     with quiet():
-        manager = TaskManager(include_path=own, include_defaults=False)
-        others = [name for name in names if name not in manager.task_index]
-        if not others and _complete(names, manager.task_index):
-            return manager
-        near = _shipped_folders(others)
-        if others and not near and _complete([name for name in names if name not in others], manager.task_index):
-            return manager
-        manager = TaskManager(include_path=[*near, *own], include_defaults=False)
-        if _complete([name for name in names if name in manager.task_index], manager.task_index):
-            return manager
-        return TaskManager(include_path=own)
+        return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
 
 
-def _complete(names: Sequence[str], index: Mapping[str, Any]) -> bool:
-    """Whether an index holds these names and, of groups and tags among them, all the members."""
-    for name in names:
-        if name not in index:
-            return False
-        members = index[name].cfg.get("task") if index[name].kind.name == "GROUP" else []
-        if not _complete([member for member in members or [] if isinstance(member, str)], index):
-            return False
-    return True
+@dataclass(frozen=True)
+class _Loaded:
+    """The tasks of one name, lm-eval's groups among them, and what is wrong with tasks that are not there."""
+
+    tasks: dict[str, Any]
+    groups: list[Any]
+    missing: list[str]
 
 
-def _shipped_folders(names: Sequence[str]) -> list[str]:
-    """The folders of lm-eval's shipped tasks in whose YAML one of the names occurs as the name of anything."""
-    if not names:
-        return []
-    either = b"|".join(re.escape(name).encode() for name in names)
-    pattern = re.compile(rb"(?m)^\s*(?:task|group|tag|-):?\s+[\"']?(?:%s)[\"']?\s*(?:#.*)?$" % either)
-    root = _shipped()
-    folders = set()
-    for path in root.rglob("*.yaml"):
-        top = path.relative_to(root).parts[0]
-        if top not in folders and pattern.search(path.read_bytes()):
-            folders.add(top)
-    return sorted(str(root / top) for top in folders)
+def _load(name: str, manager: Any, configure: Callable[[Any], None]) -> _Loaded:
+    """What a name, a pattern of names or a file stands for.
 
-
-@cache
-def _shipped_names() -> frozenset[str]:
-    """The names that the YAML of lm-eval's shipped tasks gives to tasks, groups and tags."""
-    pattern = re.compile(r"(?m)^(?:task|group|tag):\s+[\"']?([\w.-]+)")
-    texts = (path.read_text(encoding="utf-8") for path in _shipped().rglob("*.yaml"))
-    return frozenset(name for text in texts for name in pattern.findall(text))
-
-
-def _shipped() -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
-
-
-def _load(name: str, manager: Any) -> tuple[list[Any], list[Any]]:
-    """The lm-eval tasks that `name` stands for, and the groups among them, inner ones first."""
-    if name not in manager.task_index:
-        names = {*manager.all_tasks, *_shipped_names()}
-        raise TaskError(f"unknown task {name!r}{suggest(name, sorted(names))}; neither shipped nor in include_path")
+    Every task is loaded by itself, so that chance in how it prepares its documents is the same whatever else is
+    loaded, and so that one that cannot be had does not hide the others.
+    """
+    tasks: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
     problems: list[str] = []
-    spec = with_data(name, manager.task_index, problems)
-    if problems:
-        raise TaskError([f"task {name!r}: {problem}" for problem in problems])
+    listed = _matches(name, manager)
+    for entry in listed:
+        for spec in single_specs(entry, manager.task_index):
+            if len(problems) > _FEW and not tasks:
+                problems.append(f"task {name!r}: the others are not tried")
+                break
+            try:
+                loaded = _load_one(spec, manager)
+                for task in loaded["tasks"].values():
+                    configure(task)
+            except TaskError as error:
+                problems += error.problems
+                continue
+            tasks |= {task.task_name: task for task in loaded["tasks"].values()}
+            merge_groups(groups, loaded["groups"])
+    if not tasks:
+        raise TaskError(problems)
+    return _Loaded(tasks, [] if problems else plain_groups(groups), problems)
+
+
+_FEW = 2
+"""Tasks of a group that may fail before any has loaded: where the network is gone, each takes its time."""
+
+
+def _matches(name: str, manager: Any) -> list[str]:
+    """The names in the index that a name, a pattern or the path of a YAML file or folder stands for; there then.
+
+    Raises:
+        TaskError: There is none.
+    """
+    from lm_eval.utils import pattern_match
+
+    index = manager.task_index
+    if is_path(name):
+        listed = _from_files(name, index)
+    elif any(sign in name for sign in "*?["):
+        listed = list(pattern_match([name], [*index, *shipped_index()]))
+        if not listed:
+            raise TaskError(f"no task has a name like {name!r}")
+    else:
+        listed = [name]
+    add_shipped(listed, index)
+    for entry in listed:
+        if entry not in index:
+            names = sorted({*index, *shipped_index()})
+            raise TaskError(f"unknown task {entry!r}{suggest(entry, names)}; neither shipped nor in include_path")
+    return listed
+
+
+def _from_files(name: str, index: dict[str, Any]) -> list[str]:
+    """Adds task files to the index, and gives their names."""
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = Path(name).expanduser()
+    files = (
+        sorted(path.glob("*.yaml"))
+        if path.is_dir()
+        else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    )
+    if not files:
+        raise TaskError(f"no task file {name}")
+    listed = []
+    for file in files:
+        own: dict[str, Any] = {}
+        try:
+            TaskIndex.process_cfg(load_yaml(file, resolve_func=False), file.resolve(), own)
+        except Exception as error:  # whatever YAML can be wrong in
+            raise TaskError(f"{file}: no task or group: {' '.join(str(error).split())[:300]}") from error
+        named = [entry for entry in own.values() if entry.yaml_path is not None]
+        index |= {entry.name: entry for entry in named}
+        listed += [entry.name for entry in named]
+    return listed
+
+
+def _load_one(spec: SingleTask, manager: Any) -> Any:
+    """One task, in the groups that hold it, as `TaskManager.load` gives it; named without marks of ours."""
+    if spec.problems:
+        raise TaskError([f"task {spec.name!r}: {problem}" for problem in spec.problems])
+    _require_supported(spec)
     try:
         with quiet(), seeded():
-            loaded = manager.load([spec])
+            loaded = manager.load([spec.load])
     except Exception as error:  # a task's YAML can make lm-eval and datasets raise anything
-        raise TaskError(f"task {name!r} cannot be loaded: {_reason(error, manager.task_index[name])}") from error
-    return list(loaded["tasks"].values()), plain_names(loaded["groups"])
+        raise TaskError(f"task {spec.name!r} cannot be loaded: {_reason(error, spec.config)}") from error
+    for task in loaded["tasks"].values():
+        if (plain := plain_name(task.task_name)) != task.task_name:
+            task.set_config(key="task", value=plain)
+    return loaded
+
+
+def _require_supported(spec: SingleTask) -> None:
+    """Refuses what cannot be scored here, before its data and functions are fetched."""
+    config = spec.config
+    metrics = [part.get("metric") for part in config.get("metric_list") or [] if isinstance(part, dict)]
+    if config.get("unsafe_code") or "code_eval" in metrics:
+        raise TaskError(f"task {spec.name!r} runs code that the model writes; EvoMerge does not")
+    if config.get("doc_to_image") or config.get("doc_to_audio"):
+        raise TaskError(f"task {spec.name!r} needs images or sound; EvoMerge scores text only")
 
 
 _EMPTY_SPLIT = ("size 0", "SchemaInferenceError", "no data files", "list index out of range")
 """In the messages of datasets for a file or a split without a document; a StopIteration says the same."""
 
 
-def _reason(error: Exception, entry: Any) -> str:
-    text = " ".join(str(error).split()) or "no reason given"
-    config = entry.cfg or {}
+def _reason(error: Exception, config: Mapping[str, Any]) -> str:
+    text = plain_name(" ".join(str(error).split()) or "no reason given")
+    if isinstance(error, ModuleNotFoundError):
+        return f"it needs {error.name}, which is not installed; run pip install {_package_with(str(error.name))}"
     data = (config.get("dataset_kwargs") or {}).get("data_files") or config.get("dataset_path")
     splits = [config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot")]
     if isinstance(error, KeyError) and error.args[0] in splits:
@@ -220,18 +306,35 @@ def _reason(error: Exception, entry: Any) -> str:
     causes = f"{error!r} {error.__cause__!r}"
     if isinstance(error, StopIteration) or any(sign in causes for sign in _EMPTY_SPLIT):
         return f"a split of its data {data} has no documents"
+    frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     offline = isinstance(error, ConnectionError | FileNotFoundError) or "offline" in text.lower()
-    hint = f"; its dataset {data!r} is neither here nor in reach" if offline and data else ""
+    hint = f"; its dataset {data!r} is neither here nor in reach" if offline and data and "download" in frames else ""
+    if offline and not hint:
+        hint = "; a metric or another file that it needs is neither here nor in reach"
     return f"{type(error).__name__}: {text[:300]}{hint}"
 
 
-def _configure(task: Any, num_fewshot: int | None, seed: int) -> None:
-    """Refuses what cannot be scored here, and sets the examples as `lm_eval.simple_evaluate` does."""
+def _package_with(module: str) -> str:
+    """What pip installs a module with: lm-eval's own extra for it, where there is one."""
+    top = module.partition(".")[0].replace("_", "-").lower()
+    for requirement in importlib.metadata.requires("lm_eval") or []:
+        named = re.match(r"([\w.-]+).*extra == [\"']([\w-]+)[\"']", requirement)
+        if named and named[2] not in ("dev", "testing", "all"):
+            package = named[1].replace("_", "-").lower()
+            if package == top or package.startswith(f"{top}-"):
+                return f'"lm-eval[{named[2]}]"'
+    return module
+
+
+def _configure(task: Any, num_fewshot: int | None, seed: int, options: Mapping[str, Any] | None) -> None:
+    """Refuses what cannot be scored here; sets examples and generation as `lm_eval.simple_evaluate` does."""
     name = task.task_name
     if getattr(task, "UNSAFE_CODE", False):
         raise TaskError(f"task {name!r} runs code that the model writes; EvoMerge does not")
     if getattr(task, "MULTIMODAL", False):
         raise TaskError(f"task {name!r} needs images or sound; EvoMerge scores text only")
+    if options and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=dict(options), update=True)
     own = task.get_config("num_fewshot")
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)

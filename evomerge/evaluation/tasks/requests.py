@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.task import Task
 from evomerge.system.quiet import quiet, seeded
 
@@ -141,7 +146,13 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
             lone = instance.request_type == "loglikelihood"
             return lone and sum(map(len, pairs[0])) > self.max_length + 1
         _ = self.eot_token_id
-        limit = int(normalize_gen_kwargs(dict(instance.args[1]), 256)["max_gen_toks"])
+        options = normalize_gen_kwargs(dict(instance.args[1]), 256)
+        if options.get("do_sample") and not float(options.get("temperature", 1.0)):
+            raise TaskError(
+                f"task {instance.task_name!r} samples (do_sample) at temperature 0, where there is no chance; "
+                "say do_sample: false, or a temperature above 0"
+            )
+        limit = int(options["max_gen_toks"])
         if limit >= self.max_length:
             raise TaskError(
                 f"task {instance.task_name!r} generates up to {limit} tokens, which leaves no room for a prompt in the"
@@ -180,7 +191,7 @@ def _where(instance: Any) -> str:
 
 @dataclass(frozen=True)
 class Requests:
-    """Everything one task asks, built once per run.
+    """Everything one task asks.
 
     Attributes:
         task: The task's name.
@@ -188,10 +199,16 @@ class Requests:
     """
 
     task: str
-    by_item: tuple[tuple[Any, ...], ...]
+    by_item: Sequence[tuple[Any, ...]]
+
+    def build(self, indices: Sequence[int]) -> None:
+        """Builds what some items ask, all at once, where that has not been done."""
+        if isinstance(self.by_item, _BuiltOnUse | _OfParts):
+            self.by_item.build(indices)
 
     def fresh(self, indices: Sequence[int]) -> list[list[Any]]:
         """Copies the instances of some items, ready to take responses; the originals stay as they are."""
+        self.build(indices)
         return [
             [dataclasses.replace(instance, resps=[], filtered_resps={}) for instance in self.by_item[index]]
             for index in indices
@@ -225,7 +242,7 @@ class Prompting:
 
 
 def build_requests(task: Task, encoder: Encoder, prompting: Prompting) -> Requests:
-    """Builds the requests of every document of a task with lm-eval's own code.
+    """Gives the requests of every document of a task, as lm-eval's own code builds them; each is built on first use.
 
     Args:
         task: The task.
@@ -233,24 +250,166 @@ def build_requests(task: Task, encoder: Encoder, prompting: Prompting) -> Reques
         prompting: How prompts are put together.
 
     Raises:
-        TaskError: The task has no documents, or its templates do not fit them.
+        TaskError: The task has no documents.
     """
-    task.lm_eval_task.set_fewshot_seed(seed=task.fewshot_seed)
-    try:
+    if isinstance(task, GroupTask):
+        parts = [_BuiltOnUse(part, prompting.options(encoder)) for part in task.parts]
+        return Requests(task.name, _OfParts(task, parts))
+    if not task.docs:
+        raise TaskError(f"task {task.name!r}: it has no documents")
+    return Requests(task.name, _BuiltOnUse(task, prompting.options(encoder)))
+
+
+class _BuiltOnUse(Sequence[tuple[Any, ...]]):
+    """For every document of a task its instances, built when they are first asked for.
+
+    Most of the time goes into rendering examples. Which examples a document gets is drawn document after document, so
+    that is done for all of them at once; it costs next to nothing. Tasks that draw while they render, or that put
+    prompts together in code of their own, are built as a whole, as lm-eval does it.
+    """
+
+    def __init__(self, task: Task, options: dict[str, Any]) -> None:
+        self._task = task
+        self._options = options
+        self._built: dict[int, tuple[Any, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._task.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            chosen = range(len(self))[index]
+            self.build(chosen)
+            return [self._built[k] for k in chosen]
+        index = range(len(self))[index]
+        self.build((index,))
+        return self._built[index]
+
+    def build(self, indices: Sequence[int]) -> None:
+        """Builds what some documents ask.
+
+        Raises:
+            TaskError: The task's templates or functions do not fit a document.
+        """
+        missing = sorted({index for index in indices if index not in self._built})
+        if not missing:
+            return
         with quiet(), seeded():
-            task.lm_eval_task.build_all_requests(rank=0, world_size=1, **prompting.options(encoder))
-    except TaskError:
-        raise
-    except Exception as error:  # a task's templates and functions can raise anything
+            start = _chance()
+            if _is_lm_evals(self._task):
+                self._built |= {index: self._instances(index) for index in missing}
+            if not self._built or _chance() != start:
+                self._build_all()
+
+    @cached_property
+    def _examples(self) -> list[Sequence[Any]]:
+        """The examples of every document, in the order in which lm-eval draws them."""
+        task = self._task.lm_eval_task
+        count = task.config.num_fewshot or 0
+        if not count:
+            return []
+        task.set_fewshot_seed(seed=self._task.fewshot_seed)
+        same_split = task.fewshot_cfg.split == task.config.test_split
+        return [task.sampler.sample(n=count, eval_doc=doc if same_split else None) for doc in self._task.docs]
+
+    def _instances(self, index: int) -> tuple[Any, ...]:
+        task, doc = self._task.lm_eval_task, self._task.docs[index]
+        try:
+            sampler = task.sampler if self._examples else None
+            if sampler is not None:
+                task.sampler = _Drawn(self._examples[index])
+            try:
+                options, prefix = self._options, task.doc_to_prefix(doc)
+                shots = task.config.num_fewshot or 0
+                context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=prefix, **options)
+                made = task.construct_requests(
+                    doc=doc,
+                    ctx=context,
+                    metadata=(task.config["task"], index, task.config.repeats),
+                    apply_chat_template=options["apply_chat_template"],
+                    chat_template=options["chat_template"],
+                )
+            finally:
+                if sampler is not None:
+                    task.sampler = sampler
+        except TaskError:
+            raise
+        except Exception as error:  # a task's templates and functions can raise anything
+            raise self._failure(error, index) from error
+        instances = made if isinstance(made, list) else [made]
+        if not instances:
+            raise TaskError(f"task {self._task.name!r}, item {index}: it asks for nothing")
+        return tuple(sorted(instances, key=lambda instance: instance.idx))
+
+    def _build_all(self) -> None:
+        task = self._task.lm_eval_task
+        task.set_fewshot_seed(seed=self._task.fewshot_seed)
+        try:
+            task.build_all_requests(rank=0, world_size=1, **self._options)
+        except TaskError:
+            raise
+        except Exception as error:  # a task's templates and functions can raise anything
+            raise self._failure(error, None) from error
+        grouped: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            grouped.setdefault(instance.doc_id, []).append(instance)
+        if len(grouped) != len(self):
+            raise TaskError(f"task {self._task.name!r}: {len(grouped)} of its {len(self)} documents ask for anything")
+        self._built |= {k: tuple(sorted(own, key=lambda instance: instance.idx)) for k, own in grouped.items()}
+
+    def _failure(self, error: Exception, index: int | None) -> TaskError:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "larger than population" in reason:
-            shots = task.lm_eval_task.get_config("num_fewshot")
+            shots = self._task.lm_eval_task.get_config("num_fewshot")
             reason = f"it wants {shots} examples before a question, more than the split that they come from has"
-        raise TaskError(f"task {task.name!r}: its requests cannot be built: {reason}") from error
-    grouped: dict[int, list[Any]] = {}
-    for instance in task.lm_eval_task.instances:
-        grouped.setdefault(instance.doc_id, []).append(instance)
-    by_item = [sorted(grouped[k], key=lambda instance: instance.idx) for k in sorted(grouped)]
-    if len(by_item) != len(task.items):
-        raise TaskError(f"task {task.name!r}: {len(by_item)} of its {len(task.items)} documents ask for anything")
-    return Requests(task.name, tuple(tuple(instances) for instances in by_item))
+        where = "" if index is None else f", item {index}"
+        return TaskError(f"task {self._task.name!r}{where}: its requests cannot be built: {reason}")
+
+
+class _OfParts(Sequence[tuple[Any, ...]]):
+    """The instances of a group's items."""
+
+    def __init__(self, task: GroupTask, parts: Sequence[_BuiltOnUse]) -> None:
+        self._task = task
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(self._task.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[k] for k in range(len(self))[index]]
+        part, item = self._task.locate(range(len(self))[index])
+        return self._parts[part][item]
+
+    def build(self, indices: Sequence[int]) -> None:
+        """Builds what some items ask, task by task."""
+        by_part: dict[int, list[int]] = {}
+        for part, item in map(self._task.locate, indices):
+            by_part.setdefault(part, []).append(item)
+        for part, items in by_part.items():
+            self._parts[part].build(items)
+
+
+class _Drawn:
+    """Gives the examples that were drawn for a document, in the place of lm-eval's sampler."""
+
+    def __init__(self, examples: Sequence[Any]) -> None:
+        self._examples = examples
+
+    def sample(self, n: int, **_: Any) -> Sequence[Any]:
+        """Returns the examples."""
+        return self._examples
+
+
+def _is_lm_evals(task: Task) -> bool:
+    """Whether a task puts its prompts together as lm-eval's own tasks do."""
+    kind = type(task.lm_eval_task)
+    return all(
+        getattr(kind, name) is getattr(ConfigurableTask, name) for name in ("fewshot_context", "build_all_requests")
+    )
+
+
+def _chance() -> tuple[Any, ...]:
+    """The state of the generators that tasks draw from."""
+    return random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002

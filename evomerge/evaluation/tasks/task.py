@@ -22,9 +22,18 @@ _SMOOTH_METRICS: Mapping[str, Mapping[str, bool]] = {
 }
 
 _SMOOTH_VERSIONS: Mapping[str, Mapping[str, str]] = {
-    "multiple_choice": {"acc": "prob", "acc_norm": "prob_norm", "acc_bytes": "prob_norm", "exact_match": "prob"},
+    "multiple_choice": {"acc": "prob", "acc_norm": "prob_norm", "acc_bytes": "prob_norm"},
     "loglikelihood": {"acc": "prob"},
 }
+"""What asks the same question of the same numbers, where lm-eval's own code computes the metric (docs/tasks.md)."""
+
+
+_ANSWERS: Mapping[str, Any] = {
+    "loglikelihood": (-1.0, False),
+    "loglikelihood_rolling": -1.0,
+    "generate_until": "1",
+}
+"""What a model might answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,32 +76,83 @@ class Task:
     @cached_property
     def higher_is_better(self) -> dict[str, bool]:
         """Direction of every metric: the task's own, and the smooth ones added to them."""
-        own = {name: bool(up) for name, up in self.lm_eval_task.higher_is_better().items()}
-        return (
-            {**_SMOOTH_METRICS.get(self.output_type, {}), **own}
-            if own
-            else dict(_SMOOTH_METRICS.get(self.output_type, {}))
-        )
+        return {**self._smooth_metrics, **self._own_metrics}
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The task's metrics, its own first."""
-        own = tuple(self.lm_eval_task.higher_is_better())
-        return (*own, *(name for name in self.higher_is_better if name not in own))
+        return (*self._own_metrics, *(name for name in self._smooth_metrics if name not in self._own_metrics))
+
+    @property
+    def _smooth_metrics(self) -> Mapping[str, bool]:
+        """None where the choices are made by the task's own code: which of them is right, only that knows."""
+        get_config = getattr(self.lm_eval_task, "get_config", None)
+        if self.output_type == "multiple_choice" and get_config is not None and get_config("doc_to_choice") is None:
+            return {}
+        return _SMOOTH_METRICS.get(self.output_type, {})
+
+    @property
+    def has_smooth_metrics(self) -> bool:
+        """Whether the task has metrics that vary smoothly."""
+        return bool(self._smooth_metrics)
+
+    @cached_property
+    def _own_metrics(self) -> dict[str, bool]:
+        """The metrics that the task's code gives for its documents, by what it gives for the first.
+
+        What is declared need not be given: a function of several metrics has a name of its own. What a task's own code
+        does not give for the first document, it may give for others.
+        """
+        declared = {name: bool(up) for name, up in self.lm_eval_task.higher_is_better().items()}
+        try:
+            with quiet(), seeded():
+                given = self._metrics_of_first()
+        except Exception:  # a task's own code can raise anything; where it matters, scoring says so
+            return declared
+        directions = self.lm_eval_task.higher_is_better()  # lm-eval adds what its metric functions give
+        own = {name: up for name, up in declared.items() if name in given}
+        own |= {name: bool(directions.get(name, True)) for name in given if name not in own}
+        return own | (declared if self.scores_itself or not own else {})
+
+    def _metrics_of_first(self) -> list[str]:
+        """The metrics of the first document, had a model answered it somehow."""
+        task, doc = self.lm_eval_task, self.docs[0]
+        context = task.fewshot_context(doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
+        made = task.construct_requests(doc=doc, ctx=context, metadata=(self.name, 0, task.get_config("repeats") or 1))
+        instances = made if isinstance(made, list) else [made]
+        for instance in instances:
+            instance.resps = [_ANSWERS[instance.request_type]] * instance.repeats
+        for ensemble in task._filters:
+            ensemble.apply(instances)
+        answers = [instance.filtered_resps[self.filters[0]] for instance in instances]
+        return [str(name) for name in task.process_results(doc, answers)]
+
+    @property
+    def scores_itself(self) -> bool:
+        """Whether code of the task's own values the responses, so that a metric need not be what its name says."""
+        method = getattr(type(self.lm_eval_task), "process_results", None)
+        inherited = method is None or method.__qualname__ == "ConfigurableTask.process_results"
+        config = getattr(self.lm_eval_task, "config", None)
+        return not inherited or callable(getattr(config, "process_results", None))
 
     def direction(self, metric: str) -> bool:
         """Returns whether a higher value of a metric, of any filter, is better."""
         return self.higher_is_better[metric.partition(",")[0]]
 
     def smooth_metric(self, metric: str) -> str:
-        """Returns the metric that varies smoothly where `metric` jumps from wrong to right; else `metric` itself."""
-        return _SMOOTH_VERSIONS.get(self.output_type, {}).get(metric.partition(",")[0], metric)
+        """Returns the metric that varies smoothly where `metric` jumps from wrong to right, and else asks the same.
 
-    def require_metric(self, metric: str) -> None:
-        """Checks that the task has `metric`.
+        `metric` itself where there is none, or where the task's own code says what it means.
+        """
+        plain = metric.partition(",")[0]
+        smooth = _SMOOTH_VERSIONS.get(self.output_type, {}).get(plain, metric)
+        return smooth if smooth in self._smooth_metrics and not self.scores_itself else metric
+
+    def metric_name(self, metric: str) -> str:
+        """Returns the name that scores have for a metric, which lm-eval's "metric,filter" may say of any task.
 
         Raises:
-            TaskError: It has not; the message lists those it has.
+            TaskError: The task has no such metric; the message lists those it has.
         """
         plain, _, name = metric.partition(",")
         if plain not in self.metrics:
@@ -101,6 +161,7 @@ class Task:
         if name and name not in self.filters:
             near = f"{suggest(name, self.filters)}; it has {', '.join(self.filters)}"
             raise TaskError(f"task {self.name!r} has no metric {metric!r}: no filter {name!r}{near}")
+        return plain if len(self.filters) == 1 or plain not in self._own_metrics else metric
 
     @property
     def files(self) -> tuple[Path, ...]:

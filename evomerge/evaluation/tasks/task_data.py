@@ -5,64 +5,121 @@ Relative paths are looked for beside the task's YAML file, beside the folders ab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _INNER, _OUTER = " with data", " as asked for"
 """What marks the names of groups that we hand to lm-eval in place of registered ones."""
 
+Spec = dict[str, Any]
+"""A member of a group as lm-eval reads it."""
 
-def with_data(name: str, index: Mapping[str, Any], problems: list[str]) -> str | dict[str, Any]:
-    """Returns what `TaskManager.load` should get for `name`: the name, or a group with local data files made absolute.
 
-    lm-eval would look for them from the working directory alone. Only a group's members may override a task's settings
+@dataclass(frozen=True)
+class SingleTask:
+    """One task of what a name stands for.
+
+    Attributes:
+        name: The task's name.
+        config: Its settings as far as YAML says them, functions unresolved.
+        load: What `TaskManager.load` should get for it.
+        problems: What is wrong with its data files.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    load: str | Spec
+    problems: tuple[str, ...]
+
+
+def single_specs(name: str, index: Mapping[str, Any]) -> list[SingleTask]:
+    """Lists the tasks of a task, group or tag, each within the groups that hold it, with local data files absolute.
+
+    lm-eval would look for data from the working directory alone. Only a group's members may override a task's settings
     and keep its functions, and a registered group hands everything it says about itself on to its members: so a group
     of ours holds groups that are not registered.
 
     Args:
         name: A task, group or tag of the index.
         index: lm-eval's index of tasks.
-        problems: Gets a message for every file that is nowhere.
     """
-    members = _members(name, index, problems)
-    return {"group": f"{name}{_OUTER}", "task": members} if any(map(_has_local_data, members)) else name
+    singles = []
+    for member in _members(name, index):
+        for chain in _chains(member):
+            task = chain[-1]
+            problems: list[str] = []
+            key = str(task["task"])
+            entry = index.get(key)
+            config = {**((entry.cfg or {}) if entry is not None else {}), **task}
+            kwargs = config.get("dataset_kwargs")
+            if isinstance(kwargs, dict):
+                absolute = _absolute(kwargs, entry.yaml_path if entry is not None else None, problems)
+                task = {**task, **({} if absolute == kwargs else {"dataset_kwargs": absolute})}
+            for group in reversed(chain[:-1]):
+                task = {**group, "task": [task]}
+            alone = task == {"task": name}
+            load: str | Spec = name if alone else {"group": f"{name}{_OUTER}", "task": [task]}
+            singles.append(SingleTask(key, config, load, tuple(problems)))
+    return singles
 
 
-def _has_local_data(member: Mapping[str, Any]) -> bool:
-    """Whether a member's data, or those of any member of it, have to be said."""
-    inner = member["task"]
-    return "dataset_kwargs" in member or (isinstance(inner, list) and any(map(_has_local_data, inner)))
+def _chains(member: Spec) -> Iterator[list[Spec]]:
+    """Each task of a member behind the groups that hold it."""
+    if isinstance(member["task"], list):
+        yield from ([member, *chain] for inner in member["task"] for chain in _chains(inner))
+    else:
+        yield [member]
 
 
-def _members(name: Any, index: Mapping[str, Any], problems: list[str]) -> list[dict[str, Any]]:
-    """A member of a group as lm-eval reads it, with its data found; a tag is all of its tasks."""
+def _members(name: Any, index: Mapping[str, Any]) -> list[Spec]:
+    """A member of a group as lm-eval reads it; a tag is all of its tasks."""
     given = name if isinstance(name, dict) else {}
     key = given.get("group", given.get("task")) if given else name
     entry = index.get(key) if isinstance(key, str) else None
     if entry is None:  # defined where it is listed, or unknown, which lm-eval says
         if "group" not in given:
             return [given or {"task": name}]
-        listed = [part for member in given.get("task") or [] for part in _members(member, index, problems)]
+        listed = [part for member in given.get("task") or [] for part in _members(member, index)]
         return [{**given, "task": listed}]
     config = entry.cfg or {}
     if entry.kind.name == "TAG":
-        return [part for task in sorted(entry.tags) for part in _members({**given, "task": task}, index, problems)]
+        return [part for task in sorted(entry.tags) for part in _members({**given, "task": task}, index)]
     if entry.kind.name == "GROUP":
-        listed = [part for member in config.get("task") or [] for part in _members(member, index, problems)]
+        listed = [part for member in config.get("task") or [] for part in _members(member, index)]
         return [{**config, **given, "group": f"{key}{_INNER}", "task": listed}]
-    kwargs = given.get("dataset_kwargs", config.get("dataset_kwargs"))
-    absolute = _absolute(kwargs, entry.yaml_path, problems) if isinstance(kwargs, dict) else kwargs
-    return [{**given, "task": key, **({} if absolute == kwargs else {"dataset_kwargs": absolute})}]
+    return [{**given, "task": key}]
 
 
-def plain_names(groups: Mapping[str, Any]) -> list[Any]:
-    """Returns the registered groups among those that lm-eval made, by their own names, inner ones first."""
+def merge_groups(groups: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Adds groups that lm-eval made of single tasks to those that it made before, children to children."""
+    for name, group in more.items():
+        if name not in groups:
+            groups[name] = group
+            continue
+        for child in group:
+            if groups[name].get(child.task_name if hasattr(child, "task_name") else child.name) is None:
+                groups[name].add(child)
+
+
+def plain_groups(groups: Mapping[str, Any]) -> list[Any]:
+    """Returns the groups that lm-eval made but for ours, by the names they have without us, inner ones first."""
     kept = [group for name, group in groups.items() if not name.endswith(_OUTER)]
     for group in kept:
-        if group.name.endswith(_INNER):
-            group.name = group.name.rpartition("::")[2].removesuffix(_INNER)
+        group.name = plain_name(group.name)
     return sorted(kept, key=lambda group: len(group.get_all_groups()))
+
+
+def plain_name(text: str) -> str:
+    """Takes our marks out of a name, or a message: a registered group is called as it is, one inside as lm-eval does.
+
+    "G as asked for::G with data::sub" is G::sub, and "G as asked for::G with data::H with data" is H.
+    """
+    text = re.sub(rf"[^'\"]*{_OUTER}::", "", text)
+    text = re.sub(rf"[^'\"]*{_INNER}::(?=[^'\"]*{_INNER})", "", text)
+    return text.replace(_INNER, "").replace(_OUTER, "")
 
 
 def _absolute(kwargs: dict[str, Any], yaml_path: Path | None, problems: list[str]) -> dict[str, Any]:
@@ -76,6 +133,11 @@ def _absolute(kwargs: dict[str, Any], yaml_path: Path | None, problems: list[str
         return _find_data(str(value), yaml_path, problems)
 
     return {key: find(value) if key in ("data_files", "data_dir") else value for key, value in kwargs.items()}
+
+
+def is_path(name: str) -> bool:
+    """Checks whether a name of tasks is a YAML file's, a pattern of such files, or a folder's."""
+    return name.endswith((".yaml", ".yml")) or ("/" in name and Path(name).expanduser().is_dir())
 
 
 def _find_data(text: str, yaml_path: Path | None, problems: list[str]) -> str:

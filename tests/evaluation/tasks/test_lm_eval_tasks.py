@@ -50,16 +50,16 @@ def test_metrics_and_their_directions_are_the_tasks_own_plus_the_smooth_ones(ben
         "byte_perplexity": False,
         "word_perplexity": False,
     }
-    tasks["mc"].require_metric("prob")
+    tasks["mc"].metric_name("prob")
     with pytest.raises(TaskError, match=r"no metric 'acc_nrm' \(did you mean 'acc_norm'\?\); it has acc, acc_norm"):
-        tasks["mc"].require_metric("acc_nrm")
+        tasks["mc"].metric_name("acc_nrm")
 
 
 def test_a_metric_may_name_its_filter(bench: Bench) -> None:
     task = load_tasks(["gen"], include_path=bench.folder)["gen"]
-    task.require_metric("exact_match,low")
+    task.metric_name("exact_match,low")
     with pytest.raises(TaskError, match="no metric 'exact_match,high'"):
-        task.require_metric("exact_match,high")
+        task.metric_name("exact_match,high")
 
 
 def test_an_unknown_task_is_named_with_the_nearest(bench: Bench) -> None:

@@ -54,6 +54,12 @@ _CHANGES_GREEDY = {
     "exponential_decay_length_penalty": (None,),
     "guidance_scale": (None, 1.0),
     "watermarking_config": (None,),
+    "max_new_tokens": (None,),
+    "max_time": (None,),
+    "stop_strings": (None,),
+    "penalty_alpha": (None, 0.0),
+    "dola_layers": (None,),
+    "token_healing": (None, False),
 }
 """Settings of a model's generation_config that change greedy decoding, with the values that do not."""
 
@@ -109,7 +115,8 @@ class Generator:
             TaskError: A prompt leaves no room for what should be generated.
         """
         prompts = [self._prompt(instance) for instance in instances]
-        own_loop = own_loop and _is_plain(model.generation_config)
+        plain = _is_plain(model.generation_config)
+        own_loop = own_loop and plain
         greedy = [k for k, prompt in enumerate(prompts) if prompt.greedy and own_loop]
         batches = self._batches(prompts, greedy, self._rows(model, len(greedy)))
         with forward_pass(model) as forward:
@@ -120,11 +127,18 @@ class Generator:
             for k, text in zip(batch, written, strict=True):
                 answers[k] = [text] * instances[k].repeats
         others = [k for k in range(len(prompts)) if k not in set(greedy)]
-        for batch in self._batches(prompts, others, MAX_ROWS):
+        for batch in self._batches(prompts, others, MAX_ROWS, alike=not plain):
             # A greedy answer is the same every time; a sampled one is drawn for each repeat.
             again = {k: 1 if prompts[k].greedy else instances[k].repeats for k in batch}
             rows = [k for k in batch for _ in range(again[k])]
-            for k, text in zip(rows, self._generate(model, [prompts[k] for k in rows]), strict=True):
+            try:
+                written_here = self._generate(model, [prompts[k] for k in rows])
+            except (ValueError, TypeError) as error:  # of settings that transformers does not know, or take
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise TaskError(
+                    f"task {instances[batch[0]].task_name!r}: its text cannot be generated: {reason}"
+                ) from error
+            for k, text in zip(rows, written_here, strict=True):
                 answers[k] += [text] * (instances[k].repeats // again[k])
         return answers
 
@@ -152,7 +166,6 @@ class Generator:
         eos = tokenizer.decode(encoder.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(options.pop("until", None), eos=eos)
         limit = int(options.pop("max_gen_toks"))
-        options.pop("max_length", None)
         room = encoder.max_length - limit
         if room <= 0:
             raise TaskError(
@@ -163,15 +176,28 @@ class Generator:
         tokens = tuple(tokenizer.encode(text, **special))[-room:]
         if not tokens:
             raise TaskError(f"task {instance.task_name!r}, item {instance.doc_id}: the prompt is empty")
+        if (together := options.pop("max_length", None)) is not None:  # of the prompt and what follows, as in HFLM
+            limit = int(together) - len(tokens)
+        if limit <= 0:
+            raise TaskError(
+                f"task {instance.task_name!r}, item {instance.doc_id}: max_length is {together}, and the prompt alone "
+                f"has {len(tokens)} tokens; say max_gen_toks in its place"
+            )
         frozen = tuple(sorted((name, json.dumps(value, default=str)) for name, value in options.items()))
         return Prompt(tokens, tuple(until), limit, frozen)
 
-    def _batches(self, prompts: Sequence[Prompt], chosen: Sequence[int], most: int) -> list[list[int]]:
-        """Chosen prompts of equal settings together, longest first, at most so many rows."""
+    def _batches(
+        self, prompts: Sequence[Prompt], chosen: Sequence[int], most: int, *, alike: bool = False
+    ) -> list[list[int]]:
+        """Chosen prompts of equal settings together, longest first, at most so many rows.
+
+        `alike` keeps to prompts of one length: what counts the tokens of a prompt would count padding, too.
+        """
         groups: dict[Any, list[int]] = {}
         for k in chosen:
             prompt = prompts[k]
-            groups.setdefault((prompt.until, prompt.limit, prompt.options), []).append(k)
+            length = len(prompt.tokens) if alike else 0
+            groups.setdefault((prompt.until, prompt.limit, prompt.options, length), []).append(k)
         batches = []
         for group in groups.values():
             group.sort(key=lambda k: (-len(prompts[k].tokens), k))
@@ -194,7 +220,7 @@ class Generator:
 
         device, model = forward.device, forward.model
         shared = _shared_prefix(prompts)
-        ids, mask = (part.to(device) for part in self._pad(prompts, shared))
+        ids, mask = (part.to(device) for part in self._pad(prompts, self._pad_token(model), shared))
         positions = shared + (mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.config)
         given = {_cache_name(model): cache, "use_cache": True}
@@ -231,10 +257,14 @@ class Generator:
             position = position + 1
         return [self._finish(tokens, until) for tokens in written]
 
-    def _pad(self, prompts: Sequence[Prompt], start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad_token(self, model: Any) -> int:
+        """What fills rows up: the pad token, or one that the model has a row for; nothing attends to it."""
+        rows = model.get_input_embeddings().weight.shape[0]
+        pad = self.encoder.tokenizer.pad_token_id
+        return int(pad) if pad is not None and pad < rows else self.encoder.prefix_token_id
+
+    def _pad(self, prompts: Sequence[Prompt], pad: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-padded prompts [B, L], from their token `start` on, and their attention mask."""
-        tokenizer = self.encoder.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.encoder.prefix_token_id
         texts = [prompt.tokens[start:] for prompt in prompts]
         length = max(map(len, texts))
         ids = torch.full((len(prompts), length), pad, dtype=torch.long)
@@ -246,7 +276,7 @@ class Generator:
 
     def _stops(self, model: Any, until: Sequence[str]) -> _StopCondition:
         eos = model.generation_config.eos_token_id
-        ends = {self.encoder.eot_token_id} if eos is None else set(eos if isinstance(eos, list) else [eos])
+        ends = {self.encoder.eot_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
         return _StopCondition(self.encoder.tokenizer, until, ends)
 
     def _generate(self, model: Any, prompts: Sequence[Prompt]) -> list[str]:
@@ -259,7 +289,8 @@ class Generator:
             options["do_sample"] = False
             options.pop("temperature", None)
         device = next(model.parameters()).device
-        ids, mask = (part.to(device) for part in self._pad(prompts))
+        pad = self._pad_token(model)
+        ids, mask = (part.to(device) for part in self._pad(prompts, pad))
         tokenizer = self.encoder.tokenizer
         with torch.inference_mode(), torch_seeded(SAMPLING_SEED):
             output = model.generate(
@@ -267,11 +298,12 @@ class Generator:
                 attention_mask=mask,
                 max_length=ids.shape[1] + first.limit,
                 stopping_criteria=stop_sequences_criteria(tokenizer, list(first.until), ids.shape[1], ids.shape[0]),
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                pad_token_id=pad,
                 use_cache=True,
                 **options,
             )
-        return [self._finish(row, first.until) for row in output[:, ids.shape[1] :].tolist()]
+        stop = self._stops(model, first.until)
+        return [self._finish(stop.cut(row), first.until) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def _cache_name(model: Any) -> str:
@@ -293,22 +325,28 @@ def _is_plain(config: Any) -> bool:
 
 
 class _StopCondition:
-    """Whether a row has stopped."""
+    """Whether a row has stopped: at an end token, or a stop string, special tokens counted, as HFLM looks for it.
+
+    Two tokens more are looked at than a stop string needs: it may have been written in other tokens.
+    """
 
     def __init__(self, tokenizer: Any, until: Sequence[str], ends: set[int]) -> None:
         self.tokenizer = tokenizer
-        self.until = [term for term in until if term]
         self.ends = ends
-        # Two tokens more than the stop string needs: it may have been written in other tokens.
-        sizes = [len(tokenizer.encode(term, add_special_tokens=False)) for term in self.until]
-        self.tail = max(sizes, default=0) + 2
+        self.terms: dict[int, list[str]] = {}
+        for term in filter(None, until):
+            self.terms.setdefault(len(tokenizer.encode(term, add_special_tokens=False)) + 2, []).append(term)
 
-    def after(self, tokens: list[int]) -> bool:
-        """Checks whether the row ends with its last token. The tail is read first, the whole text decides."""
+    def after(self, tokens: Sequence[int]) -> bool:
+        """Checks whether the row ends with its last token."""
         if tokens[-1] in self.ends:
             return True
-        tail = self.tokenizer.decode(tokens[-self.tail :])
-        if not any(term in tail for term in self.until):
-            return False
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return any(term in text for term in self.until)
+        return any(
+            any(term in tail for term in terms)
+            for size, terms in self.terms.items()
+            for tail in (self.tokenizer.decode(tokens[-size:]),)
+        )
+
+    def cut(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Cuts a row where it stopped: in a batch, rows are written on until all have."""
+        return next((tokens[:k] for k in range(1, len(tokens) + 1) if self.after(tokens[:k])), tokens)
