@@ -15,29 +15,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 import typer.main
 import yaml
 from hypothesis import settings
 
-from evomerge.spec.load import load_spec
-from tests.architectures import ARCHITECTURES, write_family
 from tests.frame import search_spec
-from tests.models import write_tiny_llama
 
-transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(1)  # models this small gain nothing from a second thread, and wait for it on a busy machine
-
+# Libraries that take seconds to load are imported in fixtures: the process that hands out tests needs none of them.
 
 settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine; no progress bars."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random base and three noisy copies of it: {"base", "a", "b", "c"} -> folder."""
+    from tests.models import write_tiny_llama
+
     root = tmp_path_factory.mktemp("family")
     family = {"base": write_tiny_llama(root / "base", 0)}
     for seed, name in enumerate("abc", start=1):
@@ -48,6 +53,8 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
     """Gives a base and two noisy copies of an architecture: {"base", "a", "b"} -> folder, each written once."""
+    from tests.architectures import ARCHITECTURES, write_family
+
     root = tmp_path_factory.mktemp("architectures")
     return functools.cache(lambda name: write_family(ARCHITECTURES[name], root / name))
 
@@ -89,6 +96,7 @@ def heard_interrupts() -> Iterator[None]:
 def finished_run(tiny_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search, for reading only; copy it to change it."""
     from evomerge.run.search import start
+    from evomerge.spec.load import load_spec
     from evomerge.trackers.console import ConsoleTracker
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
