@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -121,3 +122,8 @@ def files(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Relative path and content of every file of a folder, sorted."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         yield str(path.relative_to(folder)), path.read_bytes()
+
+
+def write_json(path: Path, **changes: Any) -> None:
+    """Adds keys to a JSON file."""
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **changes}))

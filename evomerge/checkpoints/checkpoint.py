@@ -123,6 +123,21 @@ class Checkpoint:
         """The tokenizer's files, chat template included; () without a tokenizer."""
         return () if self.tokenizer_folder is None else tokenizer_files(self.tokenizer_folder)
 
+    @cached_property
+    def has_chat_template(self) -> bool:
+        """Whether a chat template lies beside the tokenizer: from names and one small file, no tokenizer is loaded."""
+        folder = self.tokenizer_folder
+        if folder is None:
+            return False
+        if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+            return True
+        return bool(read_json_object(folder / "tokenizer_config.json").get("chat_template"))
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """The tokens at which generation stops, as transformers finds them."""
+        return stop_ids(self.generation_config, self.config)
+
     def load_tokenizer(self) -> Tokenizer:
         """Reads the tokenizer beside the weights.
 
@@ -184,6 +199,18 @@ def _with_floats(value: Any) -> Any:
             return float(value["__float__"])
         return {key: _with_floats(entry) for key, entry in value.items()}
     return [_with_floats(entry) for entry in value] if isinstance(value, list) else value
+
+
+def stop_ids(generation_config: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int]:
+    """Finds the tokens at which generation stops: what generation_config.json says, else config.json."""
+    ends = generation_config.get("eos_token_id", config.get("eos_token_id"))
+    return frozenset(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int)
+
+
+def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes a generation_config.json from the special token ids of config.json."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: config[key] for key in keys if config.get(key) is not None}
 
 
 def open_checkpoint(reference: str, *, beside: Path | None = None, allow_pickle: bool = False) -> Checkpoint:

@@ -59,6 +59,11 @@ class Tokenizer:
         return dict(sorted(self.loaded.get_vocab().items(), key=lambda item: item[1]))
 
     @cached_property
+    def added(self) -> dict[int, str]:
+        """Id -> token, of the tokens that are found in a text before it is cut up: the special ones among them."""
+        return {number: str(token) for number, token in self.loaded.added_tokens_decoder.items()}
+
+    @cached_property
     def document(self) -> Mapping[str, Any] | None:
         """What tokenizer.json says; None for a tokenizer that is Python code."""
         backend = getattr(self.loaded, "backend_tokenizer", None)

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn, get_args
 import typer
 
 from evomerge.cli.dare import dare
-from evomerge.cli.merge import Crimes, merge
+from evomerge.cli.merge import Crimes, Truncate, merge
 from evomerge.errors import BadInput, EvoMergeError
 from evomerge.evaluation.backends.registry import BackendName
 from evomerge.system.memory import collect_rarely
@@ -188,11 +188,12 @@ def evaluate(
 def check(
     file: Annotated[Path, typer.Argument(help="A search.yaml or a recipe.", show_default=False)],
     allow_crimes: Crimes = False,
+    truncate_vocabulary: Truncate = False,
 ) -> None:
     """Find everything that can be wrong with a search or a recipe, in seconds; estimate what it needs."""
     from evomerge.run.check import check_file
 
-    typer.echo(check_file(file, allow_crimes=allow_crimes))
+    typer.echo(check_file(file, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary))
 
 
 @app.command()

@@ -47,6 +47,14 @@ Crimes = Annotated[
     ),
 ]
 
+Truncate = Annotated[
+    bool,
+    typer.Option(
+        help="Cut vocabularies of different sizes to the smallest, row by row. Without it, and without a "
+        "tokenizer_source in the recipe, they are refused."
+    ),
+]
+
 
 def merge(
     context: typer.Context,
@@ -62,6 +70,7 @@ def merge(
     write_model_card: Annotated[bool, typer.Option(help="Write README.md: sources, licences, recipe.")] = True,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also read pickle checkpoints.")] = False,
     allow_crimes: Crimes = False,
+    truncate_vocabulary: Truncate = False,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, auto.")] = None,
     cuda: Annotated[bool, typer.Option(help="The same as --device cuda.")] = False,
     gpu_rich: Annotated[bool, typer.Option("--gpu-rich", help="The same as --device cuda.")] = False,
@@ -102,6 +111,7 @@ def merge(
         "max_shard_size": max_shard_size if out_shard_size is None else mergekit_size(out_shard_size),
         "allow_pickle": allow_pickle,
         "allow_crimes": allow_crimes,
+        "truncate_vocabulary": truncate_vocabulary,
         "device": choose_device(device, cuda or gpu_rich),
     }
     if not (copy_tokenizer and write_model_card):

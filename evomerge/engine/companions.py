@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.checkpoint import Checkpoint, generation_defaults
 from evomerge.checkpoints.header import name_some
-from evomerge.checkpoints.tokenizer import is_tokenizer_file
+from evomerge.checkpoints.tokenizer import is_tokenizer_file, tokenizer_contents
 from evomerge.planning.plan import Plan
 
 SMALL = 64_000_000  # bytes: the longest tokenizers have half of that
@@ -45,18 +45,22 @@ def write_companions(plan: Plan, reference: Checkpoint, folder: Path) -> tuple[s
     """
     if plan.config:
         _write_json(folder / "config.json", plan.config)
-    written = plan.tokenizer.files if plan.tokenizer is not None else {}
+    written: Mapping[str, bytes] = {}
+    if plan.tokenizer is not None:
+        written = plan.tokenizer.files
+    elif reference.tokenizer_folder is not None and reference.tokenizer_folder != reference.folder:  # an adapter's
+        written = tokenizer_contents(reference.tokenizer_folder)
     for name, content in written.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     own = reference.folder / "generation_config.json" if reference.folder else None
     if plan.tokenizer is not None:
-        generation = plan.tokenizer.generation_config or _generation_defaults(plan.config)
+        generation = plan.tokenizer.generation_config or generation_defaults(plan.config)
         if generation:
             _write_json(folder / "generation_config.json", generation)
     elif plan.config and not (own and own.is_file()):
-        _write_json(folder / "generation_config.json", _generation_defaults(plan.config))
-    return _copy_others(reference, folder, new_tokenizer=plan.tokenizer is not None)
+        _write_json(folder / "generation_config.json", generation_defaults(plan.config))
+    return _copy_others(reference, folder, new_tokenizer=bool(written))
 
 
 def _copy_others(reference: Checkpoint, folder: Path, *, new_tokenizer: bool) -> tuple[str, ...]:
@@ -126,11 +130,6 @@ def _module_folders(root: Path) -> set[str]:
     entries = modules if isinstance(modules, list) else []
     paths = [entry.get("path") for entry in entries if isinstance(entry, Mapping)]
     return {path.split("/")[0] for path in paths if isinstance(path, str) and path}
-
-
-def _generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {key: config[key] for key in keys if config.get(key) is not None}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

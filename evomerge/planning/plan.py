@@ -60,7 +60,11 @@ class Plan:
 
 
 def align_and_plan(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, identify: bool = True
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    identify: bool = True,
+    truncate_vocabulary: bool = False,
 ) -> tuple[Plan, Mapping[str, Checkpoint], tuple[str, ...]]:
     """Gives a recipe's models one vocabulary and plans the merge (not the steps before it).
 
@@ -68,6 +72,7 @@ def align_and_plan(
         recipe: The recipe.
         checkpoints: Its models, open, by reference.
         identify: As for `make_plan`.
+        truncate_vocabulary: As for `align`.
 
     Returns:
         The plan, the checkpoints to carry it out with, and what is odd but possible.
@@ -75,7 +80,7 @@ def align_and_plan(
     Raises:
         BadInput: As `align` and `make_plan`.
     """
-    aligned = align(recipe, checkpoints)
+    aligned = align(recipe, checkpoints, truncate_vocabulary=truncate_vocabulary)
     plan = make_plan(recipe, aligned.checkpoints, aligned.tokenizer, identify=identify)
     return plan, aligned.checkpoints, aligned.warnings
 

@@ -28,8 +28,8 @@ from evomerge.system.yaml import MOST_YAML, read_documents
 _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
 
 
-def check_file(path: Path, *, allow_crimes: bool = False) -> str:
-    """Checks a search.yaml or a recipe; `allow_crimes` as for `evomerge.run.merge.merge_to_folder`.
+def check_file(path: Path, *, allow_crimes: bool = False, truncate_vocabulary: bool = False) -> str:
+    """Checks a search.yaml or a recipe; the options are those of `evomerge.run.merge.merge_to_folder`.
 
     Returns:
         What was found and what it will need, as text.
@@ -39,7 +39,7 @@ def check_file(path: Path, *, allow_crimes: bool = False) -> str:
     """
     documents = read_documents(read_text(path, BadInput, limit=MOST_YAML), str(path), BadInput)
     if documents and not any(_is_search(document) for document in documents):
-        return check_recipe(path, allow_crimes=allow_crimes)
+        return check_recipe(path, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary)
     return check_search(load_search(path))
 
 
@@ -50,7 +50,7 @@ def _is_search(document: Any) -> bool:
     return not isinstance(document, list)
 
 
-def check_recipe(path: Path, *, allow_crimes: bool = False) -> str:
+def check_recipe(path: Path, *, allow_crimes: bool = False, truncate_vocabulary: bool = False) -> str:
     """Checks a recipe and the models it names."""
     recipe = load_recipe(path)
     checkpoints = open_checkpoints(recipe.external_models())
@@ -60,7 +60,7 @@ def check_recipe(path: Path, *, allow_crimes: bool = False) -> str:
     if broken:
         raise CheckpointError(broken)
     warnings = list(recipe.warnings)
-    plans = plan_documents(recipe, checkpoints, warnings.append)
+    plans = plan_documents(recipe, checkpoints, warnings.append, truncate_vocabulary=truncate_vocabulary)
     sizes = [output_bytes(plan) for plan in plans]
     lines = [*(f"warning: {text}" for text in warnings)]
     for document, plan, size in zip(recipe.documents, plans, sizes, strict=False):

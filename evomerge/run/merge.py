@@ -39,6 +39,7 @@ def merge_to_folder(
     allow_pickle: bool = False,
     device: str = "cpu",
     allow_crimes: bool = False,
+    truncate_vocabulary: bool = False,
     progress: Progress | None = None,
     warn: Callable[[str], None] = warnings.warn,
     finish: Callable[[Path], None] | None = None,
@@ -53,6 +54,8 @@ def merge_to_folder(
         allow_pickle: Also read pickle checkpoints.
         device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
         allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
+        truncate_vocabulary: Cut vocabularies of different sizes to the smallest where the recipe has no tokenizer
+            source; they are refused otherwise.
         progress: Called with (tensors written, tensors in all), by the thread that wrote the last one; for each step
             anew.
         warn: Called with what is odd but possible.
@@ -75,13 +78,16 @@ def merge_to_folder(
     inputs = Inputs(file for checkpoint in checkpoints.values() for file in checkpoint.inputs)
 
     def carry_out(document: Recipe, opened: Mapping[str, Checkpoint], folder: Path, **options: Any) -> None:
-        plan, aligned, warnings_ = align_and_plan(document, opened, identify=False)
+        plan, aligned, warnings_ = align_and_plan(
+            document, opened, identify=False, truncate_vocabulary=truncate_vocabulary
+        )
         refuse_moved_layers(plan, aligned)
         for text in warnings_:
             warn(text)
         write_checkpoint(plan, aligned, folder, device=device, progress=progress, warn=warn, **options)
 
-    with step_results(recipe, checkpoints, out, functools.partial(carry_out, card="")) as opened:
+    first = functools.partial(carry_out, card="")
+    with step_results(recipe, checkpoints, out, first, truncate_vocabulary=truncate_vocabulary) as opened:
         card = merge_card(recipe, opened, identify=False)
 
         def complete(folder: Path) -> None:
@@ -108,7 +114,12 @@ class CarryOut(Protocol):
 
 @contextmanager
 def step_results(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], out: Path, carry_out: CarryOut
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    out: Path,
+    carry_out: CarryOut,
+    *,
+    truncate_vocabulary: bool = False,
 ) -> Iterator[Mapping[str, Checkpoint]]:
     """Carries out the steps of a recipe; their results last as long as the block.
 
@@ -117,6 +128,7 @@ def step_results(
         checkpoints: Its external models, open, by reference.
         out: Where the final result will be; temporary folders are made beside it and removed, whatever happens.
         carry_out: Carries out one step.
+        truncate_vocabulary: As for `merge_to_folder`.
 
     Yields:
         The checkpoints that the final merge reads, by reference.
@@ -128,7 +140,7 @@ def step_results(
     if not recipe.steps:
         yield checkpoints
         return
-    plan_documents(recipe, checkpoints)
+    plan_documents(recipe, checkpoints, truncate_vocabulary=truncate_vocabulary)
     opened = dict(checkpoints)
     with _folder_beside(out) as folder:
         for number, step in enumerate(recipe.steps, start=1):
@@ -170,7 +182,11 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 
 
 def plan_documents(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], warn: Callable[[str], None] = lambda text: None
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    warn: Callable[[str], None] = lambda text: None,
+    *,
+    truncate_vocabulary: bool = False,
 ) -> list[Plan]:
     """Plans every merge of a recipe from headers alone, nothing carried out.
 
@@ -178,6 +194,7 @@ def plan_documents(
         recipe: The recipe.
         checkpoints: Its external models, open, by reference.
         warn: Called with what is odd but possible.
+        truncate_vocabulary: As for `merge_to_folder`.
 
     Returns:
         The plans in the order of the work. They end before a document that cannot be planned without the tensors or
@@ -193,7 +210,9 @@ def plan_documents(
         if (document.tokenizer_source or document.tokenizer) and set(document.models()) - set(checkpoints):
             break
         try:
-            plan, aligned, notes = align_and_plan(document, opened, identify=False)
+            plan, aligned, notes = align_and_plan(
+                document, opened, identify=False, truncate_vocabulary=truncate_vocabulary
+            )
             refuse_moved_layers(plan, aligned)
         except UnwrittenTensor:
             break

@@ -13,7 +13,6 @@ from typing import Any
 
 from evomerge.algorithms.registry import search_problems
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.splits import Selection
@@ -171,21 +170,21 @@ def stop_tokens(models: Mapping[str, Checkpoint], reference: Checkpoint) -> list
     """
     warnings = []
     for name, model in models.items():
-        if model.folder is None or not _has_chat_template(model):
+        if not model.has_chat_template:
             continue
         end = end_of_turn(model.load_tokenizer().loaded)
         if end is None:
             continue
         token, number = end
-        if number not in _stops(model):
+        if number not in model.stop_tokens:
             warnings.append(
                 f"{name}: its chat template ends a turn with {token!r} ({number}), but generation stops at "
-                f"{_listed(_stops(model))}: set eos_token_id in its generation_config.json"
+                f"{_listed(model.stop_tokens)}: set eos_token_id in its generation_config.json"
             )
-        elif number not in _stops(reference):
+        elif number not in reference.stop_tokens:
             warnings.append(
                 f"{name}: ends a turn with {token!r} ({number}), but a merge gets the generation_config.json of "
-                f"{reference.reference}, which stops at {_listed(_stops(reference))}"
+                f"{reference.reference}, which stops at {_listed(reference.stop_tokens)}"
             )
     return warnings
 
@@ -206,21 +205,5 @@ def end_of_turn(tokenizer: Any) -> tuple[str, int] | None:
     return None if end is None else (str(tokenizer.convert_ids_to_tokens(end)), end)
 
 
-def _has_chat_template(model: Checkpoint) -> bool:
-    """From the files' names and one small JSON file; loading a tokenizer takes much longer."""
-    folder = model.folder
-    if folder is None:
-        return False
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    return bool(read_json_object(folder / "tokenizer_config.json").get("chat_template"))
-
-
-def _stops(model: Checkpoint) -> set[int]:
-    """The tokens at which generation stops, as transformers finds them."""
-    ends = model.generation_config.get("eos_token_id", model.config.get("eos_token_id"))
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
-
-
-def _listed(tokens: set[int]) -> str:
+def _listed(tokens: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(tokens))) or "no token"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from evomerge.run.check import check_search
 from evomerge.run.preflight import end_of_turn, read_texts, stop_tokens, text_loss
 from evomerge.run.search import start
 from evomerge.spec.load import parse_spec
-from tests.frame import search_spec
+from tests.frame import search_spec, write_json
 
 TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}END{% endfor %}"
 
@@ -38,11 +36,6 @@ def change(folder: Path, name: str, to: Callable[[torch.Tensor], torch.Tensor]) 
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = to(tensors[name])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def write_json(path: Path, **changes: Any) -> None:
-    """Adds keys to a JSON file."""
-    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **changes}))
 
 
 def chat(folder: Path, end: str, stops: int | list[int]) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.checkpoint import Checkpoint, generation_defaults, stop_ids
 from evomerge.checkpoints.header import name_some, shape_text
 from evomerge.checkpoints.layout import vocabulary_tensors
 from evomerge.checkpoints.matching.reconcile import reconcile
@@ -27,6 +27,7 @@ from evomerge.checkpoints.tokenizer import (
 from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
 from evomerge.planning.vocabulary.chat_template import chosen_template
+from evomerge.planning.vocabulary.conversation import lost_stops, lost_stops_text, lost_template, with_stops
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer, files_of, fitting_ids, with_chat_template
 from evomerge.planning.vocabulary.merged_vocabulary import Vocabulary, output_vocabulary, shortened
 from evomerge.planning.vocabulary.row_maps import RowMaps, Vocabularies, map_rows
@@ -51,19 +52,23 @@ class Aligned:
         checkpoints: The models by reference, with the merged vocabulary's rows where that changes any.
         tokenizer: What is written beside the merged weights; None for the reference model's files as they are.
         warnings: What was odd but possible.
+        tokens: The merged vocabulary, where it is not the reference model's own.
     """
 
     checkpoints: Mapping[str, Checkpoint]
     tokenizer: WrittenTokenizer | None = None
     warnings: tuple[str, ...] = ()
+    tokens: Mapping[str, int] | None = None
 
 
-def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Aligned:
+def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, truncate_vocabulary: bool = False) -> Aligned:
     """Gives the models of a recipe one naming and one vocabulary.
 
     Args:
         recipe: The recipe, its references as the keys of `checkpoints`.
         checkpoints: Open checkpoints by reference.
+        truncate_vocabulary: Cut vocabularies of different sizes to the smallest where the recipe has no tokenizer
+            source; they are refused otherwise.
 
     Raises:
         RecipeError: What the recipe says of tokens, tokenizers or the chat template cannot be carried out.
@@ -75,11 +80,15 @@ def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Aligned:
     models = reconciled.checkpoints
     tokenizers = _Tokenizers(models)
     block = _block(recipe)
-    aligned = _by_row(recipe, models, tokenizers) if block is None else _by_token(recipe, block, models, tokenizers)
+    if block is None:
+        aligned = _by_row(recipe, models, tokenizers, truncate_vocabulary)
+    else:
+        aligned = _by_token(recipe, block, models, tokenizers)
     if recipe.chat_template is not None:
         aligned = _with_template(recipe, recipe.chat_template, aligned, tokenizers)
+    lost = _lost(recipe, models, aligned, tokenizers)
     every = {**checkpoints, **aligned.checkpoints}
-    return Aligned(every, aligned.tokenizer, (*reconciled.notes, *aligned.warnings))
+    return replace(aligned, checkpoints=every, warnings=(*reconciled.notes, *aligned.warnings, *lost))
 
 
 class _Tokenizers:
@@ -104,6 +113,10 @@ class _Tokenizers:
         if model not in self._read:
             self._read[model] = read_tokenizer(model, folder)
         return self._read[model]
+
+    def stops(self, model: str) -> frozenset[int]:
+        """Returns the tokens at which a model stops."""
+        return self._models[model].stop_tokens
 
     def all(self) -> list[Tokenizer]:
         """Returns the tokenizers of the models that have one, in the order of the recipe."""
@@ -173,7 +186,9 @@ def _tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 
-def _by_row(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizers: _Tokenizers) -> Aligned:
+def _by_row(
+    recipe: Recipe, models: Mapping[str, Checkpoint], tokenizers: _Tokenizers, truncate_vocabulary: bool
+) -> Aligned:
     """Without a tokenizer source: rows keep their numbers, as far as every model has them."""
     reference = recipe.models()[0]
     if _misfits(models):  # they are merged as they are, or refused with all else that does not fit
@@ -186,7 +201,11 @@ def _by_row(recipe: Recipe, models: Mapping[str, Checkpoint], tokenizers: _Token
     if unlike:
         raise CheckpointError([f"{text}; {_ADVICE}" for text in unlike])
     counts = ", ".join(f"{model} {count}" for model, count in rows.items())
-    warnings = [f"the vocabularies differ in size ({counts} rows): cut to the smallest, {smallest} rows; {_ADVICE}"]
+    differ = f"the vocabularies differ in size ({counts} rows)"
+    if not truncate_vocabulary:
+        cut = f"with --truncate-vocabulary they are cut to the smallest, {smallest} rows"
+        raise CheckpointError([f"{differ}: {_ADVICE}; {cut}"])
+    warnings = [f"{differ}: cut to the smallest, {smallest} rows; {_ADVICE}"]
     maps = _first_rows(models, smallest)
     aligned = _aligned(models, maps, exact=False)
     if not tokenizers.has(reference):
@@ -236,7 +255,7 @@ def _unlike(reference: str, rows: int, tokenizers: _Tokenizers, models: Mapping[
 
 
 def _is_code(checkpoint: Checkpoint) -> bool:
-    return checkpoint.folder is not None and is_python_code(checkpoint.folder)
+    return checkpoint.tokenizer_folder is not None and is_python_code(checkpoint.tokenizer_folder)
 
 
 def _python_files(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -298,23 +317,72 @@ def _finished(
     folder = vocabulary.start.folder
     config, lost = fitting_ids(checkpoint.config, read_json_object(folder / "config.json"), vocabulary, before)
     given = read_json_object(folder / "generation_config.json")
-    generation, lost_too = fitting_ids(checkpoint.generation_config, given, vocabulary, before)
+    own = checkpoint.generation_config
+    if before is not None:  # what is another tokenizer's to say: its model's own, where the reference says nothing
+        own = {key: value for key, value in given.items() if key.endswith("_token_id")} | own
+    generation, lost_too = fitting_ids(own, given, vocabulary, before)
     sized = checkpoint.changed(config=config)
     files = WrittenTokenizer(files_of(vocabulary), generation)
     every = dict.fromkeys([*warnings, *lost, *lost_too])
-    return Aligned({**aligned, reference: sized}, files, tuple(every))
+    return Aligned({**aligned, reference: sized}, files, tuple(every), vocabulary.tokens)
+
+
+def _lost(recipe: Recipe, models: Mapping[str, Checkpoint], aligned: Aligned, tokenizers: _Tokenizers) -> list[str]:
+    """What the sources' users will miss: their chat template, and the tokens at which generation stops."""
+    reference = recipe.models()[0]
+    source = recipe.tokenizer_source if recipe.tokenizer is None else recipe.tokenizer.source
+    texts = [] if recipe.chat_template else lost_template(reference, models, aligned.tokenizer, source)
+    stops = _stops(aligned, reference)
+    if all(model.stop_tokens <= stops for model in models.values()) and aligned.tokens is None:
+        return texts
+    if _is_code(models[reference]):
+        return texts
+    others = {m: model for m, model in models.items() if m != reference and not _is_code(model)}
+    lost = lost_stops(others, _texts_of(stops, aligned, reference, tokenizers), lambda m: tokenizers.of(m).added)
+    return texts + lost_stops_text(lost, reference)
+
+
+def _stops(aligned: Aligned, reference: str) -> frozenset[int]:
+    """The tokens at which the merged model stops."""
+    checkpoint = aligned.checkpoints[reference]
+    if aligned.tokenizer is None:
+        return checkpoint.stop_tokens
+    return stop_ids(aligned.tokenizer.generation_config, checkpoint.config)
+
+
+def _texts_of(stops: frozenset[int], aligned: Aligned, reference: str, tokenizers: _Tokenizers) -> set[str]:
+    tokens = aligned.tokens
+    if tokens is None:
+        tokens = tokenizers.of(reference).tokens if tokenizers.has(reference) else {}
+    return {token for token, number in tokens.items() if number in stops}
 
 
 def _with_template(recipe: Recipe, chat_template: str, aligned: Aligned, tokenizers: _Tokenizers) -> Aligned:
+    """Puts the chat template that the recipe asks for in; one that is a model's own brings its stop tokens."""
     reference = recipe.models()[0]
     template = chosen_template(chat_template, tokenizers.all())
     if template is None:
-        warnings = (*aligned.warnings, "chat_template: auto finds none: no model has one")
-        return Aligned(aligned.checkpoints, aligned.tokenizer, warnings)
+        return replace(aligned, warnings=(*aligned.warnings, "chat_template: auto finds none: no model has one"))
     written = aligned.tokenizer
     if written is None:
         own = tokenizers.of(reference)
         files = tokenizer_contents(own.folder)
         written = WrittenTokenizer(files, aligned.checkpoints[reference].generation_config)
-    files = with_chat_template(written.files, template)
-    return Aligned(aligned.checkpoints, WrittenTokenizer(files, written.generation_config), aligned.warnings)
+    aligned = replace(aligned, tokenizer=replace(written, files=with_chat_template(written.files, template)))
+    if chat_template != "auto":
+        return aligned
+    owner = next(t.model for t in tokenizers.all() if t.chat_template == template)
+    return _with_stops_of(owner, reference, aligned, tokenizers)
+
+
+def _with_stops_of(owner: str, reference: str, aligned: Aligned, tokenizers: _Tokenizers) -> Aligned:
+    """The merged model stops where the template's own model does, as far as it has the tokens."""
+    tokens = aligned.tokens if aligned.tokens is not None else tokenizers.of(reference).tokens
+    texts = tokenizers.of(owner).added
+    stops = tokenizers.stops(owner)
+    ids = {tokens[texts[number]] for number in stops if texts.get(number) in tokens}
+    written = aligned.tokenizer
+    if written is None or ids <= _stops(aligned, reference):
+        return aligned
+    given = written.generation_config or generation_defaults(aligned.checkpoints[reference].config)
+    return replace(aligned, tokenizer=replace(written, generation_config=with_stops(given, ids)))

@@ -51,7 +51,7 @@ def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
         vocabulary.start.loaded.save_pretrained(folder)
         content = json.dumps(vocabulary.document, ensure_ascii=False, indent=2)
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")
-        _edit(folder / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder", None))
+        _edit(folder / "tokenizer_config.json", lambda config: _keep_special(config, vocabulary.tokens))
         _refuse_moved(vocabulary, folder)
         return tokenizer_contents(folder)
 
@@ -138,6 +138,20 @@ def _refuse_moved(vocabulary: Vocabulary, folder: Path) -> None:
             f"{vocabulary.start.model}: its tokenizer cannot take the changes: read back, {len(moved)} tokens have "
             f"other ids, such as {moved[0]!r} ({vocabulary.tokens.get(moved[0])} became {again.get(moved[0])})"
         )
+
+
+def _keep_special(config: dict[str, Any], tokens: Mapping[str, int]) -> None:
+    """Takes out of tokenizer_config.json the special tokens that there are no more: they would get an id again."""
+    config.pop("added_tokens_decoder", None)
+    for key, value in list(config.items()):
+        if isinstance(value, list) and key.endswith("special_tokens"):
+            config[key] = [token for token in value if _content(token) in tokens]
+        elif key.endswith("_token") and isinstance(_content(value), str) and _content(value) not in tokens:
+            del config[key]
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _edit(path: Path, change: Any) -> None:

@@ -53,8 +53,10 @@ def output_vocabulary(
     document = start.document
     tokens = dict(start.tokens)
     changed = False
+    without_row: list[str] = []
     if block.source in ("base", "union"):
         tokens, document, changed = _stripped(start, rows[start.model])
+        without_row = _special_without_row(start, tokens)
     union = list(others) if block.source == "union" else []
     ordinary, added, warnings = _united(tokens, document, union, rows)
     named = [token for token, _ in block.tokens if token not in tokens and token not in ordinary]
@@ -68,13 +70,24 @@ def output_vocabulary(
     size = max(tokens.values()) + 1
     multiple = block.pad_to_multiple_of or 1
     padded = -(-size // multiple) * multiple
-    return Vocabulary(tokens, padded, start, document if changed else None, tuple(warnings))
+    return Vocabulary(tokens, padded, start, document if changed else None, (*without_row, *warnings))
 
 
 def shortened(start: Tokenizer, rows: int) -> Vocabulary:
     """Cuts a model's own vocabulary to its first `rows` rows."""
     tokens, document, changed = _stripped(start, rows)
-    return Vocabulary(tokens, rows, start, document if changed else None)
+    warnings = _special_without_row(start, tokens)
+    return Vocabulary(tokens, rows, start, document if changed else None, tuple(warnings))
+
+
+def _special_without_row(start: Tokenizer, tokens: Mapping[str, int]) -> list[str]:
+    """Says which special tokens of a tokenizer are left out, because the embedding has no row for them."""
+    special = start.loaded.special_tokens_map.items()
+    return [
+        f"{start.model}: its {role.replace('_', ' ')} {token!r} has no row in the embedding, so it is left out"
+        for role, token in special
+        if isinstance(token, str) and token in start.tokens and token not in tokens
+    ]
 
 
 def _stripped(start: Tokenizer, rows: int) -> tuple[dict[str, int], Mapping[str, Any] | None, bool]:

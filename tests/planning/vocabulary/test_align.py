@@ -37,10 +37,10 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_models(tmp_path_factory.mktemp("untied"), tied=False)
 
 
-def merged(recipe: dict[str, Any], out: Path) -> tuple[dict[str, torch.Tensor], Any, list[str]]:
+def merged(recipe: dict[str, Any], out: Path, **options: Any) -> tuple[dict[str, torch.Tensor], Any, list[str]]:
     """(weights, tokenizer, warnings) of a merge."""
     warnings: list[str] = []
-    merge_to_folder(parse_recipe(recipe), out, warn=warnings.append)
+    merge_to_folder(parse_recipe(recipe), out, warn=warnings.append, **options)
     return load_file(out / "model.safetensors"), AutoTokenizer.from_pretrained(out), warnings
 
 
@@ -174,7 +174,9 @@ def test_embed_slerp(tied: dict[str, Path], tmp_path: Path) -> None:
 def test_truncation(untied: dict[str, Path], tmp_path: Path) -> None:
     """Without a source: 259 rows are left of 259, 320 and 261, merged by number; the same words from check."""
     name, recipe = truncated(untied)
-    weights, tokenizer, (warning,) = merged(recipe, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"differ in size .*: with tokenizer_source: .* with --truncate-vocab"):
+        merged(recipe, tmp_path / name)
+    weights, tokenizer, (warning,) = merged(recipe, tmp_path / name, truncate_vocabulary=True)
     rows = ", ".join(f"{untied[model]} {count}" for model, count in (("base", 259), ("padded", 320), ("chatml", 261)))
     assert warning == (
         f"the vocabularies differ in size ({rows} rows): cut to the smallest, 259 rows; "
@@ -189,7 +191,7 @@ def test_truncation(untied: dict[str, Path], tmp_path: Path) -> None:
         torch.testing.assert_close(weights[tensor].double(), expected, rtol=1e-6, atol=1e-7)
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
-    assert f"warning: {warning}" in check_file(path)
+    assert f"warning: {warning}" in check_file(path, truncate_vocabulary=True)
 
 
 def test_truncation_takes_tokens_and_ids_out(tied: dict[str, Path], tmp_path: Path) -> None:
@@ -199,7 +201,8 @@ def test_truncation_takes_tokens_and_ids_out(tied: dict[str, Path], tmp_path: Pa
         content = json.loads((chatml / file).read_text()) | {"eos_token_id": [1, 260], "pad_token_id": 259}
         (chatml / file).write_text(json.dumps(content))
     models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in (chatml, tied["base"])]
-    _, tokenizer, warnings = merged({"merge_method": "linear", "models": models}, tmp_path / "out")
+    recipe = {"merge_method": "linear", "models": models}
+    _, tokenizer, warnings = merged(recipe, tmp_path / "out", truncate_vocabulary=True)
     assert "<|im_end|>" not in tokenizer.get_vocab()
     assert warnings[1:] == [
         "eos_token_id: [1, 260] is no token of the merged vocabulary, so it is left out",
@@ -333,7 +336,8 @@ def test_command_line(tied: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(truncated(tied)[1]))
     merging, checking = (
-        invoke(capsys, *c) for c in (("merge", str(path), str(tmp_path / "out")), ("check", str(path)))
+        invoke(capsys, *c)
+        for c in (("merge", path, tmp_path / "out", "--truncate-vocabulary"), ("check", path, "--truncate-vocabulary"))
     )
     (line,) = [line for line in merging.err.splitlines() if line.startswith("warning:")]
     assert (merging.code, checking.code) == (0, 0)
