@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.dtypes import DTYPE_BYTES, dtype_name
 from evomerge.checkpoints.header import TensorInfo, TensorSpec, name_some, shape_text
+from evomerge.checkpoints.tokenizer import is_tokenizer_file
 from evomerge.errors import OutputError
 from evomerge.system.locks import exclusive
 
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 # For a larger write the kernel looks for long runs of free memory, which a virtual machine may have given back to its
 # host and is slow to get again: writing took up to six times as long.
 _MAX_WRITE = 1 << 17
+# What a new checkpoint replaces in the folder of an old one; all else there is somebody's own.
+_OF_CHECKPOINT = re.compile(
+    r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|config(_sentence_transformers)?\.json|README\.md"
+    r"|generation_config\.json|recipe\.yaml|scores\.json|mergekit_config\.ya?ml|(\w+_)?(pre)?processor_config\.json"
+    r"|modules\.json|sentence_\w+_config\.json|\d+_[A-Z]\w*"
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -79,6 +86,8 @@ class CheckpointWriter:
         tensors: Every tensor to come: name, shape, dtype.
         max_shard_bytes: No file gets larger, unless one tensor is.
         overwrite: Replace a checkpoint that is there, whole, when the new one is complete.
+
+    What else lies in a folder that is replaced (notes, a repository) is in the new one as well.
 
     Raises:
         OutputError: On entry when the folder is taken, being written by someone else, or the disk is too full; from
@@ -183,6 +192,8 @@ class CheckpointWriter:
             raise OutputError(f"{self.out} is incomplete: {name_some(missing)} were never written")
         self._write_index()
         self._sync()
+        self._keep_others()  # which are on the disk already
+        _fsync(self.folder)
         self._replace_output()
 
     def _beside(self, role: str, mark: str) -> Path:
@@ -215,6 +226,17 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         path = self.folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _keep_others(self) -> None:
+        """Puts what is no part of a checkpoint into the new folder as well, by links that cost nothing."""
+        for path in sorted(self.out.iterdir()) if self.out.is_dir() else ():
+            new = self.folder / path.name
+            if _OF_CHECKPOINT.fullmatch(path.name) or is_tokenizer_file(path.name) or os.path.lexists(new):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, new, symlinks=True, copy_function=_link)
+            else:
+                _link(path, new)
 
     def _sync(self) -> None:
         for path in sorted(self.folder.rglob("*")):
@@ -266,6 +288,14 @@ def refuse_taken(out: Path, overwrite: bool) -> None:
     weights = [name for name in content if name == "config.json" or name.endswith(".safetensors")]
     if content and not weights:
         raise OutputError(f"{out} is not overwritten: it holds {name_some(content)} and no checkpoint")
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Gives a file a second name, or copies it where the file system cannot."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _shard(file: str, specs: list[TensorSpec]) -> Shard:

@@ -73,15 +73,15 @@ def write_checkpoint(
 
 
 def refuse_inputs(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Refuses an output that would take the place of a model, or of what holds one, while that is read.
+    """Refuses an output that would take the place of a file of a model, or of what holds one, through no link either.
 
     Raises:
         OutputError: With the name of the first such model.
     """
     for reference, checkpoint in checkpoints.items():
-        folders = {path.parent.resolve() for path in checkpoint.files}
-        folders |= {checkpoint.folder.resolve()} if checkpoint.folder else set()
-        if any(folder.is_relative_to(out.resolve()) for folder in folders):
+        files = [path for path in checkpoint.inputs if path.exists()]
+        paths = {at for path in files for at in (path.resolve(), path.parent.resolve())}
+        if any(path.is_relative_to(out.resolve()) for path in paths):
             raise OutputError(f"{out} is not overwritten: {reference}, which is merged, lies there")
 
 

@@ -25,7 +25,7 @@ def mapping_at(
         value: What should be a mapping.
         allowed: The keys that it may have.
         parameters: Where given, a key that neither resembles a known one nor is one of these is passed over with a
-            warning, as mergekit does: people keep anchors and remarks there.
+            warning, as mergekit does: people keep anchors and remarks there, in characters that can be read.
     """
     if not isinstance(value, Mapping):
         errors.error(path, f"expected a mapping, got {describe(value)}")
@@ -35,7 +35,7 @@ def mapping_at(
         if key in names:
             continue
         at, near = join(path, str(key)), suggest(str(key), names)
-        if parameters is not None and not near and str(key) not in parameters:
+        if parameters is not None and not near and str(key) not in parameters and str(key).isprintable():
             errors.warn(at, "is passed over, as in mergekit: it is no key of a recipe")
         else:
             errors.error(at, f"unknown key{near or ': known are ' + ', '.join(names)}")

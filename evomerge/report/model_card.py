@@ -5,19 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.reference import is_hub_id
+from evomerge.errors import BadInput
 from evomerge.recipe import Recipe, expand_frankenmerge
 from evomerge.report.lineage import ancestry
 from evomerge.report.tables import table
 from evomerge.study.candidate import Candidate
 from evomerge.system.files import resolve_path
+from evomerge.system.text import code, code_block, markdown, one_line, plain, without_html
+from evomerge.system.yaml import read_yaml
 
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_MOST_FRONT_MATTER = 200_000  # bytes; the longest real ones have a quarter of that
+_MOST_LICENCES, _LONGEST_LICENCE = 5, 80
+_LONGEST_WARNING = 2000
 _TOLERANCE = 1e-6  # below which two scores are the same
 
 
@@ -28,20 +35,23 @@ def licences(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str | None]:
         stated[reference] = None
         card = checkpoint.folder / "README.md" if checkpoint.folder else None
         if card is not None and card.is_file():
-            metadata = _metadata(card.read_text(encoding="utf-8", errors="replace"))
-            if metadata.get("license"):
-                stated[reference] = str(metadata["license"])
+            stated[reference] = _licence(card)
     return stated
 
 
-def _metadata(card: str) -> dict[str, Any]:
-    """A card's front matter; {} where there is none that can be read, which is not ours to complain about."""
-    match = _FRONT_MATTER.match(card)
+def _licence(card: Path) -> str | None:
+    """The licence in a card's front matter; None where there is none that can be read, which is not ours to mend."""
     try:
-        content = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        with card.open("rb") as file:
+            text = file.read(_MOST_FRONT_MATTER).decode("utf-8", errors="replace").replace("\r\n", "\n")
+        match = _FRONT_MATTER.match(text)
+        content = read_yaml(match[1], str(card), BadInput) if match else None
+    except (OSError, BadInput):
+        return None
+    licence = content.get("license") if isinstance(content, dict) else None
+    if isinstance(licence, list) and all(isinstance(one, str) for one in licence):
+        licence = ", ".join(licence[:_MOST_LICENCES])
+    return one_line(licence, _LONGEST_LICENCE) or None if isinstance(licence, str) else None
 
 
 def licence_verdict(stated: Mapping[str, str | None]) -> tuple[str | None, str | None]:
@@ -67,7 +77,7 @@ def front_matter(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tags: tu
         "tags": ["evomerge", "merge", recipe.merge_method, *tags],
     }
     if licence:
-        metadata["license"] = licence
+        metadata["license"] = without_html(licence)
     return "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n"
 
 
@@ -82,7 +92,7 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
     """
     _, warning = licence_verdict(licences(_external(recipe, checkpoints)))
     sources = [
-        f"- `{_public_name(model)}`"
+        f"- {code(_public_name(model))}"
         + (f", content `{checkpoints[model].fingerprint[:16]}`" if identify else "")
         + (" (base)" if any(model == document.base_model for document in recipe.documents) else "")
         for model in recipe.external_models()
@@ -90,13 +100,13 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
     parts = [
         front_matter(recipe, checkpoints),
         f"# Merged with EvoMerge: {recipe.merge_method}\n",
-        f"> **Licence:** {warning}\n" if warning else "",
+        f"> **Licence:** {markdown(warning, _LONGEST_WARNING)}\n" if warning else "",
         body,
         "## Sources\n\n" + "\n".join(sources) + "\n",
         _layers_section(recipe, checkpoints),
-        f"## Recipe\n\n```yaml\n{recipe.to_yaml().strip()}\n```\n",
+        f"## Recipe\n\n{code_block(recipe.to_yaml(), 'yaml')}\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return plain("\n".join(part for part in parts if part))
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class Rescored:
 def scores_section(rescored: Rescored, dtype: str) -> str:
     """Writes the section of a card with the scores in the search beside those of the checkpoint."""
     rows = [
-        [task, metric, f"{value:.4f}", f"{rescored.now[task][metric]:.4f}"]
+        [markdown(task), markdown(metric), f"{value:.4f}", f"{rescored.now[task][metric]:.4f}"]
         for task, row in rescored.measured.items()
         for metric, value in row.items()
     ]
@@ -145,7 +155,7 @@ def scores_section(rescored: Rescored, dtype: str) -> str:
 
 def lineage_section(history: Sequence[Candidate], number: int) -> str:
     """Writes the section of a card with a candidate's ancestry."""
-    return f"## Lineage\n\n```\n{ancestry(history, number)}\n```\n"
+    return f"## Lineage\n\n{code_block(ancestry(history, number))}\n"
 
 
 def samples_section(samples: Sequence[tuple[str, str, str]], source: str) -> str:
@@ -181,7 +191,7 @@ def _layers_section(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> st
     if written is recipe:
         return ""
     rows = [(part.sources[0].model, *(part.sources[0].layer_range or (0, 0))) for part in written.slices]
-    lines = [f"- {first} to {stop - 1}: `{_public_name(model)}`" for model, first, stop in rows]
+    lines = [f"- {first} to {stop - 1}: {code(_public_name(model))}" for model, first, stop in rows]
     return "## Layers\n\n" + "\n".join(lines) + "\n"
 
 

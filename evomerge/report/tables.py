@@ -18,19 +18,21 @@ from evomerge.report.result import (
     RunResult,
     RunStatus,
 )
+from evomerge.system.text import one_line
 
 _SHOWN = 12  # members of a front
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Draws a Markdown table with aligned columns."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [[one_line(cell).replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+    return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
 
 
 def score_text(score: Score | Difference) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
-from evomerge.engine.to_disk import write_checkpoint
+from evomerge.engine.to_disk import refuse_inputs, write_checkpoint
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.scores import ItemScores, score_table
@@ -32,6 +32,7 @@ from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import Candidate, find
 from evomerge.system.files import expand_home, write_atomic
+from evomerge.system.text import without_html
 
 if TYPE_CHECKING:
     from evomerge.study.interfaces import Tracker
@@ -46,7 +47,7 @@ def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwri
     Raises:
         BadInput: When the run, the candidate or the place does not serve.
     """
-    from evomerge.checkpoints.checkpoint import open_checkpoint
+    from evomerge.checkpoints.checkpoint import open_checkpoint, open_checkpoints
 
     out = expand_home(out)
     if out.exists() and not overwrite:
@@ -56,6 +57,7 @@ def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwri
     layout = open_checkpoint(recipe.models()[0]).layout
     if layout.main is not None:
         recipe = expand_frankenmerge(recipe, layout.layer_count)
+    refuse_inputs(out, open_checkpoints(recipe.external_models()))
     write_atomic(out, to_mergekit_yaml(recipe) or recipe.to_yaml())
 
 
@@ -208,7 +210,7 @@ def _comparison(result: RunResult | None, candidate: Candidate) -> list[str]:
     """How the winner compares with its sources; nothing for other candidates."""
     if result is None or result.winner.candidate != candidate.number:
         return []
-    return [f"## Beside its sources\n\n{result_table(result)}\n"]
+    return [f"## Beside its sources\n\n{without_html(result_table(result))}\n"]
 
 
 def prompt_of(evaluator: Evaluator, task: str) -> str:

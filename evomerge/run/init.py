@@ -16,6 +16,7 @@ from evomerge.checkpoints.matching.compatible import check_compatible, mixed_arc
 from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.reference import resolve_reference
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
+from evomerge.engine.to_disk import refuse_inputs
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import Input
@@ -82,6 +83,7 @@ def init_search(
     origin = ancestor(geometry) if base is None else next(iter(opened))
     text = search_yaml(opened, origin, out, tasks)
     parse_search(read_yaml(text, str(out), BadInput), where=str(out), beside=out.resolve().parent)
+    refuse_inputs(out, stored)
     write_atomic(out, text)
     return "\n".join(
         [report(opened, origin, geometry, guessed=base is None), f"wrote {out}; next: evomerge check {out}"]

@@ -21,6 +21,7 @@ _LINE_BREAKS = re.compile("\r\n?|[\u2028\u2029\x85]")
 # Markdown's own marks, and what HTML begins with. In the middle of a word most of them mean nothing.
 _MARKDOWN = re.compile(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#>+=-]|^\d+(?=[.)]\s))")
 _HTML = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;"})
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _LONGEST = 200
 
 
@@ -46,6 +47,11 @@ def one_line(text: str, limit: int = _LONGEST) -> str:
 def markdown(text: str, limit: int = _LONGEST) -> str:
     """Writes a name as Markdown that shows it as it is, on one line: neither HTML nor Markdown in it has an effect."""
     return _MARKDOWN.sub(r"\\\1", one_line(text, limit)).translate(_HTML)
+
+
+def without_html(text: str) -> str:
+    """Makes a text of several lines one that no browser reads as HTML."""
+    return _TAG.sub("&lt;", text)
 
 
 def code(text: str, limit: int = _LONGEST) -> str:

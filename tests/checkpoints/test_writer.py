@@ -138,9 +138,17 @@ def test_taken_folders(tmp_path: Path) -> None:
     _write(out)  # empty: fine
     with pytest.raises(OutputError, match="is not empty: choose another folder, or allow overwriting"):
         _write(out)
-    (out / "notes.txt").write_text("mine")
+    own = ["notes.txt", "link", ".git/HEAD", "data/more/items.jsonl", "lora.bin"]
+    for name in own:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine") if name != "link" else (out / name).symlink_to("../nowhere")
+    for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "README.md"):
+        (out / name).write_text("old")
     _write(out, {"new": torch.ones(2)}, overwrite=True)
-    assert sorted(_content(out)) == ["config.json", "model.safetensors"]
+    left = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+    assert left == sorted(["config.json", "model.safetensors", *own])
+    assert (out / ".git/HEAD").read_text() == "mine"
+    assert os.readlink(out / "link") == "../nowhere"  # noqa: PTH115
     _equal(out, {"new": torch.ones(2)})
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):

@@ -206,6 +206,28 @@ def test_what_is_merged_is_not_overwritten(tiny_family: dict[str, Path], tmp_pat
     assert merge_to_folder(ties(family), tmp_path / "models" / "a" / "merged").is_dir()
 
 
+@pytest.mark.parametrize("kind", ["a link to it", "a link to what holds it", "its files are links", "its tokenizer"])
+def test_what_is_merged_is_not_overwritten_through_links(
+    tiny_family: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    model, out = Path(shutil.copytree(tiny_family["a"], tmp_path / "models" / "a")), tmp_path / "out"
+    (tmp_path / "models" / "config.json").write_text("{}")
+    if kind == "a link to it":
+        out.symlink_to(model)
+    elif kind == "a link to what holds it":
+        out.symlink_to(tmp_path / "models")
+    else:
+        store = Path(shutil.copytree(model, out))
+        for path in store.iterdir():
+            if ("tokenizer" in kind) == path.name.startswith("tokenizer"):
+                (model / path.name).unlink()
+                (model / path.name).symlink_to(path)
+    before = dict(files(out))
+    with pytest.raises(OutputError, match=r"is not overwritten: .*which is merged, lies there"):
+        merge_to_folder(ties({**tiny_family, "a": model}), out, overwrite=True)
+    assert dict(files(out)) == before
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 160 kB, less than the tiny model; where none can be mounted, a limit on file sizes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,49 @@ def test_numbers_that_differ_are_said_to() -> None:
     assert same.sentence().endswith("the same numbers as in the search.")
     other = Rescored("test", {"t": {"acc": 0.5, "loss": 1.0}}, {"t": {"acc": 0.5, "loss": 1.25}})
     assert other.sentence().endswith("the numbers DIFFER from the search's, by up to 0.2500.")
+
+
+FRONTS = {
+    "a date": "license: mit\ndate: 2024-02-30",
+    "brackets": "license: " + "[" * 3000 + "]" * 3000,
+    "a bomb": "\n".join(f"b{i}: &b{i} [{','.join([f'*b{i - 1}' if i else 'x'] * 10)}]" for i in range(10)),
+    "a cycle": "license: &a [*a]",
+    "markup": r'license: "mit\n\n# Injected\n\n<script>x</script> \e[2J ‮"',
+    "a table": "license: 'a | b | [x](javascript:y) `z`'",
+    "a number": "license: 1.0",
+    "a mapping": "license: {name: mit}",
+    "a tag": "license: !!python/object/apply:os.system ['true']",
+    "a long text": "license: " + "mit " * 100_000,
+    "bytes": "license: caf\udce9",
+}
+
+
+@pytest.mark.parametrize("front", FRONTS.values(), ids=FRONTS)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_strangers_front_matter_is_data(licensed: dict[str, Path], front: str, everywhere: bool) -> None:
+    for name in "ab" if everywhere else "a":
+        (licensed[name] / "README.md").write_text(f"---\n{front}\n---\n# M\n", errors="surrogateescape")
+    if everywhere:
+        (licensed["base"] / "README.md").write_text(f"---\n{front}\n---\n# M\n", errors="surrogateescape")
+    text = the_card(licensed)
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text.split("---\n", 2)[2], flags=re.S)
+    assert not re.search("\n# Injected|<script", text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]|\n# Injected|<script|\\](?<!\\\\\\])\\(", prose)
+    assert len(text) < 5000
+    assert card_of(text)["library_name"] == "transformers"
+
+
+def test_several_licences_are_listed(licensed: dict[str, Path]) -> None:
+    for folder in licensed.values():
+        (folder / "README.md").write_bytes(b"---\r\nlicense:\r\n- mit\r\n- apache-2.0\r\n---\r\n")
+    assert card_of(the_card(licensed))["license"] == "mit, apache-2.0"
+
+
+@pytest.mark.parametrize("name", ["m\x1b[2J\x1b]0;x\x07", "m\n\n# Injected\n\nx", "m<script>alert(1)<", "m```x", "m`x"])
+def test_a_strangers_name_is_a_name(tiny_family: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(tiny_family["a"], tmp_path / name))
+    text = the_card({**tiny_family, "a": folder})
+    prose = re.sub(r"(`{3,}).*?\n\1|`[^`\n]*`", "", text, flags=re.S)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f]|\n# Injected|<script", prose)
+    assert "\x1b" not in text
+    assert text.rstrip().endswith("```")
