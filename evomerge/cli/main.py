@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
@@ -144,22 +144,54 @@ app.command()(merge)
 app.command()(dare)
 
 
+def _as_lm_eval(*names: str, **more: Any) -> Any:
+    """An option by the names that it has here and in lm_eval, where words are joined by underscores."""
+    spelt = [name.replace("-", "_").replace("__", "--", 1) for name in names]
+    return typer.Option(*dict.fromkeys((*names, *spelt)), **more)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, a Hub id, base+adapter, zoo:NAME.", show_default=False)],
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, groups or tags, separated by commas.", show_default=False)],
-    include_path: Annotated[list[Path] | None, typer.Option(help="Folder with more task files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.", min=1)] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(help="lm-eval tasks, groups, tags, patterns, YAML files, by commas.", show_default=False),
+    ],
+    include_path: Annotated[
+        list[Path] | None, _as_lm_eval("--include-path", help="Folder with more task files.")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="Only the first N items of each task; a part, below 1.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens a batch.", min=16, show_default="what suits")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
-    chat: Annotated[bool, typer.Option("--apply-chat-template", help="Render prompts as conversations.")] = False,
+    num_fewshot: Annotated[
+        int | None, _as_lm_eval("--num-fewshot", help="Examples before each question.", min=0)
+    ] = None,
+    gen_kwargs: Annotated[
+        str | None,
+        _as_lm_eval("--gen-kwargs", help="Generation settings in place of the tasks': JSON, or key=value,..."),
+    ] = None,
+    max_length: Annotated[int | None, _as_lm_eval("--max-length", help="Longest input in tokens.", min=8)] = None,
+    chat: Annotated[bool, _as_lm_eval("--apply-chat-template", help="Render prompts as conversations.")] = False,
     multiturn: Annotated[
         bool | None, typer.Option("--fewshot-as-multiturn/--no-fewshot-as-multiturn", help="Examples as turns.")
     ] = None,
-    system_instruction: Annotated[str | None, typer.Option(help="What every prompt begins with.")] = None,
+    system_instruction: Annotated[
+        str | None, _as_lm_eval("--system-instruction", help="What every prompt begins with.")
+    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="File with a chat template, for the model's own.")] = None,
+    chat_template_args: Annotated[
+        str | None,
+        _as_lm_eval("--chat-template-args", help="What the template is rendered with: JSON, or key=value,..."),
+    ] = None,
+    think_end_token: Annotated[
+        str | None, _as_lm_eval("--think-end-token", help="What ends the model's thinking; only the rest counts.")
+    ] = None,
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(BackendName))}.")] = "native",
+    output_path: Annotated[
+        Path | None, _as_lm_eval("--output-path", help="Folder for lm-eval's own result files.")
+    ] = None,
+    log_samples: Annotated[bool, _as_lm_eval("--log-samples", help="Write every sample there, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score any checkpoint with the same evaluator that a search uses."""
@@ -175,10 +207,17 @@ def evaluate(
         device=device,
         batch_tokens=batch_tokens,
         num_fewshot=num_fewshot,
+        gen_kwargs=gen_kwargs,
+        max_length=max_length,
         apply_chat_template=chat,
         fewshot_as_multiturn=multiturn,
         system_instruction=system_instruction,
+        chat_template=chat_template,
+        chat_template_args=chat_template_args,
+        think_end_token=think_end_token,
         backend=backend,
+        output_path=output_path,
+        log_samples=log_samples,
         warn=lambda text: typer.echo(f"warning: {text}", err=True),
     )
     typer.echo(json.dumps(result.to_json(), indent=2) if as_json else score_table(result.tasks, result.groups))

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import TaskError
+from evomerge.errors import BadInput, EvoMergeError, TaskError
 from evomerge.evaluation.backends.registry import BackendName, BackendOptions, make_backend
 from evomerge.evaluation.scorers.lm_eval import item_scores, loglikelihood_derivatives
 from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, Responses, build_requests
-from evomerge.evaluation.tasks.task import Task
+from evomerge.evaluation.tasks.task import SOME_ANSWERS, Task
 from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
@@ -36,6 +36,8 @@ class Evaluator:
         apply_chat_template: Whether prompts are rendered as conversations.
         fewshot_as_multiturn: Whether each example is a turn of its own; None for where a chat template is applied.
         system_instruction: What every prompt begins with.
+        chat_template_args: What the chat template is rendered with, such as ``{"enable_thinking": False}``.
+        think_end_token: What ends the thinking of a model, as text or as a token's number; only what follows counts.
         backend: One of `backends.registry`.
         threads: How many threads of a CPU the batches of generated text are cut for: what rounds them must not depend
             on how many there are in this process. None for all that torch has.
@@ -55,6 +57,8 @@ class Evaluator:
         apply_chat_template: bool = False,
         fewshot_as_multiturn: bool | None = None,
         system_instruction: str | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        think_end_token: str | int | None = None,
         backend: BackendName = "native",
         threads: int | None = None,
     ) -> None:
@@ -63,14 +67,17 @@ class Evaluator:
         listed = list(tasks.values()) if isinstance(tasks, Mapping) else list(tasks)
         self.tasks: dict[str, Task] = {loaded.name: loaded for loaded in listed}
         self.max_length = max_length or resolve_max_length(config, tokenizer)
-        self.encoder = Encoder(tokenizer, self.max_length)
+        self.encoder = Encoder(tokenizer, self.max_length, chat_template_args)
         self.prompting = Prompting(apply_chat_template, fewshot_as_multiturn, system_instruction)
         if apply_chat_template:
             self.encoder.require_chat_template()
         self._requests: dict[str, Requests] = {}
         self._hashes: dict[tuple[str, int], str] = {}
         vocabulary = int((getattr(config, "text_config", None) or config).vocab_size)
-        self.backend = make_backend(backend, BackendOptions(self.encoder, vocabulary, batch_tokens, threads))
+        if isinstance(think_end_token, str) and think_end_token.isdigit():  # as HFLM takes it
+            think_end_token = int(think_end_token)
+        options = BackendOptions(self.encoder, vocabulary, batch_tokens, threads, think_end_token)
+        self.backend = make_backend(backend, options)
 
     @cached_property
     def all_items(self) -> dict[str, tuple[int, ...]]:
@@ -103,9 +110,22 @@ class Evaluator:
             CandidateError: The model's numbers are not finite.
             TaskError: An item that cannot be scored, or an empty selection.
         """
+        answered = self.answer(model, self.all_items if selection is None else selection)
+        return {task: item_scores(self._task(task), *answer) for task, answer in answered.items()}
+
+    def answer(self, model: Any, selection: Selection) -> dict[str, tuple[Sequence[int], list[list[Any]]]]:
+        """Asks a model.
+
+        Returns:
+            Task to the items' positions, and for each item its lm-eval instances with the model's responses.
+
+        Raises:
+            CandidateError: As `score`.
+            TaskError: As `score`.
+        """
         self.prepare(model)
-        scores = {}
-        for task, indices in (self.all_items if selection is None else selection).items():
+        answered: dict[str, tuple[Sequence[int], list[list[Any]]]] = {}
+        for task, indices in selection.items():
             if not indices:
                 raise TaskError(f"task {task!r}: no items are selected, so there is nothing to score")
             requests = self.requests(task)
@@ -114,8 +134,8 @@ class Evaluator:
             for group, by_instance in zip(instances, responses, strict=True):
                 for instance, values in zip(group, by_instance, strict=True):
                     instance.resps.extend(values)
-            scores[task] = item_scores(self._task(task), indices, instances)
-        return scores
+            answered[task] = indices, instances
+        return answered
 
     def weight_gradient(
         self,
@@ -201,6 +221,21 @@ class Evaluator:
             raise TaskError(problems)
         return warnings
 
+    def metrics_given(self, task: str, indices: Sequence[int]) -> set[str] | None:
+        """Returns the metrics that some items have values for, whatever a model answers.
+
+        None where the task's own code takes no answer but a model's.
+        """
+        instances = self.requests(task).fresh(indices)
+        for group in instances:
+            for instance in group:
+                instance.resps.extend([SOME_ANSWERS[instance.request_type]] * instance.repeats)
+        try:
+            scores = item_scores(self._task(task), indices, instances)
+        except EvoMergeError:
+            return None
+        return set(scores.scores())
+
     def batch_digest(self, selection: Selection | None = None) -> str:
         """Returns the identity of how a selection is batched: scores under equal digests are rounded alike."""
         chosen = sorted((self.all_items if selection is None else selection).items())
@@ -213,6 +248,19 @@ class Evaluator:
         if name not in self.tasks:
             raise TaskError(f"task {name!r} was not loaded; there are {', '.join(self.tasks)}")
         return self.tasks[name]
+
+
+def require_decoder(name: str, config: Any, backend: BackendName) -> None:
+    """Checks that a backend can run a model's architecture.
+
+    Raises:
+        BadInput: It is an encoder-decoder, which only lm-eval's own HFLM runs.
+    """
+    if getattr(config, "is_encoder_decoder", False) and backend != "hf":
+        raise BadInput(
+            f"{name}: an encoder-decoder ({config.model_type}), which backend {backend} cannot score; backend hf can"
+            " (--backend hf, or evaluation.backend: hf)"
+        )
 
 
 def _hash(instances: Sequence[Any]) -> str:

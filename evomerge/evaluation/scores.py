@@ -67,6 +67,7 @@ class ItemScores:
         higher_is_better: The direction of every metric, as the task states it.
         transforms: Metric to transform (`MEAN`, `BITS` or `EXP`); `MEAN` where absent.
         corpus: Metrics that are no mean or ratio of items: their value on exactly these items.
+        corpus_errors: Standard errors of these, where they were asked for and can be had.
     """
 
     task: str
@@ -75,6 +76,7 @@ class ItemScores:
     higher_is_better: Mapping[str, bool]
     transforms: Mapping[str, str] = field(default_factory=dict)
     corpus: Mapping[str, float] = field(default_factory=dict)
+    corpus_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,7 +94,7 @@ class ItemScores:
             TaskError: The task has no such metric, or no item has a value for it.
         """
         if metric in self.corpus:
-            return Score(self.corpus[metric], None, len(self.items))
+            return Score(self.corpus[metric], self.corpus_errors.get(metric), len(self.items))
         value, influence = self.influence(metric)
         n = int(np.count_nonzero(self.metrics[metric][1]))
         return Score(value, _standard_error(influence) if n > 1 else None, n)

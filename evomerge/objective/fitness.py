@@ -153,7 +153,7 @@ class Fitness:
             values = [_value(scores, goal) for scores in sources]
             best = max(values) if goal.higher_is_better else min(values)
             if not best > 0:
-                problems.append(f"{goal.task}: the best source's {goal.metric} is {best:g}; use `scale: raw`")
+                problems.append(_without_ratio(goal, best, sources))
             goals.append(replace(goal, reference=best))
         if problems:
             raise TaskError(problems)
@@ -185,6 +185,19 @@ class Fitness:
                 return math.nan
             variance += (goal.weight / total) ** 2 * float(influence.var(ddof=1)) / n
         return math.sqrt(variance)
+
+
+def _without_ratio(goal: Goal, best: float, sources: Sequence[Scores]) -> str:
+    """Says that no source has a value above zero, and what can be done."""
+    plain = goal.metric.partition(",")[0]
+    others = {
+        name: max(scores[goal.task].score(name).value for scores in sources)
+        for name in sources[0][goal.task].scores()
+        if name != goal.metric and name.partition(",")[0] == plain
+    }
+    instead = [f"`metric: {name}`, where it is {value:g}" for name, value in others.items() if value > 0]
+    choices = ", or ".join((*instead, "`scale: raw`"))
+    return f"{goal.task}: the best source's {goal.metric} is {best:g}, so there is no ratio to it; use {choices}"
 
 
 def _same_items(scores: Scores, others: Scores, task: str) -> ItemScores:

@@ -18,7 +18,7 @@ from evomerge.checkpoints.tokenizer import tokenizer_digest
 from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, parameter_gradients
 from evomerge.engine.resident import Resident, generation_of
 from evomerge.errors import CandidateError
-from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.evaluator import Evaluator, require_decoder
 from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores, concatenate
 from evomerge.evaluation.splits import Selection
@@ -100,15 +100,19 @@ class ModelRunner:
         self._tokenizer = problem.tokenizer
         self._threads = problem.threads
         self._reference = problem.reference_model
+        config = problem.reference_model.load_config()
+        require_decoder(problem.reference, config, evaluation.backend)
         self.evaluator = Evaluator(
             problem.tasks,
             problem.tokenizer,
-            problem.reference_model.load_config(),
+            config,
             batch_tokens=evaluation.batch_tokens,
             max_length=evaluation.max_length,
             apply_chat_template=evaluation.apply_chat_template,
             fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
             system_instruction=evaluation.system_instruction,
+            chat_template_args=evaluation.chat_template_args,
+            think_end_token=evaluation.think_end_token,
             backend=evaluation.backend,
             threads=problem.threads,
         )
@@ -264,7 +268,7 @@ class ModelRunner:
             return None
         return {
             "format": 3,
-            "settings": self._evaluation.model_dump(include={"device", "dtype", "backend"}),
+            "settings": self._evaluation.model_dump(include={"device", "dtype", "backend", "think_end_token"}),
             "max_length": self.evaluator.max_length,
             "tokenizer": tokenizer_digest(self._tokenizer),
             "versions": versions(self._threads),

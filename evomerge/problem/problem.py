@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from evomerge.checkpoints.matching.compatible import open_compatible
 from evomerge.errors import ErrorCollector, SpecError, TaskError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection, split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, groups_as_tasks
+from evomerge.evaluation.tasks.requests import read_template
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Fitness
 from evomerge.objective.goals import reported_goals, smooth_goals
@@ -108,7 +111,7 @@ def assemble(
         space=space,
         reported=reported,
         steering=steering,
-        tokenizer=load_tokenizer(checkpoints[reference_of(spec)]),
+        tokenizer=_with_template(load_tokenizer(checkpoints[reference_of(spec)]), spec, checkpoints),
         threads=threads,
     )
 
@@ -201,6 +204,24 @@ def _open_models(spec: SearchSpec) -> dict[str, Checkpoint]:
 
 def _load_tokenizer(model: Checkpoint) -> Any:
     return model.load_tokenizer().loaded
+
+
+def _with_template(tokenizer: Any, spec: SearchSpec, checkpoints: Mapping[str, Checkpoint]) -> Any:
+    """The tokenizer, with the chat template that the specification names."""
+    given, models = spec.evaluation.chat_template, {**spec.models.sources, "base": spec.models.base}
+    if isinstance(given, str):
+        template = read_template(Path(given))
+    elif given is not None:
+        owner = models[given.from_]
+        own = None if owner is None else checkpoints[owner].load_tokenizer().chat_template
+        if own is None:
+            raise SpecError(f"evaluation.chat_template: {given.from_} has no chat template")
+        template = own
+    else:
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
 
 
 def _find_tasks(spec: SearchSpec) -> TaskSet:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -15,9 +16,12 @@ from evomerge.checkpoints.reference import resolve_reference
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, TaskError
 from evomerge.evaluation.backends.registry import BackendName
-from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.evaluator import Evaluator, require_decoder
+from evomerge.evaluation.scorers.lm_eval import item_scores
+from evomerge.evaluation.scorers.lm_eval_files import write_lm_eval_files
 from evomerge.evaluation.scores import ScoreTable, score_table, table_to_json
 from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, group_scores
+from evomerge.evaluation.tasks.requests import read_template
 from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
@@ -49,69 +53,137 @@ def evaluate(
     tasks: Sequence[str],
     *,
     include_path: str | Path | Sequence[str | Path] | None = None,
-    limit: int | None = None,
+    limit: float | None = None,
     num_fewshot: int | None = None,
+    gen_kwargs: str | Mapping[str, Any] | None = None,
+    max_length: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     batch_tokens: int | None = None,
     apply_chat_template: bool = False,
     fewshot_as_multiturn: bool | None = None,
     system_instruction: str | None = None,
+    chat_template: str | Path | None = None,
+    chat_template_args: str | Mapping[str, Any] | None = None,
+    think_end_token: str | int | None = None,
     backend: str = "native",
+    output_path: str | Path | None = None,
+    log_samples: bool = False,
     warn: Callable[[str], object] = warnings.warn,
 ) -> Evaluation:
     """Scores a model with the evaluator that a search uses.
 
     Args:
         model: A folder, a Hub id, `base+adapter`, or `zoo:NAME`.
-        tasks: lm-eval tasks, groups or tags.
+        tasks: lm-eval tasks, groups or tags; patterns of such names; YAML files, or a folder of them.
         include_path: Folders with more task files.
-        limit: Only the first items of each task.
+        limit: Only the first items of each task; below 1, this part of them.
         num_fewshot: Examples before each question; None leaves it to the tasks.
+        gen_kwargs: Settings of generation that replace those of the tasks: a mapping, JSON, or "key=value,key=value".
+        max_length: Longest input in tokens; the model's context if None.
         dtype: What the model computes in.
         device: Where it runs.
         batch_tokens: Tokens a batch; None for what suits the device.
         apply_chat_template: Render prompts as conversations.
         fewshot_as_multiturn: Each example a turn of its own; None for where a chat template is applied.
         system_instruction: What every prompt begins with.
+        chat_template: A file with the chat template, in place of the model's own.
+        chat_template_args: What the template is rendered with, as `gen_kwargs`.
+        think_end_token: What ends the model's thinking; only what follows counts.
         backend: "native", "hf" for lm-eval's own HFLM, or "vllm" (on a GPU, with the extra of that name).
+        output_path: Where lm-eval's own files of results go.
+        log_samples: Write every sample there as well.
         warn: Called with what is odd but possible.
 
     Raises:
         BadInput: When the model or a task cannot be used.
         CandidateError: When the model's logits are not finite.
+        OutputError: When the files cannot be written.
     """
-    if limit is not None and limit < 1:
-        raise BadInput(f"limit: at least 1 item, got {limit}")
+    if limit is not None and limit <= 0:
+        raise BadInput(f"limit: a number of items, or a part of them below 1; got {limit:g}")
+    if log_samples and output_path is None:
+        raise BadInput("--log_samples: say where they go, with --output_path")
     if backend not in get_args(BackendName):
         raise BadInput(f"--backend: '{backend}' is not one of {', '.join(get_args(BackendName))}")
     try:
         compute_dtype = torch_dtype(parse_dtype(dtype))
     except KeyError:
         raise BadInput(f"--dtype: '{dtype}' is not one of float32, bfloat16, float16") from None
+    generation = _parsed("--gen_kwargs", gen_kwargs)
+    template_args = _parsed("--chat_template_args", chat_template_args)
     reference = resolve_reference(model, Path.cwd())
     checkpoint = reconcile({reference: open_checkpoint(reference)}).checkpoints[reference]
-    task_set = find_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot)
+    config, chosen = checkpoint.load_config(), cast(BackendName, backend)
+    require_decoder(model, config, chosen)
+    task_set = find_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot, gen_kwargs=generation)
     if task_set.problems:
         raise TaskError((*task_set.problems, *task_set.missing))
     for text in (*(f"left out: {text}" for text in task_set.missing), *task_set.twice):
         warn(text)
     inputs = Inputs([*checkpoint.inputs, *(file for task in task_set.tasks.values() for file in task.files)])
+    tokenizer = checkpoint.load_tokenizer().loaded
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(Path(chat_template))
+    prompting: dict[str, Any] = {
+        "apply_chat_template": apply_chat_template,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "system_instruction": system_instruction,
+        "chat_template_args": template_args,
+    }
     evaluator = Evaluator(
         task_set.tasks,
-        checkpoint.load_tokenizer().loaded,
-        checkpoint.load_config(),
+        tokenizer,
+        config,
         batch_tokens=batch_tokens,
-        apply_chat_template=apply_chat_template,
-        fewshot_as_multiturn=fewshot_as_multiturn,
-        system_instruction=system_instruction,
-        backend=cast(BackendName, backend),
+        max_length=max_length,
+        think_end_token=think_end_token,
+        backend=chosen,
+        **prompting,
     )
-    selection = {name: indices[:limit] for name, indices in evaluator.all_items.items()}
+    selection = {name: indices[: _count(limit, len(indices))] for name, indices in evaluator.all_items.items()}
     for text in evaluator.check(selection):
         warn(text)
     plan = make_plan(parse_recipe(single_model(reference)), {reference: checkpoint})
     resident, _ = Resident({reference: checkpoint}, compute_dtype, device).write(plan)
-    scores = score_table(evaluator.score(resident, selection))
+    answered = evaluator.answer(resident, selection)
+    parts = {name: item_scores(evaluator.tasks[name], *answer, draws=_DRAWS) for name, answer in answered.items()}
+    scores = score_table(parts)
     inputs.renew(sampled=True)
+    if output_path is not None:
+        settings = {
+            "model_args": {"pretrained": model, "dtype": dtype, "backend": backend},
+            **{"device": device, "limit": limit, "gen_kwargs": generation, "bootstrap_iters": _DRAWS, **prompting},
+            "chat_template": tokenizer.chat_template if apply_chat_template else None,
+        }
+        place = Path(output_path)
+        write_lm_eval_files(place, model, task_set, answered, settings, samples=log_samples, draws=_DRAWS)
     return Evaluation(model, scores, group_scores(task_set, scores))
+
+
+_DRAWS = 1000
+"""Bootstrap samples for the errors of metrics of the corpus; lm-eval's 100,000 take minutes."""
+
+
+def _count(limit: float | None, items: int) -> int | None:
+    """The items of a limit, as lm-eval counts them."""
+    if limit is None:
+        return None
+    return math.ceil(items * limit) if limit < 1 else int(limit)
+
+
+def _parsed(option: str, given: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings as lm-eval's command line takes them: JSON, or "key=value,key=value" with values as Python has them.
+
+    Raises:
+        BadInput: It is neither.
+    """
+    if not isinstance(given, str):
+        return dict(given or {})
+    from lm_eval._cli.utils import key_val_to_dict, try_parse_json
+
+    try:
+        parsed = try_parse_json(given)
+        return dict(parsed if isinstance(parsed, dict) else key_val_to_dict(given))
+    except ValueError as error:
+        raise BadInput(f"{option}: {error}") from None

@@ -131,6 +131,8 @@ def write_export(
         body = _card_body(folder, candidate, rescored, samples)
         (partial / "README.md").write_text(merge_card(recipe, problem.checkpoints, body), encoding="utf-8")
         (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        if folder.spec.evaluation.chat_template is not None:  # what was scored with it is used with it
+            (partial / "chat_template.jinja").write_text(problem.tokenizer.chat_template, encoding="utf-8")
         scores = {"split": split, "measured": rescored.measured, "now": rescored.now}
         (partial / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from evomerge.algorithms.registry import search_problems
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.errors import CheckpointError
+from evomerge.errors import CheckpointError, TaskError
 from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.splits import Selection
+from evomerge.evaluation.splits import SEARCH, SELECT, TEST, Selection
+from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.problem import Problem
 from evomerge.recipe.parse import single_model
@@ -72,9 +73,11 @@ def check_models(problem: Problem, runner: ModelRunner) -> list[str]:
     models = problem.spec.models
     references = {**({"base": models.base} if models.base else {}), **models.sources}
     opened = {name: problem.checkpoints[reference] for name, reference in references.items()}
+    warnings = check_items(runner.evaluator, problem.splits)
+    check_metrics(problem, runner.evaluator)
     return [
-        *check_items(runner.evaluator, problem.splits),
-        *stop_tokens(opened, problem.reference_model),
+        *warnings,
+        *stop_tokens(opened, problem.reference_model, _stop_strings(problem)),
         *read_texts(runner, references, problem.spec.evaluation.dtype),
     ]
 
@@ -93,6 +96,38 @@ def check_items(evaluator: Evaluator, splits: Mapping[str, Selection]) -> list[s
     return evaluator.check(
         {task: tuple(k for selection in selections for k in selection.get(task, ())) for task in tasks}
     )
+
+
+def check_metrics(problem: Problem, evaluator: Evaluator) -> None:
+    """Checks that every goal has a value on the items of every split, where the task's own code says which have.
+
+    Raises:
+        TaskError: With every goal that has none.
+    """
+    goals = {(goal.task, goal.metric) for goal in (*problem.reported.goals, *problem.steering.goals)}
+    problems = []
+    for task, metric in sorted(goals):
+        for split in (SEARCH, SELECT, TEST):
+            indices = problem.splits[split][task]
+            given = evaluator.metrics_given(task, indices) if problem.tasks[task].scores_itself else None
+            if given is not None and metric not in given:
+                problems.append(
+                    f"task {task!r}: none of its {len(indices)} {split} items has a value for {metric}; ask for more"
+                    f" items, or for {', '.join(sorted(given)) or 'another task'}"
+                )
+    if problems:
+        raise TaskError(problems)
+
+
+def _stop_strings(problem: Problem) -> list[str]:
+    """What generation stops at for every task that generates."""
+    stops: list[set[str]] = []
+    for task in problem.tasks.values():
+        for part in task.parts if isinstance(task, GroupTask) else (task,):
+            if part.output_type == "generate_until":
+                until = (part.lm_eval_task.get_config("generation_kwargs") or {}).get("until") or []
+                stops.append({until} if isinstance(until, str) else set(until))
+    return sorted(set.intersection(*stops)) if stops else []
 
 
 def read_texts(runner: ModelRunner, references: Mapping[str, str], dtype: str) -> list[str]:
@@ -161,30 +196,34 @@ def text_loss(model: Any, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
     return (total / count if count else 0.0), guessing
 
 
-def stop_tokens(models: Mapping[str, Checkpoint], reference: Checkpoint) -> list[str]:
+def stop_tokens(models: Mapping[str, Checkpoint], reference: Checkpoint, until: Sequence[str] = ()) -> list[str]:
     """Finds chat models whose answers end with a token at which generation does not stop.
+
+    It stops where scoring does: at the end tokens of generation_config.json, at the tokenizer's, and at what the tasks
+    name.
 
     Args:
         models: Name to model.
         reference: The model whose tokenizer and generation_config.json a merge gets.
+        until: Where the tasks stop.
     """
     warnings = []
     for name, model in models.items():
         if not model.has_chat_template:
             continue
         end = end_of_turn(model.load_tokenizer().loaded)
-        if end is None:
+        if end is None or any(text in end[0] for text in until):
             continue
         token, number = end
-        if number not in model.stop_tokens:
+        if number not in _stops(model):
             warnings.append(
                 f"{name}: its chat template ends a turn with {token!r} ({number}), but generation stops at "
-                f"{_listed(model.stop_tokens)}: set eos_token_id in its generation_config.json"
+                f"{_listed(_stops(model))}: set eos_token_id in its generation_config.json"
             )
-        elif number not in reference.stop_tokens:
+        elif number not in _stops(reference):
             warnings.append(
                 f"{name}: ends a turn with {token!r} ({number}), but a merge gets the generation_config.json of "
-                f"{reference.reference}, which stops at {_listed(reference.stop_tokens)}"
+                f"{reference.reference}, which stops at {_listed(_stops(reference))}"
             )
     return warnings
 
@@ -203,6 +242,12 @@ def end_of_turn(tokenizer: Any) -> tuple[str, int] | None:
     after = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
     end = next((k for k in after if k in special), None)
     return None if end is None else (str(tokenizer.convert_ids_to_tokens(end)), end)
+
+
+def _stops(model: Checkpoint) -> frozenset[int]:
+    """The tokens at which generation stops: those that transformers finds, and the tokenizer's."""
+    own = model.load_tokenizer().loaded.eos_token_id if model.tokenizer_files else None
+    return model.stop_tokens if own is None else model.stop_tokens | {int(own)}
 
 
 def _listed(tokens: frozenset[int]) -> str:

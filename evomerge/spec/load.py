@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from evomerge.checkpoints.reference import resolve_reference
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.registry import METHODS, get_method
-from evomerge.spec.schema import MOST_OBJECTIVES, Models, SearchSpec, Section
+from evomerge.spec.schema import MOST_OBJECTIVES, FromModel, Models, SearchSpec, Section
 from evomerge.system.files import read_text, resolve_path
 from evomerge.system.yaml import MOST_YAML, read_yaml
 
@@ -71,11 +71,32 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
             problems.append(f"evaluation.include_path: no folder {text} beside the file, above it or in {Path.cwd()}")
         else:
             include.append(str(folder))
-    evaluation = spec.evaluation.model_copy(update={"include_path": include or None})
+    evaluation = spec.evaluation.model_copy(
+        update={
+            "include_path": include or None,
+            "tasks": [
+                task.model_copy(update={"task": _task_path(task.task, beside)}) for task in spec.evaluation.tasks
+            ],
+            "guard": [_task_path(name, beside) for name in spec.evaluation.guard],
+        }
+    )
+    if isinstance(given := spec.evaluation.chat_template, str):
+        template = resolve_path(given, beside)
+        if template is None or not template.is_file():
+            problems.append(f"evaluation.chat_template: no file {given}; a model's is {{from: NAME}}")
+        else:
+            evaluation = evaluation.model_copy(update={"chat_template": str(template)})
     # One that is missing is no problem to a run that has begun; `evomerge.run.warm_start` tells of it to any other.
     warm = [str(resolve_path(text, beside) or text) for text in spec.search.warm_starts]
     search = spec.search.model_copy(update={"warm_start": warm or None})
     return spec.model_copy(update={"models": models, "evaluation": evaluation, "search": search}), problems
+
+
+def _task_path(name: str, beside: Path | None) -> str:
+    """A task's name; where it is that of a YAML file, its absolute path."""
+    if not name.endswith((".yaml", ".yml")):
+        return name
+    return str(resolve_path(name, beside) or name)
 
 
 def _with_fitness(spec: SearchSpec) -> SearchSpec:
@@ -101,6 +122,11 @@ def _problems(spec: SearchSpec) -> list[str]:
     tasks = [task.task for task in spec.evaluation.tasks]
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in tasks if tasks.count(n) > 1})]
     problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in tasks]
+    template = spec.evaluation.chat_template
+    if isinstance(template, FromModel) and template.from_ not in (models := [*spec.models.sources, "base"]):
+        problems.append(f"evaluation.chat_template: no model {template.from_!r}{suggest(template.from_, models)}")
+    elif template is not None and not spec.evaluation.apply_chat_template:
+        problems.append("evaluation.chat_template: only with `apply_chat_template: true`")
     device = spec.evaluation.device
     if spec.evaluation.backend == "vllm" and not device.startswith("cuda"):
         problems.append(f"evaluation.device: backend vllm shares the candidates' GPU; cuda is needed, got {device!r}")

@@ -112,6 +112,14 @@ class Task(Section):
     num_fewshot: int | None = Field(None, ge=0)
 
 
+class FromModel(Section):
+    """Something that one of the models has."""
+
+    from_: str = Field(alias="from")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+
 class Evaluation(Section):
     """How candidates are scored."""
 
@@ -131,6 +139,9 @@ class Evaluation(Section):
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied
     system_instruction: str | None = None
+    chat_template: str | FromModel | None = None  # a file, or the model that has it; else the reference's own
+    chat_template_args: dict[str, Any] = {}
+    think_end_token: str | int | None = None
     backend: Literal["native", "hf", "vllm"] = "native"  # the names of evaluation.backends.registry
 
     @field_validator("tasks", mode="before")

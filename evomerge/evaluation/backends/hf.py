@@ -29,6 +29,7 @@ class HFBackend(Backend):
     def __init__(self, options: BackendOptions) -> None:
         self.tokenizer = options.encoder.tokenizer
         self.max_length = options.encoder.max_length
+        self.think_end_token = options.think_end_token
         self.batch_size = max(1, (options.batch_tokens or 4096) // 128)
 
     def prepare(self, model: Any) -> None:
@@ -57,6 +58,7 @@ class HFBackend(Backend):
             tokenizer=copy.deepcopy(self.tokenizer),
             max_length=self.max_length,
             batch_size=self.batch_size,
+            think_end_token=self.think_end_token,
         )
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:

@@ -72,12 +72,14 @@ class BackendOptions:
         vocabulary: Size of the models' vocabulary.
         batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
         threads: How many threads of a CPU the batches of generated text are cut for; None for all that torch has.
+        think_end_token: What ends the thinking of a model, as text or as a token's number; only what follows counts.
     """
 
     encoder: Encoder
     vocabulary: int
     batch_tokens: int | None = None
     threads: int | None = None
+    think_end_token: str | int | None = None
 
 
 _BACKENDS: dict[str, str] = {

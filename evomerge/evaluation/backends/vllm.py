@@ -114,6 +114,8 @@ class VLLMBackend(Backend):
     def __init__(self, options: BackendOptions, connect: Connect | None = None) -> None:
         if connect is None and importlib.util.find_spec("vllm") is None:
             raise BadInput('backend vllm: vLLM is not installed; run pip install "evomerge[vllm]"')
+        if options.think_end_token is not None:
+            raise BadInput("think_end_token: backend vllm does not cut thinking off; native and hf do")
         self.tokenizer = options.encoder.tokenizer
         self.max_length = options.encoder.max_length
         self._connect = connect or connect_vllm

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,13 +28,16 @@ Rows = list[Any]
 """One metric's value for every document, as the task's `process_results` gives it; None where it gives none."""
 
 
-def item_scores(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> ItemScores:
+def item_scores(
+    task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]], *, draws: int = 0
+) -> ItemScores:
     """Scores some items of a task.
 
     Args:
         task: The task.
         indices: The documents that were asked about.
         instances: For each, its lm-eval instances, with responses.
+        draws: Bootstrap samples for the errors of metrics of the corpus, where lm-eval has such; 0 for none.
 
     Raises:
         TaskError: The task's own code fails on a document.
@@ -52,7 +57,7 @@ def item_scores(task: Task, indices: Sequence[int], instances: Sequence[Sequence
                 # The first filter's metrics go by their plain name; with several, each goes by "metric,filter" too.
                 for full in [metric] * (k == 0) + [f"{metric},{name}"] * (len(names) > 1):
                     values.setdefault(full, [None] * len(indices))[position] = value
-    return _collect(task, indices, values, _smooth_metrics(task, indices, instances))
+    return _collect(task, indices, values, _smooth_metrics(task, indices, instances), draws)
 
 
 def _pooled(task: GroupTask, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> ItemScores:
@@ -125,16 +130,19 @@ def _process(task: Task, index: int, results: list[Any]) -> dict[str, Any]:
         raise TaskError(f"task {task.name!r}, item {index}: its own scoring fails: {reason}") from error
 
 
-def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: Smooth) -> ItemScores:
+def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: Smooth, draws: int) -> ItemScores:
     metrics: dict[str, tuple[FloatArray, FloatArray]] = {}
     transforms: dict[str, str] = {}
     corpus: dict[str, float] = {}
+    errors: dict[str, float] = {}
     directions = task.higher_is_better
     for name, rows in values.items():
         aggregate = task.lm_eval_task.aggregation().get(name.partition(",")[0], lm.mean)
         columns = _columns(rows, aggregate)
         if columns is None:
             corpus[name] = _aggregate(task, name, aggregate, rows)
+            if draws and (error := _corpus_error(name, aggregate, rows, draws)) is not None:
+                errors[name] = error
             continue
         metrics[name] = columns[0], columns[1]
         if columns[2] != MEAN:
@@ -144,7 +152,7 @@ def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth
         if not np.all(np.isfinite(numerators)):
             raise CandidateError(f"task {task.name!r}: {name} is not finite, so the candidate has no score")
     up = {name: directions.get(name.partition(",")[0], True) for name in (*metrics, *corpus)}
-    return ItemScores(task.name, tuple(task.items[k] for k in indices), metrics, up, transforms, corpus)
+    return ItemScores(task.name, tuple(task.items[k] for k in indices), metrics, up, transforms, corpus, errors)
 
 
 def _columns(rows: Rows, aggregate: Callable[[Any], Any]) -> tuple[FloatArray, FloatArray, str] | None:
@@ -174,6 +182,26 @@ def _aggregate(task: Task, name: str, aggregate: Callable[[Any], Any], rows: Row
     except Exception as error:  # a task's own aggregation can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise TaskError(f"task {task.name!r}: {name} cannot be aggregated: {reason}") from error
+
+
+_FEWER_DRAWS = ("bleu", "chrf", "chrf++", "ter")
+"""Metrics for which lm-eval draws 100 samples at most."""
+
+
+def _corpus_error(name: str, aggregate: Callable[[Any], Any], rows: Rows, draws: int) -> float | None:
+    """The standard error that lm-eval gives for an aggregation, most of them by the bootstrap; None where it has none.
+
+    lm-eval's own bootstrap forks a pool of processes, or prints.
+    """
+    given = [row for row in rows if row is not None]
+    own = lm.stderr_for_metric(aggregate, 1)
+    if own is None or len(given) < 2:
+        return None
+    if aggregate is lm.acc_all:
+        return float(own(given))
+    draws = min(draws, 100) if name.partition(",")[0] in _FEWER_DRAWS else draws
+    chance = random.Random(0)
+    return statistics.stdev(float(aggregate(chance.choices(given, k=len(given)))) for _ in range(draws))
 
 
 def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> Smooth:

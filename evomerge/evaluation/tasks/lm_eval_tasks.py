@@ -190,27 +190,25 @@ def _load(name: str, manager: Any, configure: Callable[[Any], None]) -> _Loaded:
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     problems: list[str] = []
-    listed = _matches(name, manager)
-    for entry in listed:
-        for spec in single_specs(entry, manager.task_index):
-            if len(problems) > _FEW and not tasks:
-                problems.append(f"task {name!r}: the others are not tried")
-                break
-            try:
-                loaded = _load_one(spec, manager)
-                for task in loaded["tasks"].values():
-                    configure(task)
-            except TaskError as error:
-                problems += error.problems
-                continue
-            tasks |= {task.task_name: task for task in loaded["tasks"].values()}
-            merge_groups(groups, loaded["groups"])
+    for spec in [one for entry in _matches(name, manager) for one in single_specs(entry, manager.task_index)]:
+        if len(problems) > _FEW and not tasks:
+            problems.append(f"task {name!r}: the others are not tried")
+            break
+        try:
+            loaded = _load_one(spec, manager)
+            for task in loaded["tasks"].values():
+                configure(task)
+        except TaskError as error:
+            problems += error.problems
+            continue
+        tasks |= {task.task_name: task for task in loaded["tasks"].values()}
+        merge_groups(groups, loaded["groups"])
     if not tasks:
         raise TaskError(problems)
     return _Loaded(tasks, [] if problems else plain_groups(groups), problems)
 
 
-_FEW = 2
+_FEW = 20
 """Tasks of a group that may fail before any has loaded: where the network is gone, each takes its time."""
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from evomerge.errors import TaskError
+from evomerge.errors import BadInput, TaskError
 from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.task import Task
 from evomerge.system.quiet import quiet, seeded
@@ -40,17 +42,19 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
     Args:
         tokenizer: A Hugging Face tokenizer.
         max_length: The longest input, in tokens.
+        chat_template_args: What the chat template is rendered with.
 
     Raises:
         TaskError: The tokenizer has neither BOS nor EOS, so that nothing can stand for an empty context.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, chat_template_args: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise TaskError("the tokenizer has neither a BOS nor an EOS token; set one in tokenizer_config.json")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.chat_template_args = dict(chat_template_args or {})
         self._pairs: dict[tuple[Any, ...], list[Pair]] = {}
 
     @property
@@ -167,7 +171,10 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
             TaskError: It has none.
         """
         if not getattr(self.tokenizer, "chat_template", None):
-            raise TaskError("apply_chat_template is on, but the tokenizer has no chat template; turn it off")
+            raise TaskError(
+                "apply_chat_template is on, but the tokenizer has no chat template; give one (evaluation.chat_template:"
+                " {from: SOURCE} or a file; --chat-template FILE), or turn it off"
+            )
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
         """Renders a conversation as HFLM does: without the system role where the template has none."""
@@ -177,6 +184,7 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
             "tokenize": False,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
+            **self.chat_template_args,
         }
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, **options))
@@ -239,6 +247,27 @@ class Prompting:
             "fewshot_as_multiturn": chat if multiturn is None else multiturn,
             "system_instruction": self.system_instruction,
         }
+
+
+def read_template(path: Path) -> str:
+    """Reads a chat template from a file: Jinja, or a tokenizer_config.json or chat_template.json that has one.
+
+    Raises:
+        BadInput: The file cannot be read, or has none.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"chat_template: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if path.suffix != ".json":
+        return text
+    try:
+        template = json.loads(text).get("chat_template")
+    except (ValueError, AttributeError):
+        template = None
+    if not isinstance(template, str):
+        raise BadInput(f"chat_template: {path} has no chat_template")
+    return template
 
 
 def build_requests(task: Task, encoder: Encoder, prompting: Prompting) -> Requests:

@@ -28,7 +28,7 @@ _SMOOTH_VERSIONS: Mapping[str, Mapping[str, str]] = {
 """What asks the same question of the same numbers, where lm-eval's own code computes the metric (docs/tasks.md)."""
 
 
-_ANSWERS: Mapping[str, Any] = {
+SOME_ANSWERS: Mapping[str, Any] = {
     "loglikelihood": (-1.0, False),
     "loglikelihood_rolling": -1.0,
     "generate_until": "1",
@@ -121,7 +121,7 @@ class Task:
         made = task.construct_requests(doc=doc, ctx=context, metadata=(self.name, 0, task.get_config("repeats") or 1))
         instances = made if isinstance(made, list) else [made]
         for instance in instances:
-            instance.resps = [_ANSWERS[instance.request_type]] * instance.repeats
+            instance.resps = [SOME_ANSWERS[instance.request_type]] * instance.repeats
         for ensemble in task._filters:
             ensemble.apply(instances)
         answers = [instance.filtered_resps[self.filters[0]] for instance in instances]

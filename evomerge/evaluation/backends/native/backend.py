@@ -39,7 +39,7 @@ class NativeBackend(Backend):
     def __init__(self, options: BackendOptions) -> None:
         self.encoder = options.encoder
         self.logprobs = TreeLogprobs(options.vocabulary, self.encoder.max_length, options.batch_tokens)
-        self.generator = Generator(self.encoder, options.batch_tokens, options.threads)
+        self.generator = Generator(self.encoder, options.batch_tokens, options.threads, options.think_end_token)
         self._pairs: dict[tuple[str, int], list[list[Pair]]] = {}
         self._packed: OrderedDict[tuple[str, tuple[int, ...], bool | None], PackedTrees] = OrderedDict()
 

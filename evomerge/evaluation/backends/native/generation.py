@@ -94,12 +94,20 @@ class Generator:
         encoder: Turns texts into tokens.
         batch_tokens: Tokens of prompts in a batch, padding counted; None for a number that suits.
         threads: How many threads of a CPU to cut batches for, whatever decodes them; None for all that torch has.
+        think_end_token: What ends the thinking of a model, as text or as a token's number.
     """
 
-    def __init__(self, encoder: Encoder, batch_tokens: int | None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        batch_tokens: int | None,
+        threads: int | None = None,
+        think_end_token: str | int | None = None,
+    ) -> None:
         self.encoder = encoder
         self.batch_tokens = batch_tokens or BATCH_TOKENS
         self._threads = threads
+        self._think_end = think_end_token
         self._prompts: dict[str, Prompt] = {}
 
     def respond(self, model: Any, instances: Sequence[Any], *, own_loop: bool) -> list[list[str]]:
@@ -208,8 +216,13 @@ class Generator:
         return batches
 
     def _finish(self, tokens: Sequence[int], until: Sequence[str]) -> str:
-        text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
-        return str(postprocess_generated_text(text, list(until), None))
+        end = self._think_end
+        if isinstance(end, int):
+            after = max((k + 1 for k, token in enumerate(tokens) if token == end), default=0)
+            text = self.encoder.tokenizer.decode(tokens[after:], skip_special_tokens=True).lstrip()
+        else:
+            text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+        return str(postprocess_generated_text(text, list(until), end if isinstance(end, str) else None))
 
     def _greedy(self, forward: Forward, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy decoding of a batch, in which rows that have stopped leave.
