@@ -156,8 +156,8 @@ def evaluate(
             **{"device": device, "limit": limit, "gen_kwargs": generation, "bootstrap_iters": _DRAWS, **prompting},
             "chat_template": tokenizer.chat_template if apply_chat_template else None,
         }
-        place = Path(output_path)
-        write_lm_eval_files(place, model, task_set, answered, settings, samples=log_samples, draws=_DRAWS)
+        out = Path(output_path)
+        write_lm_eval_files(out, model, task_set, answered, settings, samples=log_samples, draws=_DRAWS)
     return Evaluation(model, scores, group_scores(task_set, scores))
 
 
