@@ -193,6 +193,8 @@ def test_a_metric_that_is_no_mean_of_items_steers_without_an_error() -> None:
 
 def test_no_ratio_to_nothing() -> None:
     sources = [{"mc": mean([0, 0]), "text": bits([-1.0], [1])}]
-    with pytest.raises(TaskError, match="mc: the best source's acc is 0, so there is no ratio to it; use `scale: raw`") as caught:
+    with pytest.raises(
+        TaskError, match="mc: the best source's acc is 0, so there is no ratio to it; use `scale: raw`"
+    ) as caught:
         Fitness((ACC, BPB)).relative_to(sources)
     assert len(caught.value.problems) == 1
