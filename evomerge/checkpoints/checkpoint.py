@@ -14,6 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.layout import Layout, layout_of, sized_config, with_tied_flag
 from evomerge.checkpoints.lora import LoraWeights, read_adapter
+from evomerge.checkpoints.quantised import (
+    CONFIG_KEYS,
+    DequantisedWeights,
+    can_dequantise,
+    quantised_tensors,
+    said_quantised,
+)
 from evomerge.checkpoints.reference import find_model, split_adapter
 from evomerge.checkpoints.tensors import Weights, is_finite, open_weights
 from evomerge.checkpoints.tokenizer import Tokenizer, read_tokenizer, tokenizer_files
@@ -213,7 +220,9 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
-def open_checkpoint(reference: str, *, beside: Path | None = None, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    reference: str, *, beside: Path | None = None, allow_pickle: bool = False, dequantize: bool = False
+) -> Checkpoint:
     """Opens a model.
 
     Args:
@@ -221,14 +230,16 @@ def open_checkpoint(reference: str, *, beside: Path | None = None, allow_pickle:
             adapter (`base+adapter`).
         beside: The folder of the file that the reference stands in; relative paths are looked for from there first.
         allow_pickle: Also read pickled weights, without running code in them.
+        dequantize: Read float8 weights with their scales, and MXFP4, as the numbers that they stand for.
 
     Raises:
         CheckpointError: There is no such model, or it is truncated, corrupt, incomplete or pickled.
     """
     base, adapter = split_adapter(reference, beside)
     if adapter is None:
-        return _open_model(reference, find_model(base, beside, allow_pickle=allow_pickle), allow_pickle)
-    model = open_checkpoint(base, beside=beside, allow_pickle=allow_pickle)
+        model = _open_model(reference, find_model(base, beside, allow_pickle=allow_pickle), allow_pickle)
+        return _dequantised(model) if dequantize else model
+    model = open_checkpoint(base, beside=beside, allow_pickle=allow_pickle, dequantize=dequantize)
     folder = find_model(adapter, beside, allow_pickle=allow_pickle)
     weights = LoraWeights(model.weights, model.layout, read_adapter(folder, allow_pickle=allow_pickle), model.config)
     config = with_tied_flag(model.config, False) if weights.unties_head else model.config
@@ -239,12 +250,14 @@ def open_checkpoint(reference: str, *, beside: Path | None = None, allow_pickle:
     return Checkpoint(reference, model.folder, config, weights, own)
 
 
-def open_checkpoints(references: Iterable[str], *, allow_pickle: bool = False) -> dict[str, Checkpoint]:
+def open_checkpoints(
+    references: Iterable[str], *, allow_pickle: bool = False, dequantize: bool = False
+) -> dict[str, Checkpoint]:
     """Opens several models, each once.
 
     Args:
         references: As for `open_checkpoint`; a relative path is looked for from the working directory.
-        allow_pickle: As for `open_checkpoint`.
+        allow_pickle, dequantize: As for `open_checkpoint`.
 
     Raises:
         CheckpointError: With the problems of every model that cannot be opened.
@@ -253,7 +266,7 @@ def open_checkpoints(references: Iterable[str], *, allow_pickle: bool = False) -
     problems: list[str] = []
     for reference in dict.fromkeys(references):
         try:
-            opened[reference] = open_checkpoint(reference, allow_pickle=allow_pickle)
+            opened[reference] = open_checkpoint(reference, allow_pickle=allow_pickle, dequantize=dequantize)
         except CheckpointError as error:
             problems += error.problems
     if problems:
@@ -264,12 +277,25 @@ def open_checkpoints(references: Iterable[str], *, allow_pickle: bool = False) -
 def _open_model(reference: str, path: Path, allow_pickle: bool) -> Checkpoint:
     if path.is_dir():
         weights = open_weights(find_weights(path), allow_pickle=allow_pickle)
-        return Checkpoint(reference, path, read_json_object(path / "config.json"), weights)
+        config = read_json_object(path / "config.json")
+        if (method := said_quantised(config, path)) and not said_quantised(config, None):
+            config["quantization_config"] = {"quant_method": method}  # a file beside config.json says it
+        return Checkpoint(reference, path, config, weights)
     # By the reference's suffix: a file of the Hub's cache is a link to one without any.
     weights = open_weights(_single_file(path, Path(reference).suffix), allow_pickle=allow_pickle)
     folder = path.parent if path.name == "model.safetensors" and (path.parent / "config.json").is_file() else None
     config = read_json_object(folder / "config.json") if folder else {}
     return Checkpoint(reference, folder, config, weights)
+
+
+def _dequantised(model: Checkpoint) -> Checkpoint:
+    """The model with plain numbers where that is plain arithmetic; else as it is, which no merge takes."""
+    if not quantised_tensors(model.tensors) or not can_dequantise(model.tensors):
+        return model
+    settings = model.config.get("quantization_config")
+    block = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
+    config = {key: value for key, value in model.config.items() if key not in CONFIG_KEYS}
+    return model.changed(config=config, weights=DequantisedWeights(model.weights, block))
 
 
 def _single_file(path: Path, suffix: str) -> WeightFiles:

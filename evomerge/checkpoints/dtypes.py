@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,27 @@ DTYPE_BYTES: Mapping[str, int] = {name: size for name, (_, size) in _TABLE.items
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that can be merged; others (indices, masks) are copied."""
+
+_WIDTH = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
+
+
+def widest(dtypes: Iterable[str]) -> str:
+    """Gives the narrowest float that holds all of some, as torch does: of F16 and BF16 neither holds the other.
+
+    Args:
+        dtypes: At least one of `FLOATS`.
+    """
+    distinct = set(dtypes)
+    width = max(_WIDTH[name] for name in distinct)
+    top = [name for name in distinct if _WIDTH[name] == width]
+    return top[0] if len(top) == 1 else "F32"
+
+
+def main_dtype(dtypes: Iterable[str]) -> str | None:
+    """Gives the float that occurs most often; None where none does."""
+    stored = [name for name in dtypes if name in FLOATS]
+    return max(sorted(set(stored)), key=stored.count, default=None)
+
 
 _WORDS = {_TABLE[name][0]: name for name in FLOATS} | {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
 

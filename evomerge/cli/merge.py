@@ -71,6 +71,9 @@ def merge(
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also read pickle checkpoints.")] = False,
     allow_crimes: Crimes = False,
     truncate_vocabulary: Truncate = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Read float8 with scales, and MXFP4, as the numbers they stand for.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, auto.")] = None,
     cuda: Annotated[bool, typer.Option(help="The same as --device cuda.")] = False,
     gpu_rich: Annotated[bool, typer.Option("--gpu-rich", help="The same as --device cuda.")] = False,
@@ -112,6 +115,7 @@ def merge(
         "allow_pickle": allow_pickle,
         "allow_crimes": allow_crimes,
         "truncate_vocabulary": truncate_vocabulary,
+        "dequantize": dequantize,
         "device": choose_device(device, cuda or gpu_rich),
     }
     if not (copy_tokenizer and write_model_card):
@@ -163,7 +167,7 @@ def _carry_out(
         printer.warn(text)
     if printer.level >= 2:
         for reference in recipe.external_models():
-            model = open_checkpoint(reference, allow_pickle=options["allow_pickle"])
+            model = open_checkpoint(reference, allow_pickle=options["allow_pickle"], dequantize=options["dequantize"])
             printer.detail(f"reads {reference}: {len(model.tensors)} tensors, {model.nbytes / 1e9:.3f} GB")
     started = time.monotonic()
     with tensor_progress(printer.level >= 1) as progress:

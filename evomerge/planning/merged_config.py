@@ -10,6 +10,7 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import FLOATS, config_word
 from evomerge.checkpoints.layout import Layout, Stack
+from evomerge.checkpoints.quantised import CONFIG_KEYS
 from evomerge.errors import RecipeError
 from evomerge.planning.modules import side_of
 from evomerge.planning.operation import Operation
@@ -80,7 +81,8 @@ def merged_config(
         section |= dict.fromkeys(depths, len(layers))
     _set_dtype(config, operations)
     config.pop("_name_or_path", None)
-    config.pop("quantization_config", None)
+    for key in CONFIG_KEYS:
+        config.pop(key, None)
     return config
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.dtypes import FLOATS, parse_dtype
+from evomerge.checkpoints.dtypes import FLOATS, parse_dtype, widest
 from evomerge.checkpoints.layout import Layout, Stack, residual_writers
 from evomerge.errors import RecipeError
 from evomerge.methods.contract import Settings
@@ -157,8 +157,12 @@ class ModulePlanner:
         base = self._input(inputs.base, tensor, self._identify) if inputs.base else None
         origin = base or sources[0]
         info = self._checkpoints[origin.model].tensors[origin.tensor]
-        dtype = self._dtype if self._dtype and info.dtype in FLOATS else info.dtype
-        if resolved.method.copies_layers or info.dtype not in FLOATS:
+        copied = resolved.method.copies_layers or info.dtype not in FLOATS
+        dtype = info.dtype
+        if info.dtype in FLOATS:
+            inputs_ = (origin,) if copied else (*sources, *([base] if base else []))
+            dtype = self._dtype or self._widest(inputs_)
+        if copied:
             scale = 1.0  # of what is no number, such as an index or a mask
             if info.dtype in FLOATS:
                 scale = self._copy_scale(inputs, resolved.settings, resolved.residual_scale, origin)
@@ -175,6 +179,10 @@ class ModulePlanner:
             slice_index=tensor.layer.slice_index,
             t=tensor.layer.t,
         )
+
+    def _widest(self, inputs: tuple[Input, ...]) -> str:
+        stored = {self._checkpoints[one.model].tensors[one.tensor].dtype for one in inputs}
+        return widest(dtype for dtype in stored if dtype in FLOATS)
 
     def _input(self, model: SliceInput, tensor: OutputTensor, identify: bool) -> Input:
         checkpoint = self._checkpoints[model.model]

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.dtypes import config_word, main_dtype, widest
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import Layout, Stack, layout_of, vocabulary_tensors
 from evomerge.checkpoints.matching.compatible import check_compatible
+from evomerge.checkpoints.matching.configs import disagreements
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.registry import get_method
 from evomerge.planning.merged_config import merged_config
@@ -82,7 +84,24 @@ def align_and_plan(
     """
     aligned = align(recipe, checkpoints, truncate_vocabulary=truncate_vocabulary)
     plan = make_plan(recipe, aligned.checkpoints, aligned.tokenizer, identify=identify)
-    return plan, aligned.checkpoints, aligned.warnings
+    return plan, aligned.checkpoints, (*aligned.warnings, *_doubts(recipe, aligned.checkpoints))
+
+
+def _doubts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Where the models mean different things by equal tensors, or store them in different dtypes."""
+    reference, *others = (checkpoints[model] for model in recipe.models())
+    copied = any(get_method(part.merge_method or recipe.merge_method).copies_layers for part in recipe.parts)
+    for model in others:
+        if text := disagreements(reference, model, by_layer=not copied):
+            yield text
+    stored = {
+        model.reference: main_dtype(info.dtype for info in model.tensors.values()) for model in (reference, *others)
+    }
+    kinds = {dtype for dtype in stored.values() if dtype is not None}
+    if len(kinds) > 1 and recipe.output_dtype is None:
+        listed = ", ".join(f"{model} in {config_word(dtype)}" for model, dtype in stored.items() if dtype)
+        written = "each layer is written as it is stored" if copied else f"written in {config_word(widest(kinds))}"
+        yield f"the models are stored in different dtypes ({listed}): {written}; dtype: in the recipe says otherwise"
 
 
 def make_plan(

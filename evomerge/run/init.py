@@ -13,6 +13,7 @@ from typing import Any
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.checkpoints.matching.compatible import check_compatible, mixed_architectures, not_finite
+from evomerge.checkpoints.matching.configs import disagreements
 from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.reference import resolve_reference
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
@@ -140,6 +141,9 @@ def report(opened: Mapping[str, Checkpoint], base: str | None, geometry: Geometr
     lines = [table(header if base else header[:-1], rows), ""]
     if mixed := mixed_architectures(opened):
         lines.append(f"warning: {mixed}, although their tensors fit")
+    reference = opened[base] if base is not None else next(iter(opened.values()))
+    others = [model for model in opened.values() if model is not reference]
+    lines += [f"warning: {text}" for model in others if (text := disagreements(reference, model))]
     if base is not None and guessed:
         lines.append(f"base: {base}, which lies in the middle of the others (--base says otherwise)")
     elif base is None:

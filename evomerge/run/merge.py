@@ -37,6 +37,7 @@ def merge_to_folder(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     allow_pickle: bool = False,
+    dequantize: bool = False,
     device: str = "cpu",
     allow_crimes: bool = False,
     truncate_vocabulary: bool = False,
@@ -52,6 +53,7 @@ def merge_to_folder(
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
+        dequantize: Read float8 weights with their scales, and MXFP4, as the numbers that they stand for.
         device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
         allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
         truncate_vocabulary: Cut vocabularies of different sizes to the smallest where the recipe has no tokenizer
@@ -70,7 +72,7 @@ def merge_to_folder(
     """
     find_device(device)
     out = expand_home(out)
-    checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle)
+    checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle, dequantize=dequantize)
     if not allow_crimes:
         refuse_crimes(checkpoints)
     refuse_inputs(out, checkpoints)

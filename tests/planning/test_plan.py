@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from evomerge.checkpoints.dtypes import widest
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.contract import Method
 from evomerge.planning.operation import COPY
-from tests.engine.recipes import EVERY, layers, plan_of, recipe_for, single
+from evomerge.planning.plan import align_and_plan
+from evomerge.recipe import parse_recipe
+from tests.engine.recipes import EVERY, layers, opened, plan_of, recipe_for, single
 from tests.models import write_tiny_llama
 
 Q = "model.layers.{}.self_attn.q_proj.weight"
@@ -199,3 +202,25 @@ def test_scale_is_for_numbers(tiny_family: dict[str, Path], tmp_path: Path) -> N
     source = {"model": str(tmp_path / "m.safetensors"), "parameters": {"scale": 0.5}}
     plan = plan_of({"merge_method": "passthrough", "models": [source]})
     assert {op.output: op.scale for op in plan.operations} == {"weight": 0.5, "ids": 1.0, "mask": 1.0}
+
+
+@pytest.mark.parametrize("order", [("half", "full"), ("full", "half")])
+def test_models_in_different_dtypes(tiny_family: dict[str, Path], tmp_path: Path, order: tuple[str, str]) -> None:
+    """The widest of what goes in, whoever comes first, and a word of it; a recipe's own dtype settles it."""
+    folders = {"full": tiny_family["a"], "half": write_tiny_llama(tmp_path / "half", dtype=torch.bfloat16)}
+    models = [{"model": str(folders[name]), "parameters": {"weight": 0.5}} for name in order]
+    recipe = parse_recipe({"merge_method": "linear", "models": models})
+    checkpoints = opened(recipe.models())
+    plan, _, warnings = align_and_plan(recipe, checkpoints, identify=False)
+    assert {op.dtype for op in plan.operations} == {"F32"}
+    assert [text for text in warnings if "half in bfloat16" in text and "written in float32" in text]
+    settled = parse_recipe({"merge_method": "linear", "models": models, "dtype": "bfloat16"})
+    plan, _, warnings = align_and_plan(settled, checkpoints, identify=False)
+    assert ({op.dtype for op in plan.operations}, warnings) == ({"BF16"}, ())
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"), [("F16 BF16", "F32"), ("BF16 BF16", "BF16"), ("BF16 F32 F64", "F64"), ("F16 F32", "F32")]
+)
+def test_the_narrowest_dtype_that_holds_all(stored: str, expected: str) -> None:
+    assert widest(stored.split()) == expected

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
 from evomerge.checkpoints.layout import vocabulary_tensors
+from evomerge.checkpoints.matching.configs import other_heads
 from evomerge.checkpoints.matching.reconcile import reconcile
+from evomerge.checkpoints.quantised import can_dequantise, quantised_tensors, said_quantised
 from evomerge.errors import CheckpointError
 
 # What a class adds to a family's name: LlamaModel, LlamaForCausalLM, GPT2LMHeadModel, CLIPTextModel.
@@ -79,11 +80,15 @@ def check_compatible(
 
 
 def _quantised(name: str, model: Checkpoint) -> list[str]:
-    settings: Any = model.config.get("quantization_config")
-    if not settings:
+    method, tensors = said_quantised(model.config, None), quantised_tensors(model.tensors)
+    if not method and not tensors:
         return []
-    how = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
-    return [f"{name}: its weights are quantised ({how}) and cannot be merged: dequantise it first"]
+    first = f"{tensors[0]} is stored as {model.tensors[tensors[0]].dtype}" if tensors else ""
+    how = "; ".join(part for part in (method, first) if part)
+    advice = "dequantise it first"
+    if tensors and can_dequantise(model.tensors):
+        advice += ", or read it with --dequantize"
+    return [f"{name}: its weights are quantised ({how}) and cannot be merged: {advice}"]
 
 
 def _compare(
@@ -109,7 +114,8 @@ def _compare(
         problems.append(f"{name}: lacks {_some(missing, reference.tensors)} of {reference_name}")
     if extra:
         problems.append(f"{name}: has {_some(extra, model.tensors)}, which {reference_name} lacks")
-    return problems + _shapes(reference_name, reference, name, model, sorted(shared))
+    shapes = _shapes(reference_name, reference, name, model, sorted(shared))
+    return problems + (shapes or other_heads(reference_name, reference, name, model))
 
 
 def _architecture(model: Checkpoint) -> str:
