@@ -141,7 +141,9 @@ class ModulePlanner:
             origin = self._reference(layer.slice_index)
             checkpoint = self._checkpoints[origin.model]
             for suffix in checkpoint.layout.suffixes(self.stack.prefix, origin.start + layer.offset):
-                yield OutputTensor(self._layout.name(self.stack.prefix, output, suffix), layer, suffix)
+                name = self._layout.name(self.stack.prefix, output, suffix)
+                if self._owns(name):
+                    yield OutputTensor(name, layer, suffix)
 
     def operation(self, tensor: OutputTensor) -> Operation:
         """Plans the operation of one output tensor, without its digest.

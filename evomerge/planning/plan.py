@@ -13,12 +13,14 @@ from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.layout import Layout, Stack, layout_of, vocabulary_tensors
 from evomerge.checkpoints.matching.compatible import check_compatible
 from evomerge.checkpoints.matching.configs import disagreements
+from evomerge.checkpoints.matching.reconcile import selected
 from evomerge.errors import CheckpointError, RecipeError
 from evomerge.methods.registry import get_method
 from evomerge.planning.merged_config import merged_config
 from evomerge.planning.module_planner import ModulePlanner
 from evomerge.planning.modules import Share, find_shares, owner
 from evomerge.planning.operation import COPY, Family, Operation, operation_digest
+from evomerge.planning.parts import taken
 from evomerge.planning.vocabulary.align import align
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.recipe import (
@@ -165,9 +167,9 @@ def _planners(
 ) -> Iterator[ModulePlanner]:
     """One for the whole model, or one for each module and one that copies what no module decides from the reference."""
     modules = recipe.modules or ((recipe,) if recipe.module is not None else ())
-    alone = _of_one_model(recipe, checkpoints)
-    if alone:
-        yield ModulePlanner(_copy(recipe), checkpoints, layout, identify, None, lambda name: name in alone)
+    alone = taken(recipe, checkpoints)
+    for model in dict.fromkeys(alone.values()):
+        yield ModulePlanner(_copy(recipe, model), checkpoints, layout, identify, None, _taken_from(model, alone))
     if not modules:
         yield ModulePlanner(recipe, checkpoints, layout, identify, layout.main, lambda name: name not in alone)
         return
@@ -181,20 +183,16 @@ def _planners(
 
     for module, share in zip(modules, shares, strict=True):
         yield ModulePlanner(module, checkpoints, layout, identify, share.stack, owned_by(share))
-    yield ModulePlanner(_copy(recipe), checkpoints, layout, identify, None, owned_by(None))
+    yield ModulePlanner(_copy(recipe, recipe.models()[0]), checkpoints, layout, identify, None, owned_by(None))
 
 
-def _of_one_model(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> frozenset[str]:
-    """The reference's layers for further tokens, where another model lacks them: they are kept as they are."""
-    reference, *others = (checkpoints[model] for model in recipe.models())
-    further = [name for name in reference.tensors if reference.layout.predicts_further(name)]
-    return frozenset(name for name in further if any(name not in model.tensors for model in others))
+def _taken_from(model: str, alone: Mapping[str, str]) -> Callable[[str], bool]:
+    return lambda name: alone.get(name) == model
 
 
-def _copy(recipe: Recipe) -> Recipe:
-    """The reference model as it is, in the recipe's dtype."""
-    reference = Source(recipe.models()[0])
-    return Recipe("frankenmerge", sources=(reference,), dtype=recipe.dtype, out_dtype=recipe.out_dtype)
+def _copy(recipe: Recipe, model: str) -> Recipe:
+    """A model as it is, in the recipe's dtype."""
+    return Recipe("frankenmerge", sources=(Source(model),), dtype=recipe.dtype, out_dtype=recipe.out_dtype)
 
 
 def _refuse_tokenizer_work(recipe: Recipe) -> None:
@@ -234,6 +232,9 @@ def _slerped_tables(recipe: Recipe, reference: Checkpoint) -> frozenset[str]:
 def _refuse_misfits(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
     """Names the checkpoints that cannot be merged, before any tensor is looked at."""
     base = recipe.base_model
+    alone = taken(recipe, checkpoints)
+    if alone:
+        checkpoints = {m: selected(checkpoints[m], lambda name: name not in alone) for m in recipe.models()}
     sources = {model: checkpoints[model] for model in recipe.models() if model != base}
     sliced = any(part.length is not None for part in recipe.parts)
     problems = check_compatible(checkpoints[base] if base else None, sources, layers_may_differ=sliced)

@@ -160,6 +160,8 @@ class Recipe:
         tokenizer_source: ``base``, ``union``, ``model:PATH`` or a path; exclusive with `tokenizer`.
         tokenizer: The ``tokenizer:`` block.
         chat_template: ``auto``, a template's name, or the template.
+        ignore: Tensors that are left out, by a part of their names or a glob.
+        take_from: (such tensors, the model that they are taken from as they are).
         seed: For methods that draw random numbers.
         name: What other recipes may call the result.
         steps: The merges to carry out before this one, in order; this one, and those after each, name their results.
@@ -180,6 +182,8 @@ class Recipe:
     tokenizer_source: str | None = None
     tokenizer: TokenizerBlock | None = None
     chat_template: str | None = None
+    ignore: tuple[str, ...] = ()
+    take_from: tuple[tuple[str, str], ...] = ()
     seed: int = 0
     name: str | None = None
     steps: tuple[Recipe, ...] = ()
@@ -256,6 +260,8 @@ class Recipe:
         for name in ("dtype", "out_dtype", "tokenizer_source", "chat_template"):
             mapping[name] = getattr(self, name)
         mapping["tokenizer"] = self.tokenizer.to_mapping() if self.tokenizer else None
+        mapping["ignore"] = list(self.ignore) or None
+        mapping["take_from"] = dict(self.take_from) or None
         mapping["seed"] = self.seed or None
         return {key: value for key, value in mapping.items() if value is not None}
 

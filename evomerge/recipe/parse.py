@@ -228,6 +228,7 @@ def _resolved(recipe: Recipe, resolved: Callable[[str], str]) -> Recipe:
         slices=tuple(_slice(part, resolved) for part in recipe.slices),
         modules=tuple(_resolved(module, resolved) for module in recipe.modules),
         input_model_parameters=tuple(sorted(inputs, key=lambda entry: entry[0])),
+        take_from=tuple((pattern, resolved(model)) for pattern, model in recipe.take_from),
         tokenizer_source=_optional(recipe.tokenizer_source, lambda text: _tokenizer_model(text, resolved)),
         tokenizer=None if recipe.tokenizer is None else _tokenizer(recipe.tokenizer, resolved),
     )

@@ -24,7 +24,7 @@ from evomerge.recipe.validation import (
 
 _TOP = (
     *("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", "input_model_parameters"),
-    *("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "seed"),
+    *("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "ignore", "take_from", "seed"),
 )
 _SLICE = ("sources", "base_model", "merge_method", "parameters", "residual_weight", "residual_scale")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -63,6 +63,8 @@ class Reader:
             tokenizer_source=tokenizer_source_at(self.errors, "tokenizer_source", top.get("tokenizer_source")),
             tokenizer=tokenizer_at(self.errors, "tokenizer", top.get("tokenizer")),
             chat_template=self._text("chat_template", top.get("chat_template")),
+            ignore=self._ignore(top.get("ignore")),
+            take_from=self._take_from(top.get("take_from")),
             seed=self._seed(top.get("seed")),
             name=self._text("name", top.get("name")),
         )
@@ -237,6 +239,21 @@ class Reader:
     def _reference(self, path: str, value: Any) -> str | None:
         return None if value is None else reference_at(self.errors, path, value)
 
+    def _ignore(self, value: Any) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        patterns = [text_at(self.errors, f"ignore[{i}]", part) for i, part in enumerate(_listed(self.errors, value))]
+        return tuple(pattern for pattern in patterns if pattern is not None)
+
+    def _take_from(self, value: Any) -> tuple[tuple[str, str], ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, Mapping) or not value:
+            self.errors.error("take_from", f"expected a mapping from tensors to models, got {describe(value)}")
+            return ()
+        models = {str(pattern): self._reference(f"take_from.{pattern}", model) for pattern, model in value.items()}
+        return tuple((pattern, model) for pattern, model in models.items() if model is not None)
+
     def _text(self, path: str, value: Any) -> str | None:
         return None if value is None else text_at(self.errors, path, value)
 
@@ -266,6 +283,11 @@ class Reader:
     def _tokenizer_conflict(self, top: Mapping[str, Any]) -> None:
         if "tokenizer" in top and "tokenizer_source" in top:
             self.errors.error("tokenizer", "is given beside tokenizer_source: keep one of them")
+
+
+def _listed(errors: ErrorCollector, value: Any) -> list[Any]:
+    """One pattern, or a list of them."""
+    return [value] if isinstance(value, str) else list_at(errors, "ignore", value)
 
 
 def _some(method: Method | None) -> list[Method]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
@@ -12,6 +12,8 @@ from evomerge.checkpoints.matching.configs import other_heads
 from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.quantised import can_dequantise, quantised_tensors, said_quantised
 from evomerge.errors import CheckpointError
+
+_PARTS = 3  # of their own, that a message says what to do about
 
 # What a class adds to a family's name: LlamaModel, LlamaForCausalLM, GPT2LMHeadModel, CLIPTextModel.
 _TASK = re.compile(r"(For[A-Z]\w*|(LMHead|Encoder|Text|Vision)?Model)$")
@@ -111,11 +113,29 @@ def _compare(
     extra = sorted(model.tensors.keys() - shared - beyond)
     missing = [tensor for tensor in missing if not reference.layout.predicts_further(tensor)]
     if missing:
-        problems.append(f"{name}: lacks {_some(missing, reference.tensors)} of {reference_name}")
+        way = _way_out(missing, reference_name, shared)
+        problems.append(f"{name}: lacks {_some(missing, reference.tensors)} of {reference_name}{way}")
     if extra:
-        problems.append(f"{name}: has {_some(extra, model.tensors)}, which {reference_name} lacks")
+        way = _way_out(extra, name, shared)
+        problems.append(f"{name}: has {_some(extra, model.tensors)}, which {reference_name} lacks{way}")
     shapes = _shapes(reference_name, reference, name, model, sorted(shared))
     return problems + (shapes or other_heads(reference_name, reference, name, model))
+
+
+def _way_out(names: Sequence[str], owner: str, fitting: Iterable[str]) -> str:
+    """Says what a recipe may do with parts that not every model has, where these are few: a head, a tower."""
+    beginnings = {".".join(parts[:i]) for parts in (n.split(".") for n in fitting) for i in range(1, len(parts) + 1)}
+    parts: dict[str, None] = {}
+    for name in names:
+        pieces = name.split(".")
+        own = [".".join(pieces[:i]) for i in range(1, len(pieces) + 1)]
+        part = next(part for part in own if part not in beginnings)
+        parts[part.removesuffix(".weight")] = None
+    if len(parts) > _PARTS:
+        return ""
+    listed = ", ".join(parts)
+    taken = ", ".join(f"{part}: {owner}" for part in parts)
+    return f"; a recipe may say 'ignore: [{listed}]' or 'take_from: {{{taken}}}'"
 
 
 def _architecture(model: Checkpoint) -> str:
@@ -154,7 +174,9 @@ def _shapes(reference_name: str, reference: Checkpoint, name: str, model: Checkp
             f"{name}: another vocabulary: {reference_name} {rows[0]} rows, {name} {rows[1]} ({', '.join(vocabulary)})"
         )
     if others:
-        problems.append(f"{name}: other shapes than {reference_name}: {name_some(others)}")
+        fitting = set(shared) - set(different)
+        way = _way_out([t for t in different if t not in vocabulary], reference_name, fitting) if fitting else ""
+        problems.append(f"{name}: other shapes than {reference_name}: {name_some(others)}{way}")
     return problems
 
 

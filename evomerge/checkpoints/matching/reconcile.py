@@ -37,7 +37,12 @@ class Reconciled:
 
 
 def reconcile(
-    checkpoints: Mapping[str, Checkpoint], reference: str | None = None, *, layers_move: bool = False
+    checkpoints: Mapping[str, Checkpoint],
+    reference: str | None = None,
+    *,
+    layers_move: bool = False,
+    separate: Callable[[dict[str, Checkpoint]], dict[str, Checkpoint]] = dict,
+    apart: Callable[[str], bool] = lambda name: False,
 ) -> Reconciled:
     """Gives models one naming and one set of tensors, as far as nothing of their own is lost by that.
 
@@ -45,6 +50,8 @@ def reconcile(
         checkpoints: Open checkpoints by reference.
         reference: The one whose names count, and whose further tensors are kept; the first by default.
         layers_move: Layers get other numbers, so that what is stored behind the last layer has no number of its own.
+        separate: Takes out what is not to be merged, once the models have one naming.
+        apart: Tells which tensors are taken from one model alone: no other one needs them.
 
     Returns:
         The models. What still differs is for `check_compatible` to name.
@@ -53,8 +60,9 @@ def reconcile(
         return Reconciled(checkpoints)
     main = reference if reference is not None else next(iter(checkpoints))
     models = {model: _renamed(checkpoint, checkpoints[main]) for model, checkpoint in checkpoints.items()}
-    models = _without(models, _computed(models))
-    models = _one_head(models)
+    models = separate(models)
+    models = _without(models, {name for name in _computed(models) if not apart(name)})
+    models = _one_head(models, apart)
     models, notes = _further_layers(models, main, layers_move)
     return Reconciled(models, notes)
 
@@ -92,10 +100,10 @@ def _is_computed(info: TensorSpec) -> bool:
     return mask or _COMPUTED.search(info.name) is not None
 
 
-def _one_head(models: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
+def _one_head(models: dict[str, Checkpoint], apart: Callable[[str], bool]) -> dict[str, Checkpoint]:
     """Leaves out copies of the embedding, and gives a tied model a head where another has one of its own."""
     tables = {m: vocabulary_tensors(model.layout, model.tensors) for m, model in models.items()}
-    for name in sorted({name for names in tables.values() for name in names}):
+    for name in sorted({name for names in tables.values() for name in names if not apart(name)}):
         owners = [m for m, model in models.items() if name in model.tensors]
         lacking = [m for m, model in models.items() if name not in model.tensors]
         is_head = any(models[m].layout.head == name for m in owners)

@@ -26,6 +26,7 @@ from evomerge.checkpoints.tokenizer import (
 )
 from evomerge.checkpoints.weight_files import read_json_object
 from evomerge.errors import CheckpointError
+from evomerge.planning.parts import is_meant, separate
 from evomerge.planning.vocabulary.chat_template import chosen_template
 from evomerge.planning.vocabulary.conversation import lost_stops, lost_stops_text, lost_template, with_stops
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer, files_of, fitting_ids, with_chat_template
@@ -76,7 +77,12 @@ def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, truncate_voc
     """
     sliced = any(part.length is not None for part in recipe.parts)
     given = {reference: checkpoints[reference] for reference in recipe.models()}
-    reconciled = reconcile(given, layers_move=sliced)
+    reconciled = reconcile(
+        given,
+        layers_move=sliced,
+        separate=lambda models: separate(recipe, models),
+        apart=lambda name: any(is_meant(pattern, name) for pattern, _ in recipe.take_from),
+    )
     models = reconciled.checkpoints
     tokenizers = _Tokenizers(models)
     block = _block(recipe)

@@ -90,7 +90,7 @@ class AlignedWeights:
     def _fill(self, name: str, result: torch.Tensor) -> None:
         """Puts the defaults into the rows that the model has nothing for; those without any stay zero."""
         single = {row: parts[0] for row, parts in self._defaults.items() if len(parts) == 1}
-        for donor in sorted({model for model, _ in single.values()}):
+        for donor in sorted({model for model, _ in single.values() if name in self._weights[model].tensors}):
             targets = [target for target, (model, _) in single.items() if model == donor]
             rows = [single[target][1] for target in targets]
             _copy(self._weights[donor].read(name), np.array(rows), np.array(targets), result)

@@ -105,4 +105,7 @@ def test_every_source_and_every_kind_at_once(base: Path, tmp_path: Path) -> None
     two = _variant(base, tmp_path / "2", {"model.norm.weight": torch.ones(31)})
     problems = check_compatible(None, {"first": _open(base), "one": one, "two": two})
     assert [problem[: problem.index(":")] for problem in problems] == ["one", "one", "two"]
-    assert problems[2] == "two: other shapes than first: model.norm.weight (31 against 32)"
+    assert problems[2] == (
+        "two: other shapes than first: model.norm.weight (31 against 32); a recipe may say 'ignore: [model.norm]' or "
+        "'take_from: {model.norm: first}'"
+    )
