@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from evomerge.checkpoints.config_values import (
+    config_problems,
+    depth_problems,
+    dtype_problems,
+    without_implementations,
+)
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.layout import Layout, layout_of, sized_config, with_tied_flag
 from evomerge.checkpoints.lora import LoraWeights, read_adapter
@@ -29,6 +35,9 @@ from evomerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+
+_MOST_PROBLEMS = 5  # of one file
 
 
 class Checkpoint:
@@ -161,9 +170,13 @@ class Checkpoint:
         Raises:
             CheckpointError: config.json names no architecture that transformers knows.
         """
+        main = self.layout.main
+        layers = main.length if main is not None and len(self.layout.stacks) == 1 else None
+        if problems := depth_problems(self.config, layers, self.tensors):
+            raise CheckpointError([f"{self.reference}: config.json: {problem}" for problem in problems])
         try:
             return transformers_config(self.config)
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, StrictDataclassError) as error:
             message = f"{self.reference}: config.json describes no model we can run: {error}"
             raise CheckpointError(message) from error
 
@@ -183,7 +196,7 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    content: dict[str, Any] = _with_floats(dict(config))
+    content: dict[str, Any] = _with_floats(without_implementations(config))
     return AutoConfig.for_model(**content)
 
 
@@ -277,14 +290,14 @@ def open_checkpoints(
 def _open_model(reference: str, path: Path, allow_pickle: bool) -> Checkpoint:
     if path.is_dir():
         weights = open_weights(find_weights(path), allow_pickle=allow_pickle)
-        config = read_json_object(path / "config.json")
+        config = _read_config(path, weights)
         if (method := said_quantised(config, path)) and not said_quantised(config, None):
             config["quantization_config"] = {"quant_method": method}  # a file beside config.json says it
         return Checkpoint(reference, path, config, weights)
     # By the reference's suffix: a file of the Hub's cache is a link to one without any.
     weights = open_weights(_single_file(path, Path(reference).suffix), allow_pickle=allow_pickle)
     folder = path.parent if path.name == "model.safetensors" and (path.parent / "config.json").is_file() else None
-    config = read_json_object(folder / "config.json") if folder else {}
+    config = _read_config(folder, weights) if folder else {}
     return Checkpoint(reference, folder, config, weights)
 
 
@@ -296,6 +309,17 @@ def _dequantised(model: Checkpoint) -> Checkpoint:
     block = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
     config = {key: value for key, value in model.config.items() if key not in CONFIG_KEYS}
     return model.changed(config=config, weights=DequantisedWeights(model.weights, block))
+
+
+def _read_config(folder: Path, weights: Weights) -> dict[str, Any]:
+    """Reads config.json; what in it cannot be, by itself or beside the weights' dtypes, is refused by its key."""
+    path = folder / "config.json"
+    config = read_json_object(path)
+    problems = config_problems(config)
+    problems += [] if said_quantised(config, folder) else dtype_problems(config, weights.tensors)
+    if problems:
+        raise CheckpointError([f"{path}: {problem}" for problem in problems[:_MOST_PROBLEMS]])
+    return config
 
 
 def _single_file(path: Path, suffix: str) -> WeightFiles:

@@ -34,7 +34,9 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/NAME
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest file of the checkpoint, such as 5GB.")]
-Workers = Annotated[int | None, typer.Option(help="Processes that score candidates, instead of the file's.", min=1)]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes that score candidates, instead of the file's.", min=1, max=1024)
+]
 AcceptEdited = Annotated[bool, typer.Option("--accept-edited", help="Go on with a run's files that were edited.")]
 Candidate = Annotated[int | None, typer.Option("--candidate", help="A candidate's number; default: the winner.")]
 
@@ -42,7 +44,7 @@ Candidate = Annotated[int | None, typer.Option("--candidate", help="A candidate'
 @app.command()
 def run(
     search: Annotated[str, typer.Argument(help="A search.yaml, or a shipped one's name.", show_default=False)],
-    candidates: Annotated[int | None, typer.Option(help="Budget instead of the file's.", min=1)] = None,
+    candidates: Annotated[int | None, typer.Option(help="Budget instead of the file's.", min=1, max=10**7)] = None,
     directory: Annotated[Path | None, typer.Option("--dir", help="Run folder instead of the file's.")] = None,
     workers: Workers = None,
     accept_edited: AcceptEdited = False,
@@ -71,7 +73,9 @@ def run(
 @app.command()
 def resume(
     run: RunFolder,
-    candidates: Annotated[int | None, typer.Option(help="Extend the budget to this many candidates.", min=1)] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="Extend the budget to this many candidates.", min=1, max=10**7)
+    ] = None,
     workers: Workers = None,
     accept_edited: AcceptEdited = False,
 ) -> None:

@@ -33,7 +33,7 @@ _PIECE = 1 << 21  # elements: large enough that handing a piece to a thread cost
 _SENT = 1 << 24  # elements of a block that is sent to a device: 64 MB in float32
 
 
-def find_device(name: str) -> torch.device | None:
+def find_device(name: str, key: str = "--device") -> torch.device | None:
     """Finds the device to compute on; None for the processor, where compiled kernels do the work.
 
     Raises:
@@ -42,9 +42,9 @@ def find_device(name: str) -> torch.device | None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BadInput(f"--device: '{name}' is no device of torch's, such as cpu, cuda or cuda:1") from None
+        raise BadInput(f"{key}: '{name}' is no device of torch's, such as cpu, cuda or cuda:1") from None
     if device.type == "meta":
-        raise BadInput("--device: 'meta' holds no values to compute with")
+        raise BadInput(f"{key}: 'meta' holds no values to compute with")
     if device.type == "cpu":
         return None
     try:
@@ -54,7 +54,7 @@ def find_device(name: str) -> torch.device | None:
         AssertionError,
         NotImplementedError,
     ) as error:  # what torch raises differs from build to build
-        raise BadInput(f"--device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"{key}: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
 

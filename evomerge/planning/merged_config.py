@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.config_values import without_implementations
 from evomerge.checkpoints.dtypes import FLOATS, config_word
 from evomerge.checkpoints.layout import Layout, Stack
 from evomerge.checkpoints.quantised import CONFIG_KEYS
@@ -52,7 +53,7 @@ def merged_config(
         RecipeError: The number of a stack's layers changes and the config does not say where it has it, or it has only
             the number of layers of one kind, which no longer come first.
     """
-    config = copy.deepcopy(dict(checkpoints[reference].config))
+    config = copy.deepcopy(without_implementations(checkpoints[reference].config))
     if not config:
         return config
     for stack, layers in origins.items():

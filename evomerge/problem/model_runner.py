@@ -15,6 +15,7 @@ from torch import Tensor
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.tokenizer import tokenizer_digest
+from evomerge.engine.execute import find_device
 from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, parameter_gradients
 from evomerge.engine.resident import Resident, generation_of
 from evomerge.errors import CandidateError
@@ -94,6 +95,7 @@ class ModelRunner:
 
     def __init__(self, problem: Problem) -> None:
         evaluation = problem.spec.evaluation
+        find_device(evaluation.device, "evaluation.device")
         self._evaluation = evaluation
         self._checkpoints = problem.checkpoints
         self._tasks = problem.tasks

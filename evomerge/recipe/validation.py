@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from evomerge.errors import ErrorCollector, describe, is_number, suggest
+from evomerge.errors import ErrorCollector, describe, is_number, show, suggest
+
+LARGEST = 1e30
+"""The largest magnitude of a number in a recipe: weights are added, and float32 ends at 3.4e38."""
 
 
 def join(path: str, key: str) -> str:
@@ -64,13 +66,13 @@ def text_at(errors: ErrorCollector, path: str, value: Any) -> str | None:
 
 
 def number_at(errors: ErrorCollector, path: str, value: Any) -> float | int | None:
-    """Returns the finite number at a path."""
+    """Returns the number at a path: finite, and so are sums and products of a few of them."""
     if not is_number(value):
         hint = ": remove the quotes" if isinstance(value, str) and _is_numeric(value) else ""
         errors.error(path, f"expected a number, got {describe(value)}{hint}")
         return None
-    if not abs(value) <= sys.float_info.max:
-        errors.error(path, f"expected a finite number, got {value}")
+    if not abs(value) <= LARGEST:
+        errors.error(path, f"expected a finite number, got {show(value)}; {LARGEST:g} is the largest")
         return None
     number: float | int = value
     return number
@@ -85,6 +87,9 @@ def integer_at(errors: ErrorCollector, path: str, value: Any, low: int) -> int |
         return None
     if value < low:
         errors.error(path, f"must be at least {low}, got {value}")
+        return None
+    if value >= 2**63:
+        errors.error(path, f"must be less than 2**63, got {show(value)}")
         return None
     return value
 

@@ -13,6 +13,7 @@ from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.reference import resolve_reference
+from evomerge.engine.execute import find_device
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, TaskError
 from evomerge.evaluation.backends.registry import BackendName
@@ -112,6 +113,7 @@ def evaluate(
         raise BadInput(f"--dtype: '{dtype}' is not one of float32, bfloat16, float16") from None
     generation = _parsed("--gen_kwargs", gen_kwargs)
     template_args = _parsed("--chat_template_args", chat_template_args)
+    find_device(device)
     reference = resolve_reference(model, Path.cwd())
     checkpoint = reconcile({reference: open_checkpoint(reference)}).checkpoints[reference]
     config, chosen = checkpoint.load_config(), cast(BackendName, backend)

@@ -14,6 +14,8 @@ from evomerge.space.space import MethodScope, SearchSpace
 
 T = TypeVar("T")
 
+_MOST_TIMES = 16  # as many layers as the models have
+
 
 def build_space(
     *,
@@ -182,6 +184,11 @@ def _pattern(
     low, high = settings.get("min_layers", layer_count), settings.get("max_layers", layer_count)
     if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high):
         problems.append(f"{where}: 1 <= min_layers <= max_layers; got {low} and {high}")
+    elif high > _MOST_TIMES * layer_count:
+        most = _MOST_TIMES * layer_count
+        problems.append(
+            f"{where}.max_layers: at most {_MOST_TIMES} times the models' {layer_count}: {most}; got {high}"
+        )
     if problems:
         raise SpecError(problems)
     models = tuple(sources) if base is None or "base" in sources else ("base", *sources)

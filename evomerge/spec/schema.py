@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MOST_OBJECTIVES = 6
 """With more, hardly a candidate dominates another, and the volume of a front takes seconds."""
 
+MOST, MOST_CANDIDATES, MOST_WORKERS = 100_000, 10**7, 1024
+"""Upper bounds of what is counted, far above what anybody runs: a slip of the keyboard is told as what it is."""
+
 
 class Section(BaseModel):
     """A part of a search.yaml: frozen, no unknown keys, no infinite numbers."""
@@ -17,11 +20,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Bounded = Annotated[float, Field(ge=-1e9, le=1e9)]
+
+
 class Range(Section):
     """A narrowed gene range; a bound that is left out stays as the methods declare it."""
 
-    low: float | None = None
-    high: float | None = None
+    low: Bounded | None = None
+    high: Bounded | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -48,13 +54,13 @@ class Models(Section):
 class Frankenmerge(Section):
     """Limits of the layer patterns."""
 
-    min_layers: int | None = Field(None, ge=1)
-    max_layers: int | None = Field(None, ge=1)
+    min_layers: int | None = Field(None, ge=1, le=MOST)
+    max_layers: int | None = Field(None, ge=1, le=MOST)
     scale: bool = False
 
 
 ControlPoints = Annotated[
-    dict[Literal["control_points"], Annotated[int, Field(ge=2)]], Field(min_length=1, max_length=1)
+    dict[Literal["control_points"], Annotated[int, Field(ge=2, le=MOST)]], Field(min_length=1, max_length=1)
 ]
 
 
@@ -64,7 +70,7 @@ class Space(Section):
     methods: list[str] = Field(["linear", "task_arithmetic", "ties", "dare_ties"], min_length=1)
     method_scope: Literal["run", "layer_group"] = "run"
     # None: six groups, or as many as the models have layers
-    layer_groups: Annotated[int, Field(ge=1)] | list[int] | Literal["per_layer"] | ControlPoints | None = None
+    layer_groups: Annotated[int, Field(ge=1, le=MOST)] | list[int] | Literal["per_layer"] | ControlPoints | None = None
     tensor_groups: list[Literal["attention", "mlp", "rest"]] | None = None
     genes: dict[str, Range] = {}
     frankenmerge: Frankenmerge = Frankenmerge()
@@ -79,7 +85,7 @@ class Space(Section):
         return groups
 
 
-Part = Annotated[float, Field(gt=0)]
+Part = Annotated[float, Field(gt=0, le=1e9)]
 Size = Literal["layers", "parameters"]
 
 
@@ -107,9 +113,9 @@ class Task(Section):
 
     task: str
     metric: str | None = None
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, ge=1e-9, le=1e9)  # whose sums and quotients are finite
     splits: Splits | None = None
-    num_fewshot: int | None = Field(None, ge=0)
+    num_fewshot: int | None = Field(None, ge=0, le=MOST)
 
 
 class FromModel(Section):
@@ -134,8 +140,8 @@ class Evaluation(Section):
     cache: bool = True
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    batch_tokens: int | None = Field(None, ge=16)  # what suits the device
-    max_length: int | None = Field(None, ge=8)
+    batch_tokens: int | None = Field(None, ge=16, le=2**31)  # what suits the device
+    max_length: int | None = Field(None, ge=8, le=2**31)
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied
     system_instruction: str | None = None
@@ -160,8 +166,8 @@ class Evaluation(Section):
 class Stop(Section):
     """What ends a search before its budget does."""
 
-    hours: float | None = Field(None, gt=0)
-    stale_generations: int | None = Field(None, ge=1)
+    hours: float | None = Field(None, gt=0, le=1e6)
+    stale_generations: int | None = Field(None, ge=1, le=MOST_CANDIDATES)
     fitness: float | None = None
 
 
@@ -171,14 +177,14 @@ class Search(Section):
     algorithm: str = "ga"
     mode: Literal["generational", "asynchronous"] = "generational"
     options: dict[str, Any] = {}
-    population: int | None = Field(None, ge=2)  # None: what suits the algorithm
-    candidates: int = Field(100, ge=1)
+    population: int | None = Field(None, ge=2, le=MOST)  # None: what suits the algorithm
+    candidates: int = Field(100, ge=1, le=MOST_CANDIDATES)
     objectives: Literal["mean", "pareto"] = "mean"
     also_minimize: list[Size] = []
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     baseline: Literal["random"] | None = None
     stop: Stop = Stop()
-    finalists: int = Field(8, ge=1)
+    finalists: int = Field(8, ge=1, le=MOST)
     warm_start: str | list[str] | None = None
 
     @property
@@ -192,9 +198,9 @@ class Run(Section):
 
     dir: str | None = None
     executor: Literal["local"] = "local"
-    workers: int = Field(1, ge=1)  # processes that score candidates; 1: this one
+    workers: int = Field(1, ge=1, le=MOST_WORKERS)  # processes that score candidates; 1: this one
     storage: str | None = None
-    keep: int = Field(1, ge=0)
+    keep: int = Field(1, ge=0, le=MOST)
 
 
 class SearchSpec(Section):

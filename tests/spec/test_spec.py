@@ -344,3 +344,22 @@ def test_an_algorithm_of_whole_generations_is_not_asynchronous(monkeypatch: pyte
     (problem,) = _problems(search__algorithm="whole", search__mode="asynchronous")
     assert "search.mode: whole learns from whole generations and cannot be asynchronous; these can: ga, " in problem
     assert parse_spec(changed(MINIMAL, {"search__mode": "asynchronous"})).search.mode == "asynchronous"
+
+
+NUMBERS = [
+    *("search.candidates", "search.population", "search.seed", "search.finalists", "search.stop.hours"),
+    *("search.stop.stale_generations", "run.workers", "run.keep", "evaluation.batch_tokens", "evaluation.max_length"),
+    *("space.layer_groups", "space.frankenmerge.max_layers", "evaluation.splits.search"),
+]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_is_without_a_bound(key: str) -> None:
+    problems = _problems(**{key.replace(".", "__"): 10**30})
+    assert any(key in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("weight", [1e308, 1e-320, float("inf"), 10**400])
+def test_task_weights_have_finite_sums(weight: float) -> None:
+    problems = _problems(evaluation__tasks=[{"task": "t", "weight": weight}, {"task": "u", "weight": weight}])
+    assert any("evaluation.tasks.0.weight" in problem for problem in problems)
