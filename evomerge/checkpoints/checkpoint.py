@@ -316,7 +316,8 @@ def _read_config(folder: Path, weights: Weights) -> dict[str, Any]:
     path = folder / "config.json"
     config = read_json_object(path)
     problems = config_problems(config)
-    problems += [] if said_quantised(config, folder) else dtype_problems(config, weights.tensors)
+    if not (said_quantised(config, folder) or quantised_tensors(weights.tensors)):
+        problems += dtype_problems(config, weights.tensors)
     if problems:
         raise CheckpointError([f"{path}: {problem}" for problem in problems[:_MOST_PROBLEMS]])
     return config
