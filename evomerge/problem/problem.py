@@ -14,7 +14,7 @@ import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.matching.compatible import open_compatible
-from evomerge.errors import ErrorCollector, SpecError, TaskError
+from evomerge.errors import ErrorCollector, SpecError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection, split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, groups_as_tasks
 from evomerge.evaluation.tasks.requests import read_template
@@ -283,9 +283,6 @@ def _draw_splits(spec: SearchSpec, task_set: TaskSet) -> dict[str, Selection]:
             name: [k for k, item in enumerate(ids) if item.removeprefix(f"{guard}::") not in choosing]
             for name, ids in own.items()
         }
-        if steering := sorted(name for name, chosen in free.items() if not chosen):
-            listed = ", ".join(steering)
-            raise TaskError(f"guard {guard!r}: all items of {listed} steer or choose, so none is left to guard with")
         guarded |= _draw_guard(own, free, _sizes(evaluation.splits)[TEST], spec.search.seed)
     return {**drawn, GUARD: guarded}
 

@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -201,7 +202,9 @@ def _corpus_error(name: str, aggregate: Callable[[Any], Any], rows: Rows, draws:
         return float(own(given))
     draws = min(draws, 100) if name.partition(",")[0] in _FEWER_DRAWS else draws
     chance = random.Random(0)
-    return statistics.stdev(float(aggregate(chance.choices(given, k=len(given)))) for _ in range(draws))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of samples with one label alone
+        return statistics.stdev(float(aggregate(chance.choices(given, k=len(given)))) for _ in range(draws))
 
 
 def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> Smooth:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def write_lm_eval_files(
     from lm_eval.loggers import EvaluationTracker
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval's bootstrap forks a pool
-    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of bootstrap samples with one label alone
         values = {name: _values(task_set.tasks[name], *answer) for name, answer in answered.items()}
         whole = _process_results(values, {group.name: group for group in task_set.groups}, draws)
         logged = dict(whole.samples)
