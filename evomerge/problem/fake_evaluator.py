@@ -23,6 +23,7 @@ from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Scores
 from evomerge.planning.operation import Operation
 from evomerge.planning.plan import Plan, make_plan
+from evomerge.planning.vocabulary.align import Aligned
 from evomerge.problem.problem import Problem, assemble
 from evomerge.recipe import parse_recipe
 from evomerge.spec.schema import SearchSpec
@@ -42,7 +43,7 @@ def fake_problem(spec: SearchSpec, threads: int | None = None) -> Problem:
 
     Every model is a small Llama whose weights do not exist; every task has `ITEMS` items and the metric asked for.
     """
-    return assemble(spec, _models, _tasks, lambda model: None, threads or 1)
+    return assemble(spec, _models, _tasks, lambda aligned, reference: None, threads or 1)
 
 
 class FakeRunner:
@@ -136,10 +137,10 @@ def _generator(*names: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest_bytes("\0".join(names), size=8)))
 
 
-def _models(spec: SearchSpec) -> dict[str, Checkpoint]:
+def _models(spec: SearchSpec) -> Aligned:
     references = [*([spec.models.base] if spec.models.base else []), *spec.models.sources.values()]
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": LAYERS}
-    return {reference: Checkpoint(reference, None, config, _weights(reference)) for reference in references}
+    return Aligned({reference: Checkpoint(reference, None, config, _weights(reference)) for reference in references})
 
 
 def _weights(reference: str) -> UnwrittenWeights:

@@ -98,6 +98,7 @@ class ModelRunner:
         find_device(evaluation.device, "evaluation.device")
         self._evaluation = evaluation
         self._checkpoints = problem.checkpoints
+        self._merged_tokenizer = problem.merged_tokenizer
         self._tasks = problem.tasks
         self._tokenizer = problem.tokenizer
         self._threads = problem.threads
@@ -136,7 +137,7 @@ class ModelRunner:
         Raises:
             RecipeError: When it is not possible.
         """
-        return make_plan(parse_recipe(recipe, where="candidate"), self._checkpoints)
+        return make_plan(parse_recipe(recipe, where="candidate"), self._checkpoints, self._merged_tokenizer)
 
     def materialise(self, plan: Plan) -> Any:
         """Makes the live model be the plan's result, and returns it; it lasts until the next call.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import platform
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,18 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.checkpoints.matching.compatible import open_compatible
-from evomerge.errors import ErrorCollector, SpecError
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.matching.compatible import check_compatible, not_finite
+from evomerge.checkpoints.tokenizer import read_tokenizer
+from evomerge.errors import CheckpointError, ErrorCollector, SpecError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection, split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, groups_as_tasks
 from evomerge.evaluation.tasks.requests import read_template
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Fitness
 from evomerge.objective.goals import reported_goals, smooth_goals
+from evomerge.planning.vocabulary.align import Aligned, align_for_search, tokenizer_keys
+from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import SearchSpec, Splits
@@ -40,8 +44,10 @@ class Problem:
         space: The search space.
         reported: The goals on the raw scale, by the metrics that are reported.
         steering: The same goals by the metrics that steer: the smooth ones where the specification wants them.
-        tokenizer: Of the reference model.
+        tokenizer: Of every candidate: the reference model's, or the merged one.
         threads: Of the machine, for the run: what is rounded by their number is rounded by this one in every worker.
+        merged_tokenizer: What is written beside the weights under `models.tokenizer`; None for the reference's files.
+        notes: What was odd but possible about the models.
     """
 
     spec: SearchSpec
@@ -53,6 +59,8 @@ class Problem:
     steering: Fitness
     tokenizer: Any
     threads: int
+    merged_tokenizer: WrittenTokenizer | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -80,29 +88,30 @@ def open_problem(spec: SearchSpec, threads: int | None = None) -> Problem:
 
 def assemble(
     spec: SearchSpec,
-    open_models: Callable[[SearchSpec], dict[str, Checkpoint]],
+    open_models: Callable[[SearchSpec], Aligned],
     find_tasks: Callable[[SearchSpec], TaskSet],
-    load_tokenizer: Callable[[Checkpoint], Any],
+    load_tokenizer: Callable[[Aligned, str], Any],
     threads: int,
 ) -> Problem:
     """Makes a problem of a specification's models and tasks.
 
     Args:
         spec: The specification.
-        open_models: Opens the models it names, by reference.
+        open_models: Opens the models it names, with one vocabulary.
         find_tasks: Finds the tasks it names.
-        load_tokenizer: Loads the tokenizer of the reference model.
+        load_tokenizer: Loads the tokenizer of the models, or of the one with a reference.
         threads: Of the run.
 
     Raises:
         BadInput: With everything that is wrong with models, tasks, goals and space.
     """
     with ErrorCollector() as steps:  # a wrong model and a wrong metric are reported in one go
-        checkpoints: dict[str, Checkpoint] = steps.attempt(open_models, spec)
+        models: Aligned = steps.attempt(open_models, spec)
         task_set: TaskSet = steps.attempt(find_tasks, spec)
         reported: Fitness = steps.attempt(_reported, spec, task_set)
         steering: Fitness = steps.attempt(_steering, spec, task_set, reported)
-        space: SearchSpace = steps.attempt(make_space, spec, checkpoints)
+        space: SearchSpace = steps.attempt(_space_of, spec, models)
+    checkpoints = models.checkpoints
     return Problem(
         spec=spec,
         checkpoints=checkpoints,
@@ -111,9 +120,15 @@ def assemble(
         space=space,
         reported=reported,
         steering=steering,
-        tokenizer=_with_template(load_tokenizer(checkpoints[reference_of(spec)]), spec, checkpoints),
+        tokenizer=_with_template(load_tokenizer(models, reference_of(spec)), spec, checkpoints),
         threads=threads,
+        merged_tokenizer=models.tokenizer,
+        notes=models.warnings,
     )
+
+
+def _space_of(spec: SearchSpec, models: Aligned) -> SearchSpace:
+    return make_space(spec, models.checkpoints)
 
 
 def reference_of(spec: SearchSpec) -> str:
@@ -178,6 +193,7 @@ def make_space(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint], *, outer
         gene_overrides={name: gene.model_dump() for name, gene in space.genes.items()},
         frankenmerge=limits,
         recipe_seed=spec.search.seed,
+        tokenizer=tokenizer_keys(source, checkpoints) if (source := spec.models.tokenizer_source) else None,
     )
 
 
@@ -198,12 +214,28 @@ def tensor_group_filters(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return filters
 
 
-def _open_models(spec: SearchSpec) -> dict[str, Checkpoint]:
-    return open_compatible(spec.models.base, spec.models.sources)
+def _open_models(spec: SearchSpec) -> Aligned:
+    """The models with one naming and one vocabulary, every problem of every model collected."""
+    models = spec.models
+    opened = open_checkpoints([*([models.base] if models.base else []), *models.sources.values()])
+    problems = [problem for checkpoint in opened.values() for problem in not_finite(checkpoint)]
+    aligned = align_for_search(models.base, models.sources.values(), opened, models.tokenizer_source)
+    named = {name: aligned.checkpoints[reference] for name, reference in models.sources.items()}
+    problems += check_compatible(aligned.checkpoints[models.base] if models.base else None, named)
+    if problems:
+        raise CheckpointError(problems)
+    return aligned
 
 
-def _load_tokenizer(model: Checkpoint) -> Any:
-    return model.load_tokenizer().loaded
+def _load_tokenizer(models: Aligned, reference: str) -> Any:
+    if models.tokenizer is None:
+        return models.checkpoints[reference].load_tokenizer().loaded
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as name:
+        for file, content in models.tokenizer.files.items():
+            path = Path(name, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return read_tokenizer(reference, Path(name)).loaded
 
 
 def _with_template(tokenizer: Any, spec: SearchSpec, checkpoints: Mapping[str, Checkpoint]) -> Any:

@@ -65,11 +65,13 @@ class TokenizerBlock:
         source: ``union``, ``base``, or a model.
         tokens: (token, rule), in the order of the recipe.
         pad_to_multiple_of: Round the vocabulary up to a multiple of this.
+        models: Whose tokens count, in this order, merged or not; () for the merged models'.
     """
 
     source: str = "union"
     tokens: tuple[tuple[str, TokenRule], ...] = ()
     pad_to_multiple_of: int | None = None
+    models: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, Any]:
         """Returns the block as in YAML."""
@@ -78,6 +80,8 @@ class TokenizerBlock:
             mapping["tokens"] = {token: rule.to_mapping() for token, rule in self.tokens}
         if self.pad_to_multiple_of is not None:
             mapping["pad_to_multiple_of"] = self.pad_to_multiple_of
+        if self.models:
+            mapping["models"] = list(self.models)
         return mapping
 
 
@@ -226,8 +230,12 @@ class Recipe:
     def external_models(self) -> tuple[str, ...]:
         """Returns every model that has to be there before anything is merged: those of all steps, no step's result."""
         made = {step.name for step in self.steps}
-        every = [reference for document in self.documents for reference in document.models()]
+        every = [reference for document in self.documents for reference in document.opened()]
         return tuple(dict.fromkeys(reference for reference in every if reference.partition("+")[0] not in made))
+
+    def opened(self) -> tuple[str, ...]:
+        """Returns every model that is opened for this merge: `models`, and those whose tokens alone count."""
+        return tuple(dict.fromkeys([*self.models(), *(self.tokenizer.models if self.tokenizer else ())]))
 
     @property
     def documents(self) -> tuple[Recipe, ...]:

@@ -171,7 +171,7 @@ def _refuse_unknown(recipes: Sequence[Recipe], named: Mapping[str, Recipe], wher
 
 def references(recipe: Recipe) -> Iterator[str]:
     """Lists every model that one document mentions: for its weights, or for its tokenizer."""
-    yield from recipe.models()
+    yield from recipe.opened()
     sources = [recipe.tokenizer_source, recipe.tokenizer.source if recipe.tokenizer else None]
     for source in sources:
         if source is not None and source not in NO_MODEL:
@@ -257,7 +257,8 @@ def _tokenizer_model(text: str, resolved: Callable[[str], str]) -> str:
 
 def _tokenizer(block: TokenizerBlock, resolved: Callable[[str], str]) -> TokenizerBlock:
     tokens = tuple((token, _rule(rule, resolved)) for token, rule in block.tokens)
-    return replace(block, source=_tokenizer_model(block.source, resolved), tokens=tokens)
+    models = tuple(resolved(model) for model in block.models)
+    return replace(block, source=_tokenizer_model(block.source, resolved), tokens=tokens, models=models)
 
 
 def _rule(rule: TokenRule, resolved: Callable[[str], str]) -> TokenRule:

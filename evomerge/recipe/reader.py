@@ -309,13 +309,16 @@ def tokenizer_at(errors: ErrorCollector, path: str, value: Any) -> TokenizerBloc
     """Returns the whole block; None when not given."""
     if value is None:
         return None
-    fields = mapping_at(errors, path, value, ("source", "tokens", "pad_to_multiple_of"))
+    fields = mapping_at(errors, path, value, ("source", "tokens", "pad_to_multiple_of", "models"))
     source = tokenizer_source_at(errors, join(path, "source"), fields.get("source", "union"))
     pad = None
     if "pad_to_multiple_of" in fields:
         pad = integer_at(errors, join(path, "pad_to_multiple_of"), fields["pad_to_multiple_of"], 1)
     tokens = _tokens(errors, join(path, "tokens"), fields.get("tokens", {}))
-    return TokenizerBlock(source or "union", tokens, pad)
+    path = join(path, "models")
+    given = list_at(errors, path, fields["models"]) if "models" in fields else []
+    models = [reference_at(errors, f"{path}[{i}]", model) for i, model in enumerate(given)]
+    return TokenizerBlock(source or "union", tokens, pad, tuple(model for model in models if model is not None))
 
 
 def _tokens(errors: ErrorCollector, path: str, value: Any) -> tuple[tuple[str, TokenRule], ...]:

@@ -21,6 +21,7 @@ from evomerge.engine.to_disk import refuse_inputs
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import Input
+from evomerge.planning.vocabulary.align import align_for_search
 from evomerge.report.model_card import licences
 from evomerge.report.tables import table
 from evomerge.run.preflight import parse_search
@@ -30,6 +31,7 @@ from evomerge.system.yaml import read_yaml, write_yaml
 _LOOK_AT = 50_000_000  # elements of each model: enough for three digits, and seconds for any model
 _CLEARLY = 0.9  # an ancestor is this much nearer to the others, all in all, than any of them is
 _EVERYWHERE = ("linear", "task_arithmetic", "ties", "dare_ties")
+_TOKENIZER = "; tokenizer: whose tokens and chat template merges have (union, base, NAME)"
 _TASKS = ("arc_easy", "hellaswag")
 
 
@@ -76,13 +78,13 @@ def init_search(
         raise BadInput(f"{out}: is there already: choose another name with --output, or --overwrite it")
     given = [*([base] if base else []), *references]
     stored = open_checkpoints(resolve_reference(reference, Path.cwd()) for reference in given)
-    opened = reconcile(stored).checkpoints
-    if len(opened) < 2:
-        raise BadInput(f"init: give at least two models, the base included, got {len(opened)}")
-    _refuse(opened)
-    geometry = measure(opened)
-    origin = ancestor(geometry) if base is None else next(iter(opened))
-    text = search_yaml(opened, origin, out, tasks)
+    if len(stored) < 2:
+        raise BadInput(f"init: give at least two models, the base included, got {len(stored)}")
+    geometry = measure(reconcile(stored).checkpoints)
+    origin = ancestor(geometry) if base is None else next(iter(stored))
+    tokenizer = tokenizer_source(stored, origin)
+    opened = _checked(stored, origin, tokenizer)
+    text = search_yaml(opened, origin, out, tasks, tokenizer)
     parse_search(read_yaml(text, str(out), BadInput), where=str(out), beside=out.resolve().parent)
     refuse_inputs(out, stored)
     write_atomic(out, text)
@@ -91,18 +93,40 @@ def init_search(
     )
 
 
-def _refuse(opened: Mapping[str, Checkpoint]) -> None:
-    """Raises CheckpointError with every reason why the models cannot be merged."""
-    problems = [problem for model in opened.values() for problem in not_finite(model)]
+def _checked(stored: Mapping[str, Checkpoint], base: str | None, tokenizer: str | None) -> Mapping[str, Checkpoint]:
+    """The models as a search will have them; raises CheckpointError with every reason why they cannot be merged."""
+    problems = [problem for model in stored.values() for problem in not_finite(model)]
+    opened = align_for_search(base, [model for model in stored if model != base], stored, tokenizer).checkpoints
     problems += check_compatible(None, opened)
     if problems:
         raise CheckpointError(problems)
+    return opened
+
+
+def tokenizer_source(opened: Mapping[str, Checkpoint], base: str | None) -> str | None:
+    """Chooses whose tokens merges have: union, base, or a model; None where one vocabulary and template serve all.
+
+    A base without a chat template would take that of its instruct models away, and their stop tokens with it.
+    """
+    reference = base or next(iter(opened))
+    tables = {model: checkpoint.layout.embedding for model, checkpoint in opened.items()}
+    rows = {opened[model].tensors[table].shape[0] for model, table in tables.items() if table is not None}
+    spoken = [model for model, checkpoint in opened.items() if checkpoint.has_chat_template]
+    silent = bool(spoken) and not opened[reference].has_chat_template
+    if (len(rows) < 2 and not silent) or not all(checkpoint.tokenizer_files for checkpoint in opened.values()):
+        return None
+    tokens = {model: set(checkpoint.load_tokenizer().tokens) for model, checkpoint in opened.items()}
+    every = set().union(*tokens.values())
+    complete = [model for model in (spoken if silent else [reference]) if tokens[model] == every]
+    if not complete:
+        return "union"
+    return "base" if complete[0] == reference else complete[0]
 
 
 def measure(opened: Mapping[str, Checkpoint]) -> Geometry:
     """Distances between models, over tensors drawn evenly from the list of all of them."""
     first = next(iter(opened.values()))
-    names = [name for name, info in first.tensors.items() if info.dtype in FLOATS]
+    names = [name for name, info in first.tensors.items() if info.dtype in FLOATS and _in_all(name, opened)]
     total = sum(first.tensors[name].numel for name in names)
     chosen = names[:: max(1, math.ceil(total / _LOOK_AT))] if names else []
     store = StatisticsStore(opened)
@@ -117,6 +141,11 @@ def measure(opened: Mapping[str, Checkpoint]) -> Geometry:
         distances[left, right] = distances[right, left] = math.sqrt(math.fsum(squares))
     looked_at = sum(first.tensors[name].numel for name in chosen)
     return Geometry(norms, distances, looked_at / total if total else 1.0)
+
+
+def _in_all(name: str, opened: Mapping[str, Checkpoint]) -> bool:
+    """Says whether every model has a tensor in one shape: embeddings of other vocabularies are not compared."""
+    return len({model.tensors[name].shape if name in model.tensors else None for model in opened.values()}) == 1
 
 
 def ancestor(geometry: Geometry) -> str | None:
@@ -177,18 +206,23 @@ def _row(name: str, model: Checkpoint, base: str | None, geometry: Geometry) -> 
     return row
 
 
-def search_yaml(opened: Mapping[str, Checkpoint], base: str | None, out: Path, tasks: Sequence[str]) -> str:
+def search_yaml(
+    opened: Mapping[str, Checkpoint], base: str | None, out: Path, tasks: Sequence[str], tokenizer: str | None = None
+) -> str:
     """Writes the text of a search.yaml for these models, with a word on what to choose."""
     sources = _source_names([model for model in opened if model != base])
     where = out.resolve().parent
-    models = {"base": _written(base, where)} if base else {}
+    models: dict[str, Any] = {"base": _written(base, where)} if base else {}
+    models["sources"] = {name: _written(model, where) for name, model in sources.items()}
+    if tokenizer is not None:
+        models["tokenizer"] = {model: name for name, model in sources.items()}.get(tokenizer, tokenizer)
     layers = next(iter(opened.values())).layout.layer_count if next(iter(opened.values())).layout.main else 1
     stored = {info.dtype for model in opened.values() for info in model.tensors.values()}
     methods = [name for name in _EVERYWHERE if base or not METHODS[name].base_needed({})]
     space = {"methods": methods, "layer_groups": max(1, min(6, layers))}
     parts: list[dict[str, Any]] = [
         {"name": out.name.removesuffix(".yaml").removesuffix(".yml")},
-        {"models": models | {"sources": {name: _written(model, where) for name, model in sources.items()}}},
+        {"models": models},
         {"space": space},
         {
             "evaluation": {
@@ -200,7 +234,8 @@ def search_yaml(opened: Mapping[str, Checkpoint], base: str | None, out: Path, t
         {"search": {"algorithm": "ga", "candidates": 200, "seed": 0}},
     ]
     remarks = {
-        "models": "the common ancestor, and what to merge" if base else "no base: methods on deltas need one",
+        "models": ("the common ancestor, and what to merge" if base else "no base: methods on deltas need one")
+        + (_TOKENIZER if tokenizer else ""),
         "space": "`evomerge methods` lists the methods; layer_groups: genes for each part of the layers\n"
         "# (6, [4, 12], per_layer), or {control_points: 4} for genes that run smoothly over the depth",
         "evaluation": "lm-eval tasks by name, or your own with include_path: choose what the merge should be good at",

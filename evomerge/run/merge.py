@@ -154,7 +154,7 @@ def step_results(
 
 def _references_to(step: Recipe, recipe: Recipe) -> list[str]:
     """How other documents mention the result of a step: its name, or its name with an adapter."""
-    every = dict.fromkeys(reference for document in recipe.documents for reference in document.models())
+    every = dict.fromkeys(reference for document in recipe.documents for reference in document.opened())
     return [reference for reference in every if reference.partition("+")[0] == step.name]
 
 
@@ -207,9 +207,9 @@ def plan_documents(
     """
     opened, plans = dict(checkpoints), []
     for document in recipe.documents:
-        if any(reference not in opened for reference in document.models()):  # a step with an adapter
+        if any(reference not in opened for reference in document.opened()):  # a step with an adapter
             break
-        if (document.tokenizer_source or document.tokenizer) and set(document.models()) - set(checkpoints):
+        if (document.tokenizer_source or document.tokenizer) and set(document.opened()) - set(checkpoints):
             break
         try:
             plan, aligned, notes = align_and_plan(

@@ -75,9 +75,16 @@ def check_models(problem: Problem, runner: ModelRunner) -> list[str]:
     opened = {name: problem.checkpoints[reference] for name, reference in references.items()}
     warnings = check_items(runner.evaluator, problem.splits)
     check_metrics(problem, runner.evaluator)
+    lost: list[str] = []
+    if problem.merged_tokenizer is None:
+        lost = [
+            *lost_templates(opened, problem.reference_model),
+            *stop_tokens(opened, problem.reference_model, _stop_strings(problem)),
+        ]
     return [
+        *problem.notes,
         *warnings,
-        *stop_tokens(opened, problem.reference_model, _stop_strings(problem)),
+        *lost,
         *read_texts(runner, references, problem.spec.evaluation.dtype),
     ]
 
@@ -194,6 +201,17 @@ def text_loss(model: Any, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             count += len(row) - 1
     return (total / count if count else 0.0), guessing
+
+
+def lost_templates(models: Mapping[str, Checkpoint], reference: Checkpoint) -> list[str]:
+    """Says whose chat templates merges do not take over, where the reference model has none."""
+    others = [name for name, model in models.items() if model.has_chat_template]
+    if reference.has_chat_template or not others:
+        return []
+    return [
+        f"{', '.join(others)}: has a chat template, which merges do not get, because their files are those of "
+        f"{reference.reference}, which has none: 'models.tokenizer: {others[0]}' keeps its template, tokens and stops"
+    ]
 
 
 def stop_tokens(models: Mapping[str, Checkpoint], reference: Checkpoint, until: Sequence[str] = ()) -> list[str]:

@@ -116,8 +116,9 @@ def _recipe(
 ) -> dict[str, Any]:
     """A recipe of whole models, without slices; parameters at their recipe default are left out."""
     data: dict[str, Any] = {"merge_method": method.name}
-    if space.needs_base(method):
+    if space.base is not None and (space.tokenizer or space.needs_base(method)):
         data["base_model"] = space.base
+    data |= space.tokenizer
     data["models"] = [
         {"model": reference, "parameters": dict(own)} if own else {"model": reference}
         for reference, own in sources.items()

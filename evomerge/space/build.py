@@ -32,6 +32,7 @@ def build_space(
     frankenmerge: Mapping[str, Any] | None = None,
     recipe_seed: int = 0,
     dtype: str | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
     registry: Mapping[str, Method] = METHODS,
 ) -> SearchSpace:
     """Builds the search space of a search.yaml and its models' layout.
@@ -51,6 +52,7 @@ def build_space(
         frankenmerge: {min_layers, max_layers, scale}.
         recipe_seed: Seed of the stochastic methods.
         dtype: Output dtype of the recipes.
+        tokenizer: What every recipe says of its tokenizer.
         registry: Known methods.
 
     Raises:
@@ -90,6 +92,7 @@ def build_space(
         registry=registry,
         extra=genes.enabled_parameters(chosen, overrides),
         smooth=smooth,
+        tokenizer=dict(tokenizer or {}),
     )
 
 

@@ -155,8 +155,9 @@ class _Part:
 def _recipe(space: SearchSpace, methods: Sequence[Method], slices: Sequence[_Slice]) -> RecipeMapping:
     """The recipe around its slices: the method (per slice where they differ), base, constants, dtype, seed."""
     recipe: RecipeMapping = {"merge_method": methods[0].name}
-    if space.base is not None and any(space.needs_base(method) for method in methods):
+    if space.base is not None and (space.tokenizer or any(space.needs_base(method) for method in methods)):
         recipe["base_model"] = space.base
+    recipe |= space.tokenizer
     recipe["slices"] = [piece.mapping for piece in slices]
     constants = space.constants[methods[0].name] if _same(methods) else {}
     if constants:

@@ -41,6 +41,7 @@ class SearchSpace:
         extra: Parameters that are searched only because the search.yaml gives them a range.
         smooth: The genes of ``g0``, ``g1``, ... are values at control points, evenly spaced from the first layer to the
             last, between which every layer's value is interpolated.
+        tokenizer: What every recipe says of its tokenizer; {} where the models have one vocabulary.
     """
 
     base: str | None
@@ -59,6 +60,7 @@ class SearchSpace:
     registry: Mapping[str, Method] = field(repr=False)
     extra: frozenset[str] = frozenset()
     smooth: bool = False
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def layer_count(self) -> int:

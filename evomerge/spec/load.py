@@ -63,6 +63,7 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
     models = Models(
         base=None if spec.models.base is None else resolve_reference(spec.models.base, beside),
         sources={name: resolve_reference(ref, beside) for name, ref in spec.models.sources.items()},
+        tokenizer=spec.models.tokenizer,
     )
     problems, include = [], []
     for text in spec.evaluation.include_paths:
@@ -119,6 +120,10 @@ def _problems(spec: SearchSpec) -> list[str]:
     for name in spec.space.methods:
         if name not in names:
             problems.append(f"space.methods: no method '{name}'{suggest(name, names)}")
+    tokenizers = ("union", "base", *spec.models.sources)
+    if spec.models.tokenizer not in (None, *tokenizers):
+        hint = suggest(str(spec.models.tokenizer), tokenizers) or f": choose one of {', '.join(tokenizers)}"
+        problems.append(f"models.tokenizer: no source is called '{spec.models.tokenizer}'{hint}")
     tasks = [task.task for task in spec.evaluation.tasks]
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in tasks if tasks.count(n) > 1})]
     problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in tasks]

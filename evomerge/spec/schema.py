@@ -37,10 +37,16 @@ class Range(Section):
 
 
 class Models(Section):
-    """The base model and the named sources, as references."""
+    """The base model and the named sources, as references; whose tokens the merged vocabulary has."""
 
     base: str | None = None
     sources: dict[str, str] = Field(min_length=1)
+    tokenizer: str | None = None  # union, base or a source's name; None: the models have one vocabulary
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """The same as a recipe says it: union, base, or a reference."""
+        return None if self.tokenizer is None else self.sources.get(self.tokenizer, self.tokenizer)
 
     @field_validator("sources")
     @classmethod

@@ -5,40 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import TensorInfo, name_some, shape_text
 from evomerge.checkpoints.layout import vocabulary_tensors
 from evomerge.checkpoints.matching.configs import other_heads
-from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.checkpoints.quantised import can_dequantise, quantised_tensors, said_quantised
-from evomerge.errors import CheckpointError
 
 _PARTS = 3  # of their own, that a message says what to do about
 
 # What a class adds to a family's name: LlamaModel, LlamaForCausalLM, GPT2LMHeadModel, CLIPTextModel.
 _TASK = re.compile(r"(For[A-Z]\w*|(LMHead|Encoder|Text|Vision)?Model)$")
-
-
-def open_compatible(base: str | None, sources: Mapping[str, str]) -> dict[str, Checkpoint]:
-    """Opens the models of a merge and checks that they can be merged.
-
-    Args:
-        base: Reference of the base; None without one.
-        sources: References of the models to merge, by the names that messages use.
-
-    Returns:
-        The open models by reference, the base first.
-
-    Raises:
-        CheckpointError: With every problem of every model.
-    """
-    opened = dict(reconcile(open_checkpoints([*([base] if base else []), *sources.values()])).checkpoints)
-    problems = [problem for checkpoint in opened.values() for problem in not_finite(checkpoint)]
-    named = {name: opened[reference] for name, reference in sources.items()}
-    problems += check_compatible(opened[base] if base else None, named)
-    if problems:
-        raise CheckpointError(problems)
-    return opened
 
 
 def not_finite(checkpoint: Checkpoint) -> list[str]:
@@ -171,7 +147,8 @@ def _shapes(reference_name: str, reference: Checkpoint, name: str, model: Checkp
     if vocabulary:
         rows = [one.tensors[vocabulary[0]].shape[0] for one in (reference, model)]
         problems.append(
-            f"{name}: another vocabulary: {reference_name} {rows[0]} rows, {name} {rows[1]} ({', '.join(vocabulary)})"
+            f"{name}: another vocabulary: {reference_name} {rows[0]} rows, {name} {rows[1]} ({', '.join(vocabulary)}); "
+            "tokenizer_source: union in a recipe, models.tokenizer: union in a search, matches rows by token"
         )
     if others:
         fitting = set(shared) - set(different)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, generation_defaults, stop_ids
 from evomerge.checkpoints.header import name_some, shape_text
@@ -32,7 +32,7 @@ from evomerge.planning.vocabulary.conversation import lost_stops, lost_stops_tex
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer, files_of, fitting_ids, with_chat_template
 from evomerge.planning.vocabulary.merged_vocabulary import Vocabulary, output_vocabulary, shortened
 from evomerge.planning.vocabulary.row_maps import RowMaps, Vocabularies, map_rows
-from evomerge.recipe import Recipe, TokenizerBlock
+from evomerge.recipe import Recipe, Source, TokenizerBlock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,13 @@ class Aligned:
     tokens: Mapping[str, int] | None = None
 
 
-def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, truncate_vocabulary: bool = False) -> Aligned:
+def align(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    truncate_vocabulary: bool = False,
+    keep_tables: bool = False,
+) -> Aligned:
     """Gives the models of a recipe one naming and one vocabulary.
 
     Args:
@@ -70,15 +76,18 @@ def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, truncate_voc
         checkpoints: Open checkpoints by reference.
         truncate_vocabulary: Cut vocabularies of different sizes to the smallest where the recipe has no tokenizer
             source; they are refused otherwise.
+        keep_tables: Keep embeddings and heads with the merged rows in memory once they are computed.
 
     Raises:
         RecipeError: What the recipe says of tokens, tokenizers or the chat template cannot be carried out.
         CheckpointError: A tokenizer is missing or cannot be used, or the models' rows cannot be told or matched.
     """
     sliced = any(part.length is not None for part in recipe.parts)
-    given = {reference: checkpoints[reference] for reference in recipe.models()}
+    listed = recipe.tokenizer.models if recipe.tokenizer else ()
+    given = {reference: checkpoints[reference] for reference in dict.fromkeys([*listed, *recipe.models()])}
     reconciled = reconcile(
         given,
+        recipe.models()[0],
         layers_move=sliced,
         separate=lambda models: separate(recipe, models),
         apart=lambda name: any(is_meant(pattern, name) for pattern, _ in recipe.take_from),
@@ -89,12 +98,49 @@ def align(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], *, truncate_voc
     if block is None:
         aligned = _by_row(recipe, models, tokenizers, truncate_vocabulary)
     else:
-        aligned = _by_token(recipe, block, models, tokenizers)
+        aligned = _by_token(recipe, block, models, tokenizers, keep_tables)
     if recipe.chat_template is not None:
         aligned = _with_template(recipe, recipe.chat_template, aligned, tokenizers)
     lost = _lost(recipe, models, aligned, tokenizers)
     every = {**checkpoints, **aligned.checkpoints}
     return replace(aligned, checkpoints=every, warnings=(*reconciled.notes, *aligned.warnings, *lost))
+
+
+def align_for_search(
+    base: str | None, sources: Iterable[str], checkpoints: Mapping[str, Checkpoint], tokenizer_source: str | None
+) -> Aligned:
+    """Gives the models of a search one naming and one vocabulary, once for all of its candidates.
+
+    Args:
+        base: Reference of the base; None without one.
+        sources: References of the sources, in order.
+        checkpoints: Open checkpoints by reference.
+        tokenizer_source: As in a recipe; None leaves the vocabularies as they are.
+
+    Raises:
+        RecipeError, CheckpointError: As `align`.
+    """
+    if tokenizer_source is None:
+        reconciled = reconcile(checkpoints, base)
+        return Aligned(reconciled.checkpoints, warnings=reconciled.notes)
+    recipe = Recipe(
+        "linear",
+        base_model=base,
+        sources=tuple(Source(source) for source in sources),
+        tokenizer=TokenizerBlock(tokenizer_source, models=tuple(checkpoints)),
+        chat_template=tokenizer_keys(tokenizer_source, checkpoints).get("chat_template"),
+    )
+    return align(recipe, checkpoints, keep_tables=True)
+
+
+def tokenizer_keys(tokenizer_source: str, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """Gives what the recipes of a search say of the tokenizer, whichever of its models they merge.
+
+    A union of vocabularies has the chat template of most models, too.
+    """
+    keys: dict[str, Any] = {"tokenizer": TokenizerBlock(tokenizer_source, models=tuple(checkpoints)).to_mapping()}
+    template = tokenizer_source == "union" and any(model.has_chat_template for model in checkpoints.values())
+    return keys | ({"chat_template": "auto"} if template else {})
 
 
 class _Tokenizers:
@@ -136,25 +182,30 @@ def _block(recipe: Recipe) -> TokenizerBlock | None:
 
 
 def _by_token(
-    recipe: Recipe, block: TokenizerBlock, models: Mapping[str, Checkpoint], tokenizers: _Tokenizers
+    recipe: Recipe,
+    block: TokenizerBlock,
+    models: Mapping[str, Checkpoint],
+    tokenizers: _Tokenizers,
+    keep_tables: bool,
 ) -> Aligned:
     if misfits := _misfits(models):
         raise CheckpointError(misfits)
     reference = recipe.models()[0]
     rows = _row_counts(models)
-    own = tokenizers.of(reference)
-    others = [tokenizers.of(model) for model in models if model != reference and tokenizers.has(model)]
+    first = block.models[0] if block.models else reference
+    own = tokenizers.of(first)
+    others = [tokenizers.of(model) for model in models if model != first and tokenizers.has(model)]
     start = _start(block.source, own, models, tokenizers)
     vocabulary = output_vocabulary(block, start, others, rows)
     tokens = {model: (tokenizers.of(model) if tokenizers.has(model) else own).tokens for model in models}
     warnings = [
-        f"{model}: has no tokenizer; taken to have that of {reference}" for model in models if not tokenizers.has(model)
+        f"{model}: has no tokenizer; taken to have that of {first}" for model in models if not tokenizers.has(model)
     ]
     vocabularies = Vocabularies(tokens, rows, recipe.base_model)
     maps = map_rows(vocabulary.tokens, vocabulary.rows, vocabularies, dict(block.tokens))
     warnings += [*vocabulary.warnings, *_doubts(vocabularies, vocabulary, maps)]
-    aligned = _aligned(models, maps, exact=recipe.output_dtype is not None)
-    before = None if start.folder == own.folder else own
+    aligned = _aligned(models, maps, exact=recipe.output_dtype is not None, keep=keep_tables)
+    before = None if start.folder == models[reference].tokenizer_folder else tokenizers.of(reference)
     return _finished(reference, aligned, vocabulary, before, warnings)
 
 
@@ -305,10 +356,12 @@ def _row_counts(models: Mapping[str, Checkpoint]) -> dict[str, int]:
     return {model: models[model].tensors[name].shape[0] for model, name in named.items() if name is not None}
 
 
-def _aligned(models: Mapping[str, Checkpoint], maps: RowMaps, *, exact: bool) -> dict[str, Checkpoint]:
+def _aligned(
+    models: Mapping[str, Checkpoint], maps: RowMaps, *, exact: bool, keep: bool = False
+) -> dict[str, Checkpoint]:
     from evomerge.planning.vocabulary.aligned_weights import aligned_checkpoint
 
-    return {model: aligned_checkpoint(model, models, maps, exact=exact) for model in models}
+    return {model: aligned_checkpoint(model, models, maps, exact=exact, keep=keep) for model in models}
 
 
 def _finished(

@@ -33,11 +33,20 @@ class AlignedWeights:
         names: The tensors that have a row for each token.
         maps: Where the rows come from.
         exact: The result is rounded to a dtype of the recipe's anyway, so rows that are computed stay in float32.
+        keep: Keep tables in memory once they are computed.
     """
 
     def __init__(
-        self, model: str, weights: Mapping[str, Weights], names: tuple[str, ...], maps: RowMaps, *, exact: bool
+        self,
+        model: str,
+        weights: Mapping[str, Weights],
+        names: tuple[str, ...],
+        maps: RowMaps,
+        *,
+        exact: bool,
+        keep: bool = False,
     ) -> None:
+        self._kept: dict[str, torch.Tensor] | None = {} if keep else None
         self._model = model
         self._own = maps.own[model]
         lacking = np.flatnonzero(self._own < 0)
@@ -70,6 +79,13 @@ class AlignedWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """Returns the model's own view where no row has moved, else a new tensor."""
+        if self._kept is not None and name in self._names:
+            if name not in self._kept:
+                self._kept[name] = self._read(name)
+            return self._kept[name]
+        return self._read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
         stored = self._weights[self._model].read(name)
         if name not in self._names:
             return stored
@@ -108,7 +124,7 @@ class AlignedWeights:
 
 
 def aligned_checkpoint(
-    model: str, checkpoints: Mapping[str, Checkpoint], maps: RowMaps, *, exact: bool = False
+    model: str, checkpoints: Mapping[str, Checkpoint], maps: RowMaps, *, exact: bool = False, keep: bool = False
 ) -> Checkpoint:
     """Returns a model with the merged vocabulary's rows; the model itself where all of its rows stay where they are.
 
@@ -117,6 +133,7 @@ def aligned_checkpoint(
         checkpoints: Every model, by reference.
         maps: Where the rows come from.
         exact: As for `AlignedWeights`.
+        keep: As for `AlignedWeights`.
     """
     checkpoint = checkpoints[model]
     names = vocabulary_tensors(checkpoint.layout, checkpoint.tensors)
@@ -125,7 +142,7 @@ def aligned_checkpoint(
     if same and all(checkpoint.tensors[name].shape[0] == len(own) for name in names):
         return checkpoint
     weights = {reference: other.weights for reference, other in checkpoints.items()}
-    aligned = AlignedWeights(model, weights, names, maps, exact=exact)
+    aligned = AlignedWeights(model, weights, names, maps, exact=exact, keep=keep)
     return checkpoint.changed(config=sized_config(checkpoint.config, len(own)), weights=aligned)
 
 

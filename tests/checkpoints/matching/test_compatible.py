@@ -71,7 +71,8 @@ def test_other_shapes(base: Path, tmp_path: Path) -> None:
 def test_another_vocabulary(base: Path, tmp_path: Path) -> None:
     model = _variant(base, tmp_path / "m", {"model.embed_tokens.weight": torch.ones(300, 32)})
     assert check_compatible(_open(base), {"math": model}) == [
-        "math: another vocabulary: base 259 rows, math 300 (model.embed_tokens.weight)"
+        "math: another vocabulary: base 259 rows, math 300 (model.embed_tokens.weight); tokenizer_source: union in a "
+        "recipe, models.tokenizer: union in a search, matches rows by token"
     ]
 
 
