@@ -27,7 +27,8 @@ _MLP = re.compile(
 )
 _MIXER = re.compile(r"mixer|mamba|ssm|rwkv|time_mix|recurrent|^(conv|rec)$")
 _OUTPUT = re.compile(r"^output$")  # BERT: `attention.output` is met as attention first, a bare `output` closes the MLP
-_BEFORE = re.compile(r"emb|wte|wpe|shared|patch|cls_token|position|rotary|projector|conv|(^|_)in$")
+_BRIDGE = re.compile(r"projector|merger|connector|aligner")
+_BEFORE = re.compile(rf"emb|wte|wpe|shared|patch|cls_token|position|rotary|{_BRIDGE.pattern}|conv|(^|_)in$")
 _HEAD = re.compile(r"^(lm_head|embed_out|proj_out|output|head|score|classifier|cls|pooler|qa_outputs)$")
 _HEAD_CLASS = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
 _FURTHER = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")  # parts that predict further tokens, which transformers leaves out
@@ -159,6 +160,11 @@ def layout_of(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> L
     )
 
 
+def is_bridge(name: str) -> bool:
+    """Tells by a name whether a part leads from one tower of a model to another, as an image's features to the text."""
+    return bool(_BRIDGE.search(name))
+
+
 def vocabulary_tensors(layout: Layout, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
     """Lists the tensors that have one row for each token.
 
@@ -258,7 +264,8 @@ def _stacks(tensors: Iterable[TensorSpec], depths: set[int], further: int) -> li
     """Lists the numbered blocks that are layers: from 0, with few numbers missing, and more than one matrix in each.
 
     The last rule keeps out plain sequences of modules (a projector's `0.weight`, `2.weight`; convolutional stems),
-    unless config.json names exactly that depth. Layers that predict further tokens are none of them.
+    unless config.json names exactly that depth. Layers that predict further tokens are none of them, nor is what leads
+    from one tower to another, however many parts it has.
     """
     suffixes: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     matrices: dict[str, int] = defaultdict(int)
@@ -272,7 +279,7 @@ def _stacks(tensors: Iterable[TensorSpec], depths: set[int], further: int) -> li
         length = max(layers) + 1
         numbered = 0 in layers and 2 * len(layers) > length
         several = matrices[prefix] >= 2 * len(layers)
-        if numbered and (several or length in depths):
+        if numbered and (several or length in depths) and not is_bridge(prefix):
             stacks.append(Stack(prefix, _own_length(layers, depths, further)))
     return stacks
 

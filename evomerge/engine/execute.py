@@ -1,5 +1,7 @@
 """Carries out one operation, block by block: float32 inside the block, rounded once on the way out.
 
+What is stored or asked for in float64 is computed whole and in float64, by the method's own function.
+
 A compiled kernel does the work where there is one (`find_kernel`); otherwise the method's own function does, on
 float32 blocks. On another device it always does: blocks are sent there one by one, and statistics of whole tensors
 come from here.
@@ -22,8 +24,9 @@ from evomerge.engine.statistics.tensor_reader import CHUNK, chunks
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput
 from evomerge.methods.contract import Block, Granularity
+from evomerge.methods.plain_statistics import PlainStatistics
 from evomerge.methods.registry import get_method
-from evomerge.planning.operation import COPY, Family, Input, Operation
+from evomerge.planning.operation import COPY, Family, Input, Operation, inputs_of
 from evomerge.system.threads import run_all
 
 if TYPE_CHECKING:
@@ -102,6 +105,8 @@ def parts(
     """
     task = _Task(operation, store, family, device)
     step = _PIECE if device is None else _SENT
+    if task.is_double:
+        step = max(1, math.prod(operation.shape))
     if operation.method != COPY:
         if get_method(operation.method).merge is None:
             raise ValueError(f"{operation.method} copies layers and has nothing to compute")
@@ -180,6 +185,14 @@ class _Task:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
+    def is_double(self) -> bool:
+        """Whether this is float64's; not for ``scope: model``, of which one tensor does not know enough."""
+        op = self.operation
+        if op.method == COPY or op.settings.shared.get("scope") == "model":
+            return False
+        return op.dtype == "F64" or any(self.store.tensors.flat(t).dtype == torch.float64 for t in inputs_of(op))
+
+    @functools.cached_property
     def granularity(self) -> Granularity:
         return get_method(self.operation.method).granularity(self.operation.settings)
 
@@ -213,6 +226,9 @@ class _Task:
         if self.operation.method == COPY:
             self._copy(start, stop, out)
             return
+        if self.is_double:
+            out.copy_(self._in_double().reshape(-1))
+            return
         with self._lock:
             kernel = self.kernel
         if kernel is None:
@@ -230,7 +246,21 @@ class _Task:
             out.copy_(source)
             return
         for first, last in chunks(stop - start):
-            out[first:last] = source[first:last].float() * self.operation.scale
+            part = source[first:last]
+            out[first:last] = (part if part.dtype == torch.float64 else part.float()) * self.operation.scale
+
+    def _in_double(self) -> Tensor:
+        op, method = self.operation, get_method(self.operation.method)
+
+        def whole(tensor: Input) -> Tensor:
+            return self.store.tensors.flat(tensor).double().view(op.shape)
+
+        base = None if op.base is None else whole(op.base)
+        keys = [self.statistics.key(i) for i in range(len(op.sources))] if method.stochastic else []
+        block = PlainStatistics(base, [whole(source) for source in op.sources], keys).block(self.granularity)
+        if method.merge is None:
+            raise ValueError(f"{method.name} copies layers and has nothing to compute")
+        return method.merge(block, op.settings)
 
     def _call(self, start: int, stop: int, out: Tensor) -> None:
         """The method's own function, on float32 blocks."""

@@ -70,6 +70,8 @@ def find_kernel(method: str, settings: Settings, statistics: OperationStatistics
         statistics: Those of the tensor; asked here, once, for all its parts.
     """
     dispatch = KERNELS.get(method)
+    if settings.shared.get("rescale") and method in ("ties", "breadcrumbs", "breadcrumbs_ties"):
+        return None  # what is kept is scaled by sums over the tensor, for which no kernel has a place
     call = None if dispatch is None else dispatch(method, settings, statistics)
     return None if call is None or (statistics.base is None and BASE in call.inputs) else call
 
@@ -172,7 +174,7 @@ def _trim_after_drop(
 
 
 def _breadcrumbs(method: str, settings: Settings, statistics: OperationStatistics) -> KernelCall | None:
-    parts = scaled_weights("breadcrumbs", settings)
+    parts = scaled_weights(settings)
     if all(settings.sources[i]["density"] >= 1.0 for i, _ in parts):
         return _linear(method, settings, statistics)
     indices = [i for i, _ in parts]
@@ -197,7 +199,7 @@ def _della(method: str, settings: Settings, statistics: OperationStatistics) -> 
 
 
 def _della_linear(method: str, settings: Settings, statistics: OperationStatistics) -> KernelCall | None:
-    parts = scaled_weights("della_linear", settings)
+    parts = scaled_weights(settings)
     if all(della.keeps_all(settings.sources[i]) for i, _ in parts):
         return _linear(method, settings, statistics)
     edits, levels = _magprune(settings, statistics, parts)

@@ -65,6 +65,14 @@ def normalized_weights(method: str, weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
+def shares(weights: Sequence[float]) -> list[float]:
+    """Divides weights by their sum, as `normalize` of a method on deltas does; as they are where they cancel.
+
+    mergekit, too, then divides by one: the weighted sum of deltas still means something.
+    """
+    return list(weights) if zero_sum_problem("", weights) else normalized_weights("", weights)
+
+
 def affine(tensors: Sequence[Tensor], coefficients: Sequence[float | Tensor], anchor: int | None = None) -> Tensor:
     """Σ ci xi for coefficients that sum to one, computed as xa + Σ ci (xi − xa) around one of the tensors.
 
@@ -133,18 +141,20 @@ def add_edited_deltas(block: Block, terms: Iterable[tuple[Tensor, float]]) -> Te
     return result
 
 
-def scaled_weights(method: str, settings: Settings) -> list[tuple[int, float]]:
-    """Returns (source, λ wi) of the sources that take part, the weights divided by their sum under `normalize`."""
+def scaled_weights(settings: Settings) -> list[tuple[int, float]]:
+    """Returns (source, λ wi) of the sources that take part, the weights as `shares` under `normalize`."""
     indices, weights = participants(settings)
-    shares = normalized_weights(method, weights) if settings.shared["normalize"] else weights
+    parts = shares(weights) if settings.shared["normalize"] else weights
     scale = float(settings.shared["lambda"])
-    return [(i, scale * share) for i, share in zip(indices, shares, strict=True)]
+    return [(i, scale * part) for i, part in zip(indices, parts, strict=True)]
 
 
 def add_whole_deltas(block: Block, settings: Settings, parts: Sequence[tuple[int, float]]) -> Tensor:
     """θ0 + Σ ci δi with the coefficients of `scaled_weights`."""
     scale = float(settings.shared["lambda"])
-    total = scale if settings.shared["normalize"] else scale * math.fsum(participants(settings)[1])
+    weights = participants(settings)[1]
+    divided = settings.shared["normalize"] and not zero_sum_problem("", weights)
+    total = scale if divided else scale * math.fsum(weights)
     return add_deltas(block, [i for i, _ in parts], [factor for _, factor in parts], total)
 
 

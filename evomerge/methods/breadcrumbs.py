@@ -17,13 +17,12 @@ from evomerge.methods.arithmetic import (
     add_whole_deltas,
     base_of,
     participants,
-    refuse_zero_sum,
     scaled_weights,
 )
 from evomerge.methods.contract import Block, Method, Parameter, Settings
-from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
+from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, RESCALE_TO_MASS, WEIGHT
 from evomerge.methods.ties import AVERAGE, CONSENSUS, elect_and_merge
-from evomerge.methods.topk import cutoff_mask, trim
+from evomerge.methods.topk import cutoff_mask, mass_factor, trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +44,7 @@ GAMMA = Parameter(
 
 def merge(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ wi δ̂i, the weights divided by their sum under `normalize`."""
-    parts = scaled_weights("breadcrumbs", settings)
+    parts = scaled_weights(settings)
     if all(settings.sources[i]["density"] >= 1.0 for i, _ in parts):
         return add_whole_deltas(block, settings, parts)
     return add_edited_deltas(block, ((sparse_delta(block, i, settings), factor) for i, factor in parts))
@@ -59,7 +58,10 @@ def sparse_delta(block: Block, source: int, settings: Settings) -> Tensor:
         return delta
     outliers, rest = block.statistics.band(source, float(own["density"]), float(own["gamma"]))
     delta = trim(delta, *rest, block.start)
-    return delta.masked_fill_(cutoff_mask(delta.abs(), *outliers, block.start), 0.0)
+    delta.masked_fill_(cutoff_mask(delta.abs(), *outliers, block.start), 0.0)
+    if settings.shared["rescale"]:
+        delta.mul_(mass_factor(block.statistics.masses(source, rest, outliers)))
+    return delta
 
 
 def merge_ties(block: Block, settings: Settings) -> Tensor:
@@ -80,10 +82,10 @@ METHOD = Method(
         GAMMA,
         replace(LAMBDA, paper=0.3),
         replace(NORMALIZE, default=False),
+        RESCALE_TO_MASS,
         INT8_MASK,
     ),
     merge=merge,
-    check=refuse_zero_sum("breadcrumbs", "normalize"),
 )
 
 TIES = replace(
@@ -96,8 +98,8 @@ TIES = replace(
         replace(NORMALIZE, default=False, help="Divide by the sum of the absolute weights."),
         CONSENSUS,
         AVERAGE,
+        RESCALE_TO_MASS,
         INT8_MASK,
     ),
     merge=merge_ties,
-    check=lambda settings: [],
 )

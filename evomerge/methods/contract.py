@@ -113,6 +113,10 @@ class Statistics(Protocol):
         """
         ...
 
+    def masses(self, source: int, kept: Cutoff, outliers: Cutoff) -> tuple[float, float]:
+        """Sums of the magnitudes of delta `source`: of all of it, and of what is kept without the outliers."""
+        ...
+
     def rank_levels(self, source: int) -> Tensor:
         """Rank of each magnitude of delta `source` within its row, as `evomerge.methods.della.rank_levels`: uint8."""
         ...

@@ -15,7 +15,6 @@ from evomerge.methods.arithmetic import (
     add_edited_deltas,
     add_whole_deltas,
     base_of,
-    refuse_zero_sum,
     scaled_weights,
 )
 from evomerge.methods.contract import Block, Method, Settings
@@ -61,7 +60,7 @@ def terms(settings: Settings) -> list[tuple[int, float, float]]:
     """(source, factor of what is kept of its delta, probability to keep) of the sources that take part."""
     rescale = settings.shared["rescale"]
     triples = []
-    for i, factor in scaled_weights("dare", settings):
+    for i, factor in scaled_weights(settings):
         chance = keep_probability(settings.sources[i])
         triples.append((i, factor / chance if rescale and chance > 0.0 else factor, chance))
     return triples
@@ -82,7 +81,6 @@ METHOD = Method(
     ),
     merge=merge,
     stochastic=True,
-    check=refuse_zero_sum("dare", "normalize"),
 )
 
 LINEAR = replace(
@@ -90,5 +88,4 @@ LINEAR = replace(
     name="dare_linear",
     summary="Drop elements of the deltas at random, rescale the rest, add up.",
     parameters=tuple(replace(p, default=False) if p.name == "normalize" else p for p in METHOD.parameters),
-    check=refuse_zero_sum("dare_linear", "normalize"),
 )

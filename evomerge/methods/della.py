@@ -21,7 +21,6 @@ from evomerge.methods.arithmetic import (
     as_float32,
     base_of,
     participants,
-    refuse_zero_sum,
     scaled_weights,
 )
 from evomerge.methods.contract import Block, Method, Parameter, Settings
@@ -110,7 +109,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
 
 def merge_linear(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ wi δ̃i, the weights divided by their sum under `normalize`."""
-    parts = scaled_weights("della_linear", settings)
+    parts = scaled_weights(settings)
     if all(keeps_all(settings.sources[i]) for i, _ in parts):
         return add_whole_deltas(block, settings, parts)
     return add_edited_deltas(block, ((magprune(block, i, settings, factor), 1.0) for i, factor in parts))
@@ -141,5 +140,4 @@ LINEAR = replace(
     summary="Drop elements of the deltas at random, small ones more often; add up the rest.",
     parameters=(*METHOD.parameters[:4], replace(NORMALIZE, default=False), METHOD.parameters[5], INT8_MASK),
     merge=merge_linear,
-    check=refuse_zero_sum("della_linear", "normalize"),
 )

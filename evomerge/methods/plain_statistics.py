@@ -75,6 +75,12 @@ class PlainStatistics:
         outliers, inside = band_counts(sizes.numel(), density, gamma)
         return cutoff(sizes, outliers), cutoff(sizes, inside)
 
+    def masses(self, source: int, kept: Cutoff, outliers: Cutoff) -> tuple[float, float]:
+        """See `Statistics.masses`."""
+        sizes = self._delta(source).abs().reshape(-1).contiguous()
+        inside = cutoff_mask(sizes, *kept) & ~cutoff_mask(sizes, *outliers)
+        return float(sizes.double().sum()), float(sizes[inside].double().sum())
+
     def rank_levels(self, source: int) -> Tensor:
         """See `Statistics.rank_levels`."""
         return self._part(della.rank_levels(self._rows(self._delta(source).abs())))

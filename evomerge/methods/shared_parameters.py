@@ -43,6 +43,12 @@ OUR_WEIGHT = "counts here; mergekit's method of this name passes it over"
 LAMBDA = Parameter("lambda", default=1.0, gene=(0.3, 2.0), help="Factor on the merged delta.")
 NORMALIZE = Parameter("normalize", default=True, kind="bool", help="Divide by the sum of the weights.")
 RESCALE = Parameter("rescale", default=True, kind="bool", help="Divide what is kept by the density.")
+RESCALE_TO_MASS = Parameter(
+    "rescale",
+    default=False,
+    kind="bool",
+    help="Scale what is kept of a delta up to the sum of magnitudes that the delta had.",
+)
 INT8_MASK = Parameter("int8_mask", default=False, kind="bool", help="Accepted for mergekit's sake; no effect.")
 SCOPE = Parameter(
     "scope",

@@ -5,11 +5,10 @@ Ilharco et al. 2022, "Editing models with task arithmetic", https://arxiv.org/ab
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import add_deltas, normalized_weights, participants, refuse_zero_sum
+from evomerge.methods.arithmetic import add_whole_deltas, scaled_weights
 from evomerge.methods.contract import Block, Method, Settings
 from evomerge.methods.shared_parameters import INT8_MASK, LAMBDA, NORMALIZE, WEIGHT
 
@@ -19,11 +18,7 @@ if TYPE_CHECKING:
 
 def merge(block: Block, settings: Settings) -> Tensor:
     """θ0 + λ Σ wi δi; the weights are divided by their sum under `normalize`."""
-    indices, weights = participants(settings)
-    scale = float(settings.shared["lambda"])
-    if settings.shared["normalize"]:
-        return add_deltas(block, indices, [scale * w for w in normalized_weights("task_arithmetic", weights)], scale)
-    return add_deltas(block, indices, [scale * w for w in weights], scale * math.fsum(weights))
+    return add_whole_deltas(block, settings, scaled_weights(settings))
 
 
 METHOD = Method(
@@ -32,5 +27,4 @@ METHOD = Method(
     summary="Base plus the weighted sum of the deltas.",
     parameters=(WEIGHT, LAMBDA, replace(NORMALIZE, default=False), INT8_MASK),
     merge=merge,
-    check=refuse_zero_sum("task_arithmetic", "normalize"),
 )

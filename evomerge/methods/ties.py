@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING
 
 from evomerge.methods.arithmetic import apply_update, as_float32, base_of, participants
 from evomerge.methods.contract import Block, Method, Parameter, Settings
-from evomerge.methods.shared_parameters import DENSITY, INT8_MASK, LAMBDA, NORMALIZE, SCOPE, WEIGHT
-from evomerge.methods.topk import trim
+from evomerge.methods.shared_parameters import (
+    DENSITY,
+    INT8_MASK,
+    LAMBDA,
+    NORMALIZE,
+    RESCALE_TO_MASS,
+    SCOPE,
+    WEIGHT,
+)
+from evomerge.methods.topk import NONE, mass_factor, trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +58,11 @@ def trimmed(block: Block, source: int, density: float, settings: Settings) -> Te
     delta = block.sources[source] - base_of(block)
     if density >= 1.0:
         return delta
-    threshold, last = block.statistics.trim(source, density, settings.shared["scope"])
-    return trim(delta, threshold, last, block.start)
+    kept = block.statistics.trim(source, density, settings.shared["scope"])
+    delta = trim(delta, *kept, block.start)
+    if settings.shared["rescale"]:
+        delta.mul_(mass_factor(block.statistics.masses(source, kept, NONE)))
+    return delta
 
 
 def elect_and_merge(
@@ -93,7 +104,8 @@ def elect_sign(deltas: Sequence[Tensor], weights: Sequence[float], consensus: st
             mass.add_(delta.sign().mul_(1.0 if weight > 0 else -1.0))
         first = deltas[0] if weights[0] > 0 else -deltas[0]
         mass = torch.where(mass == 0, first, mass).add_(0.0)  # turns -0 into +0
-    return torch.copysign(torch.ones((), device=mass.device), mass.float())
+    one = torch.ones((), device=mass.device, dtype=deltas[0].dtype)
+    return torch.copysign(one, mass.to(one.dtype))
 
 
 def disjoint_merge(
@@ -136,6 +148,7 @@ METHOD = Method(
         CONSENSUS,
         AVERAGE,
         SCOPE,
+        RESCALE_TO_MASS,
         INT8_MASK,
     ),
     merge=merge,

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SMALLEST_MASS = 1e-7
+NONE = (math.inf, -1)
+"""The cut that keeps nothing."""
+
+
 def keep_count(size: int, density: float) -> int:
     """floor(density · size), at least 1 when density > 0 and there is an element."""
     if density <= 0.0:
@@ -26,9 +31,9 @@ def keep_count(size: int, density: float) -> int:
 def band_counts(size: int, density: float, gamma: float) -> tuple[int, int]:
     """(how many of the largest are left out, how many come before the first that is too small).
 
-    floor(gamma · size) are left out, but never so many that fewer than `keep_count` of the rest would stay.
+    floor(gamma · size) are left out, but never so many that fewer than floor(density · size) of the rest would stay.
     """
-    keep = keep_count(size, density)
+    keep = min(size, max(0, math.floor(density * size)))
     outliers = min(math.floor(gamma * size), size - keep)
     return outliers, outliers + keep
 
@@ -50,6 +55,12 @@ def cutoff(scores: Tensor, count: int) -> tuple[float, int]:
     return float(threshold), int(equal[rank - 1])
 
 
+def mass_factor(masses: tuple[float, float]) -> float:
+    """What is kept, times this, has the mass of the whole; 1 where either is next to nothing, as in mergekit."""
+    whole, kept = masses
+    return whole / kept if min(masses) >= SMALLEST_MASS else 1.0
+
+
 def cutoff_mask(scores: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
     """Returns the mask of a block whose first element has flat index `start`: bool, shaped like `scores`."""
     mask = scores > threshold
@@ -66,7 +77,8 @@ def trim(delta: Tensor, threshold: float, last: int, start: int = 0) -> Tensor:
     if threshold < 0.0:
         return delta.clone()
     equals = min(max(last - start + 1, 0), delta.numel())
-    below = float(np.nextafter(np.float32(threshold), np.float32(0.0)))
+    number = np.float64 if delta.dtype.itemsize == 8 else np.float32
+    below = float(np.nextafter(number(threshold), number(0.0)))
     result = torch.empty_like(delta)
     torch.hardshrink(delta[:equals], below, out=result[:equals])  # keeps magnitudes above its bound
     torch.hardshrink(delta[equals:], threshold, out=result[equals:])

@@ -44,7 +44,7 @@ def merge(block: Block, settings: Settings) -> Tensor:
         ("tsv_merge", leaders), lambda: task_vectors((tall(block.sources[i] - base) for i in leaders), len(leaders))
     )
     factor = torch.tensor(relative, dtype=torch.float64, device=base.device).mul_(scale)[owner]
-    update = (left * (values * factor).float()) @ right.T
+    update = (left * (values * factor).to(left.dtype)) @ right.T
     return (update if base.shape[0] >= base.shape[1] else update.T).add(base)
 
 
@@ -84,7 +84,7 @@ def task_vectors(deltas: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor, 
         sigma, vectors = right_vectors(delta)
         sigma, vectors = sigma[:keep], vectors[:, :keep]
         lefts.append(times(delta, vectors / sigma))
-        rights.append(vectors.float())
+        rights.append(vectors.to(delta.dtype))
         values.append(sigma)
         owner.append(torch.full((len(sigma),), number, device=delta.device))
     return orthogonal(torch.cat(lefts, 1)), orthogonal(torch.cat(rights, 1)), torch.cat(values), torch.cat(owner)

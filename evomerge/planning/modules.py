@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from evomerge.checkpoints.layout import Layout, Stack
+from evomerge.checkpoints.layout import Layout, Stack, is_bridge
 from evomerge.errors import RecipeError
 
 OTHERS = "default"  # mergekit's name for what lies outside the stacks
@@ -115,7 +115,7 @@ def _beside(module: str, tensor: str) -> bool:
     """Whether a module without layers is meant by a tensor outside the stacks."""
     if module == OTHERS or f".{module.rstrip('.')}." in f".{tensor}.":
         return True
-    return module in _BRIDGES and bool(_words(tensor) & _BRIDGES)
+    return module in _BRIDGES and is_bridge(tensor)
 
 
 def _nearest(tensor: str, layout: Layout) -> Stack | None:

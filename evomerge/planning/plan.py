@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import config_word, main_dtype, widest
-from evomerge.checkpoints.header import TensorSpec
+from evomerge.checkpoints.header import TensorSpec, name_some
 from evomerge.checkpoints.layout import Layout, Stack, layout_of, vocabulary_tensors
 from evomerge.checkpoints.matching.compatible import check_compatible
 from evomerge.checkpoints.matching.configs import disagreements
@@ -96,6 +96,11 @@ def _doubts(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[s
     for model in others:
         if text := disagreements(reference, model, by_layer=not copied):
             yield text
+    if recipe.modules:
+        layout = reference.layout
+        shares = find_shares([str(module.module) for module in recipe.modules], layout)
+        if left := [name for name in layout.names if owner(name, layout, shares) is None]:
+            yield f"modules: none of them decides {name_some(left)}: copied from {reference.reference}"
     stored = {
         model.reference: main_dtype(info.dtype for info in model.tensors.values()) for model in (reference, *others)
     }

@@ -27,7 +27,7 @@ _TOP = (
     *("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "ignore", "take_from", "seed"),
 )
 _SLICE = ("sources", "base_model", "merge_method", "parameters", "residual_weight", "residual_scale")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)

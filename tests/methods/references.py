@@ -57,9 +57,17 @@ def elect(base: Array, deltas: list[Array], own: list[dict[str, Any]], shared: d
     return base + shared["lambda"] * update
 
 
+def kept(delta: Array, mask: NDArray[np.bool_], shared: dict[str, Any]) -> Array:
+    """What the mask leaves, under `rescale` with the mass of the whole."""
+    mass = np.abs(delta * mask).sum()
+    scale = np.abs(delta).sum() / mass if shared["rescale"] and mass >= 1e-7 else 1.0
+    return np.asarray(delta * mask * scale)
+
+
 def ties(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
     deltas = [s - base for s in sources]
-    return elect(base, [d * largest(d, o["density"]) for d, o in zip(deltas, own, strict=True)], own, shared)
+    trimmed = [kept(d, largest(d, o["density"]), shared) for d, o in zip(deltas, own, strict=True)]
+    return elect(base, trimmed, own, shared)
 
 
 def drop(delta: Array, i: int, own: dict[str, Any], shared: dict[str, Any], keep: Keep) -> Array:
@@ -239,7 +247,7 @@ def tsv_merge(
 def banded(values: Array, density: float, gamma: float) -> NDArray[np.bool_]:
     """As `largest`, after the floor(gamma n) largest were left out (fewer where too few would stay)."""
     flat = np.abs(values).ravel()
-    count = 0 if density == 0 else max(1, math.floor(density * flat.size))
+    count = math.floor(density * flat.size)
     first = min(math.floor(gamma * flat.size), flat.size - count)
     mask = np.zeros(flat.size, dtype=bool)
     mask[np.argsort(-flat, kind="stable")[first : first + count]] = True
@@ -249,15 +257,19 @@ def banded(values: Array, density: float, gamma: float) -> NDArray[np.bool_]:
 def breadcrumbs(
     base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
 ) -> Array:
-    kept = [(s - base) * banded(s - base, o["density"], o["gamma"]) for s, o in zip(sources, own, strict=True)]
-    return task_arithmetic(base, [base + k for k in kept], own, shared, keep)
+    parts = [
+        kept(s - base, banded(s - base, o["density"], o["gamma"]), shared) for s, o in zip(sources, own, strict=True)
+    ]
+    return task_arithmetic(base, [base + k for k in parts], own, shared, keep)
 
 
 def breadcrumbs_ties(
     base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep
 ) -> Array:
-    kept = [(s - base) * banded(s - base, o["density"], o["gamma"]) for s, o in zip(sources, own, strict=True)]
-    return elect(base, kept, own, shared)
+    parts = [
+        kept(s - base, banded(s - base, o["density"], o["gamma"]), shared) for s, o in zip(sources, own, strict=True)
+    ]
+    return elect(base, parts, own, shared)
 
 
 def prune(delta: Array, i: int, own: dict[str, Any], shared: dict[str, Any], keep: Any) -> Array:

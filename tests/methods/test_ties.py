@@ -136,3 +136,21 @@ def test_dare_ties_sees_the_whole_tensor_only_when_it_trims() -> None:
     assert granularity(density=0.5) == "element"
     assert granularity(drop_rate=0.5) == "element"
     assert granularity(drop_rate=0.5, density=0.5) == "tensor"
+
+
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+def test_rescale_gives_what_is_kept_the_mass_of_the_whole(name: str) -> None:
+    """As in mergekit: for one source the merged delta's sum of magnitudes is the delta's own, sign for sign."""
+    generator = torch.Generator().manual_seed(0)
+    base, source = torch.zeros(40, 5), torch.randn(40, 5, generator=generator)
+    method = METHODS[name]
+    own = [{"weight": 1.0, "density": 0.3}]
+    plain = merge_tensors(method, base, [source], method.settings(own, {"normalize": False}, paper=False))
+    whole = merge_tensors(
+        method, base, [source], method.settings(own, {"normalize": False, "rescale": True}, paper=False)
+    )
+    assert (plain != 0).sum() == 60
+    torch.testing.assert_close(whole.abs().sum(), source.abs().sum())
+    torch.testing.assert_close(whole, plain * (source.abs().sum() / plain.abs().sum()))
+    nothing = merge_tensors(method, base, [base], method.settings(own, {"rescale": True}, paper=False))
+    assert torch.equal(nothing, base)

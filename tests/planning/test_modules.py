@@ -15,7 +15,7 @@ from evomerge.checkpoints.layout import Layout, layout_of
 from evomerge.engine.resident import Resident
 from evomerge.errors import RecipeError
 from evomerge.planning.modules import find_shares, owner
-from evomerge.planning.plan import make_plan
+from evomerge.planning.plan import align_and_plan, make_plan
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.recipe import parse_recipe
 from evomerge.run.merge import merge_to_folder
@@ -34,6 +34,11 @@ def layout(*names: str) -> Layout:
 
 T5 = layout("encoder.block.", "decoder.block.", "shared.weight", "lm_head.weight", "encoder.final_layer_norm.weight")
 QWEN_VL = layout("model.layers.", "visual.blocks.", "visual.merger.mlp.weight", "lm_head.weight", "visual.patch.weight")
+# Numbered parts of a merger are no layers: two of them in one tower, as Qwen3-VL has them.
+QWEN3_VL = layout(
+    *("model.language_model.layers.", "model.visual.blocks.", "model.visual.deepstack_merger_list."),
+    *("model.visual.merger.linear_fc1.weight", "model.visual.pos_embed.weight", "model.language_model.norm.weight"),
+)
 NEW_VL = layout(
     *(
         "model.language_model.layers.",
@@ -60,6 +65,17 @@ NEW_VL = layout(
                 "visual.patch.weight": "vision_tower",
                 "visual.merger.mlp.weight": "multi_modal_projector",
                 "lm_head.weight": "text_decoder",
+            },
+        ),
+        (
+            QWEN3_VL,
+            ["text_decoder", "vision_tower", "multi_modal_projector"],
+            {
+                "model.visual.blocks.1.attn.q.weight": "vision_tower",
+                "model.visual.pos_embed.weight": "vision_tower",
+                "model.visual.merger.linear_fc1.weight": "multi_modal_projector",
+                "model.visual.deepstack_merger_list.1.mlp.up.weight": "multi_modal_projector",
+                "model.language_model.norm.weight": "text_decoder",
             },
         ),
         (
@@ -169,6 +185,14 @@ def test_what_no_module_names_is_the_base(family_of: Families) -> None:
     assert merged == {n for n in open_checkpoint(str(family["base"])).tensors if "projector" in n}
     copied = [op for op in plan.operations if op.output not in merged]
     assert {(op.method, op.sources[0].model, op.dtype) for op in copied} == {("copy", str(family["base"]), "BF16")}
+
+
+def test_what_no_module_decides_is_said(family_of: Families) -> None:
+    family = family_of("t5")
+    modules = {"encoder": whole(family, 0.5), "default": whole(family, 0.5)}
+    recipe = parse_recipe({"merge_method": "linear", "modules": modules})
+    _, _, warnings = align_and_plan(recipe, opened(recipe.models()), identify=False)
+    assert [text for text in warnings if text.startswith("modules: none of them decides decoder.block.0.")]
 
 
 def test_several_passthroughs(family_of: Families) -> None:

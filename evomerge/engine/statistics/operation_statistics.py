@@ -16,6 +16,7 @@ from evomerge.engine.statistics.sce_selection import Selection
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.methods.contract import Cutoff, Scope
 from evomerge.methods.random_field import field_key, kept_elements, uniform16
+from evomerge.methods.topk import cutoff_mask
 from evomerge.planning.operation import Family, FamilyMember, Input
 
 T = TypeVar("T")
@@ -81,6 +82,18 @@ class OperationStatistics:
     def band(self, source: int, density: float, gamma: float) -> tuple[Cutoff, Cutoff]:
         pair = (self.base, self.sources[source])
         return self._asked(("band", source, density, gamma), lambda: self.store.band(pair, density, gamma))
+
+    def masses(self, source: int, kept: Cutoff, outliers: Cutoff) -> tuple[float, float]:
+        def find() -> tuple[float, float]:
+            whole = inside = 0.0
+            for start, (base, model) in self.store.tensors.rows(self.inputs([-1, source])):
+                sizes = torch.from_numpy(model - base).abs_()
+                stays = cutoff_mask(sizes, *kept, start) & ~cutoff_mask(sizes, *outliers, start)
+                whole += float(sizes.sum(dtype=torch.float64))
+                inside += float(sizes[stays].sum(dtype=torch.float64))
+            return whole, inside
+
+        return self._asked(("masses", source, kept, outliers), find)
 
     def selection(self, fraction: float) -> tuple[Cutoff, list[float]]:
         selection = self._asked(("selection", fraction), lambda: self.marked_selection(fraction))
