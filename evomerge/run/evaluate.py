@@ -163,8 +163,8 @@ def evaluate(
     return Evaluation(model, scores, group_scores(task_set, scores))
 
 
-_DRAWS = 1000
-"""Bootstrap samples for the errors of metrics of the corpus; lm-eval's 100,000 take minutes."""
+_DRAWS = 200
+"""Bootstrap samples for the errors of metrics of the corpus; lm-eval's 100,000 take a quarter of an hour."""
 
 
 def _count(limit: float | None, items: int) -> int | None:

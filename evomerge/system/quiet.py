@@ -32,6 +32,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Silences what `quiet` does, and warnings and what is printed as well."""
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
 def quiet_optuna() -> Iterator[None]:
     """Silences Optuna's log lines and its notes on experimental functions within."""
     import optuna

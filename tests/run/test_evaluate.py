@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
-from evomerge.errors import BadInput, CandidateError
+from evomerge.errors import BadInput, CandidateError, OutputError
 from evomerge.run.evaluate import evaluate
 from tests.evaluation.conftest import documents, write_documents, write_task
 from tests.frame import TASKS
+from tests.models import byte_tokenizer
 
 
 @pytest.mark.parametrize("backend", ["native", "hf"])
@@ -61,6 +64,96 @@ def test_prompts_are_put_together_as_asked_for(tiny_family: dict[str, Path]) -> 
 
     assert loss() == loss(fewshot_as_multiturn=False)  # no chat, no examples
     assert loss() != loss(system_instruction="Answer in one word.")
+
+
+def test_what_lm_eval_takes(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """Parts of a task, patterns, files, generation settings, and lm-eval's own files of results and samples."""
+    model, out = str(tiny_family["a"]), tmp_path / "out"
+    tasks = [str(TASKS / "tiny_choice.yaml"), "tiny_ans*"]
+    result = evaluate(
+        model,
+        tasks,
+        include_path=TASKS,
+        limit=0.3,
+        gen_kwargs="max_gen_toks=3,until=['q']",
+        max_length=64,
+        output_path=out,
+        log_samples=True,
+    )
+    (file,) = out.rglob("results_*.json")
+    written = json.loads(file.read_text())
+    assert set(written["results"]) == set(result.tasks) == {"tiny_choice", "tiny_answer"}
+    acc = result.tasks["tiny_choice"]["acc"]
+    assert written["results"]["tiny_choice"]["acc,none"] == acc.value
+    assert written["results"]["tiny_choice"]["acc_stderr,none"] == pytest.approx(acc.stderr)
+    assert written["n-samples"]["tiny_choice"]["effective"] == acc.n < written["n-samples"]["tiny_choice"]["original"]
+    (file,) = out.rglob("samples_tiny_answer_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [sample["doc_id"] for sample in samples] == list(range(len(samples)))
+    assert samples[0]["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == 3
+    assert samples[0]["filtered_resps"] == samples[0]["resps"][0]
+
+
+def test_files_need_a_place_and_settings_a_value(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    model, blocked = str(tiny_family["a"]), tmp_path / "file"
+    blocked.write_text("")
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"log_samples": True}, BadInput, "--output_path"),
+        ({"gen_kwargs": "max_gen_toks"}, BadInput, "--gen_kwargs: expected `key=value`"),
+        ({"limit": 0}, BadInput, "limit: a number of items"),
+        ({"chat_template": tmp_path / "none"}, BadInput, "chat_template: .* cannot be read"),
+        ({"output_path": blocked / "inside"}, OutputError, "cannot be written"),
+    ]
+    for options, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            evaluate(model, ["tiny_choice"], include_path=TASKS, **{"limit": 2, **options})
+
+
+def test_an_encoder_decoder_is_refused_with_the_way_on(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    config = T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=259, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "both_ways")
+    byte_tokenizer().save_pretrained(tmp_path / "both_ways")
+    with pytest.raises(BadInput, match=r"both_ways: an encoder-decoder .*--backend hf"):
+        evaluate(str(tmp_path / "both_ways"), ["tiny_choice"], include_path=TASKS)
+    scores = evaluate(str(tmp_path / "both_ways"), ["tiny_choice"], include_path=TASKS, limit=3, backend="hf").tasks
+    assert scores["tiny_choice"]["acc"].n == 3
+
+
+def test_generation_config_is_the_models_own(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """With a penalty that no repeated token survives, something else is written."""
+
+    def written(name: str, **settings: Any) -> list[str]:
+        folder = Path(shutil.copytree(tiny_family["a"], tmp_path / name))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **settings}))
+        evaluate(
+            str(folder), ["tiny_answer"], include_path=TASKS, output_path=tmp_path / f"{name}_out", log_samples=True
+        )
+        (file,) = (tmp_path / f"{name}_out").rglob("samples_*.jsonl")
+        return [json.loads(line)["resps"][0][0] for line in file.read_text().splitlines()]
+
+    plain, penalised = written("plain"), written("penalised", repetition_penalty=5.0)
+    assert plain != penalised
+    assert all(len(set(text)) >= len(text) - 1 for text in penalised)
+
+
+def test_metrics_of_the_corpus_have_bootstrapped_errors(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    write_documents(tmp_path / "data" / "docs.jsonl", documents(6))
+    write_task(tmp_path / "tasks", "pairs")
+    score = evaluate(str(tiny_family["a"]), ["pairs"], include_path=tmp_path / "tasks").tasks["pairs"]["f1"]
+    assert score.stderr is not None
+    assert 0 < score.stderr < 0.4
+
+
+def test_a_package_that_is_not_there_is_named_with_lm_evals_extra(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    write_documents(tmp_path / "data" / "docs.jsonl", documents(2))
+    for name, module in (("known", "langdetect"), ("unknown", "no_such_module")):
+        path = write_task(tmp_path / "tasks", name, kind="mc", doc_to_text=f"!function of_{name}.text")
+        path.write_text(path.read_text().replace(f"'!function of_{name}.text'", f"!function of_{name}.text"))
+        raising = f"raise ModuleNotFoundError('No module', name={module!r})\n"
+        (tmp_path / "tasks" / f"of_{name}.py").write_text(raising)
+    for name, package in (("known", r'"lm-eval\[ifeval\]"'), ("unknown", "no_such_module")):
+        with pytest.raises(BadInput, match=f"task '{name}' cannot be loaded.*pip install {package}"):
+            evaluate(str(tiny_family["a"]), [name], include_path=tmp_path / "tasks")
 
 
 def test_warnings_go_where_they_are_asked_to_go(tiny_family: dict[str, Path], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import logging
 import math
 import random
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.requests import Requests, Responses
 from evomerge.evaluation.tasks.task import Task
 from evomerge.system.arrays import FloatArray
+from evomerge.system.quiet import silent
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +202,7 @@ def _corpus_error(name: str, aggregate: Callable[[Any], Any], rows: Rows, draws:
         return float(own(given))
     draws = min(draws, 100) if name.partition(",")[0] in _FEWER_DRAWS else draws
     chance = random.Random(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of samples with one label alone
+    with silent():  # of samples with one label alone, scikit-learn warns
         return statistics.stdev(float(aggregate(chance.choices(given, k=len(given)))) for _ in range(draws))
 
 

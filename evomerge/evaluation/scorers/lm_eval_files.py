@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +13,7 @@ from typing import Any
 from evomerge.errors import OutputError
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet
 from evomerge.evaluation.tasks.task import Task
-from evomerge.system.quiet import quiet
+from evomerge.system.quiet import silent
 
 Answered = Mapping[str, tuple[Sequence[int], Sequence[Sequence[Any]]]]
 """Task to the positions of items, and to their lm-eval instances with responses."""
@@ -53,8 +50,7 @@ def write_lm_eval_files(
     from lm_eval.loggers import EvaluationTracker
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval's bootstrap forks a pool
-    with quiet(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of bootstrap samples with one label alone
+    with silent():
         values = {name: _values(task_set.tasks[name], *answer) for name, answer in answered.items()}
         whole = _process_results(values, {group.name: group for group in task_set.groups}, draws)
         logged = dict(whole.samples)
