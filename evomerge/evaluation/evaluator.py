@@ -194,15 +194,18 @@ class Evaluator:
         """Builds and encodes what some items ask, so that what cannot be scored is found before any model is.
 
         Returns:
-            Warnings: texts that lose their beginning because they are longer than the context.
+            Warnings: Python that tasks run, labels that are no choices, texts that lose their beginning because they
+            are longer than the context.
 
         Raises:
             TaskError: With what is wrong with the first such item of every task, all at once.
         """
         problems: list[str] = []
-        warnings: list[str] = []
+        files = dict.fromkeys(path for task in self.tasks.values() for path in task.python_files)
+        warnings = [f"tasks run Python of yours: {', '.join(map(str, files))}"] if files else []
         for task, indices in (self.all_items if selection is None else selection).items():
             try:
+                warnings += self._task(task).label_notes(indices)
                 requests = self.requests(task)
                 requests.build(indices)
                 by_item = requests.by_item

@@ -18,6 +18,7 @@ from evomerge.errors import TaskError, suggest
 from evomerge.evaluation.scores import Score, ScoreTable
 from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.shipped import add_shipped, shipped_index
+from evomerge.evaluation.tasks.strangers import refuse_pipes, sandbox_templates
 from evomerge.evaluation.tasks.task import FEWSHOT_SEED, Task
 from evomerge.evaluation.tasks.task_data import (
     SingleTask,
@@ -107,6 +108,8 @@ def find_tasks(
     problems: list[str] = []
     lacking: list[str] = []
     twice: list[str] = []
+    refuse_pipes(folders)
+    sandbox_templates()
     manager = _manager(folders)
     for name in dict.fromkeys(names):
         shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
@@ -302,6 +305,8 @@ def _reason(error: Exception, config: Mapping[str, Any]) -> str:
     if isinstance(error, KeyError) and error.args[0] in splits:
         return f"its data {data} have no split {error.args[0]!r}"
     causes = f"{error!r} {error.__cause__!r}"
+    if (of_choices := _of_choices(error)) is not None:
+        return of_choices
     if isinstance(error, StopIteration) or any(sign in causes for sign in _EMPTY_SPLIT):
         return f"a split of its data {data} has no documents"
     frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
@@ -310,6 +315,16 @@ def _reason(error: Exception, config: Mapping[str, Any]) -> str:
     if offline and not hint:
         hint = "; a metric or another file that it needs is neither here nor in reach"
     return f"{type(error).__name__}: {text[:300]}{hint}"
+
+
+def _of_choices(error: Exception) -> str | None:
+    """What is wrong with the label or the choices of the first document, where lm-eval stumbles over them."""
+    line = str(traceback.extract_tb(error.__traceback__)[-1].line)
+    if isinstance(error, IndexError) and "test_choice[" in line:
+        return "the label (doc_to_target) of its first document is none of its choices (doc_to_choice)"
+    if isinstance(error, IndexError) and "choice[0]" in line:
+        return "a choice (doc_to_choice) of its first document is empty"
+    return None
 
 
 def _package_with(module: str) -> str:

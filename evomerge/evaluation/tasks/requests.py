@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import BadInput, TaskError
 from evomerge.evaluation.tasks.group_task import GroupTask
+from evomerge.evaluation.tasks.strangers import require_bounded
 from evomerge.evaluation.tasks.task import Task
 from evomerge.system.quiet import quiet, seeded
 
@@ -175,6 +176,9 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
                 "apply_chat_template is on, but the tokenizer has no chat template; give one (evaluation.chat_template:"
                 " {from: SOURCE} or a file; --chat-template FILE), or turn it off"
             )
+        template = self.tokenizer.chat_template
+        for text in template.values() if isinstance(template, dict) else [template]:
+            require_bounded(str(text))
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
         """Renders a conversation as HFLM does: without the system role where the template has none."""

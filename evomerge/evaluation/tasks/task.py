@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import TaskError, suggest
+from evomerge.errors import TaskError, show, suggest
+from evomerge.evaluation.tasks.strangers import python_files
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet, seeded
 
@@ -170,6 +171,43 @@ class Task:
         paths = [Path(text) for key in ("data_files", "data_dir") for text in _texts(kwargs.get(key))]
         inside = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths]
         return tuple(path for several in inside for path in several if path.is_file())
+
+    @cached_property
+    def python_files(self) -> tuple[Path, ...]:
+        """The files of Python that run when its items are made or scored, beside those of installed packages."""
+        return python_files(self.lm_eval_task)
+
+    def label_notes(self, indices: Iterable[int]) -> list[str]:
+        """Says which of some documents have a label that is none of their choices, or no choices at all.
+
+        Raises:
+            TaskError: No document has a label that counts, or one has no choices.
+        """
+        if self.output_type != "multiple_choice" or not hasattr(self.lm_eval_task, "doc_to_choice"):
+            return []
+        wrong: dict[int, Any] = {}
+        chosen = list(indices)
+        with quiet(), seeded():
+            for index in chosen:
+                wrong |= self._label_problem(index)
+        if not wrong:
+            return []
+        first, label = next(iter(wrong.items()))
+        text = f"task {self.name!r}, document {first}: its label {show(label)} (doc_to_target) is none of its choices"
+        if len(wrong) == len(chosen):
+            raise TaskError(f"{text} (doc_to_choice), and so it is with every document that is used")
+        return [f"{text}; it counts as wrong, as in lm-eval ({len(wrong)} of {len(chosen)} documents)"]
+
+    def _label_problem(self, index: int) -> dict[int, Any]:
+        task, doc = self.lm_eval_task, self.docs[index]
+        choices = task.doc_to_choice(doc)
+        if not choices:
+            raise TaskError(f"task {self.name!r}, document {index}: it has no choices (doc_to_choice)")
+        label = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
+        labels = label if isinstance(label, list) else [label]
+        numbers = [choices.index(one) if one in choices else -1 for one in labels if isinstance(one, str)]
+        numbers += [one for one in labels if isinstance(one, int)]
+        return {} if all(-len(choices) <= one < len(choices) and one != -1 for one in numbers) else {index: label}
 
     @cached_property
     def digest(self) -> str:
