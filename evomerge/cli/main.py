@@ -52,14 +52,16 @@ def run(
     """Search for the best merge; on a run that exists already, go on with it."""
     from evomerge.report.tables import result_table
     from evomerge.run.preflight import load_search
-    from evomerge.run.search import start
     from evomerge.spec.load import find_search
-    from evomerge.trackers.console import ConsoleTracker
 
     _interruptible()
     path = find_search(search)
+    spec = load_search(path)
+    from evomerge.run.search import start  # only now: what it loads takes seconds
+    from evomerge.trackers.console import ConsoleTracker
+
     result = start(
-        load_search(path),
+        spec,
         source=path,
         candidates=candidates,
         folder=directory,

@@ -5,25 +5,25 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.matching.compatible import not_finite
 from evomerge.errors import BadInput, CheckpointError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection
 from evomerge.planning.plan import Plan
-from evomerge.problem.model_runner import ModelRunner
-from evomerge.problem.problem import open_problem
 from evomerge.recipe import load_recipe
 from evomerge.recipe.parse import single_model
 from evomerge.report.tables import table
 from evomerge.run.merge import plan_documents, refuse_crimes
 from evomerge.run.preflight import check_models, load_search
-from evomerge.run.warm_start import warm_starts
 from evomerge.space.baselines import baselines
 from evomerge.spec.schema import SearchSpec
 from evomerge.system.files import read_text
 from evomerge.system.yaml import MOST_YAML, read_documents
+
+if TYPE_CHECKING:  # it loads lm-eval, which a recipe does not need
+    from evomerge.problem.model_runner import ModelRunner
 
 _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
 
@@ -77,6 +77,10 @@ def check_recipe(path: Path, *, allow_crimes: bool = False, truncate_vocabulary:
 
 def check_search(spec: SearchSpec) -> str:
     """Checks a search: models, tasks, splits, space; scores a few items to estimate the time."""
+    from evomerge.problem.model_runner import ModelRunner
+    from evomerge.problem.problem import open_problem
+    from evomerge.run.warm_start import warm_starts
+
     problem = open_problem(spec)
     runner = ModelRunner(problem)
     space = problem.space

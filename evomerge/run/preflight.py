@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.algorithms.registry import search_problems
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.errors import CheckpointError, TaskError
-from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.splits import SEARCH, SELECT, TEST, Selection
 from evomerge.evaluation.tasks.group_task import GroupTask
-from evomerge.problem.model_runner import ModelRunner
-from evomerge.problem.problem import Problem
 from evomerge.recipe.parse import single_model
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
+
+if TYPE_CHECKING:  # they load lm-eval, which a wrong key in the file need not wait for
+    from evomerge.evaluation.evaluator import Evaluator
+    from evomerge.problem.model_runner import ModelRunner
+    from evomerge.problem.problem import Problem
 
 _TEXTS = 2  # of each task
 _TOKENS = 64  # of each text

@@ -191,6 +191,15 @@ def test_a_metric_that_is_no_mean_of_items_steers_without_an_error() -> None:
     assert goals.pooled([{"f": corpus(1.0, 1)}, {"f": corpus(0.5, 3, start=1)}]) == pytest.approx(0.625)
 
 
+def test_where_there_is_no_ratio_a_filter_that_is_not_zero_is_named() -> None:
+    columns = {"em": [0, 0, 0, 0], "em,strict": [0, 0, 0, 0], "em,loose": [1, 0, 0, 0], "f1": [1, 1, 1, 1]}
+    metrics = {name: (np.array(values, dtype=float), np.ones(4)) for name, values in columns.items()}
+    scores = ItemScores("sums", tuple(f"sums:{k}" for k in range(4)), metrics, dict.fromkeys(columns, True))
+    with pytest.raises(TaskError, match=r"use `metric: em,loose`, where it is 0\.25, or `scale: raw`") as caught:
+        Fitness((Goal("sums", "em,strict", 1.0, True),)).relative_to([{"sums": scores}])
+    assert "f1" not in str(caught.value)
+
+
 def test_no_ratio_to_nothing() -> None:
     sources = [{"mc": mean([0, 0]), "text": bits([-1.0], [1])}]
     with pytest.raises(

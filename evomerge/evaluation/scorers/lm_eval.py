@@ -150,8 +150,10 @@ def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth
             transforms[name] = columns[2]
     metrics |= {name: columns for name, columns in smooth.items() if name not in values}
     for name, (numerators, _) in metrics.items():
-        if not np.all(np.isfinite(numerators)):
-            raise CandidateError(f"task {task.name!r}: {name} is not finite, so the candidate has no score")
+        wrong = np.flatnonzero(~np.isfinite(numerators))
+        if len(wrong):
+            where = f"task {task.name!r}, item {indices[int(wrong[0])]}"
+            raise CandidateError(f"{where}: {name} is not finite, so the candidate has no score")
     up = {name: directions.get(name.partition(",")[0], True) for name in (*metrics, *corpus)}
     return ItemScores(task.name, tuple(task.items[k] for k in indices), metrics, up, transforms, corpus, errors)
 
