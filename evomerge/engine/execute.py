@@ -105,14 +105,12 @@ def parts(
     """
     task = _Task(operation, store, family, device)
     step = _PIECE if device is None else _SENT
-    if task.is_double:
-        step = max(1, math.prod(operation.shape))
     if operation.method != COPY:
         if get_method(operation.method).merge is None:
             raise ValueError(f"{operation.method} copies layers and has nothing to compute")
         whole, columns = math.prod(operation.shape), math.prod(operation.shape[1:])
         least = {"element": 1, "row": max(1, columns if len(operation.shape) > 1 else whole), "tensor": max(1, whole)}
-        step = -(-step // least[task.granularity]) * least[task.granularity]
+        step = max(1, whole) if task.is_double else -(-step // least[task.granularity]) * least[task.granularity]
     for start, stop in chunks(math.prod(operation.shape), step):
         yield Part(start, stop, task)
 

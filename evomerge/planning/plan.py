@@ -137,7 +137,7 @@ def make_plan(
     layout = checkpoints[reference].layout
     _refuse_misfits(recipe, checkpoints)
     drafts: list[Operation] = []
-    problems: list[str] = []
+    misfits: dict[str, list[str]] = {}  # what is wrong -> the tensors of which it is
     origins: dict[Stack, tuple[tuple[str, int], ...]] = {}
     for planner in _planners(recipe, checkpoints, layout, identify):
         slerped = _slerped_tables(planner.recipe, checkpoints[reference])
@@ -146,9 +146,12 @@ def make_plan(
             try:
                 drafts.append((tables if tensor.output in slerped else planner).operation(tensor))
             except RecipeError as error:
-                problems += [p for p in error.problems if p not in problems]
+                for problem in error.problems:
+                    text = problem.removeprefix(f"{tensor.output}: ")
+                    misfits.setdefault(text, []).extend([tensor.output] if text != problem else [])
         if planner.stack is not None:
             origins[planner.stack] = planner.origins()
+    problems = [f"{name_some(names, 3)}: {text}" if names else text for text, names in misfits.items()]
     if recipe.modules and any(draft.settings.shared.get("scope") == "model" for draft in drafts):
         problems.append("scope: 'model' is not possible beside 'modules', each of which is merged on its own")
     if problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,13 @@ def test_models_in_different_dtypes(tiny_family: dict[str, Path], tmp_path: Path
 )
 def test_the_narrowest_dtype_that_holds_all(stored: str, expected: str) -> None:
     assert widest(stored.split()) == expected
+
+
+def test_a_filter_that_leaves_tensors_without_a_weight_is_one_problem(tiny_family: dict[str, Path]) -> None:
+    only = [{"filter": "mlp", "value": 0.5}]
+    models = [{"model": str(tiny_family[name]), "parameters": {"weight": only}} for name in "ab"]
+    with pytest.raises(RecipeError, match="needs 'weight' of") as caught:
+        plan_of({"merge_method": "linear", "models": models})
+    assert len(caught.value.problems) == 2
+    for problem, name in zip(caught.value.problems, "ab", strict=True):
+        assert re.match(r"\S+, \S+, \S+ and \d+ more: linear needs 'weight' of \S+/" + name, problem)
