@@ -5,7 +5,7 @@
     python bench/search_efficiency.py runs/efficiency-real --search search_spaces/real.yaml --seeds 1
 
 Every contender searches the same models on the same items (drawn by the seed), and spends as many item evaluations as
-random search without racing has for its candidates; what a gradient costs is counted in. A search's quality, after any
+random search without racing has for its candidates; what a Jacobian costs is counted in. A search's quality, after any
 number of evaluations, is the fitness of its best candidate so far on the `test` items, which steer nothing. Finished
 runs are kept in the folder, and the same command goes on from there.
 """
@@ -70,10 +70,9 @@ def _mergekit(method: str, genes: int) -> Contender:
     )
 
 
-GRADIENT_COST = 5  # scores of the same items, as evomerge.problem.fitness_gradients has it
 _BRED: dict[str, Any] = {
     "algorithm": "ga",
-    "options": {"gradient_steps": False, "trust_region": False},
+    "options": {"jacobian_steps": False, "trust_region": False},
     "population": 16,
 }
 OTHERS = ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
@@ -86,7 +85,7 @@ CONTENDERS: dict[str, Contender] = {
         for method, genes in (("task_arithmetic", 12), ("ties", 24), ("dare_ties", 24))
     },
     **{name: Contender({"algorithm": name}) for name in OTHERS},
-    "ga without gradients": Contender({"algorithm": "ga", "options": {"gradient_steps": False}}),
+    "ga without steps": Contender({"algorithm": "ga", "options": {"jacobian_steps": False}}),
     "ga, bred only": Contender(_BRED),
 }
 
@@ -148,7 +147,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
         get_algorithm(spec.search.algorithm),
         InProcess(evaluator, evaluator.begin_generation),
         opened.record(problem.space),
-        StopConditions(candidates, items=items, gradient_items=evaluator.gradient_items),
+        StopConditions(candidates, items=items, jacobian_items=evaluator.jacobian_items),
         seed=seed,
         settings=settings_of(spec.search, evaluator),
         starts=None if contender.baselines else (),
@@ -157,7 +156,7 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     result = choose_winner(problem, evaluator, ended.candidates, NullTracker(), ending, where=str(folder))
     opened.write_result(result)
     order = sorted(ended.candidates, key=lambda c: c.number)
-    spent = list(spent_items(order, evaluator.gradient_items))
+    spent = list(spent_items(order, evaluator.jacobian_items))
     track = _track(order, spent, lambda c: objective.fitness.unweighted(evaluator.scores(c.recipe, TEST)[0]))
     winner, _ = evaluator.scores(result.winner.recipe, TEST)
     summarised = {

@@ -19,7 +19,7 @@ import numpy as np
 from evomerge.space.decode import genome_hash
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import DRAW, Candidate, gradient_parent
+from evomerge.study.candidate import DRAW, Candidate, step_parent
 from evomerge.study.ranking import fitness_key, front_by_front, has_fitness
 from evomerge.system.arrays import FloatArray, Mask
 
@@ -36,7 +36,7 @@ class HistoryIndex:
         history: The candidates.
         tried: Recipe hashes that need no second evaluation; a baseline counts by its own recipe and by its genome's.
         approximated: Numbers of the baselines whose recipe is not what their genome says.
-        steps: Number of a candidate -> how many were made with its gradient.
+        steps: Number of a candidate -> how many steps were tried from it.
         multi_objective: Whether there are candidates with several objectives.
         draws: Generation with draws in the trust region -> whether one of them was the best candidate so far.
     """
@@ -113,7 +113,7 @@ class HistoryIndex:
                 self.tried.add(by_genome)
                 if by_genome != candidate.recipe_hash:
                     self.approximated.add(candidate.number)
-            if (number := gradient_parent(candidate)) is not None:
+            if (number := step_parent(candidate)) is not None:
                 self.steps[number] += 1
             fitness = -math.inf if candidate.state != "done" or candidate.fitness is None else candidate.fitness
             improved, self._best = fitness > self._best, max(fitness, self._best)

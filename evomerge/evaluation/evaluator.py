@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import BadInput, EvoMergeError, TaskError
 from evomerge.evaluation.backends.registry import BackendName, BackendOptions, make_backend
-from evomerge.evaluation.scorers.lm_eval import item_scores, loglikelihood_derivatives
-from evomerge.evaluation.scores import ItemScores
+from evomerge.evaluation.scorers.lm_eval import item_scores
+from evomerge.evaluation.scorers.response_functions import SmoothMetric, smooth_metric
+from evomerge.evaluation.scores import ItemScores, ResponseJacobian
 from evomerge.evaluation.splits import Selection
-from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, Responses, build_requests
+from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.evaluation.tasks.task import SOME_ANSWERS, Task
 from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from evomerge.evaluation.backends.native.jacobian import Directions
 
 log = logging.getLogger(__name__)
 
@@ -137,46 +138,34 @@ class Evaluator:
             answered[task] = indices, instances
         return answered
 
-    def weight_gradient(
-        self,
-        model: Any,
-        selection: Selection,
-        score_gradients: Mapping[str, Mapping[str, FloatArray]],
-        names: Sequence[str],
-    ) -> Mapping[str, Tensor] | None:
-        """Differentiates Σ score gradient · numerator, over metrics and items, with respect to the model's weights.
+    def jacobian(
+        self, model: Any, selection: Selection, directions: Mapping[str, Sequence[Directions]], columns: int
+    ) -> dict[str, ResponseJacobian]:
+        """Differentiates the log-likelihoods that items are scored by with respect to numbers behind the weights.
 
         Args:
             model: A causal language model of transformers, in evaluation mode; as before afterwards.
             selection: Task to positions of its items.
-            score_gradients: Task to metric to one number per item of the selection: d number / d the item's numerator.
-            names: The parameters that matter.
+            directions: Name of a parameter to how it moves with the numbers.
+            columns: How many numbers there are.
 
         Returns:
-            Name to float32 tensor, without the parameters that do not matter after all; None where no task is scored by
-            log-likelihoods, or the backend has no gradients. What asks for generated text counts nothing.
+            By task, without those that ask for generated text; empty where the backend has no derivatives.
 
         Raises:
-            CandidateError: A number is not finite.
+            CandidateError: A number is not finite, or the model cannot be differentiated.
         """
-        parts = []
-        for task, by_metric in score_gradients.items():
-            indices = selection[task]
-            derivative = partial(self._loglikelihood_derivatives, task, indices, by_metric)
-            parts.append((self.requests(task), indices, derivative))
-        return self.backend.weight_gradient(model, parts, names)
+        by_task = {
+            task: self.backend.jacobian(model, self.requests(task), indices, directions, columns)
+            for task, indices in selection.items()
+        }
+        return {task: part for task, part in by_task.items() if part is not None}
 
-    def _loglikelihood_derivatives(
-        self,
-        task: str,
-        indices: Sequence[int],
-        score_gradients: Mapping[str, FloatArray],
-        positions: Sequence[int],
-        responses: Responses,
-    ) -> list[list[float]]:
-        part = {metric: gradient[list(positions)] for metric, gradient in score_gradients.items()}
-        chosen = [indices[position] for position in positions]
-        return loglikelihood_derivatives(self._task(task), self.requests(task), chosen, responses, part)
+    def smooth_metric(
+        self, task: str, metric: str, indices: Sequence[int], loglikelihoods: FloatArray
+    ) -> SmoothMetric | None:
+        """Gives a metric as a function of its requests' log-likelihoods; as `response_functions.smooth_metric`."""
+        return smooth_metric(self._task(task), metric, self.requests(task), indices, loglikelihoods)
 
     def requests(self, task: str) -> Requests:
         """Returns what the task asks, each item's on first use."""

@@ -11,16 +11,18 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
+
+import numpy as np
 
 from evomerge.errors import OutputError
-from evomerge.evaluation.scores import ItemScores, dump_scores, load_scores
+from evomerge.evaluation.scores import ItemScores, ResponseJacobian, dump_scores, load_scores
 from evomerge.system.files import write_atomic
 from evomerge.system.hashing import digest
-from evomerge.system.sealed import Damaged, read_sealed_json, seal_json
+from evomerge.system.sealed import read_sealed_json, seal_json
 
 LIMIT = 512 * 2**20
 """Bytes that the cache may grow to."""
@@ -28,6 +30,10 @@ _WRITES = 500
 """Files written between two checks of the cache's size."""
 _ABANDONED = 3600.0
 """Seconds after which a half-written file is a dead process's."""
+
+T = TypeVar("T")
+
+_JACOBIAN = ("loglikelihoods", "derivatives", "lengths", "items")
 
 log = logging.getLogger(__name__)
 
@@ -130,23 +136,17 @@ class RunScores:
         dump_scores(buffer, scores)
         write_atomic(self._scores_path(plan, split), buffer.getvalue())
 
-    def load_gradients(self, plan: str) -> tuple[Mapping[str, float] | None] | None:
-        """Reads the derivatives of a plan's fitness, as (derivatives or None,); None where none were asked for."""
-        path = self._gradients_path(plan)
-        if not path.exists():
-            return None
-        try:
-            return read_sealed_json(path, _gradients, "they are worked out again")
-        except Damaged as error:
-            log.warning("%s", error)
-            return None
+    def load_jacobian(self, plan: str) -> dict[str, ResponseJacobian] | None:
+        """Reads how a plan's log-likelihoods move, by task; None where that was not asked for."""
+        return _read_archive(self._jacobian_path(plan), _load_jacobian)
 
-    def save_gradients(self, plan: str, gradients: Mapping[str, float] | None) -> None:
-        """Keeps the derivatives of a plan's fitness by gene, or that it has none."""
-        write_atomic(
-            self._gradients_path(plan),
-            seal_json({"gradients": None if gradients is None else dict(sorted(gradients.items()))}),
-        )
+    def save_jacobian(self, plan: str, jacobian: Mapping[str, ResponseJacobian]) -> None:
+        """Keeps how a plan's log-likelihoods move; of no task where they have no derivatives."""
+        arrays = {f"{name}{k}": getattr(part, name) for k, part in enumerate(jacobian.values()) for name in _JACOBIAN}
+        tasks = np.frombuffer(json.dumps(list(jacobian)).encode(), dtype=np.uint8)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, tasks=tasks, **arrays)
+        write_atomic(self._jacobian_path(plan), buffer.getvalue())
 
     def load_samples(self) -> dict[str, Any] | None:
         """Reads the items that were drawn of each task, as JSON; None where none were."""
@@ -161,8 +161,8 @@ class RunScores:
     def _scores_path(self, plan: str, split: str) -> Path:
         return self._folder / "scores" / f"{plan}-{split}.npz"
 
-    def _gradients_path(self, plan: str) -> Path:
-        return self._folder / "scores" / f"{plan}-gradients.json"
+    def _jacobian_path(self, plan: str) -> Path:
+        return self._folder / "scores" / f"{plan}-jacobian.npz"
 
     @property
     def _samples_path(self) -> Path:
@@ -170,11 +170,16 @@ class RunScores:
 
 
 def _read(path: Path) -> dict[str, ItemScores] | None:
-    """Reads a file of scores; one that is damaged counts as missing, since scores can be measured again."""
+    """Reads a file of scores; None where there is none, or it is damaged."""
+    return _read_archive(path, load_scores)
+
+
+def _read_archive(path: Path, read: Callable[[IO[bytes]], T]) -> T | None:
+    """Reads an archive; None where there is none, or it is damaged: what is in it can be computed again."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no ordinary file")
-        return load_scores(io.BytesIO(path.read_bytes()))
+        return read(io.BytesIO(path.read_bytes()))
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise nearly anything
@@ -182,9 +187,10 @@ def _read(path: Path) -> dict[str, ItemScores] | None:
         return None
 
 
-def _gradients(content: dict[str, Any]) -> tuple[Mapping[str, float] | None]:
-    gradients = content["gradients"]
-    return (None if gradients is None else {str(name): float(value) for name, value in gradients.items()},)
+def _load_jacobian(file: IO[bytes]) -> dict[str, ResponseJacobian]:
+    with np.load(file) as archive:
+        tasks = json.loads(archive["tasks"].tobytes())
+        return {task: ResponseJacobian(*(archive[f"{name}{k}"] for name in _JACOBIAN)) for k, task in enumerate(tasks)}
 
 
 def _samples(content: dict[str, Any]) -> dict[str, Any]:

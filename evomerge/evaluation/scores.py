@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evomerge.errors import TaskError, suggest
-from evomerge.system.arrays import FloatArray
+from evomerge.system.arrays import FloatArray, IntArray
 
 _MAX_COUNTS = 2_000_000  # of a bootstrap, held at once
 
@@ -135,6 +135,11 @@ class ItemScores:
         """Returns the metric where its items' numerators and denominators add up to these; NaN where nothing does."""
         return _apply(self.transforms.get(metric, MEAN), numerator / denominator) if denominator else math.nan
 
+    def of_ratio(self, metric: str, ratio: float) -> tuple[float, float]:
+        """Returns the metric where its items' ratio is this, and its derivative by the ratio."""
+        transform = self.transforms.get(metric, MEAN)
+        return _apply(transform, ratio), _derivative(transform, ratio)
+
     def scores(self) -> dict[str, Score]:
         """Aggregates every metric that has a value here."""
         measured = (name for name in self.names if name in self.corpus or np.any(self.metrics[name][1] != 0))
@@ -178,6 +183,23 @@ class ItemScores:
             names = ", ".join(self.names)
             raise TaskError(f"task {self.task!r} has no metric {metric!r}{suggest(metric, self.names)}; it has {names}")
         return self.metrics[metric]
+
+
+@dataclass(frozen=True)
+class ResponseJacobian:
+    """How log-likelihoods move with some numbers.
+
+    Attributes:
+        loglikelihoods: Of the requests, item by item, [requests].
+        derivatives: [requests, numbers].
+        lengths: Tokens of each answer, [requests].
+        items: Each request's item, [requests].
+    """
+
+    loglikelihoods: FloatArray
+    derivatives: FloatArray
+    lengths: FloatArray
+    items: IntArray
 
 
 def dump_scores(file: IO[bytes], scores: Mapping[str, ItemScores]) -> None:

@@ -53,26 +53,6 @@ class Fitness:
         """Returns each task's own value, higher is better, or the mean of a group's tasks, as the goals come."""
         return self._by_objective(self._values(scores))
 
-    def score_gradients(self, scores: Scores) -> dict[str, dict[str, FloatArray]]:
-        """Differentiates the fitness with respect to the items' numerators.
-
-        Returns:
-            Task to metric to one number per item. Metrics that are no mean or ratio of items are left out.
-        """
-        total = sum(goal.weight for goal in self.goals)
-        gradients: dict[str, dict[str, FloatArray]] = {}
-        for goal in self.goals:
-            part = scores[goal.task]
-            if not part.is_itemwise(goal.metric):
-                continue
-            weights = np.array([self.items[goal.task][i] for i in part.items]) if goal.task in self.items else 1.0
-            weighted = self.weighted({goal.task: part})[goal.task]
-            factor = goal.weight / total * goal.value(weighted.score(goal.metric).value)[1]
-            by_metric = gradients.setdefault(goal.task, {})
-            gradient = factor * weighted.derivative(goal.metric) * weights
-            by_metric[goal.metric] = by_metric.get(goal.metric, 0.0) + gradient
-        return gradients
-
     def count(self, scores: Scores) -> int:
         """Counts the items that the fitness is made of, over all goals."""
         return sum(scores[goal.task].score(goal.metric).n for goal in self.goals)

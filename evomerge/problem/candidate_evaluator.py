@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from evomerge.errors import BadInput, CandidateError, OutputError, RecipeError
+import numpy as np
+
+from evomerge.errors import CandidateError, RecipeError
 from evomerge.evaluation.score_store import RunScores
-from evomerge.evaluation.scores import score_table, table_to_json
+from evomerge.evaluation.scores import ResponseJacobian, score_table, table_to_json
 from evomerge.evaluation.splits import SEARCH, Selection
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.objective.item_sampling import Sample
+from evomerge.objective.likelihood_model import LikelihoodModel, Term, joined
 from evomerge.objective.racing import (
     CONTROLS,
     CUTOFF_RANK,
@@ -23,13 +26,13 @@ from evomerge.objective.racing import (
     blocks_at_analyses,
 )
 from evomerge.planning.plan import Plan
-from evomerge.problem.fitness_gradients import COST, fitness_gradients, sample_items
+from evomerge.problem.genome_jacobian import COST, genome_jacobian, sample_items
 from evomerge.problem.model_runner import Runner, item_ids, join_items, selection_size, take_items
 from evomerge.problem.problem import Problem
 from evomerge.space.decode import decode, why_invalid
-from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.ranking import ranked
+from evomerge.system.arrays import FloatArray
 
 log = logging.getLogger(__name__)
 
@@ -198,46 +201,54 @@ class CandidateEvaluator:
             kept = take_items(whole, item_ids(self._problem.tasks, self.objective.selection))
         return kept or {}
 
-    def gradients(self, candidate: Candidate) -> Mapping[str, float] | None:
-        """Returns the derivative of the fitness with respect to each real gene of a candidate, in units of the gene.
+    def likelihood_model(self, candidate: Candidate) -> LikelihoodModel | None:
+        """Returns a model of the fitness around a candidate: how every log-likelihood moves with its genes.
 
-        They are those of its genome, which for some of generation 0 is only the nearest to its recipe. None for a
-        candidate without a full score, and where there is no derivative (`fitness_gradients`). Worked out once in a
+        The genes are those of its genome, which for some of generation 0 is only the nearest to its recipe. None for a
+        candidate without a full score, and where there are no derivatives (`genome_jacobian`). Differentiated once in a
         run and kept.
         """
-        if candidate.state != "done":
+        space = self._problem.space
+        if candidate.state != "done" or why_invalid(space, candidate.genome) is not None:
             return None
-        plan = self._runner.plan(candidate.recipe)
-        kept = self._store.load_gradients(plan.digest)
-        if kept is None:
-            try:
-                kept = (self._differentiate(candidate.genome),)
-            except (OutputError, BadInput):
-                raise  # the run's trouble, not the candidate's
-            except Exception:
-                log.warning("no gradients of candidate %d", candidate.number, exc_info=True)
-                kept = (None,)
-            self._store.save_gradients(plan.digest, kept[0])
-        return kept[0]
+        try:
+            plan = self._runner.plan(decode(space, candidate.genome))
+            kept = self._store.load_jacobian(plan.digest)
+            if kept is None:
+                selection = _take(self.objective.selection, sample_items(self.objective.selection, plan.digest))
+                kept = genome_jacobian(space, self._runner, selection, candidate.genome)
+                self._store.save_jacobian(plan.digest, kept)
+            # Scored already, but for a baseline that the space says in other words, or only nearly.
+            scores = self._evaluate(plan, self.objective.split, planning=0.0).scores if kept else {}
+        except CandidateError as error:
+            log.warning("no derivatives of candidate %d: %s", candidate.number, error)
+            return None
+        return self._model_of(kept, scores, space.unit(candidate.genome), plan.digest) if kept else None
+
+    def _model_of(
+        self, jacobian: Mapping[str, ResponseJacobian], scores: Scores, unit: FloatArray, seed: str
+    ) -> LikelihoodModel | None:
+        sample = sample_items(self.objective.selection, seed)
+        selection = _take(self.objective.selection, sample)
+        fitness, tasks = self.objective.fitness, self._problem.tasks
+        responses, requests = joined(jacobian)
+        terms = []
+        for goal in (goal for goal in fitness.goals if goal.task in requests):
+            own, part = requests[goal.task], scores[goal.task].take(sample[goal.task])
+            smooth = replace(goal, metric=tasks[goal.task].smooth_metric(goal.metric))
+            at = responses.loglikelihoods[own]
+            metric = self._runner.smooth_metric(goal.task, smooth.metric, selection[goal.task], at)
+            if metric is not None:
+                weights = fitness.items.get(goal.task)
+                of_items = np.array([1.0 if weights is None else weights[item] for item in part.items])
+                terms.append(Term(smooth, own, metric, part, responses.items[own], of_items))
+        total = sum(goal.weight for goal in fitness.goals)
+        return LikelihoodModel(terms, total, responses, -unit, 1.0 - unit) if terms else None
 
     @property
-    def gradient_items(self) -> int:
-        """What `gradients` costs when asked first, in item evaluations."""
+    def jacobian_items(self) -> int:
+        """What `likelihood_model` costs when asked first, in item evaluations."""
         return round(COST * selection_size(sample_items(self.objective.selection, "")))
-
-    def _differentiate(self, genome: Genome) -> Mapping[str, float] | None:
-        space, objective = self._problem.space, self.objective
-        if why_invalid(space, genome) is not None:
-            return None
-        try:  # scored already, but for a baseline that the space says in other words, or only nearly
-            plan = self._runner.plan(decode(space, genome))
-            scores = self._evaluate(plan, objective.split, planning=0.0).scores
-        except CandidateError:
-            return None
-        sample = sample_items(objective.selection, plan.digest)
-        return fitness_gradients(
-            space, self._runner, self._problem.tasks, objective.fitness, objective.selection, genome, scores, sample
-        )
 
     def _objectives(self, plan: Plan, scores: Scores) -> tuple[float, ...] | None:
         """One value per objective, higher is better; None where there is one, which is the fitness."""
@@ -291,3 +302,8 @@ class CandidateEvaluator:
             if count in blocks_at_analyses(len(self._block_order)):
                 at_analyses.append(seen)
         return at_analyses
+
+
+def _take(selection: Selection, positions: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Some of a selection's items."""
+    return {task: tuple(selection[task][k] for k in of_task) for task, of_task in positions.items()}

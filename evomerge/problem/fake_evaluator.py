@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import UnwrittenWeights
-from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange
-from evomerge.evaluation.scores import ItemScores
+from evomerge.engine.setting_derivatives import ParameterKey, ParameterRange
+from evomerge.evaluation.scores import ItemScores, ResponseJacobian
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet
 from evomerge.evaluation.tasks.task import Task
@@ -79,19 +78,14 @@ class FakeRunner:
         """Counts the layers and the parameters of a plan's result."""
         return {"layers": plan.layer_count, "parameters": sum(int(np.prod(op.shape)) for op in plan.operations)}
 
-    def weight_gradients(
-        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, FloatArray]], names: Sequence[str]
-    ) -> None:
+    def jacobian(
+        self, plan: Plan, work: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]], selection: Selection
+    ) -> tuple[dict[str, ResponseJacobian], list[tuple[str, ParameterKey]]]:
         """Has none: there are no weights."""
+        return {}, []
 
-    def parameter_gradients(
-        self,
-        plan: Plan,
-        ranges: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
-        gradient: Mapping[str, Tensor],
-    ) -> dict[str, dict[ParameterKey, float]]:
-        """Has none."""
-        return {}
+    def smooth_metric(self, task: str, metric: str, indices: Sequence[int], loglikelihoods: FloatArray) -> None:
+        """Has none: there are no requests."""
 
     def release(self) -> None:
         """Gives back nothing."""

@@ -10,18 +10,26 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
+import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.tokenizer import tokenizer_digest
 from evomerge.engine.execute import find_device
-from evomerge.engine.parameter_gradients import ParameterKey, ParameterRange, parameter_gradients
-from evomerge.engine.resident import Resident, generation_of
+from evomerge.engine.resident import Resident
+from evomerge.engine.resident import generation_of
+from evomerge.engine.setting_derivatives import ParameterKey
+from evomerge.engine.setting_derivatives import ParameterRange
+from evomerge.engine.setting_derivatives import setting_derivatives
 from evomerge.errors import CandidateError
-from evomerge.evaluation.evaluator import Evaluator, require_decoder
+from evomerge.evaluation.backends.native.jacobian import Directions
+from evomerge.evaluation.backends.native.jacobian import shortened
+from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.evaluator import require_decoder
 from evomerge.evaluation.score_store import ScoreCache, key_of
-from evomerge.evaluation.scores import ItemScores, concatenate
+from evomerge.evaluation.scorers.response_functions import SmoothMetric
+from evomerge.evaluation.scores import ItemScores, ResponseJacobian, concatenate
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Scores
@@ -35,6 +43,9 @@ from evomerge.system.files import cache_folder
 from evomerge.system.inputs import ChangedInput, Inputs
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 16
+"""Operations whose derivatives are held whole at a time."""
 
 
 class Runner(Protocol):
@@ -57,20 +68,16 @@ class Runner(Protocol):
         """Counts the layers and the parameters of a plan's result."""
         ...
 
-    def weight_gradients(
-        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, FloatArray]], names: Sequence[str]
-    ) -> Mapping[str, Tensor] | None:
-        """Differentiates a weighted sum of the items' numerators with respect to weights; None where that is not
-        possible."""
+    def jacobian(
+        self, plan: Plan, work: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]], selection: Selection
+    ) -> tuple[dict[str, ResponseJacobian], list[tuple[str, ParameterKey]]]:
+        """Differentiates log-likelihoods by the settings of a plan's operations; empty where that is not possible."""
         ...
 
-    def parameter_gradients(
-        self,
-        plan: Plan,
-        ranges: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
-        gradient: Mapping[str, Tensor],
-    ) -> dict[str, dict[ParameterKey, float]]:
-        """Contracts a gradient of the weights with how they move with the settings of a plan's operations."""
+    def smooth_metric(
+        self, task: str, metric: str, indices: Sequence[int], loglikelihoods: FloatArray
+    ) -> SmoothMetric | None:
+        """Gives a metric as a function of its requests' log-likelihoods."""
         ...
 
     def release(self) -> None:
@@ -213,41 +220,45 @@ class ModelRunner:
         parameters = sum(math.prod(operation.shape) for operation in plan.operations)
         return {"layers": plan.layer_count, "parameters": parameters}
 
-    def weight_gradients(
-        self, plan: Plan, selection: Selection, numerators: Mapping[str, Mapping[str, FloatArray]], names: Sequence[str]
-    ) -> Mapping[str, Tensor] | None:
-        """Differentiates a weighted sum of the items' numerators with respect to the weights of a plan's result.
+    def jacobian(
+        self, plan: Plan, work: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]], selection: Selection
+    ) -> tuple[dict[str, ResponseJacobian], list[tuple[str, ParameterKey]]]:
+        """Differentiates log-likelihoods with respect to the settings of a plan's operations.
 
         Args:
             plan: The plan.
+            work: Operations, with the settings to differentiate by and the range of each.
             selection: Task to items.
-            numerators: Task to metric to the weight of each item's numerator in the sum.
-            names: Output tensors that matter; the others of a model's parameters may be left out.
 
         Returns:
-            As `Evaluator.weight_gradient`; None also where the model's parameters are not the plan's tensors.
+            By task; and the settings that are the columns, as (output, setting): those that move anything. Empty where
+            the model's parameters are not the plan's tensors.
         """
         model = self.materialise(plan)
-        parameters = {name for name, _ in model.named_parameters()}
-        if not parameters <= {op.output for op in plan.operations}:
-            log.warning("no gradients: the parameters of %s are not its checkpoints' tensors", type(model).__name__)
-            return None
-        gradients = self.evaluator.weight_gradient(
-            model, selection, numerators, [name for name in names if name in parameters]
-        )
+        parameters = dict(model.named_parameters())
+        if not parameters.keys() <= {op.output for op in plan.operations}:
+            log.warning("no derivatives: the parameters of %s are not its checkpoints' tensors", type(model).__name__)
+            return {}, []
+        directions: dict[str, Sequence[Directions]] = {}
+        settings: list[tuple[str, ParameterKey]] = []
+        work = [(operation, ranges) for operation, ranges in work if operation.output in parameters]
+        for start in range(0, len(work), _AT_ONCE):
+            part = work[start : start + _AT_ONCE]
+            for output, derivatives in setting_derivatives(part, self._live.store, plan.family):
+                if derivatives:
+                    columns = np.arange(len(settings), len(settings) + len(derivatives))
+                    whole = torch.stack(list(derivatives.values())).to(parameters[output])
+                    directions[output] = shortened(Directions(columns, whole))
+                    settings += [(output, key) for key in derivatives]
+        computed = self.evaluator.jacobian(model, selection, directions, len(settings))
         self._inputs.renew()
-        return gradients
+        return computed, settings
 
-    def parameter_gradients(
-        self,
-        plan: Plan,
-        ranges: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
-        gradient: Mapping[str, Tensor],
-    ) -> dict[str, dict[ParameterKey, float]]:
-        """Contracts a gradient of the weights with how they move with the settings of a plan's operations."""
-        contracted = parameter_gradients(ranges, gradient, self._live.store, plan.family)
-        self._inputs.renew()
-        return contracted
+    def smooth_metric(
+        self, task: str, metric: str, indices: Sequence[int], loglikelihoods: FloatArray
+    ) -> SmoothMetric | None:
+        """Gives a metric as a function of its requests' log-likelihoods."""
+        return self.evaluator.smooth_metric(task, metric, indices, loglikelihoods)
 
     @property
     def _live(self) -> Resident:

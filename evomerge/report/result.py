@@ -65,7 +65,7 @@ class ItemCounts:
     evaluated: int
     without_racing: int
     saved: float
-    gradients: int
+    jacobians: int
 
 
 @dataclass(frozen=True)

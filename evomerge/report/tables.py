@@ -52,9 +52,13 @@ def score_table(tasks: ScoreTable, groups: ScoreTable | None = None) -> str:
     return table(["task", "metric", "value", "standard error", "items"], rows)
 
 
-def gradients_text(candidates: int) -> str:
-    """Says what a search's count of item evaluations leaves out; empty where no gradients were taken."""
-    return f"Beside these, the gradient of the fitness was taken at {candidates} candidates." if candidates else ""
+def jacobians_text(candidates: int) -> str:
+    """Says what a search's count of item evaluations leaves out; empty where no Jacobians were taken."""
+    return (
+        f"Beside these, the derivatives of all log-likelihoods were taken at {candidates} candidates."
+        if candidates
+        else ""
+    )
 
 
 def result_table(result: RunResult) -> str:
@@ -64,7 +68,7 @@ def result_table(result: RunResult) -> str:
     parts = [
         f"{result.run}: {counts.done} scored, {counts.failed} failed, {counts.pruned} pruned, "
         f"budget {counts.budget}{saved}",
-        gradients_text(result.items.gradients),
+        jacobians_text(result.items.jacobians),
         _steering_text(result.goals),
         _test_table(result),
         _bias_table(result),
@@ -87,8 +91,8 @@ def status_text(status: RunStatus) -> str:
         lines.append(
             f"racing: {items.evaluated} item evaluations instead of {items.without_racing}, {items.saved:.0%} saved"
         )
-    if gradients := gradients_text(items.gradients):
-        lines.append(gradients)
+    if jacobians := jacobians_text(items.jacobians):
+        lines.append(jacobians)
     if status.candidates_per_hour and status.seconds_left is not None and status.state != "finished":
         left = timedelta(seconds=round(status.seconds_left))
         lines.append(f"{status.candidates_per_hour:.0f} candidates an hour, {left} left")

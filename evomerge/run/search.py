@@ -241,7 +241,7 @@ class _Session:
         stop = StopConditions(
             spec.search.candidates,
             **spec.search.stop.model_dump(),
-            gradient_items=self.evaluator.gradient_items,
+            jacobian_items=self.evaluator.jacobian_items,
             since=folder.extended_from(),
         )
         with self._executor() as executor:
@@ -301,7 +301,7 @@ class _Session:
         """
         if self.folder.spec.search.baseline is None:
             return ()
-        items = max(spent_items(candidates, self.evaluator.gradient_items))
+        items = max(spent_items(candidates, self.evaluator.jacobian_items))
         self.tracker.report(f"random search as a baseline: {items} item evaluations, as the search had")
 
         record = self.folder.record(self.problem.space, baseline=True, report=self.tracker.report)
@@ -345,7 +345,7 @@ def settings_of(section: Search, evaluator: CandidateEvaluator, algorithm: str |
     own = algorithm in (None, section.algorithm)
     population = section.population or get_algorithm(section.algorithm).population
     options = section.options if own else {}
-    return AlgorithmSettings(population, options, gradients=evaluator.gradients)
+    return AlgorithmSettings(population, options, local_model=evaluator.likelihood_model)
 
 
 def score_unless_crashing(folder: RunFolder, evaluate: Callable[[Proposal], Outcome], proposal: Proposal) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
 
-from evomerge.study.candidate import Candidate, gradient_parent
+from evomerge.study.candidate import Candidate, step_parent
 from evomerge.study.ranking import latest_improvement, ranked
 
 FAILURES_IN_A_ROW = 10
@@ -28,7 +28,7 @@ class StopConditions:
         stale_generations: Generations in a row without a better candidate, or with several objectives without more
             hypervolume; None for no limit.
         items: Items scored, over all candidates; None for no limit.
-        gradient_items: Items that the gradient at one candidate counts as.
+        jacobian_items: Items that the Jacobian at one candidate counts as.
         fitness: A fitness that is good enough, of a candidate with a full score at the end of a generation.
         since: The search had ended for want of progress, or because it was good enough, with this many candidates, and
             was extended: staleness counts from there, and a fitness that they had reached ends nothing any more.
@@ -38,54 +38,54 @@ class StopConditions:
     hours: float | None = None
     stale_generations: int | None = None
     items: int | None = None
-    gradient_items: int = 0
+    jacobian_items: int = 0
     fitness: float | None = None
     since: int = 0
 
 
 class EvaluationCounter:
-    """Counts item evaluations, candidate by candidate; the gradient at a parent counts once.
+    """Counts item evaluations, candidate by candidate; the Jacobian at a parent counts once.
 
     Args:
-        gradient_items: Item evaluations that the gradient at one candidate is worth.
+        jacobian_items: Item evaluations that the Jacobian at one candidate is worth.
 
     Attributes:
         items: The count.
     """
 
-    def __init__(self, gradient_items: int) -> None:
+    def __init__(self, jacobian_items: int) -> None:
         self.items = 0
-        self._gradient_items = gradient_items
-        self._gradient_parents: set[int] = set()
+        self._jacobian_items = jacobian_items
+        self._step_parents: set[int] = set()
 
     def add(self, candidate: Candidate) -> int:
         """Adds one more candidate and returns the count."""
-        parent = gradient_parent(candidate)
-        if parent is not None and parent not in self._gradient_parents:
-            self._gradient_parents.add(parent)
-            self.items += self._gradient_items
+        parent = step_parent(candidate)
+        if parent is not None and parent not in self._step_parents:
+            self._step_parents.add(parent)
+            self.items += self._jacobian_items
         self.items += candidate.items
         return self.items
 
 
-def spent_items(history: Iterable[Candidate], gradient_items: int) -> Iterator[int]:
+def spent_items(history: Iterable[Candidate], jacobian_items: int) -> Iterator[int]:
     """Yields the item evaluations after each of the candidates, as `EvaluationCounter` counts them."""
-    return map(EvaluationCounter(gradient_items).add, history)
+    return map(EvaluationCounter(jacobian_items).add, history)
 
 
 def count_items(history: Iterable[Candidate]) -> dict[str, Any]:
-    """Counts the item evaluations of a search, how many they would be without racing, the share saved, and gradients.
+    """Counts the item evaluations of a search, how many they would be without racing, the share saved, and Jacobians.
 
-    What gradients cost is not among the evaluations (`spent_items` counts it in): ``gradients`` is the number of
-    candidates at which one was asked for.
+    What Jacobians cost is not among the evaluations (`spent_items` counts it in): ``jacobians`` is the number of
+    candidates at which one led to a step.
     """
     candidates = list(history)
     scored = [candidate for candidate in candidates if candidate.items]
     evaluated = sum(candidate.items for candidate in scored)
     whole = len(scored) * max((candidate.items for candidate in scored), default=0)
-    gradients = len({gradient_parent(candidate) for candidate in candidates} - {None})
+    jacobians = len({step_parent(candidate) for candidate in candidates} - {None})
     saved = 1 - evaluated / whole if whole else 0.0
-    return {"evaluated": evaluated, "without_racing": whole, "saved": saved, "gradients": gradients}
+    return {"evaluated": evaluated, "without_racing": whole, "saved": saved, "jacobians": jacobians}
 
 
 class StopMonitor:
@@ -101,7 +101,7 @@ class StopMonitor:
         self._stop = stop
         self._slots = slots
         self._seconds = sum(float(c.seconds.get("total", 0.0)) for c in history)
-        self._counter = EvaluationCounter(stop.gradient_items)
+        self._counter = EvaluationCounter(stop.jacobian_items)
         for candidate in history:
             self._counter.add(candidate)
         failed = {c.number: c for c in history if c.state == "failed"}

@@ -12,8 +12,8 @@ from evomerge.space.baselines import Start
 from evomerge.space.decode import recipe_hash
 from evomerge.space.genome import Genome
 
-GRADIENT = "gradient"
-"""How the operators are called that step along the gradient of the fitness at the first parent."""
+JACOBIAN_STEP = "Jacobian step"
+"""How the operators are called that go by how the log-likelihoods at the first parent move with its genes."""
 DRAW = "draw"
 """How the operator is called that draws from what the fitness may be."""
 
@@ -135,6 +135,6 @@ def count_states(history: Iterable[Candidate]) -> dict[str, int]:
     return {state: states.count(state) for state in get_args(State)}
 
 
-def gradient_parent(candidate: Candidate) -> int | None:
-    """Returns the number of the candidate whose gradient made this one; None where none did."""
-    return candidate.parents[0] if GRADIENT in candidate.operator and candidate.parents else None
+def step_parent(candidate: Candidate) -> int | None:
+    """Returns the number of the candidate whose Jacobian made this one; None where none did."""
+    return candidate.parents[0] if JACOBIAN_STEP in candidate.operator and candidate.parents else None

@@ -7,16 +7,38 @@ implement them and do not know each other.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.system.arrays import FloatArray, IntArray
 
 log = logging.getLogger(__name__)
 
 Level = Literal["info", "warning"]
+
+
+class LocalModel(Protocol):
+    """The fitness around one candidate, predicted from how the log-likelihoods of all items move with the genes."""
+
+    def resolution(self, labels: Sequence[IntArray], radius: float) -> tuple[int, float, float]:
+        """Chooses which genes to move together, by cross-validation over the items.
+
+        Args:
+            labels: For each way a label of every gene, [reals]: genes of one label move alike, those of -1 stay.
+            radius: Nats a token of the answers that a step may change, as a root mean square.
+
+        Returns:
+            Index of the way, what the mean square of a step should cost, and the mean gain over items that a step was
+            not made for.
+        """
+        ...
+
+    def step(self, labels: IntArray, ridge: float, radius: float) -> tuple[FloatArray, float]:
+        """Finds the best point within a radius: the move in units of the genes' ranges, [reals], and its gain."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,13 +50,13 @@ class AlgorithmSettings:
     Attributes:
         population: Candidates per generation.
         options: Settings that only one algorithm knows; those that are left out have the registry's defaults.
-        gradients: The derivative of the fitness with respect to every real gene that it depends on smoothly, by name of
-            gene, in units of the gene; None where there is none. Costs several evaluations when asked first.
+        local_model: A model of the fitness around a candidate; None where there is none. Costs several evaluations
+            when asked first.
     """
 
     population: int = 16
     options: Mapping[str, Any] = field(default_factory=dict)
-    gradients: Callable[[Candidate], Mapping[str, float] | None] | None = None
+    local_model: Callable[[Candidate], LocalModel | None] | None = None
 
 
 class Algorithm(Protocol):

@@ -1,1 +1,1 @@
-"""Gets the history and gives children, gradient steps and draws of the default search; never sees a model or a file."""
+"""Gets the history and gives children, steps by the Jacobian and draws of the default search; never sees a model."""

@@ -2,11 +2,11 @@
 
 The parents of a generation are the best of all candidates (elitism: a (μ + λ) truncation); one that a race stopped
 counts with the estimate it was stopped at, which is below the cut-off. A child is a recombination of tournament
-winners, then a mutation; or a step along the gradient from one of the best, where gradients are to be had
-(`gradient_steps`); or where they are not, a draw from what the fitness may be near the best (`trust_region`). Scores on
-a hundred items are noisy, so recombination that averages several good candidates is the most frequent. Variation
-follows the structure of the genes: a whole model, a run of layer groups, or single genes. A pattern of layers is
-assembled from what all candidates say of every depth, as often as it is bred.
+winners, then a mutation; or a step from the best by how the log-likelihoods of all items move with its genes, while
+that promises a gain (`jacobian_steps`); or else a draw from what the fitness may be near the best (`trust_region`).
+Scores on a hundred items are noisy, so recombination that averages several good candidates is the most frequent.
+Variation follows the structure of the genes: a whole model, a run of layer groups, or single genes. A pattern of layers
+is assembled from what all candidates say of every depth, as often as it is bred.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from evomerge.algorithms import operators
 from evomerge.algorithms.ga import layer_operators
-from evomerge.algorithms.ga.gradient_steps import GradientSteps
+from evomerge.algorithms.ga.jacobian_steps import JacobianSteps
 from evomerge.algorithms.ga.layer_assembly import assemble
 from evomerge.algorithms.ga.layer_operators import Layers
 from evomerge.algorithms.ga.selection import (
@@ -45,13 +45,13 @@ from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.ranking import best_first
 from evomerge.system.arrays import FloatArray, IntArray, Mask
 
-OPTIONS = {"gradient_steps": True, "trust_region": True}
+OPTIONS = {"jacobian_steps": True, "trust_region": True}
 """The options and their defaults; bench/results/search.md says why these."""
 
 POPULATION = 4
-"""Candidates per generation where nothing else is asked for: a gradient step needs the last one's outcome."""
+"""Candidates per generation where nothing else is asked for: a step needs the last one's outcome."""
 TRUST_REGION_SHARE = 0.75
-"""The share of a generation that is drawn near the best where there are no gradients; the rest is bred."""
+"""The share of a generation that is drawn near the best where there are no steps; the rest is bred."""
 MAX_CENTROID_PARENTS = 8
 METHOD_MUTATION_RATE = 0.1
 MUTATION_RATE = 0.8
@@ -97,15 +97,15 @@ class Breeding:
         space: The space.
         linkage: Which of its genes belong together.
         parents: Whom to breed from, best first.
-        gradient_steps: None where there are no gradients.
-        trust_region: Steps without gradients; None where there are none.
+        steps: None where there are none.
+        trust_region: Draws near the best; None where there are none.
         patterns: Patterns of layers and their fitness, best first.
     """
 
     space: SearchSpace
     linkage: Linkage
     parents: Sequence[Parent]
-    gradient_steps: GradientSteps | None
+    steps: JacobianSteps | None
     trust_region: TrustRegion | None
     patterns: Sequence[tuple[Layers, float]]
 
@@ -127,8 +127,8 @@ def ga(
 
     def planned(number: int) -> Draw | None:
         rank = number % settings.population
-        if breeding.gradient_steps is not None and breeding.gradient_steps.possible:
-            return breeding.gradient_steps.step() if rank == 0 else None
+        if breeding.steps is not None and (step := breeding.steps.step(rank)) is not None:
+            return step
         return breeding.trust_region.draw(number) if breeding.trust_region is not None and rank < drawn else None
 
     return distinct(space, history, numbers, generation, seed, draw, planned)
@@ -144,14 +144,14 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         order = best_first((c for c in history if genome_is_exact(space, c)), limit)
     else:
         order = index.best_first(limit)
-    steps = options["gradient_steps"] and settings.gradients is not None
+    steps = options["jacobian_steps"] and settings.local_model is not None
     draws = options["trust_region"] and not only_copied and not index.multi_objective
     with_pattern = [c for c in order if space.pattern is not None and copies_layers(space, c.genome)]
     return Breeding(
         space,
         Linkage(space),
         [Parent.of(space, c) for c in order[:parents]],
-        GradientSteps(space, index, order[: 2 * parents], settings) if steps else None,
+        JacobianSteps(space, index, order, settings) if steps else None,
         TrustRegion(space, index, seed) if draws else None,
         [(c.genome.layers, c.fitness or 0.0) for c in with_pattern],
     )

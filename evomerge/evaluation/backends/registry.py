@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from evomerge.evaluation.backends.native.jacobian import Directions
+    from evomerge.evaluation.scores import ResponseJacobian
     from evomerge.evaluation.tasks.requests import Encoder, Requests, Responses
 
 BackendName = Literal["native", "hf", "vllm"]
 """`native` is our own; `hf` is lm-eval's HFLM; `vllm` is lm-eval's VLLM on a live engine (an extra, on GPUs)."""
-
-ResponseDerivative = Callable[[Sequence[int], "Responses"], Sequence[Sequence[float]]]
-"""(positions of items, their responses) -> for each item, the derivatives with respect to its log-likelihoods."""
 
 
 class Backend(Protocol):
@@ -47,18 +44,28 @@ class Backend(Protocol):
         """Returns the identity of everything that decides how responses are rounded, apart from the model."""
         raise NotImplementedError
 
-    def weight_gradient(
+    def jacobian(
         self,
         model: Any,
-        parts: Sequence[tuple[Requests, Sequence[int], ResponseDerivative]],
-        names: Sequence[str],
-    ) -> Mapping[str, Tensor] | None:
-        """Differentiates a number made of log-likelihoods with respect to weights; None where that cannot be done.
+        requests: Requests,
+        indices: Sequence[int],
+        directions: Mapping[str, Sequence[Directions]],
+        columns: int,
+    ) -> ResponseJacobian | None:
+        """Differentiates the log-likelihoods that some items are scored by with respect to numbers behind the weights.
 
         Args:
             model: The model; as before afterwards.
-            parts: For each task its requests, the items, and the derivative of the number.
-            names: The parameters.
+            requests: What the task asks.
+            indices: The items.
+            directions: Name of a parameter to how it moves with the numbers.
+            columns: How many numbers there are.
+
+        Returns:
+            None where that cannot be done.
+
+        Raises:
+            CandidateError: A number is not finite, or the model cannot be differentiated.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""Values the responses to a task's requests by lm-eval's own code: per-item metrics, and their derivatives."""
+"""Values the responses to a task's requests by lm-eval's own code: per-item metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lm_eval.api.metrics as lm
@@ -15,7 +15,6 @@ import numpy as np
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.scores import BITS, EXP, MEAN, ItemScores
 from evomerge.evaluation.tasks.group_task import GroupTask
-from evomerge.evaluation.tasks.requests import Requests, Responses
 from evomerge.evaluation.tasks.task import Task
 from evomerge.system.arrays import FloatArray
 from evomerge.system.quiet import silent
@@ -69,58 +68,6 @@ def _pooled(task: GroupTask, indices: Sequence[int], instances: Sequence[Sequenc
         chosen.append(item)
         asked.append(group)
     return task.pool(indices, {part: item_scores(task.parts[part], *both) for part, both in by_part.items()})
-
-
-_STEP = 1e-4
-"""Nats. In float64 the truncation (its square) and the rounding of central differences are both below 1e-8."""
-
-
-def loglikelihood_derivatives(
-    task: Task,
-    requests: Requests,
-    indices: Sequence[int],
-    responses: Responses,
-    score_gradients: Mapping[str, FloatArray],
-) -> list[list[float]]:
-    """Differentiates Σ score gradient · numerator with respect to every log-likelihood, by central differences.
-
-    It goes through the metrics' own code, so it knows nothing of how they are defined. Items are independent of each
-    other: the k-th request of all of them is moved at once.
-
-    Args:
-        task: The task.
-        requests: What it asks.
-        indices: The items.
-        responses: The log-likelihoods.
-        score_gradients: Metric to one number per item: the derivative with respect to the item's numerator.
-
-    Returns:
-        For each item, one number per instance.
-    """
-
-    def total(moved: int, by: float) -> FloatArray:
-        instances = requests.fresh(indices)
-        for group, given in zip(instances, responses, strict=True):
-            for k, (instance, values) in enumerate(zip(group, given, strict=True)):
-                instance.resps.extend(_moved(value, by) if k == moved else value for value in values)
-        metrics = item_scores(task, indices, instances).metrics
-        value: FloatArray = np.sum(
-            [gradient * metrics[metric][0] for metric, gradient in score_gradients.items()], axis=0
-        )
-        return value
-
-    derivatives: list[list[float]] = [[] for _ in indices]
-    for k in range(max(map(len, responses))):
-        differences = (total(k, _STEP) - total(k, -_STEP)) / (2 * _STEP)
-        for row, given, derivative in zip(derivatives, responses, differences.tolist(), strict=True):
-            if k < len(given):
-                row.append(derivative)
-    return derivatives
-
-
-def _moved(response: Any, by: float) -> Any:
-    """A response with another log-likelihood: a number, or (log-likelihood, whether it is greedy)."""
-    return (response[0] + by, *response[1:]) if isinstance(response, tuple) else response + by
 
 
 def _process(task: Task, index: int, results: list[Any]) -> dict[str, Any]:
@@ -225,7 +172,7 @@ def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequ
         return {"prob": (np.exp(column), ones), "nll": (-column, ones)}
     rows = []
     for index, group in zip(indices, instances, strict=True):
-        right, choices = _right_choices(task, index)
+        right, choices = right_choices(task, index)
         if not right:
             rows.append((-math.inf, -math.inf, 0.0, 0.0))
             continue
@@ -251,8 +198,11 @@ def _log_share(lls: FloatArray, right: Sequence[int]) -> float:
     return float(np.logaddexp.reduce(lls[list(right)]) - np.logaddexp.reduce(lls))
 
 
-def _right_choices(task: Task, index: int) -> tuple[list[int], list[str]]:
+def right_choices(task: Task, index: int) -> tuple[list[int], list[str]]:
     """The right choices of a document, and all its choices; none where the label is not among them."""
+    if isinstance(task, GroupTask):
+        part, item = task.locate(index)
+        return right_choices(task.parts[part], item)
     lm_task, doc = task.lm_eval_task, task.docs[index]
     choices = lm_task.doc_to_choice(doc)
     gold = lm_task.doc_to_text(doc) if getattr(lm_task, "multiple_input", 0) else lm_task.doc_to_target(doc)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.backends.native.generation import Generator
+from evomerge.evaluation.backends.native.jacobian import Directions, batch_tokens, jacobian
 from evomerge.evaluation.backends.native.logprobs import TreeLogprobs
 from evomerge.evaluation.backends.native.prefix_trees import PackedTrees
-from evomerge.evaluation.backends.native.weight_gradients import GradientChunk, chunk_tokens, weight_gradient
-from evomerge.evaluation.backends.registry import Backend, BackendOptions, ResponseDerivative
+from evomerge.evaluation.backends.registry import Backend, BackendOptions
+from evomerge.evaluation.scores import ResponseJacobian
 from evomerge.evaluation.tasks.requests import Pair, Requests
-from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 
 log = logging.getLogger(__name__)
@@ -99,73 +98,35 @@ class NativeBackend(Backend):
         self._packed.move_to_end(key)
         return self._packed[key]
 
-    def weight_gradient(
+    def jacobian(
         self,
         model: Any,
-        parts: Sequence[tuple[Requests, Sequence[int], ResponseDerivative]],
-        names: Sequence[str],
-    ) -> dict[str, Tensor] | None:
-        """Differentiates a number made of log-likelihoods with respect to weights.
-
-        Returns:
-            Name to float32 tensor, without the parameters that do not matter after all. None where no task is scored by
-            log-likelihoods alone; other tasks are left out.
-
-        Raises:
-            CandidateError: A number is not finite.
-        """
-        self.prepare(model)
-        chunks = [chunk for part in parts for chunk in self._gradient_chunks(model, *part)]
-        return weight_gradient(model, chunks, names, head_is_last=self.logprobs.head_is_last) if chunks else None
-
-    def _gradient_chunks(
-        self, model: Any, requests: Requests, indices: Sequence[int], derivative: ResponseDerivative
-    ) -> list[GradientChunk]:
-        """The items in chunks to be run forward and backward, those of similar length together.
-
-        Empty where items ask for generated text.
-        """
-        if not all(_is_loglikelihood(instance) for index in indices for instance in requests.by_item[index]):
-            return []
-        sizes = [self.packed(requests, [index]).tokens for index in indices]
-        limit, total = chunk_tokens(model), 0
-        chunks: list[list[int]] = [[]]
-        for position in sorted(range(len(indices)), key=lambda position: -sizes[position]):
-            if chunks[-1] and total + sizes[position] > limit:
-                chunks, total = [*chunks, []], 0
-            chunks[-1].append(position)
-            total += sizes[position]
-        return [self._gradient_chunk(requests, indices, positions, limit, derivative) for positions in chunks]
-
-    def _gradient_chunk(
-        self,
         requests: Requests,
         indices: Sequence[int],
-        positions: Sequence[int],
-        limit: int,
-        derivative: ResponseDerivative,
-    ) -> GradientChunk:
-        encoded = [self._encoded(requests, indices[position]) for position in positions]
-
-        def by_request(loglikelihoods: FloatArray) -> FloatArray:
-            rest = iter(loglikelihoods.tolist())
-            responses = []
-            for position, pairs in zip(positions, encoded, strict=True):
-                instances = requests.by_item[indices[position]]
-                totals = [sum(next(rest) for _ in pair) for pair in pairs]
-                responses.append([_response(i, t, greedy=False) for i, t in zip(instances, totals, strict=True)])
-            by_item = derivative(positions, responses)
-            return np.array(
-                [
-                    value
-                    for values, pairs in zip(by_item, encoded, strict=True)
-                    for value, pair in zip(values, pairs, strict=True)
-                    for _ in pair
-                ]
-            )
-
-        packed = self.logprobs.pack([[pair for pairs in item for pair in pairs] for item in encoded], limit)
-        return GradientChunk(packed, by_request)
+        directions: Mapping[str, Sequence[Directions]],
+        columns: int,
+    ) -> ResponseJacobian | None:
+        """Differentiates the log-likelihoods of some items' requests; as `Backend.jacobian`."""
+        instances = [instance for index in indices for instance in requests.by_item[index]]
+        if not all(_is_loglikelihood(instance) for instance in instances):
+            return None
+        self.prepare(model)
+        encoded = [pairs for index in indices for pairs in self._encoded(requests, index)]
+        key = (requests.task, tuple(indices), None)  # no shared prefixes: every sequence has tokens of its own
+        if key not in self._packed:
+            alone = [[pair] for pairs in encoded for pair in pairs]
+            self._packed[key] = self.logprobs.pack(alone, batch_tokens(model))
+        packed = self._packed[key]
+        values, derivatives = jacobian(model, packed, directions, columns, head_is_last=self.logprobs.head_is_last)
+        owners = np.repeat(np.arange(len(encoded)), [len(pairs) for pairs in encoded])
+        total = np.zeros((len(encoded), columns))
+        np.add.at(total, owners, derivatives)
+        return ResponseJacobian(
+            np.bincount(owners, weights=values, minlength=len(encoded)).astype(np.float64),
+            total,
+            np.array([sum(len(continuation) for _, continuation in pairs) for pairs in encoded], dtype=np.float64),
+            np.repeat(np.arange(len(indices)), [len(requests.by_item[index]) for index in indices]),
+        )
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Returns the identity of the batches."""

@@ -1,4 +1,4 @@
-"""Gradients with respect to a recipe's parameters, from the gradient with respect to the merged weights.
+"""Differentiates merged tensors with respect to the numbers in a recipe's settings.
 
 No method says how its result depends on its parameters: central differences of the merge in float32, for any method.
 """
@@ -35,60 +35,47 @@ def float_parameters(settings: Settings) -> dict[ParameterKey, float]:
     return floats
 
 
-def parameter_gradients(
+def setting_derivatives(
     work: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]],
-    weight_gradients: Mapping[str, Tensor],
     store: StatisticsStore,
     family: Family = (),
-) -> dict[str, dict[ParameterKey, float]]:
-    """Gives the derivatives of a number with respect to the settings of operations (chain rule over the weights).
+) -> Iterator[tuple[str, dict[ParameterKey, Tensor]]]:
+    """Differentiates the outputs of operations with respect to their settings.
 
     Args:
         work: Operations, with the parameters to differentiate by and the range of each.
-        weight_gradients: Output to the derivative of the number with respect to it, float32; a missing one counts as 0.
         store: Statistics and tensors of the open checkpoints.
         family: The inputs that together make the model, for `scope: model`.
 
-    Returns:
-        Output to parameter to derivative. One-sided where a parameter is at the end of its range.
+    Yields:
+        Output and parameter to derivative, float32 in the output's shape, without those that are zero throughout.
+        One-sided where a parameter is at the end of its range.
     """
-    tasks = [(operation, ranges) for operation, ranges in work if operation.output in weight_gradients and ranges]
-    tasks.sort(key=lambda pair: -math.prod(pair[0].shape))
-    calls = [partial(_operation_gradients, *pair, weight_gradients[pair[0].output], store, family) for pair in tasks]
-    gradients = run_all(calls, torch.get_num_threads())
-    return {operation.output: row for (operation, _), row in zip(tasks, gradients, strict=True)}
+    calls = [partial(_of_operation, operation, ranges, store, family) for operation, ranges in work]
+    for (operation, _), derivatives in zip(work, run_all(calls, torch.get_num_threads()), strict=True):
+        yield operation.output, derivatives
 
 
-def _operation_gradients(
-    operation: Operation,
-    ranges: Mapping[ParameterKey, ParameterRange],
-    weight_gradient: Tensor,
-    store: StatisticsStore,
-    family: Family,
-) -> dict[ParameterKey, float]:
-    flat = weight_gradient.reshape(-1).cpu()
-    return {key: _derivative(operation, key, ranges[key], flat, store, family) for key in ranges}
+def _of_operation(
+    operation: Operation, ranges: Mapping[ParameterKey, ParameterRange], store: StatisticsStore, family: Family
+) -> dict[ParameterKey, Tensor]:
+    derivatives = {key: _derivative(operation, key, allowed, store, family) for key, allowed in ranges.items()}
+    return {key: derivative for key, derivative in derivatives.items() if derivative is not None}
 
 
 def _derivative(
-    operation: Operation,
-    key: ParameterKey,
-    allowed: ParameterRange,
-    weight_gradient: Tensor,
-    store: StatisticsStore,
-    family: Family,
-) -> float:
+    operation: Operation, key: ParameterKey, allowed: ParameterRange, store: StatisticsStore, family: Family
+) -> Tensor | None:
     value, step = float_parameters(operation.settings)[key], STEP * (allowed[1] - allowed[0])
     low, high = max(value - step, min(value, allowed[0])), min(value + step, max(value, allowed[1]))
     if not low < high:
-        return 0.0
-    sums = [
-        float((weight_gradient[start:stop] * difference).sum(dtype=torch.float64))
-        for start, stop, difference in _differences(
-            _changed(operation, key, high), _changed(operation, key, low), store, family
-        )
-    ]
-    return math.fsum(sums) / (high - low)
+        return None
+    derivative = torch.empty(math.prod(operation.shape))
+    for start, stop, difference in _differences(
+        _changed(operation, key, high), _changed(operation, key, low), store, family
+    ):
+        torch.div(difference, high - low, out=derivative[start:stop])
+    return derivative.reshape(operation.shape) if bool(derivative.any()) else None
 
 
 def _changed(operation: Operation, key: ParameterKey, value: float) -> Operation:
