@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 COST = 5.0
 """What a Jacobian costs, in scores of the same items: measured in processor seconds on 135M models, four sources."""
 SAMPLED_SHARE, SAMPLED_LEAST = 0.25, 32
-"""Of a task's items, drawn anew for every candidate, and how many at least, where it has them: a step needs a direction,
-which a part of them gives, and its candidate is scored on all."""
+"""Of a task's items, drawn anew for every candidate, and how many at least, where it has them: a step needs a
+direction, which a part of them gives, and its candidate is scored on all."""
 
 GeneFactors = Mapping[str, Mapping[ParameterKey, Mapping[str, float]]]
 """Output tensor -> number in its settings -> gene -> derivative of the number with respect to the gene."""

@@ -41,11 +41,14 @@ from evomerge.recipe.parse import single_model
 from evomerge.system.arrays import FloatArray
 from evomerge.system.files import cache_folder
 from evomerge.system.inputs import ChangedInput, Inputs
+from evomerge.system.memory import available
 
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
 """Operations whose derivatives are held whole at a time."""
+_MEMORY_SHARE = 0.7
+"""Of the free memory that they may take."""
 
 
 class Runner(Protocol):
@@ -244,6 +247,7 @@ class ModelRunner:
         work = [(operation, ranges) for operation, ranges in work if operation.output in parameters]
         for start in range(0, len(work), _AT_ONCE):
             part = work[start : start + _AT_ONCE]
+            _require_memory(part)
             for output, derivatives in setting_derivatives(part, self._live.store, plan.family):
                 if derivatives:
                     columns = np.arange(len(settings), len(settings) + len(derivatives))
@@ -306,6 +310,17 @@ class ModelRunner:
 def _files(opened: Checkpoint | Task) -> tuple[Path, ...]:
     """The files that a model or a task was read from."""
     return opened.inputs if isinstance(opened, Checkpoint) else opened.files
+
+
+def _require_memory(work: Sequence[tuple[Operation, Mapping[ParameterKey, ParameterRange]]]) -> None:
+    """Checks that the derivatives of some operations can be held; the kernel would end the process without a word.
+
+    Raises:
+        CandidateError: They cannot.
+    """
+    free, needed = available(), sum(4 * len(ranges) * math.prod(operation.shape) for operation, ranges in work)
+    if free is not None and needed > _MEMORY_SHARE * free:
+        raise CandidateError(f"the derivatives take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
 
 
 def selection_size(selection: Selection) -> int:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from evomerge.algorithms.history_index import HistoryIndex
 from evomerge.space.baselines import baselines
 from evomerge.space.decode import decode, genome_hash
-from evomerge.study.candidate import Candidate, gradient_parent
+from evomerge.study.candidate import Candidate, step_parent
 from evomerge.study.ranking import best_first
 from tests.algorithms.landscapes import make_space
 
@@ -33,7 +33,7 @@ def history_of(rows: Any) -> tuple[Candidate, ...]:
         start = STARTS[number] if number < len(STARTS) else None
         genome = start.genome if start else SPACE.sample(rng)
         recipe = start.recipe if start else decode(SPACE, genome)
-        operator, parents = ("x", ()) if step is None else ("gradient", (step,))
+        operator, parents = ("x", ()) if step is None else ("Jacobian step, 0.3 nats a token", (step,))
         objectives = (value, 1.0 - value) if several and value is not None else None
         made = Candidate(number, 0 if start else 1, genome, recipe, f"{number}", parents, operator, "done", value)
         history.append(replace(made, objectives=objectives, state="failed" if value is None else "done"))
@@ -43,7 +43,7 @@ def history_of(rows: Any) -> tuple[Candidate, ...]:
 def afresh(history: tuple[Candidate, ...]) -> dict[str, Any]:
     """What a index says, by its definition."""
     first = [c for c in history if c.generation == 0]
-    asked = [gradient_parent(c) for c in history]
+    asked = [step_parent(c) for c in history]
     return {
         "tried": {c.recipe_hash for c in history} | {genome_hash(SPACE, c.genome) for c in first},
         "approximated": {c.number for c in first if genome_hash(SPACE, c.genome) != c.recipe_hash},
@@ -95,7 +95,7 @@ def test_genes_are_those_of_the_candidate_at_hand() -> None:
 def test_what_is_known_is_not_read_again(monkeypatch: Any) -> None:
     history = history_of([(0.5, None, False)] * (len(STARTS) + 5))
     asked: list[Any] = []
-    monkeypatch.setattr("evomerge.algorithms.history_index.gradient_parent", lambda c: asked.append(c.number))
+    monkeypatch.setattr("evomerge.algorithms.history_index.step_parent", lambda c: asked.append(c.number))
     for stop in range(len(history) + 1):
         HistoryIndex.of(SPACE, history[:stop])
     HistoryIndex.of(SPACE, history)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evomerge.evaluation.score_store import RunScores, ScoreCache, key_of
-from evomerge.evaluation.scores import ItemScores
+from evomerge.evaluation.scores import ItemScores, ResponseJacobian
 
 ITEMS = {"t": ("t:1", "t:4")}
 
@@ -113,11 +113,15 @@ def test_scores_of_a_run_come_back(tmp_path: Path) -> None:
     assert store.load("plan", "search") is None
 
 
-def test_that_there_are_no_gradients_is_kept_too(tmp_path: Path) -> None:
+def test_jacobians_are_kept_and_that_there_are_none_too(tmp_path: Path) -> None:
     (tmp_path / "scores").mkdir()
     store = RunScores(tmp_path)
-    assert store.load_gradients("plan") is None
-    store.save_gradients("plan", None)
-    store.save_gradients("other", {"weight.a": 0.5})
-    assert store.load_gradients("plan") == (None,)
-    assert store.load_gradients("other") == ({"weight.a": 0.5},)
+    assert store.load_jacobian("plan") is None
+    store.save_jacobian("plan", {})
+    part = ResponseJacobian(np.array([-1.0, -2.5]), np.array([[0.5, 1 / 3], [0.0, 2.0]]), np.ones(2), np.array([0, 0]))
+    store.save_jacobian("other", {"t": part})
+    assert store.load_jacobian("plan") == {}
+    kept = store.load_jacobian("other")
+    assert kept is not None
+    for name in ("loglikelihoods", "derivatives", "lengths", "items"):
+        np.testing.assert_array_equal(getattr(kept["t"], name), getattr(part, name))

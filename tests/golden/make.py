@@ -219,7 +219,7 @@ def _copied(**more: Any) -> Document:
 
 
 def ga() -> Document:
-    """As the quickstart, on tiny models: parameters only, steps along gradients."""
+    """As the quickstart, on tiny models: parameters only, steps by the Jacobian."""
     return _spec(search={"algorithm": "ga"})
 
 
@@ -230,7 +230,7 @@ def frankenmerge() -> Document:
 
 def pareto() -> Document:
     """A front of two tasks and the number of layers."""
-    options = {"gradient_steps": False}  # so few children are to be of both methods
+    options = {"jacobian_steps": False}  # so few children are to be of both methods
     return _spec(
         space=_copied(methods=["task_arithmetic", "frankenmerge"]),
         search={"objectives": "pareto", "also_minimize": ["layers"], "seed": 1, "population": 5, "options": options},

@@ -74,7 +74,7 @@ FINISHED = RunResult(
     state="finished",
     ended=Ending("budget", "the budget of 4 candidates is spent", 0),
     candidates=CandidateCounts(done=3, failed=1, pruned=0, budget=4),
-    items=ItemCounts(evaluated=40, without_racing=40, saved=0.0, gradients=0),
+    items=ItemCounts(evaluated=40, without_racing=40, saved=0.0, jacobians=0),
     scale="relative",
     goals=(GoalResult("t", "acc", 1.0, 0.5, steered_by="acc"),),
     winner=WinnerRow(candidate=2, recipe={}, **row(1.25), generation=1, operator="mutation", parents=(0,)),
@@ -132,15 +132,16 @@ def test_a_winner_without_rivals() -> None:
 
 
 def test_what_racing_saved() -> None:
-    raced = replace(FINISHED, items=ItemCounts(10, 40, 0.75, gradients=0))
+    raced = replace(FINISHED, items=ItemCounts(10, 40, 0.75, jacobians=0))
     assert result_table(raced).splitlines()[0].endswith("budget 4; racing saved 75% of the item evaluations")
-    assert "gradient" not in result_table(raced)
+    assert "derivatives" not in result_table(raced)
 
 
-def test_that_gradients_are_not_among_the_item_evaluations_is_said() -> None:
-    stepped = replace(FINISHED, items=ItemCounts(10, 40, 0.75, gradients=3))
+def test_that_jacobians_are_not_among_the_item_evaluations_is_said() -> None:
+    stepped = replace(FINISHED, items=ItemCounts(10, 40, 0.75, jacobians=3))
     assert (
-        result_table(stepped).splitlines()[2] == "Beside these, the gradient of the fitness was taken at 3 candidates."
+        result_table(stepped).splitlines()[2]
+        == "Beside these, the derivatives of all log-likelihoods were taken at 3 candidates."
     )
 
 

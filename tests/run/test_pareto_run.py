@@ -41,7 +41,7 @@ def pareto_spec(family: dict[str, Path], **changes: Any) -> SearchSpec:
         "search__also_minimize": ["layers"],
         "search__candidates": 14,
         "search__seed": 1,
-        "search__options": {"gradient_steps": False},  # so few children are to be of both methods
+        "search__options": {"jacobian_steps": False},  # so few children are to be of both methods
         "evaluation__guard": [],
         "run__keep": 0,
     }

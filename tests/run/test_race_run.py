@@ -11,7 +11,7 @@ import pytest
 
 from evomerge.errors import SpecError
 from evomerge.evaluation.splits import SEARCH
-from evomerge.problem.fitness_gradients import COST
+from evomerge.problem.genome_jacobian import COST
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.problem import open_problem
 from evomerge.report.tables import status_text
@@ -22,7 +22,7 @@ from evomerge.run.status import read_status
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.budget import spent_items
-from evomerge.study.candidate import Candidate, gradient_parent
+from evomerge.study.candidate import Candidate, step_parent
 from tests.frame import files, search_spec
 from tests.run.test_search import lasting
 
@@ -77,7 +77,7 @@ def test_what_racing_saved_is_reported(raced_run: Path) -> None:
     candidates = found(raced_run)
     seen = sum(c.items for c in candidates)
     expected = {"evaluated": seen, "without_racing": 20 * 18, "saved": 1 - seen / 360}
-    expected["gradients"] = len({gradient_parent(c) for c in candidates} - {None})
+    expected["jacobians"] = len({step_parent(c) for c in candidates} - {None})
     assert json.loads((raced_run / "result.json").read_text())["items"] == expected
     status = read_status(raced_run)
     assert status.to_json()["items"] == expected
@@ -101,7 +101,7 @@ def test_the_whole_score_does_not_depend_on_the_blocks(raced_run: Path, finished
 
 def test_the_baseline_spends_the_same_items_and_is_one_more_to_beat(raced_run: Path) -> None:
     ours, random = found(raced_run), found(raced_run, baseline=True)
-    spent = max(spent_items(ours, gradient_items=round(COST * 20)))
+    spent = max(spent_items(ours, jacobian_items=round(COST * 20)))
     items = [c.items for c in random]
     assert sum(items) >= spent > sum(items[:-1])
     first = [c.recipe_hash for c in ours if c.generation == 0]
@@ -177,7 +177,7 @@ def test_a_race_on_the_items_that_tell_candidates_apart(tiny_family: dict[str, P
         "evaluation__guard": [],
         "evaluation__splits": {"search": 0.7, "select": 0.2, "test": 0.1},
         "search__finalists": 2,
-        "search__options": {"gradient_steps": False},  # so few children are to be good and bad
+        "search__options": {"jacobian_steps": False},  # so few children are to be good and bad
         "run__keep": 0,
     }
     start(parse_spec(search_spec(tiny_family, search__candidates=12, **changes)), folder=tmp_path / "parts")
