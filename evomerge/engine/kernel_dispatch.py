@@ -360,8 +360,6 @@ KERNELS: dict[str, Dispatch] = {
     "task_arithmetic": _linear,
     "multislerp": _linear,
     "karcher": _linear,
-    "tsv_merge": _linear,
-    "iso_c": _linear,
     "model_stock": _model_stock,
     "nuslerp": _nuslerp,
     "nearswap": _nearswap,

@@ -5,22 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evomerge.errors import BadInput, EvoMergeError, TaskError
-from evomerge.evaluation.backends.registry import BackendName, BackendOptions, make_backend
+from evomerge.evaluation.backends.registry import BackendName, BackendOptions, Directions, make_backend
 from evomerge.evaluation.scorers.lm_eval import item_scores
-from evomerge.evaluation.scorers.response_functions import SmoothMetric, smooth_metric
-from evomerge.evaluation.scores import ItemScores, ResponseJacobian
+from evomerge.evaluation.scorers.response_functions import smooth_metric
+from evomerge.evaluation.scores import ItemScores, ResponseJacobian, SmoothMetric
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, build_requests
 from evomerge.evaluation.tasks.task import SOME_ANSWERS, Task
 from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
-
-if TYPE_CHECKING:
-    from evomerge.evaluation.backends.native.jacobian import Directions
 
 log = logging.getLogger(__name__)
 

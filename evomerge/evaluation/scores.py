@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -200,6 +200,22 @@ class ResponseJacobian:
     derivatives: FloatArray
     lengths: FloatArray
     items: IntArray
+
+
+class SmoothMetric(Protocol):
+    """One metric's numerators, item by item, as a function of the log-likelihoods of all requests.
+
+    Attributes:
+        weighted: Whether they are numerators of scores as they are; else each item's own value, to be multiplied by its
+            denominator, which is other than 1 where a group weighs its items, or an item has no value.
+    """
+
+    @property
+    def weighted(self) -> bool: ...
+
+    def __call__(self, loglikelihoods: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Returns the numerators [items], and the derivative of each request's own item's [requests]."""
+        ...
 
 
 def dump_scores(file: IO[bytes], scores: Mapping[str, ItemScores]) -> None:

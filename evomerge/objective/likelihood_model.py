@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.evaluation.scorers.response_functions import SmoothMetric
-from evomerge.evaluation.scores import ItemScores, ResponseJacobian
+from evomerge.evaluation.scores import ItemScores, ResponseJacobian, SmoothMetric
 from evomerge.objective.goals import Goal
 from evomerge.system.arrays import FloatArray, IntArray, Mask
 

@@ -17,19 +17,14 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.tokenizer import tokenizer_digest
 from evomerge.engine.execute import find_device
-from evomerge.engine.resident import Resident
-from evomerge.engine.resident import generation_of
-from evomerge.engine.setting_derivatives import ParameterKey
-from evomerge.engine.setting_derivatives import ParameterRange
-from evomerge.engine.setting_derivatives import setting_derivatives
+from evomerge.engine.resident import Resident, generation_of
+from evomerge.engine.setting_derivatives import ParameterKey, ParameterRange, setting_derivatives
 from evomerge.errors import CandidateError
-from evomerge.evaluation.backends.native.jacobian import Directions
 from evomerge.evaluation.backends.native.jacobian import shortened
-from evomerge.evaluation.evaluator import Evaluator
-from evomerge.evaluation.evaluator import require_decoder
+from evomerge.evaluation.backends.registry import Directions
+from evomerge.evaluation.evaluator import Evaluator, require_decoder
 from evomerge.evaluation.score_store import ScoreCache, key_of
-from evomerge.evaluation.scorers.response_functions import SmoothMetric
-from evomerge.evaluation.scores import ItemScores, ResponseJacobian, concatenate
+from evomerge.evaluation.scores import ItemScores, ResponseJacobian, SmoothMetric, concatenate
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Scores

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from evomerge.engine.setting_derivatives import STEP
-from evomerge.evaluation.backends.native.jacobian import Directions, shortened
+from evomerge.evaluation.backends.native.jacobian import shortened
+from evomerge.evaluation.backends.registry import Directions
 from evomerge.evaluation.score_store import RunScores
 from evomerge.evaluation.scores import ResponseJacobian
 from evomerge.evaluation.splits import SEARCH, Selection

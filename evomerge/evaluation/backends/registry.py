@@ -8,12 +8,29 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from evomerge.evaluation.backends.native.jacobian import Directions
+    from torch import Tensor
+
     from evomerge.evaluation.scores import ResponseJacobian
     from evomerge.evaluation.tasks.requests import Encoder, Requests, Responses
+    from evomerge.system.arrays import IntArray
 
 BackendName = Literal["native", "hf", "vllm"]
 """`native` is our own; `hf` is lm-eval's HFLM; `vllm` is lm-eval's VLLM on a live engine (an extra, on GPUs)."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """How one parameter moves with some numbers.
+
+    Attributes:
+        columns: Index of each number among all, [k].
+        tensors: The parameter's derivative by each, [k, *shape]; of a matrix of low rank its left factors [k, out, r].
+        right: The right factors, [k, r, in]; None where `tensors` is the whole.
+    """
+
+    columns: IntArray
+    tensors: Tensor
+    right: Tensor | None = None
 
 
 class Backend(Protocol):

@@ -8,33 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from evomerge.evaluation.scorers.lm_eval import item_scores, right_choices
+from evomerge.evaluation.scores import SmoothMetric
 from evomerge.evaluation.tasks.requests import Requests
 from evomerge.evaluation.tasks.task import Task
 from evomerge.system.arrays import FloatArray, IntArray, Mask
 
 _STEP = 1e-4
 """Nats. In float64 the truncation (its square) and the rounding of central differences are both below 1e-8."""
-
-
-class SmoothMetric(Protocol):
-    """One metric's numerators, item by item, as a function of the log-likelihoods of all requests.
-
-    Attributes:
-        weighted: Whether they are numerators of scores as they are; else each item's own value, to be multiplied by its
-            denominator, which is other than 1 where a group weighs its items, or an item has no value.
-    """
-
-    @property
-    def weighted(self) -> bool: ...
-
-    def __call__(self, loglikelihoods: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Returns the numerators [items], and the derivative of each request's own item's [requests]."""
-        ...
 
 
 def smooth_metric(

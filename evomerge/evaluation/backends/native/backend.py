@@ -11,10 +11,10 @@ import numpy as np
 
 from evomerge.errors import TaskError
 from evomerge.evaluation.backends.native.generation import Generator
-from evomerge.evaluation.backends.native.jacobian import Directions, batch_tokens, jacobian
+from evomerge.evaluation.backends.native.jacobian import batch_tokens, jacobian
 from evomerge.evaluation.backends.native.logprobs import TreeLogprobs
 from evomerge.evaluation.backends.native.prefix_trees import PackedTrees
-from evomerge.evaluation.backends.registry import Backend, BackendOptions
+from evomerge.evaluation.backends.registry import Backend, BackendOptions, Directions
 from evomerge.evaluation.scores import ResponseJacobian
 from evomerge.evaluation.tasks.requests import Pair, Requests
 from evomerge.system.hashing import digest

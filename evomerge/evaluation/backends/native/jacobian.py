@@ -16,7 +16,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from evomerge.errors import CandidateError
 from evomerge.evaluation.backends.native.forward import Forward, forward_pass
 from evomerge.evaluation.backends.native.logprobs import batch_inputs
 from evomerge.evaluation.backends.native.prefix_trees import Batch, PackedTrees
+from evomerge.evaluation.backends.registry import Directions
 from evomerge.system.arrays import FloatArray, IntArray
 from evomerge.system.threads import run_all
 
@@ -48,21 +48,6 @@ _ROUNDING = 0.02
 """How far from linear in a parameter an output may be, as a share of its largest element, in a model of few bits."""
 _DIFFERENCE = 1e-2
 """Step of a difference, as a share of the parameter's norm."""
-
-
-@dataclass(frozen=True)
-class Directions:
-    """How one parameter moves with some numbers.
-
-    Attributes:
-        columns: Index of each number among all, [k].
-        tensors: The parameter's derivative by each, [k, *shape]; of a matrix of low rank its left factors [k, out, r].
-        right: The right factors, [k, r, in]; None where `tensors` is the whole.
-    """
-
-    columns: IntArray
-    tensors: Tensor
-    right: Tensor | None = None
 
 
 def batch_tokens(model: Any) -> int:
@@ -90,7 +75,7 @@ def jacobian(
         CandidateError: A number is not finite, or torch cannot go back through the model.
     """
     values, derivatives = np.zeros(packed.requests), np.zeros((packed.requests, columns))
-    current = threading.local()
+    current = _Current()
     with forward_pass(model) as forward, _traced(model, forward.head if head_is_last else None, directions, current):
         head = directions.get(_name_of(model, forward.head), ()) if head_is_last else ()
         jobs = [
@@ -197,23 +182,38 @@ class _Batch:
         return self._spans[tokens]
 
 
+class _Current(threading.local):
+    """The batch that each thread has under way."""
+
+    batch: _Batch | None = None
+
+    @contextmanager
+    def set(self, batch: _Batch | None) -> Iterator[None]:
+        """Has another one for as long as the block lasts."""
+        before, self.batch = self.batch, batch
+        try:
+            yield
+        finally:
+            self.batch = before
+
+
 def _batch(
     forward: Forward,
     batch: Batch,
     columns: int,
     head: Sequence[Directions],
-    current: threading.local,
+    current: _Current,
     *,
     head_is_last: bool,
 ) -> tuple[IntArray, FloatArray, FloatArray]:
     """One batch forward and backward: its requests, their log-likelihoods, their derivatives."""
     requests, local = np.unique(batch.requests, return_inverse=True)
     owners = _owners(batch, local)
-    state = current.batch = _Batch(owners, batch.input_ids.shape, len(requests), columns, batch.scored)
+    state = _Batch(owners, batch.input_ids.shape, len(requests), columns, batch.scored)
     positions = torch.from_numpy(batch.scored).to(forward.device)
     inputs = batch_inputs(batch, forward.model)
     sums = np.zeros(len(requests))
-    try:
+    with current.set(state):
         if not head_is_last:
             logits = forward.logits(positions, **inputs)
             rows, targets = (torch.from_numpy(part).to(forward.device) for part in (batch.rows, batch.targets))
@@ -234,8 +234,6 @@ def _batch(
                 deltas.append(delta)
                 start += len(part)
             torch.autograd.backward(list(parts), deltas)
-    finally:
-        current.batch = None
     return requests, sums, state.derivatives.numpy()
 
 
@@ -280,9 +278,7 @@ def _owners(batch: Batch, local: IntArray) -> IntArray:
 
 
 @contextmanager
-def _traced(
-    model: Any, head: Any, directions: Mapping[str, Sequence[Directions]], current: threading.local
-) -> Iterator[None]:
+def _traced(model: Any, head: Any, directions: Mapping[str, Sequence[Directions]], current: _Current) -> Iterator[None]:
     """Has each module with a parameter that moves tell the batch under way, `current.batch`, of its tokens.
 
     Args:
@@ -315,14 +311,14 @@ def _traced(
 
 def _watch(
     own: Mapping[str, Sequence[Directions]],
-    current: threading.local,
+    current: _Current,
     module: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     output: Any,
 ) -> Any:
     """Registers what is to be done once the derivative by a module's output is known."""
-    batch: _Batch | None = getattr(current, "batch", None)
+    batch = current.batch
     if batch is None:
         return None
     if isinstance(output, Tensor) and not output.requires_grad:  # embeddings: where the backward pass ends
@@ -340,11 +336,10 @@ def _watch(
             elif name == "weight" and type(module).forward is torch.nn.Embedding.forward:
                 _embedding(batch, inputs[0].reshape(-1), flat, directions)
             else:
-                current.batch = None  # what runs now is the derivative, not the batch
-                run = _function_of(module, name, inputs, named)
-                if not _by_element(batch, run, module.get_parameter(name).detach(), result.detach(), delta, directions):
-                    _by_tangent(batch, run, module.get_parameter(name).detach(), delta, directions)
-                current.batch = batch
+                with current.set(None):  # what runs now is the derivative, not the batch
+                    run, at = _function_of(module, name, inputs, named), module.get_parameter(name).detach()
+                    if not _by_element(batch, run, at, result.detach(), delta, directions):
+                        _by_tangent(batch, run, at, delta, directions)
 
     result.register_hook(contract)  # type: ignore[no-untyped-call]
     return output
@@ -428,12 +423,11 @@ def _is_embedding(model: Any, path: str) -> bool:
 
 def _copy_path(module: Any, name: str) -> Any:
     """Copies a module without its hooks, and the modules within it on the way to a parameter; all else is shared."""
-    alone = copy.copy(module)
-    alone._parameters, alone._modules = dict(module._parameters), dict(module._modules)
-    alone._forward_hooks = OrderedDict()
+    alone, modules = copy.copy(module), dict(module._modules)
     child, _, rest = name.partition(".")
     if rest:
-        alone._modules[child] = _copy_path(module._modules[child], rest)
+        modules[child] = _copy_path(modules[child], rest)
+    vars(alone).update(_parameters=dict(module._parameters), _modules=modules, _forward_hooks=OrderedDict())
     return alone
 
 
