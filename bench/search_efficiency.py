@@ -53,6 +53,10 @@ class Contender:
     baselines: bool = True
 
 
+COARSE: Mapping[str, Any] = {"layer_groups": 3, "tensor_groups": None}
+"""The genes that the others search: with fewer they are better than with the default's (a gene a layer)."""
+
+
 def _mergekit(method: str, genes: int) -> Contender:
     """CMA-ES as mergekit-evolve runs it.
 
@@ -63,7 +67,7 @@ def _mergekit(method: str, genes: int) -> Contender:
         ranges["density"] = {"low": 0.0, "high": 1.0}
     return Contender(
         {"algorithm": "cmaes", "options": {"like_mergekit": True}, "population": 4 + int(3 * math.log(genes))},
-        {"methods": [method], "genes": ranges},
+        {**COARSE, "methods": [method], "genes": ranges},
         racing=False,
         outer=False,
         baselines=False,
@@ -78,15 +82,15 @@ _BRED: dict[str, Any] = {
 OTHERS = ("tpe", "cmaes", "gp", "nsga2", "nsga3", "catcma", "map_elites")
 CONTENDERS: dict[str, Contender] = {
     "default": Contender(),
-    "random": Contender({"algorithm": "random"}, racing=False),
-    "random, raced": Contender({"algorithm": "random"}),
+    "random": Contender({"algorithm": "random"}, COARSE, racing=False),
+    "random, raced": Contender({"algorithm": "random"}, COARSE),
     **{  # four sources, three slices
         f"mergekit-evolve, {method}": _mergekit(method, genes)
         for method, genes in (("task_arithmetic", 12), ("ties", 24), ("dare_ties", 24))
     },
-    **{name: Contender({"algorithm": name}) for name in OTHERS},
-    "ga without steps": Contender({"algorithm": "ga", "options": {"jacobian_steps": False}}),
-    "ga, bred only": Contender(_BRED),
+    **{name: Contender({"algorithm": name}, COARSE) for name in OTHERS},
+    "ga without steps": Contender({"algorithm": "ga", "options": {"jacobian_steps": False}}, COARSE),
+    "ga, bred only": Contender(_BRED, COARSE),
 }
 
 
