@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.errors import CandidateError, RecipeError
+from evomerge.errors import BadInput, CandidateError, OutputError, RecipeError
 from evomerge.evaluation.score_store import RunScores
 from evomerge.evaluation.scores import ResponseJacobian, score_table, table_to_json
 from evomerge.evaluation.splits import SEARCH, Selection
@@ -213,16 +213,22 @@ class CandidateEvaluator:
             return None
         try:
             plan = self._runner.plan(decode(space, candidate.genome))
-            kept = self._store.load_jacobian(plan.digest)
-            if kept is None:
-                selection = _take(self.objective.selection, sample_items(self.objective.selection, plan.digest))
-                kept = genome_jacobian(space, self._runner, selection, candidate.genome)
-                self._store.save_jacobian(plan.digest, kept)
             # Scored already, but for a baseline that the space says in other words, or only nearly.
-            scores = self._evaluate(plan, self.objective.split, planning=0.0).scores if kept else {}
+            scores = self._evaluate(plan, self.objective.split, planning=0.0).scores
         except CandidateError as error:
             log.warning("no derivatives of candidate %d: %s", candidate.number, error)
             return None
+        kept = self._store.load_jacobian(plan.digest)
+        if kept is None:
+            selection = _take(self.objective.selection, sample_items(self.objective.selection, plan.digest))
+            try:
+                kept = genome_jacobian(space, self._runner, selection, candidate.genome)
+            except (OutputError, BadInput):
+                raise  # the run's trouble, not the candidate's
+            except Exception:  # what a model's own code may raise when it is differentiated
+                log.warning("no derivatives of candidate %d", candidate.number, exc_info=True)
+                kept = {}
+            self._store.save_jacobian(plan.digest, kept)
         return self._model_of(kept, scores, space.unit(candidate.genome), plan.digest) if kept else None
 
     def _model_of(
