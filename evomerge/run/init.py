@@ -22,6 +22,7 @@ from evomerge.errors import BadInput, CheckpointError
 from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import Input
 from evomerge.planning.vocabulary.align import align_for_search
+from evomerge.problem.problem import tensor_group_filters
 from evomerge.report.model_card import licences
 from evomerge.report.tables import table
 from evomerge.run.preflight import parse_search
@@ -29,10 +30,11 @@ from evomerge.system.files import expand_home, write_atomic
 from evomerge.system.yaml import read_yaml, write_yaml
 
 _LOOK_AT = 50_000_000  # elements of each model: enough for three digits, and seconds for any model
-_CLEARLY = 0.9  # an ancestor is this much nearer to the others, all in all, than any of them is
+_CLEARLY = 0.5  # the largest cosine between changes from an ancestor is so much smaller than from any other model
 _EVERYWHERE = ("linear", "task_arithmetic", "ties", "dare_ties")
 _TOKENIZER = "; tokenizer: whose tokens and chat template merges have (union, base, NAME)"
 _TASKS = ("arc_easy", "hellaswag")
+_TENSOR_GROUPS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -149,17 +151,20 @@ def _in_all(name: str, opened: Mapping[str, Checkpoint]) -> bool:
 
 
 def ancestor(geometry: Geometry) -> str | None:
-    """Finds the model in the middle of the others, which is where fine-tunes started; None where none is clearly there.
+    """Finds the model that the others were fine-tuned from; None where none is clearly it.
 
-    Changes of about one length in about independent directions lie sqrt(2) times as far from each other as from
-    where they began.
+    Changes from a common start are about independent. Seen from one of the fine-tunes they are not: the way back to the
+    start is a part of the way to every other.
     """
     models = list(geometry.norms)
     if len(models) < 3:
         return None
-    sums = {m: math.fsum(geometry.distances[m, other] for other in models if other != m) for m in models}
-    nearest, second = sorted(models, key=lambda m: sums[m])[:2]
-    return nearest if sums[nearest] < _CLEARLY * sums[second] else None
+    largest = {
+        model: max(geometry.cosine(model, *pair) for pair in combinations([m for m in models if m != model], 2))
+        for model in models
+    }
+    first, second = sorted(models, key=lambda model: largest[model])[:2]
+    return first if largest[first] < _CLEARLY * largest[second] else None
 
 
 def report(opened: Mapping[str, Checkpoint], base: str | None, geometry: Geometry, *, guessed: bool) -> str:
@@ -174,7 +179,7 @@ def report(opened: Mapping[str, Checkpoint], base: str | None, geometry: Geometr
     others = [model for model in opened.values() if model is not reference]
     lines += [f"warning: {text}" for model in others if (text := disagreements(reference, model))]
     if base is not None and guessed:
-        lines.append(f"base: {base}, which lies in the middle of the others (--base says otherwise)")
+        lines.append(f"base: {base}, from which the others differ independently (--base says otherwise)")
     elif base is None:
         lines.append("base: no model is clearly the ancestor of the others; name it with --base if there is one")
     if base is not None and len(sources) > 1:
@@ -182,7 +187,7 @@ def report(opened: Mapping[str, Checkpoint], base: str | None, geometry: Geometr
         pairs = combinations(names.items(), 2)
         cosines = [[one, other, f"{geometry.cosine(base, a, b):+.3f}"] for (one, a), (other, b) in pairs]
         lines += ["", table(["what this one learned", "and that one", "cosine"], cosines)]
-        lines.append("a cosine near 0: they changed different things, which merges well; below 0: they undo each other")
+        lines.append("a cosine says how alike two changes are, not how well they merge; below 0 they undo each other")
     if geometry.share < 1:
         lines.append(f"measured on {geometry.share:.0%} of the weights")
     return "\n".join([*lines, ""])
@@ -219,7 +224,10 @@ def search_yaml(
     layers = next(iter(opened.values())).layout.layer_count if next(iter(opened.values())).layout.main else 1
     stored = {info.dtype for model in opened.values() for info in model.tensors.values()}
     methods = [name for name in _EVERYWHERE if base or not METHODS[name].base_needed({})]
-    space = {"methods": methods, "layer_groups": max(1, min(6, layers))}
+    space: dict[str, Any] = {"methods": methods, "layer_groups": max(1, min(6, layers))}
+    filters = tensor_group_filters(next(iter(opened.values())))
+    if groups := [name for name in _TENSOR_GROUPS if filters.get(name)]:
+        space["tensor_groups"] = groups
     parts: list[dict[str, Any]] = [
         {"name": out.name.removesuffix(".yaml").removesuffix(".yml")},
         {"models": models},

@@ -57,7 +57,7 @@ def test_the_command(tiny_family: dict[str, Path], tmp_path: Path, capsys: pytes
     out = tmp_path / "mine.yaml"
     ended = invoke(capsys, "init", *(tiny_family[name] for name in ("a", "b", "base", "c")), "--output", out)
     assert (ended.code, ended.err) == (0, "")
-    assert f"base: {tiny_family['base']}, which lies in the middle" in ended.out
+    assert f"base: {tiny_family['base']}, from which the others differ" in ended.out
     assert "| a                     | b            | " in ended.out
     assert ended.out.endswith(f"wrote {out}; next: evomerge check {out}\n")
     spec = load_spec(out)
@@ -65,6 +65,7 @@ def test_the_command(tiny_family: dict[str, Path], tmp_path: Path, capsys: pytes
     assert spec.models.base == str(tiny_family["base"])
     assert spec.models.sources == {name: str(tiny_family[name]) for name in "abc"}
     assert spec.space.layer_groups == 4
+    assert spec.space.tensor_groups == ["attention", "mlp"]
     assert [task.task for task in spec.evaluation.tasks] == ["arc_easy", "hellaswag"]
     again = invoke(capsys, "init", tiny_family["a"], tiny_family["b"], "-o", out)
     assert again.code == 2
@@ -117,3 +118,8 @@ def test_models_that_do_not_fit(
     assert alone.code == 2
     assert "at least two models" in alone.err
     assert not (tmp_path / "search.yaml").exists()
+
+
+def test_the_ancestor_of_the_zoo_is_found_though_one_of_its_models_hardly_differs() -> None:
+    names = [f"zoo:{name}" for name in ("arithmetic", "facts", "base", "agreement")]
+    assert ancestor(measure(open_checkpoints(names))) == "zoo:base"
