@@ -26,11 +26,13 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 import datasets
+import lm_eval.evaluator
 import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import evomerge.run.evaluate
 from evomerge.report.tables import table
 from evomerge.run.evaluate import evaluate
 from evomerge.system.quiet import quiet
@@ -129,6 +131,8 @@ def main() -> None:
     options = parser.parse_args()
     tasks, names = options.tasks.split(","), options.models.split(",")
     torch.set_num_threads(1)
+    lm_eval.evaluator.add_env_info = lambda results: None  # its inventory of the machine takes longer than all the rest
+    evomerge.run.evaluate._DRAWS = 2  # errors that are drawn are not compared
     with quiet():
         manager = TaskManager()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

@@ -21,7 +21,7 @@ from evomerge.evaluation.evaluator import Evaluator, require_decoder
 from evomerge.evaluation.scorers.lm_eval import item_scores
 from evomerge.evaluation.scorers.lm_eval_files import write_lm_eval_files
 from evomerge.evaluation.scores import ScoreTable, score_table, table_to_json
-from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks, group_scores
+from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, group_scores
 from evomerge.evaluation.tasks.requests import read_template
 from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
@@ -101,16 +101,9 @@ def evaluate(
         CandidateError: When the model's logits are not finite.
         OutputError: When the files cannot be written.
     """
-    if limit is not None and limit <= 0:
-        raise BadInput(f"limit: a number of items, or a part of them below 1; got {limit:g}")
     if log_samples and output_path is None:
         raise BadInput("--log_samples: say where they go, with --output_path")
-    if backend not in get_args(BackendName):
-        raise BadInput(f"--backend: '{backend}' is not one of {', '.join(get_args(BackendName))}")
-    try:
-        compute_dtype = torch_dtype(parse_dtype(dtype))
-    except KeyError:
-        raise BadInput(f"--dtype: '{dtype}' is not one of float32, bfloat16, float16") from None
+    compute_dtype = _compute_dtype(limit, backend, dtype)
     generation = _parsed("--gen_kwargs", gen_kwargs)
     template_args = _parsed("--chat_template_args", chat_template_args)
     find_device(device)
@@ -118,11 +111,7 @@ def evaluate(
     checkpoint = reconcile({reference: open_checkpoint(reference)}).checkpoints[reference]
     config, chosen = checkpoint.load_config(), cast(BackendName, backend)
     require_decoder(model, config, chosen)
-    task_set = find_tasks(tasks, include_path=include_path, num_fewshot=num_fewshot, gen_kwargs=generation)
-    if task_set.problems:
-        raise TaskError((*task_set.problems, *task_set.missing))
-    for text in (*(f"left out: {text}" for text in task_set.missing), *task_set.twice):
-        warn(text)
+    task_set = _tasks(tasks, warn, include_path=include_path, num_fewshot=num_fewshot, gen_kwargs=generation)
     inputs = Inputs([*checkpoint.inputs, *(file for task in task_set.tasks.values() for file in task.files)])
     tokenizer = checkpoint.load_tokenizer().loaded
     if chat_template is not None:
@@ -161,6 +150,28 @@ def evaluate(
         out = Path(output_path)
         write_lm_eval_files(out, model, task_set, answered, settings, samples=log_samples, draws=_DRAWS)
     return Evaluation(model, scores, group_scores(task_set, scores))
+
+
+def _compute_dtype(limit: float | None, backend: str, dtype: str) -> Any:
+    """What the model computes in, where it and the other two options can be."""
+    if limit is not None and limit <= 0:
+        raise BadInput(f"limit: a number of items, or a part of them below 1; got {limit:g}")
+    if backend not in get_args(BackendName):
+        raise BadInput(f"--backend: '{backend}' is not one of {', '.join(get_args(BackendName))}")
+    try:
+        return torch_dtype(parse_dtype(dtype))
+    except KeyError:
+        raise BadInput(f"--dtype: '{dtype}' is not one of float32, bfloat16, float16") from None
+
+
+def _tasks(names: Sequence[str], warn: Callable[[str], object], **options: Any) -> TaskSet:
+    """The tasks that can be had, where each name stands for one at least; the others are told."""
+    task_set = find_tasks(names, **options)
+    if task_set.problems:
+        raise TaskError((*task_set.problems, *task_set.missing))
+    for text in (*(f"left out: {text}" for text in task_set.missing), *task_set.twice):
+        warn(text)
+    return task_set
 
 
 _DRAWS = 200

@@ -7,7 +7,8 @@ import json
 import logging
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -346,14 +347,10 @@ class _BuiltOnUse(Sequence[tuple[Any, ...]]):
         return [task.sampler.sample(n=count, eval_doc=doc if same_split else None) for doc in self._task.docs]
 
     def _instances(self, index: int) -> tuple[Any, ...]:
-        task, doc = self._task.lm_eval_task, self._task.docs[index]
+        task, doc, options = self._task.lm_eval_task, self._task.docs[index], self._options
         try:
-            sampler = task.sampler if self._examples else None
-            if sampler is not None:
-                task.sampler = _Drawn(self._examples[index])
-            try:
-                options, prefix = self._options, task.doc_to_prefix(doc)
-                shots = task.config.num_fewshot or 0
+            with self._sampler_of(index):
+                shots, prefix = task.config.num_fewshot or 0, task.doc_to_prefix(doc)
                 context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=prefix, **options)
                 made = task.construct_requests(
                     doc=doc,
@@ -362,9 +359,6 @@ class _BuiltOnUse(Sequence[tuple[Any, ...]]):
                     apply_chat_template=options["apply_chat_template"],
                     chat_template=options["chat_template"],
                 )
-            finally:
-                if sampler is not None:
-                    task.sampler = sampler
         except TaskError:
             raise
         except Exception as error:  # a task's templates and functions can raise anything
@@ -373,6 +367,19 @@ class _BuiltOnUse(Sequence[tuple[Any, ...]]):
         if not instances:
             raise TaskError(f"task {self._task.name!r}, item {index}: it asks for nothing")
         return tuple(sorted(instances, key=lambda instance: instance.idx))
+
+    @contextmanager
+    def _sampler_of(self, index: int) -> Iterator[None]:
+        """Has lm-eval's task take the examples that were drawn for a document."""
+        task = self._task.lm_eval_task
+        if not self._examples:
+            yield
+            return
+        sampler, task.sampler = task.sampler, _Drawn(self._examples[index])
+        try:
+            yield
+        finally:
+            task.sampler = sampler
 
     def _build_all(self) -> None:
         task = self._task.lm_eval_task
