@@ -74,6 +74,12 @@ def merge(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Read float8 with scales, and MXFP4, as the numbers they stand for.")
     ] = False,
+    tensor_intersection: Annotated[
+        bool, typer.Option("--tensor-intersection", help="Leave out tensors that not every model has.")
+    ] = False,
+    tensor_union: Annotated[
+        bool, typer.Option("--tensor-union", help="Refused: a tensor that a model lacks cannot be merged.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, auto.")] = None,
     cuda: Annotated[bool, typer.Option(help="The same as --device cuda.")] = False,
     gpu_rich: Annotated[bool, typer.Option("--gpu-rich", help="The same as --device cuda.")] = False,
@@ -104,6 +110,11 @@ def merge(
     """Carry out one recipe, no search. Takes mergekit-yaml's options too."""
     if trust_remote_code:
         raise BadInput("--trust-remote-code: refused: a merge needs no model's code, tensors are found by their names")
+    if tensor_union:
+        raise BadInput(
+            "--tensor-union: refused: a tensor that a model lacks would be another merge than the recipe's; "
+            "--tensor-intersection leaves such tensors out, and evomerge dare takes files that lack some"
+        )
     if not safe_serialization:
         raise BadInput("--no-safe-serialization: refused: only safetensors are written")
     if transformers_cache is not None:
@@ -116,6 +127,7 @@ def merge(
         "allow_crimes": allow_crimes,
         "truncate_vocabulary": truncate_vocabulary,
         "dequantize": dequantize,
+        "tensor_intersection": tensor_intersection,
         "device": choose_device(device, cuda or gpu_rich),
     }
     if not (copy_tokenizer and write_model_card):

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_checkpoints
-from evomerge.checkpoints.header import TensorSpec
+from evomerge.checkpoints.header import TensorSpec, name_some
 from evomerge.checkpoints.matching.compatible import mixed_architectures
+from evomerge.checkpoints.matching.reconcile import reconcile, selected
 from evomerge.checkpoints.tensors import UnwrittenTensor, UnwrittenWeights
 from evomerge.checkpoints.writer import refuse_taken
 from evomerge.engine.described_model import refuse_moved_layers
@@ -38,6 +39,7 @@ def merge_to_folder(
     max_shard_size: str | int = "5GB",
     allow_pickle: bool = False,
     dequantize: bool = False,
+    tensor_intersection: bool = False,
     device: str = "cpu",
     allow_crimes: bool = False,
     truncate_vocabulary: bool = False,
@@ -54,6 +56,7 @@ def merge_to_folder(
         max_shard_size: Largest file: bytes, or text such as "5GB".
         allow_pickle: Also read pickle checkpoints.
         dequantize: Read float8 weights with their scales, and MXFP4, as the numbers that they stand for.
+        tensor_intersection: Leave out tensors that not every model has.
         device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
         allow_crimes: Also merge models of different architectures, whose tensors still have to fit by name and shape.
         truncate_vocabulary: Cut vocabularies of different sizes to the smallest where the recipe has no tokenizer
@@ -75,6 +78,8 @@ def merge_to_folder(
     checkpoints = open_checkpoints(recipe.external_models(), allow_pickle=allow_pickle, dequantize=dequantize)
     if not allow_crimes:
         refuse_crimes(checkpoints)
+    if tensor_intersection:
+        checkpoints = _common_tensors(checkpoints, warn)
     refuse_inputs(out, checkpoints)
     refuse_taken(out.resolve(), overwrite)
     inputs = Inputs(file for checkpoint in checkpoints.values() for file in checkpoint.inputs)
@@ -100,6 +105,16 @@ def merge_to_folder(
 
         carry_out(recipe, opened, out, card=card, overwrite=overwrite, max_shard_size=max_shard_size, finish=complete)
     return out
+
+
+def _common_tensors(checkpoints: Mapping[str, Checkpoint], warn: Callable[[str], None]) -> dict[str, Checkpoint]:
+    """The models without the tensors that one of them lacks; says of each what it loses."""
+    named = reconcile(checkpoints).checkpoints
+    common = set.intersection(*(set(model.tensors) for model in named.values()))
+    for reference, model in named.items():
+        if lost := sorted(model.tensors.keys() - common):
+            warn(f"{reference}: without {name_some(lost)}, which not every model has")
+    return {reference: selected(model, common.__contains__) for reference, model in named.items()}
 
 
 def refuse_crimes(checkpoints: Mapping[str, Checkpoint]) -> None:

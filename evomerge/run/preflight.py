@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.algorithms.registry import search_problems
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.matching.configs import disagreements
 from evomerge.errors import CheckpointError, TaskError
 from evomerge.evaluation.splits import SEARCH, SELECT, TEST, Selection
 from evomerge.evaluation.tasks.group_task import GroupTask
@@ -86,6 +87,7 @@ def check_models(problem: Problem, runner: ModelRunner) -> list[str]:
     return [
         *problem.notes,
         *warnings,
+        *filter(None, (disagreements(problem.reference_model, model) for model in opened.values())),
         *lost,
         *read_texts(runner, references, problem.spec.evaluation.dtype),
     ]

@@ -104,6 +104,7 @@ def test_random_seed_of_modules_and_steps() -> None:
     [
         ("--trust-remote-code", "needs no model's code"),
         ("--no-safe-serialization", "only safetensors"),
+        ("--tensor-union", "--tensor-intersection leaves such tensors out"),
         ("--device=abacus", "'abacus' is no device"),
         ("--out-shard-size=5GB", "'5GB'"),
     ],

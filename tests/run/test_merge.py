@@ -248,3 +248,18 @@ def test_models_are_not_read_for_their_hashes(
     evomerge.merge_models("ties", base=tiny_family["base"], models=[tiny_family["a"], tiny_family["b"]])
     with pytest.raises(AssertionError, match="was hashed"):  # what a draw depends on
         evomerge.merge_models("dare", base=tiny_family["base"], models=[tiny_family["a"]])
+
+
+def test_tensors_that_not_every_model_has_can_be_left_out(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    states = [load_file(tiny_family[name] / "model.safetensors") for name in "ab"]
+    states[0]["extra.weight"] = torch.ones(3)
+    del states[1]["model.norm.weight"]
+    for name, state in zip("ab", states, strict=True):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    recipe = parse_recipe(linear(*(tmp_path / f"{name}.safetensors" for name in "ab")))
+    with pytest.raises(CheckpointError, match="lacks"):
+        merge_to_folder(recipe, tmp_path / "out")
+    said: list[str] = []
+    merge_to_folder(recipe, tmp_path / "out", tensor_intersection=True, warn=said.append)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == states[0].keys() & states[1].keys()
+    assert said == [f"{tmp_path / 'a.safetensors'}: without extra.weight, model.norm.weight, which not every model has"]
