@@ -117,6 +117,11 @@ class Layout:
         prefix, layer, _ = _split(name)
         return bool(_FURTHER.search(name)) or (layer is not None and layer >= self._lengths.get(prefix, layer + 1))
 
+    @cached_property
+    def further(self) -> tuple[str, ...]:
+        """Names of the tensors of such layers, sorted."""
+        return tuple(name for name in self.names if self.predicts_further(name))
+
     def name(self, stack: str, layer: int, suffix: str) -> str:
         """Gives the full name of a layer's tensor: the inverse of `locate`."""
         return f"{stack}.{layer}.{suffix}" if stack else f"{layer}.{suffix}"

@@ -57,8 +57,7 @@ def taken(recipe: Recipe, models: Mapping[str, Checkpoint]) -> dict[str, str]:
     They are what the recipe takes from one, and the first model's layers for further tokens where another lacks them.
     """
     reference = recipe.models()[0]
-    first = models[reference]
-    further = [name for name in first.tensors if first.layout.predicts_further(name)]
+    further = models[reference].layout.further
     alone = {n: reference for n in further if any(n not in models[m].tensors for m in recipe.models())}
     for pattern, owner in recipe.take_from:
         alone |= {name: owner for name in models[owner].tensors if is_meant(pattern, name)}

@@ -152,7 +152,7 @@ def _further_layers(
     kept: set[str] = set()
     first = models[reference].tensors.keys()
     for m, model in models.items():
-        further = [name for name in model.tensors if model.layout.predicts_further(name)]
+        further = model.layout.further
         gone = {name for name in further if name not in first or (layers_move and _numbered(model, name))}
         if m == reference:
             kept = set(further) - gone
