@@ -191,9 +191,9 @@ class Evaluator:
         warnings = [f"tasks run Python of yours: {', '.join(map(str, files))}"] if files else []
         for task, indices in (self.all_items if selection is None else selection).items():
             try:
-                warnings += self._task(task).label_notes(indices)
                 requests = self.requests(task)
-                requests.build(indices)
+                requests.build(indices)  # first: what templates cannot do with a document is told there
+                warnings += self._task(task).label_notes(indices)
                 by_item = requests.by_item
                 with quiet():  # tokenizers have an opinion on long texts, too
                     # Every request is encoded: the second one of an item may be what cannot be scored.
