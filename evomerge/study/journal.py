@@ -53,7 +53,7 @@ def repair(journal: Path) -> int:
     Returns:
         The number of bytes cut off.
     """
-    if not journal.exists():
+    if not journal.is_file():  # what else it may be is told when it is read
         return 0
     with locked(journal), journal.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)

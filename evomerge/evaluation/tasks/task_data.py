@@ -5,11 +5,14 @@ Relative paths are looked for beside the task's YAML file, beside the folders ab
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from evomerge.system.files import MOST_TEXT
 
 _INNER, _OUTER = " with data", " as asked for"
 """What marks the names of groups that we hand to lm-eval in place of registered ones."""
@@ -150,10 +153,38 @@ def _find_data(text: str, yaml_path: Path | None, problems: list[str]) -> str:
     for folder in _search_folders(yaml_path):
         candidate = fixed if path.is_absolute() else folder / fixed
         if candidate.exists():
+            problems += no_rows(candidate) if fixed == path else []
             return str(candidate.resolve() / path.relative_to(fixed)) if fixed != path else str(candidate.resolve())
         tried.append(str(candidate))
     problems.append(f"no data file {text}; looked for {', '.join(dict.fromkeys(tried))}")
     return text
+
+
+def no_rows(path: Path) -> list[str]:
+    """Says why a data file holds no rows: of JSON, where the reader of datasets crashes on what is no table."""
+    if path.is_dir():
+        return []
+    if not path.is_file():
+        return [f"{path} is not an ordinary file"]
+    if path.suffix not in (".json", ".jsonl", ".ndjson") or path.stat().st_size > MOST_TEXT:
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip() and not _is_row(line):
+                return [f"{path}, line {number}: is no JSON object"]
+        return []
+    rows = whole if isinstance(whole, list) else [whole]
+    return [] if all(isinstance(row, dict) for row in rows) else [f"{path}: is no JSON object, nor a list of such"]
+
+
+def _is_row(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _before_wildcard(path: Path) -> Iterator[str]:

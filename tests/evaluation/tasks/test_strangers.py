@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,6 @@ def test_python_of_a_task_is_named(tmp_path: Path, key: str) -> None:
 
 
 def test_a_pipe_among_task_files_is_refused(tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(task_file(tmp_path) / "pipe.yaml")
     with pytest.raises(TaskError, match=r"pipe\.yaml is not an ordinary file"):
         load_tasks(["t"], include_path=tmp_path)
@@ -104,3 +103,20 @@ def test_a_chat_template_has_a_limit() -> None:
     for harm in ("{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "{{ ('a' * 10 ** 10) | length }}"):
         with pytest.raises(TaskError, match="chat template does not render"):
             require_bounded(harm)
+
+
+@pytest.mark.parametrize(
+    "text", ["null\n", "[1, [2], {}]\n", "3\n", '{"q": 1}\nnull\n', '{"q": 1}\n{"q"\n', "[" * 5000, "words\n"]
+)
+def test_data_that_is_no_table_is_told_by_its_line(tmp_path: Path, text: str) -> None:
+    """Some of these crash the process in the package that reads them."""
+    (task_file(tmp_path) / "t.jsonl").write_text(text)
+    with pytest.raises(TaskError, match=r"t\.jsonl(, line \d)?: is no JSON object"):
+        load_tasks(["t"], include_path=tmp_path)
+
+
+def test_a_pipe_is_no_data(tmp_path: Path) -> None:
+    (task_file(tmp_path) / "t.jsonl").unlink()
+    os.mkfifo(tmp_path / "t.jsonl")
+    with pytest.raises(TaskError, match=r"t\.jsonl is not an ordinary file"):
+        load_tasks(["t"], include_path=tmp_path)
