@@ -70,7 +70,7 @@ def _entry(
         errors.warn(
             path, f"has no effect: '{name}' is one for all sources, so it belongs under 'parameters:' further up"
         )
-    if remarks := {parameter.remark for parameter in declarations if parameter.remark}:
+    if remarks := {p.remark for p in declarations if p.remark and (of_source or not (p.per_source and p.only_ratios))}:
         errors.warn(path, "; ".join(sorted(remarks)))
     settings = [setting_at(errors, path, entry, rule) for rule in declarations] or [
         setting_at(errors, path, entry, None)
