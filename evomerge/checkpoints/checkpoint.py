@@ -15,7 +15,7 @@ from evomerge.checkpoints.config_values import (
     config_problems,
     depth_problems,
     dtype_problems,
-    without_implementations,
+    transformers_config,
 )
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.layout import Layout, layout_of, sized_config, with_tied_flag
@@ -188,18 +188,6 @@ class Checkpoint:
         return [name for name, fine in zip(names, finite, strict=True) if not fine]
 
 
-def transformers_config(config: Mapping[str, Any]) -> Any:
-    """Makes transformers' configuration of what config.json says, infinite numbers included.
-
-    Raises:
-        TypeError, ValueError: It names no architecture that transformers knows, or has values that are none.
-    """
-    from transformers import AutoConfig
-
-    content: dict[str, Any] = _with_floats(without_implementations(config))
-    return AutoConfig.for_model(**content)
-
-
 def _with_sections(config: Mapping[str, Any], derived: Mapping[str, Any]) -> dict[str, Any]:
     """What is derived, but for what config.json itself says."""
     return {
@@ -210,15 +198,6 @@ def _with_sections(config: Mapping[str, Any], derived: Mapping[str, Any]) -> dic
         else value
         for key, value in derived.items()
     }
-
-
-def _with_floats(value: Any) -> Any:
-    """Numbers that JSON does not have, which transformers 5 writes as {"__float__": "Infinity"}."""
-    if isinstance(value, Mapping):
-        if set(value) == {"__float__"} and isinstance(value["__float__"], str):
-            return float(value["__float__"])
-        return {key: _with_floats(entry) for key, entry in value.items()}
-    return [_with_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 def stop_ids(generation_config: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int]:

@@ -77,6 +77,27 @@ def dtype_problems(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     ]
 
 
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """Makes transformers' configuration of what config.json says, infinite numbers included.
+
+    Raises:
+        TypeError, ValueError: It names no architecture that transformers knows, or has values that are none.
+    """
+    from transformers import AutoConfig
+
+    content: dict[str, Any] = _with_floats(without_implementations(config))
+    return AutoConfig.for_model(**content)
+
+
+def _with_floats(value: Any) -> Any:
+    """Numbers that JSON does not have, which transformers 5 writes as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and isinstance(value["__float__"], str):
+            return float(value["__float__"])
+        return {key: _with_floats(entry) for key, entry in value.items()}
+    return [_with_floats(entry) for entry in value] if isinstance(value, list) else value
+
+
 def without_implementations(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config that leaves it to this machine how attention is computed: a file may not name code to fetch."""
     return {

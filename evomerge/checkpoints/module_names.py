@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from evomerge.checkpoints.config_values import transformers_config
 from evomerge.checkpoints.header import TensorSpec
 from evomerge.errors import CandidateError
 
@@ -212,10 +213,8 @@ def _skeleton(config: str, tensors: int | None = None) -> nn.Module | None:
     if tensors is not None and max(depths, default=0) > tensors:
         return None
     try:
-        from transformers import AutoConfig
-
         with torch.device("meta"):
-            model: nn.Module = model_class(content)._from_config(AutoConfig.for_model(**content))
+            model: nn.Module = model_class(content)._from_config(transformers_config(content))
     except Exception as error:  # whatever a class raises on a config that it was not made for
         log.debug("no model can be built from the config: %s", error)
         return None

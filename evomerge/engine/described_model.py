@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from evomerge.checkpoints.checkpoint import Checkpoint, transformers_config
+from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.config_values import transformers_config
 from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.header import TensorSpec, name_some
 from evomerge.checkpoints.module_names import model_class

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from evomerge.checkpoints.checkpoint import open_checkpoint, transformers_config
+from evomerge.checkpoints.checkpoint import open_checkpoint
+from evomerge.checkpoints.config_values import transformers_config
 from evomerge.errors import CheckpointError
 from tests.checkpoints.raw import entry, raw_file
 from tests.models import write_tiny_llama

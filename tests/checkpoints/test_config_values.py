@@ -12,7 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from evomerge.checkpoints.checkpoint import open_checkpoint, transformers_config
+from evomerge.checkpoints.checkpoint import open_checkpoint
+from evomerge.checkpoints.config_values import transformers_config
+from evomerge.checkpoints.module_names import head_name
 from evomerge.errors import CheckpointError
 
 WRONG = [
@@ -70,3 +72,19 @@ def test_no_config_names_code_that_computes_attention(tiny_family: dict[str, Pat
     model = open_checkpoint(str(altered(tiny_family["a"], tmp_path / "m", **wanted)))
     resolved = transformers_config(model.config)
     assert "stranger" not in str(vars(resolved))
+
+
+def test_a_model_is_built_for_its_names_without_code_that_its_config_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+    make = transformers.AutoConfig.for_model
+
+    def spy(*args: Any, **settings: Any) -> Any:
+        asked.append(set(settings))
+        return make(*args, **settings)
+
+    monkeypatch.setattr(transformers.AutoConfig, "for_model", spy)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 33}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": 16, **sizes}
+    assert head_name({**config, "attn_implementation": "somebody/kernel"}) == "lm_head.weight"
+    assert any("hidden_size" in settings for settings in asked)
+    assert not any("attn_implementation" in settings for settings in asked)
