@@ -37,13 +37,24 @@ def shipped_index() -> Index:
     """Returns every name that lm-eval ships; read from its files once for a version, and kept in the user's cache."""
     root, version = shipped_folder(), importlib.metadata.version("lm_eval")
     path = cache_folder("tasks") / f"{digest(f'2 {version} {root}')[:16]}.json"
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        kept = _read_names(root)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(kept))
-    return {name: (kind, file, tuple(tasks)) for name, (kind, file, tasks) in kept.items()}
+    if (kept := _kept(path)) is not None:
+        return kept
+    names = _read_names(root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(names))
+    return _index(names)
+
+
+def _kept(path: Path) -> Index | None:
+    """The index that was kept; None where there is none, or it is damaged."""
+    try:
+        return _index(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _index(names: Mapping[str, Any]) -> Index:
+    return {name: (kind, file, tuple(tasks)) for name, (kind, file, tasks) in names.items()}
 
 
 def add_shipped(names: Iterable[str], index: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.tasks import shipped
 from evomerge.evaluation.tasks.lm_eval_tasks import find_tasks
 from evomerge.evaluation.tasks.shipped import add_shipped, shipped_folder, shipped_index
 from evomerge.system.quiet import quiet
@@ -26,6 +27,18 @@ def test_every_name_of_lm_eval_is_known_as_lm_eval_knows_it() -> None:
         assert kind == entry.kind.name, name
         assert (shipped_folder() / file if file else None) == entry.yaml_path, name
         assert kind != "TAG" or set(tasks) == entry.tags, name
+
+
+def test_a_damaged_index_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(shipped, "_read_names", lambda root: {"one": ("TASK", "one.yaml", ["some"])})
+    first = shipped_index.__wrapped__()
+    assert first == {"one": ("TASK", "one.yaml", ("some",))}
+    (kept,) = tmp_path.rglob("*.json")
+    for damage in (kept.read_text()[:-3], "[]", '{"one": 1}'):
+        kept.write_text(damage)
+        assert shipped_index.__wrapped__() == first
+        assert json.loads(kept.read_text()) == {"one": ["TASK", "one.yaml", ["some"]]}
 
 
 def test_what_a_name_holds_comes_with_it() -> None:
