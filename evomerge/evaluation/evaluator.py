@@ -152,11 +152,9 @@ class Evaluator:
         Raises:
             CandidateError: A number is not finite, or the model cannot be differentiated.
         """
-        by_task = {
-            task: self.backend.jacobian(model, self.requests(task), indices, directions, columns)
-            for task, indices in selection.items()
-        }
-        return {task: part for task, part in by_task.items() if part is not None}
+        parts = [(self.requests(task), indices) for task, indices in selection.items()]
+        by_task = zip(selection, self.backend.jacobian(model, parts, directions, columns), strict=True)
+        return {task: part for task, part in by_task if part is not None}
 
     def smooth_metric(
         self, task: str, metric: str, indices: Sequence[int], loglikelihoods: FloatArray

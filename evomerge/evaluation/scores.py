@@ -114,22 +114,8 @@ class ItemScores:
         if total == 0:
             raise TaskError(f"task {self.task!r}, metric {metric!r}: nothing was scored, so there is no score")
         ratio = float(np.sum(numerators)) / total
-        transform = self.transforms.get(metric, MEAN)
-        terms = (numerators - ratio * denominators) * (len(self.items) / total)
-        return _apply(transform, ratio), _derivative(transform, ratio) * terms
-
-    def derivative(self, metric: str) -> FloatArray:
-        """Differentiates the metric's value with respect to each item's numerator, length n.
-
-        Raises:
-            TaskError: As `influence`.
-        """
-        numerators, denominators = self.columns(metric)
-        total = float(np.sum(denominators))
-        if total == 0:
-            raise TaskError(f"task {self.task!r}, metric {metric!r}: nothing was scored, so there is no derivative")
-        derivative = _derivative(self.transforms.get(metric, MEAN), float(np.sum(numerators)) / total) / total
-        return np.where(denominators != 0, derivative, 0.0)
+        value, slope = self.of_ratio(metric, ratio)
+        return value, slope * ((numerators - ratio * denominators) * (len(self.items) / total))
 
     def of_sums(self, metric: str, numerator: float, denominator: float) -> float:
         """Returns the metric where its items' numerators and denominators add up to these; NaN where nothing does."""

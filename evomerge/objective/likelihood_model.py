@@ -78,8 +78,10 @@ class LikelihoodModel:
         self._at, self._jacobian = responses.loglikelihoods, responses.derivatives
         self._per_token = 1.0 / np.maximum(responses.lengths, 1.0)
         self._low, self._high = low, high
-        self._folds = [np.arange(len(term.scores.items)) % FOLDS for term in terms]
-        self._everything = [np.ones(len(fold), dtype=np.bool_) for fold in self._folds]
+        folds = [np.arange(len(term.scores.items)) % FOLDS for term in terms]
+        self._folds = [([own != k for own in folds], [own == k for own in folds]) for k in range(FOLDS)]
+        self._everything = [np.ones(len(own), dtype=np.bool_) for own in folds]
+        self._resolutions: dict[tuple[bytes, float], tuple[int, float, float]] = {}
 
     def resolution(self, labels: Sequence[IntArray], radius: float) -> tuple[int, float, float]:
         """Chooses by cross-validation which genes to move together.
@@ -91,16 +93,22 @@ class LikelihoodModel:
         Returns:
             Index of the choice, the ridge, and the mean gain over items that a step was not made for.
         """
+        key = np.stack(labels).tobytes(), radius  # a search asks every generation
+        if key not in self._resolutions:
+            self._resolutions[key] = self._cross_validated(labels, radius)
+        return self._resolutions[key]
+
+    def _cross_validated(self, labels: Sequence[IntArray], radius: float) -> tuple[int, float, float]:
         best = (0, RIDGES[0], -math.inf)
+        unmoved = np.zeros_like(self._at)
+        before = [self._fitness(unmoved, outside)[0] for _, outside in self._folds]
         for index, label in enumerate(labels):
             basis = _Basis(label, self._jacobian, self._low, self._high)
             for ridge in RIDGES:
                 gains = []
-                for fold in range(FOLDS):
-                    inside = [folds != fold for folds in self._folds]
-                    outside = [folds == fold for folds in self._folds]
+                for (inside, outside), at_start in zip(self._folds, before, strict=True):
                     change = basis.jacobian @ self._maximum(basis, ridge, radius, inside)
-                    gains.append(self._fitness(change, outside)[0] - self._fitness(0.0 * change, outside)[0])
+                    gains.append(self._fitness(change, outside)[0] - at_start)
                 if (gain := sum(gains) / FOLDS) > best[2]:
                     best = (index, ridge, gain)
         return best

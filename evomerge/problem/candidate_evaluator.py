@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from evomerge.problem.genome_jacobian import COST, genome_jacobian, sample_items
 from evomerge.problem.model_runner import Runner, item_ids, join_items, selection_size, take_items
 from evomerge.problem.problem import Problem
 from evomerge.space.decode import decode, why_invalid
+from evomerge.space.genome import Genome
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.ranking import ranked
 from evomerge.system.arrays import FloatArray
@@ -114,6 +115,7 @@ class CandidateEvaluator:
         self._block_order: tuple[int, ...] = ()  # in which the generation sees the blocks
         self._full_scores: dict[str, Scores] = {}  # of the incumbents, by recipe hash
         self._incumbents: Incumbents | None = None
+        self._latest_model: tuple[Genome, LikelihoodModel | None] | None = None
 
     def __call__(self, proposal: Proposal) -> Outcome:
         """Scores one proposal on the search items; a candidate's own failure is an outcome, not an error."""
@@ -208,19 +210,25 @@ class CandidateEvaluator:
         candidate without a full score, and where there are no derivatives (`genome_jacobian`). Differentiated once in a
         run and kept.
         """
-        space = self._problem.space
-        if candidate.state != "done" or why_invalid(space, candidate.genome) is not None:
+        if candidate.state != "done" or why_invalid(self._problem.space, candidate.genome) is not None:
             return None
+        if self._latest_model is None or self._latest_model[0] != candidate.genome:  # a search asks every generation
+            self._latest_model = candidate.genome, self._make_model(candidate)
+        return self._latest_model[1]
+
+    def _make_model(self, candidate: Candidate) -> LikelihoodModel | None:
+        space, objective = self._problem.space, self.objective
         try:
             plan = self._runner.plan(decode(space, candidate.genome))
             # Scored already, but for a baseline that the space says in other words, or only nearly.
-            scores = self._evaluate(plan, self.objective.split, planning=0.0).scores
+            scores = self._evaluate(plan, objective.split, planning=0.0).scores
         except CandidateError as error:
             log.warning("no derivatives of candidate %d: %s", candidate.number, error)
             return None
+        sample = sample_items(objective.selection, plan.digest)
+        selection = {task: tuple(objective.selection[task][k] for k in of_task) for task, of_task in sample.items()}
         kept = self._store.load_jacobian(plan.digest)
         if kept is None:
-            selection = _take(self.objective.selection, sample_items(self.objective.selection, plan.digest))
             try:
                 kept = genome_jacobian(space, self._runner, selection, candidate.genome)
             except (OutputError, BadInput):
@@ -229,18 +237,17 @@ class CandidateEvaluator:
                 log.warning("no derivatives of candidate %d", candidate.number, exc_info=True)
                 kept = {}
             self._store.save_jacobian(plan.digest, kept)
-        return self._model_of(kept, scores, space.unit(candidate.genome), plan.digest) if kept else None
+        sampled = {task: scores[task].take(sample[task]) for task in kept}
+        return self._model_of(kept, selection, sampled, space.unit(candidate.genome)) if kept else None
 
     def _model_of(
-        self, jacobian: Mapping[str, ResponseJacobian], scores: Scores, unit: FloatArray, seed: str
+        self, jacobian: Mapping[str, ResponseJacobian], selection: Selection, scores: Scores, unit: FloatArray
     ) -> LikelihoodModel | None:
-        sample = sample_items(self.objective.selection, seed)
-        selection = _take(self.objective.selection, sample)
         fitness, tasks = self.objective.fitness, self._problem.tasks
         responses, requests = joined(jacobian)
         terms = []
         for goal in (goal for goal in fitness.goals if goal.task in requests):
-            own, part = requests[goal.task], scores[goal.task].take(sample[goal.task])
+            own, part = requests[goal.task], scores[goal.task]
             smooth = replace(goal, metric=tasks[goal.task].smooth_metric(goal.metric))
             at = responses.loglikelihoods[own]
             metric = self._runner.smooth_metric(goal.task, smooth.metric, selection[goal.task], at)
@@ -308,8 +315,3 @@ class CandidateEvaluator:
             if count in blocks_at_analyses(len(self._block_order)):
                 at_analyses.append(seen)
         return at_analyses
-
-
-def _take(selection: Selection, positions: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Some of a selection's items."""
-    return {task: tuple(selection[task][k] for k in of_task) for task, of_task in positions.items()}

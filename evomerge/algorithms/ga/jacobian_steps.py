@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -46,11 +47,8 @@ class JacobianSteps:
     def __init__(
         self, space: SearchSpace, index: HistoryIndex, order: Sequence[Candidate], settings: AlgorithmSettings
     ) -> None:
-        self._space, self._index = space, index
+        self._space, self._index, self._settings = space, index, settings
         self._start = next((candidate for candidate in order if candidate.state == "done"), None)
-        self._model: LocalModel | None = None
-        if self._start is not None and settings.local_model is not None and self._tried < len(FACTORS):
-            self._model = settings.local_model(self._start)
 
     def step(self, rank: int) -> Draw | None:
         """Proposes a step; None where there is none to take.
@@ -59,7 +57,7 @@ class JacobianSteps:
             rank: Counts the steps of the generation.
         """
         attempt = self._tried + rank
-        if self._start is None or self._model is None or rank >= AT_ONCE or attempt >= len(FACTORS):
+        if self._start is None or rank >= AT_ONCE or attempt >= len(FACTORS) or self._model is None:
             return None
         mask = active_reals(self._space, self._start.genome) & (self._space.high > self._space.low)
         labels = resolutions(self._space, mask)
@@ -73,6 +71,12 @@ class JacobianSteps:
         parent = Parent.of(self._space, self._start)
         genome = self._space.genome(parent.unit + move, parent.choices, parent.layers)
         return genome, (self._start.number,), f"{JACOBIAN_STEP}, {radius * FACTORS[attempt]:.3g} nats a token"
+
+    @cached_property
+    def _model(self) -> LocalModel | None:
+        """Asked for where a step is: it costs several evaluations."""
+        ask = self._settings.local_model
+        return None if ask is None or self._start is None else ask(self._start)
 
     @property
     def _tried(self) -> int:

@@ -64,27 +64,25 @@ class Backend(Protocol):
     def jacobian(
         self,
         model: Any,
-        requests: Requests,
-        indices: Sequence[int],
+        parts: Sequence[tuple[Requests, Sequence[int]]],
         directions: Mapping[str, Sequence[Directions]],
         columns: int,
-    ) -> ResponseJacobian | None:
+    ) -> Sequence[ResponseJacobian | None]:
         """Differentiates the log-likelihoods that some items are scored by with respect to numbers behind the weights.
 
         Args:
             model: The model; as before afterwards.
-            requests: What the task asks.
-            indices: The items.
+            parts: For each task what it asks, and the items.
             directions: Name of a parameter to how it moves with the numbers.
             columns: How many numbers there are.
 
         Returns:
-            None where that cannot be done.
+            One for each task; None where that cannot be done.
 
         Raises:
             CandidateError: A number is not finite, or the model cannot be differentiated.
         """
-        return None
+        return [None] * len(parts)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from evomerge.evaluation.backends.native.prefix_trees import PackedTrees
 from evomerge.evaluation.backends.registry import Backend, BackendOptions, Directions
 from evomerge.evaluation.scores import ResponseJacobian
 from evomerge.evaluation.tasks.requests import Pair, Requests
+from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 
 log = logging.getLogger(__name__)
@@ -101,32 +103,29 @@ class NativeBackend(Backend):
     def jacobian(
         self,
         model: Any,
-        requests: Requests,
-        indices: Sequence[int],
+        parts: Sequence[tuple[Requests, Sequence[int]]],
         directions: Mapping[str, Sequence[Directions]],
         columns: int,
-    ) -> ResponseJacobian | None:
+    ) -> list[ResponseJacobian | None]:
         """Differentiates the log-likelihoods of some items' requests; as `Backend.jacobian`."""
-        instances = [instance for index in indices for instance in requests.by_item[index]]
-        if not all(_is_loglikelihood(instance) for instance in instances):
-            return None
         self.prepare(model)
-        encoded = [pairs for index in indices for pairs in self._encoded(requests, index)]
-        key = (requests.task, tuple(indices), None)  # no shared prefixes: every sequence has tokens of its own
-        if key not in self._packed:
-            alone = [[pair] for pairs in encoded for pair in pairs]
-            self._packed[key] = self.logprobs.pack(alone, batch_tokens(model))
-        packed = self._packed[key]
-        values, derivatives = jacobian(model, packed, directions, columns, head_is_last=self.logprobs.head_is_last)
-        owners = np.repeat(np.arange(len(encoded)), [len(pairs) for pairs in encoded])
-        total = np.zeros((len(encoded), columns))
-        np.add.at(total, owners, derivatives)
-        return ResponseJacobian(
-            np.bincount(owners, weights=values, minlength=len(encoded)).astype(np.float64),
-            total,
-            np.array([sum(len(continuation) for _, continuation in pairs) for pairs in encoded], dtype=np.float64),
-            np.repeat(np.arange(len(indices)), [len(requests.by_item[index]) for index in indices]),
-        )
+        encoded = [self._all_encoded(requests, indices) for requests, indices in parts]
+        tokens = batch_tokens(model)
+        # Every sequence by itself: shared tokens would have the derivatives of several log-likelihoods.
+        packed = [self.logprobs.pack([[pair] for pair in itertools.chain(*part)], tokens) for part in encoded if part]
+        if not packed:
+            return [None] * len(parts)
+        computed = iter(jacobian(model, packed, directions, columns, head_is_last=self.logprobs.head_is_last))
+        return [
+            None if not pairs else _by_instance(requests, indices, pairs, *next(computed))
+            for (requests, indices), pairs in zip(parts, encoded, strict=True)
+        ]
+
+    def _all_encoded(self, requests: Requests, indices: Sequence[int]) -> list[list[Pair]]:
+        """For each instance of some items, the token pairs to score; empty where text is asked for."""
+        if not all(_is_loglikelihood(instance) for index in indices for instance in requests.by_item[index]):
+            return []
+        return [pairs for index in indices for pairs in self._encoded(requests, index)]
 
     def digest(self, requests: Requests, indices: Sequence[int]) -> str:
         """Returns the identity of the batches."""
@@ -150,6 +149,25 @@ class NativeBackend(Backend):
                 )
             self._pairs[key] = pairs
         return self._pairs[key]
+
+
+def _by_instance(
+    requests: Requests,
+    indices: Sequence[int],
+    encoded: Sequence[Sequence[Pair]],
+    values: FloatArray,
+    derivatives: FloatArray,
+) -> ResponseJacobian:
+    """Adds up what the pairs of each instance have."""
+    owners = np.repeat(np.arange(len(encoded)), [len(pairs) for pairs in encoded])
+    total = np.zeros((len(encoded), derivatives.shape[1]))
+    np.add.at(total, owners, derivatives)
+    return ResponseJacobian(
+        np.bincount(owners, weights=values, minlength=len(encoded)).astype(np.float64),
+        total,
+        np.array([sum(len(continuation) for _, continuation in pairs) for pairs in encoded], dtype=np.float64),
+        np.repeat(np.arange(len(indices)), [len(requests.by_item[index]) for index in indices]),
+    )
 
 
 def _response(instance: Any, loglikelihood: float, *, greedy: bool) -> list[Any]:

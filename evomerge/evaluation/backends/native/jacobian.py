@@ -57,8 +57,13 @@ def batch_tokens(model: Any) -> int:
 
 
 def jacobian(
-    model: Any, packed: PackedTrees, directions: Mapping[str, Sequence[Directions]], columns: int, *, head_is_last: bool
-) -> tuple[FloatArray, FloatArray]:
+    model: Any,
+    packed: Sequence[PackedTrees],
+    directions: Mapping[str, Sequence[Directions]],
+    columns: int,
+    *,
+    head_is_last: bool,
+) -> list[tuple[FloatArray, FloatArray]]:
     """Computes log-likelihoods, and their derivatives with respect to some numbers that weights depend on.
 
     Args:
@@ -69,30 +74,34 @@ def jacobian(
         head_is_last: As in `Forward.logit_chunks`.
 
     Returns:
-        Log-likelihoods [requests] and derivatives [requests, columns].
+        For each of `packed` its log-likelihoods [requests] and derivatives [requests, columns].
 
     Raises:
         CandidateError: A number is not finite, or torch cannot go back through the model.
     """
-    values, derivatives = np.zeros(packed.requests), np.zeros((packed.requests, columns))
     current = _Current()
     with forward_pass(model) as forward, _traced(model, forward.head if head_is_last else None, directions, current):
         head = directions.get(_name_of(model, forward.head), ()) if head_is_last else ()
         jobs = [
             partial(_batch, forward, batch, columns, head, current, head_is_last=head_is_last)
-            for batch in packed.batches
+            for part in packed
+            for batch in part.batches
         ]
         try:
-            computed = run_all(jobs, forward.threads) if forward.threads else [job() for job in jobs]
+            computed = iter(run_all(jobs, forward.threads) if forward.threads else [job() for job in jobs])
         except RuntimeError as error:  # torch has no narrower one for either
             reason = " ".join(str(error).split())[:300]
             raise CandidateError(f"{type(model).__name__} cannot be differentiated: {reason}") from error
-    for requests, sums, rows in computed:
-        values[requests] += sums
-        derivatives[requests] += rows
-    if not (np.isfinite(values).all() and np.isfinite(derivatives).all()):
-        raise CandidateError("the model's log-likelihoods or their derivatives are not finite")
-    return values, derivatives
+    results: list[tuple[FloatArray, FloatArray]] = []
+    for part in packed:
+        values, derivatives = np.zeros(part.requests), np.zeros((part.requests, columns))
+        for requests, sums, rows in itertools.islice(computed, len(part.batches)):
+            values[requests] += sums
+            derivatives[requests] += rows
+        if not (np.isfinite(values).all() and np.isfinite(derivatives).all()):
+            raise CandidateError("the model's log-likelihoods or their derivatives are not finite")
+        results.append((values, derivatives))
+    return results
 
 
 class _Batch:
@@ -161,11 +170,8 @@ class _Batch:
             return values.reshape(rows * length, -1).sum(-1)
         if values.dim() > 2 and (values.shape[0], values.shape[2]) == (rows, length):
             return values.transpose(1, 2).reshape(rows * length, -1).sum(-1)
-        return (
-            values.reshape(len(values), -1).sum(-1)
-            if len(values) > 1
-            else values[0].reshape(values.shape[1], -1).sum(-1)
-        )
+        flat = values if len(values) > 1 else values[0]  # without rows, or one row of all
+        return flat.reshape(len(flat), -1).sum(-1)
 
     def _owners_of(self, tokens: int) -> IntArray:
         if tokens not in self._owners:
