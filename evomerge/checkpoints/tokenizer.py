@@ -93,6 +93,13 @@ def is_tokenizer_file(name: str) -> bool:
     return name in _TOKENIZER_FILES or bool(_FURTHER.fullmatch(name))
 
 
+def write_contents(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files below a folder, by their names from there."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 def tokenizer_contents(folder: Path) -> dict[str, bytes]:
     """Reads every file that belongs to the tokenizer of a folder, by its name from there."""
     paths = [path for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if path.is_file()]

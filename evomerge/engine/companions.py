@@ -16,7 +16,7 @@ from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint, generation_defaults
 from evomerge.checkpoints.header import name_some
-from evomerge.checkpoints.tokenizer import is_tokenizer_file, tokenizer_contents
+from evomerge.checkpoints.tokenizer import is_tokenizer_file, tokenizer_contents, write_contents
 from evomerge.planning.plan import Plan
 
 SMALL = 64_000_000  # bytes: the longest tokenizers have half of that
@@ -50,9 +50,7 @@ def write_companions(plan: Plan, reference: Checkpoint, folder: Path) -> tuple[s
         written = plan.tokenizer.files
     elif reference.tokenizer_folder is not None and reference.tokenizer_folder != reference.folder:  # an adapter's
         written = tokenizer_contents(reference.tokenizer_folder)
-    for name, content in written.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    write_contents(folder, written)
     own = reference.folder / "generation_config.json" if reference.folder else None
     if plan.tokenizer is not None:
         generation = plan.tokenizer.generation_config or generation_defaults(plan.config)

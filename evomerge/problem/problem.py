@@ -15,7 +15,7 @@ import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.matching.compatible import check_compatible, not_finite
-from evomerge.checkpoints.tokenizer import read_tokenizer
+from evomerge.checkpoints.tokenizer import read_tokenizer, write_contents
 from evomerge.errors import CheckpointError, ErrorCollector, SpecError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection, split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, groups_as_tasks
@@ -231,10 +231,7 @@ def _load_tokenizer(models: Aligned, reference: str) -> Any:
     if models.tokenizer is None:
         return models.checkpoints[reference].load_tokenizer().loaded
     with tempfile.TemporaryDirectory(prefix="evomerge-") as name:
-        for file, content in models.tokenizer.files.items():
-            path = Path(name, file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        write_contents(Path(name), models.tokenizer.files)
         return read_tokenizer(reference, Path(name)).loaded
 
 

@@ -259,11 +259,9 @@ class RunFolder:
         """
         path = self.root / "result.json"
         advice = f"without the file, `evomerge resume {self.root}` writes it again"
-        return (
-            read_sealed_json(path, lambda content: RunResult.from_json(content, str(path)), advice)
-            if (path.exists())
-            else None
-        )
+        if not path.exists():
+            return None
+        return read_sealed_json(path, lambda content: RunResult.from_json(content, str(path)), advice)
 
     def extended_from(self) -> int:
         """Counts the candidates there were when the run was last extended after it had ended before its budget did.
