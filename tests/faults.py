@@ -8,12 +8,11 @@ a damaged one, it says what it says of the undamaged one.
 
 from __future__ import annotations
 
-import importlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -118,8 +117,9 @@ class World:
     """
 
     def __init__(self, folder: Path, family: Mapping[str, Path]) -> None:
-        for name in ("search", "export", "init", "evaluate", "check", "merge"):  # once, not in each fork
-            importlib.import_module(f"evomerge.run.{name}")
+        self._context = multiprocessing.get_context("forkserver")
+        commands = ("search", "export", "init", "evaluate", "check", "merge")
+        self._context.set_forkserver_preload([__name__, *(f"evomerge.run.{name}" for name in commands)])
         self._pristine, self.folder, self._logs = (folder / name for name in ("pristine", "world", "logs"))
         self._logs.mkdir()
         self._pristine.mkdir()
@@ -206,36 +206,39 @@ class World:
         middle: Callable[[], object] | None = None,
         chance: random.Random | None = None,
     ) -> tuple[int | None, str, str]:
-        """Runs a command in a fork of this process, which has the packages loaded: exit status, output, errors."""
+        """Runs a command in a fork of a process that has the packages loaded: exit status, output, errors.
+
+        That process computes nothing: torch cannot go on in the fork of one whose threads have worked.
+        """
         out, err = self._logs / "out", self._logs / "err"
-        child = os.fork()
-        if child == 0:
-            _run(arguments, self.folder, out, err)
+        child = self._context.Process(target=_run, args=(arguments, self.folder, out, err, dict(os.environ)))
+        child.start()
         if middle is not None:
             time.sleep((chance or random.Random(0)).uniform(0, 0.7))
             middle()
-        deadline = time.monotonic() + LIMIT
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status), out.read_text(), err.read_text(errors="replace")
-            time.sleep(0.01)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return None, "", ""
+        child.join(LIMIT)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+            return None, "", ""
+        return child.exitcode, out.read_text(), err.read_text(errors="replace")
 
 
-def _run(arguments: tuple[str, ...], folder: Path, out: Path, err: Path) -> None:
+def _run(arguments: tuple[str, ...], folder: Path, out: Path, err: Path, environment: Mapping[str, str]) -> None:
     """The forked process: the command line as it is, its streams in files; never returns."""
     code = 1
     try:
+        os.environ.update(environment)
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
         os.chdir(folder)
         sys.argv = ["evomerge", *arguments]
+        import torch
+
         from evomerge.cli.main import main
 
+        torch.set_num_threads(1)
         main()
     except SystemExit as ended:
         code = int(ended.code or 0)
