@@ -218,6 +218,9 @@ def cases(depth: int) -> Iterator[Case]:
     )
     yield Case("sce", models("sce", [{}, {}, {}], parameters={"select_topk": 0.6}), differs=DELIBERATE["sce"])
     yield Case("sce, all", models("sce", [{}, {}, {}]), differs=DELIBERATE["sce"])
+    yield Case("ram", models("ram", [{}, {}, {}], parameters={"epsilon": 0.01}))
+    plus = {"epsilon": 0.01, "r": 0.5, "alpha": 1.0}
+    yield Case("ramplus_tl", models("ramplus_tl", [{}, {}, {}], parameters=plus))
     yield Case("nuslerp", models("nuslerp", W3[:2], base=False))
     yield Case("nuslerp, on deltas", models("nuslerp", W3[:2]))
     yield Case(

@@ -34,6 +34,7 @@ from evomerge.methods.dare_ties import trims_after_drop
 from evomerge.methods.dfs import row_anchor, scaled_alphas
 from evomerge.methods.nearswap import reach_of
 from evomerge.methods.nuslerp import vector_terms
+from evomerge.methods.ram import reinforcements
 from evomerge.methods.random_field import LANES, STEPS, keep_threshold
 
 Floats = NDArray[np.float32]
@@ -312,6 +313,13 @@ def _sce(method: str, settings: Settings, statistics: OperationStatistics) -> Ke
     return KernelCall(inputs, lambda x, start, out: sce_della.sce(x[0], x[1:], start, *arguments, out))
 
 
+def _ram(method: str, settings: Settings, statistics: OperationStatistics) -> KernelCall | None:
+    factors = np.array(reinforcements(statistics, settings))
+    arguments = (np.float32(settings.shared["epsilon"]), factors, np.float32(settings.shared["lambda"]))
+    inputs = (BASE, *range(len(settings.sources)))
+    return KernelCall(inputs, lambda x, start, out: merge.ram(x[0], x[1:], *arguments, out))
+
+
 def _dfs(method: str, settings: Settings, statistics: OperationStatistics) -> KernelCall | None:
     if settings.shared["mode"] == "model":
         by_row = settings.shared["scope"] != "tensor"
@@ -373,4 +381,6 @@ KERNELS: dict[str, Dispatch] = {
     "della_linear": _della_linear,
     "sce": _sce,
     "dfs": _dfs,
+    "ram": _ram,
+    "ramplus_tl": _ram,
 }

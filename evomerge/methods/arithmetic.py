@@ -16,6 +16,7 @@ from evomerge.errors import RecipeError
 from evomerge.methods.contract import Block, Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SMALLEST_SUM = 1e-6
@@ -104,6 +105,13 @@ def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Te
         term = tensor * coefficient
         result = term if result is None else result.add_(term)
     return tensors[0].new_zeros(tensors[0].shape) if result is None else result
+
+
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns what float32 numbers are added up in: float64; on mps, which has none, float32."""
+    import torch
+
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def base_of(block: Block) -> Tensor:

@@ -133,6 +133,10 @@ class Statistics(Protocol):
         """
         ...
 
+    def overlaps(self, epsilon: float) -> list[tuple[int, int]]:
+        """How many elements of each delta are above `epsilon`: (where another source's is too, where none is)."""
+        ...
+
     def importance(self, source: int) -> tuple[Tensor, float]:
         """What `evomerge.methods.arcee_fusion` multiplies magnitudes by: float32 [rows of the block, 1]; threshold."""
         ...

@@ -101,6 +101,12 @@ class PlainStatistics:
         cut = cutoff(variances, keep_count(int((variances > 0).sum()), fraction))
         return cut, [float(delta[cutoff_mask(variances, *cut)].double().square().sum()) for delta in deltas]
 
+    def overlaps(self, epsilon: float) -> list[tuple[int, int]]:
+        """See `Statistics.overlaps`."""
+        moved = [self._delta(source).abs() > epsilon for source in range(len(self._sources))]
+        together = sum(mask.int() for mask in moved) > 1
+        return [(int((mask & together).sum()), int((mask & ~together).sum())) for mask in moved]
+
     def importance(self, source: int) -> tuple[Tensor, float]:
         """See `Statistics.importance`."""
         rows = self._rows(self._tensor(source))

@@ -18,6 +18,7 @@ from evomerge.methods import (
     multislerp,
     nearswap,
     nuslerp,
+    ram,
     sce,
     slerp,
     task_arithmetic,
@@ -51,6 +52,8 @@ METHODS: dict[str, Method] = {
         nearswap.METHOD,
         tsv_merge.METHOD,
         iso_c.METHOD,
+        ram.METHOD,
+        ram.PLUS,
     )
 }
 

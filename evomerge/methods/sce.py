@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.methods.arithmetic import apply_update, base_of
+from evomerge.methods.arithmetic import apply_update, base_of, sum_dtype
 from evomerge.methods.contract import Block, Method, Parameter, Settings
 from evomerge.methods.shared_parameters import INT8_MASK
 from evomerge.methods.ties import disjoint_merge, elect_sign
@@ -31,14 +31,13 @@ def element_variance(deltas: Sequence[Tensor]) -> Tensor:
     """
     import torch
 
-    wide = torch.float32 if deltas[0].device.type == "mps" else torch.float64  # mps has no float64
-    count, mean = float(len(deltas)), torch.zeros_like(deltas[0], dtype=wide)
+    count, mean = float(len(deltas)), torch.zeros_like(deltas[0], dtype=sum_dtype(deltas[0]))
     for delta in deltas:
         mean.add_(delta)
     mean.div_(count)
     total = torch.zeros_like(mean)
     for delta in deltas:
-        apart = delta.to(wide).sub_(mean)
+        apart = delta.to(mean.dtype).sub_(mean)
         total.add_(apart.mul_(apart))
     return total.div_(count).float()
 

@@ -33,6 +33,8 @@ _KNOWN = {
     "model_stock": ("filter_wise",),
     "sce": ("select_topk",),
     "arcee_fusion": (),
+    "ram": ("epsilon",),
+    "ramplus_tl": ("r", "alpha", "epsilon"),
 }
 _ANYWHERE = ("int8_mask", "embed_slerp")
 _IMPLIED: Mapping[str, Mapping[str, Any]] = {
@@ -44,6 +46,8 @@ _IMPLIED: Mapping[str, Mapping[str, Any]] = {
     "passthrough": {"residual_scale": 1},
     "karcher": {"weight": 1},
     "nearswap": {"weight": 1},
+    "ram": {"lambda": 1},
+    "ramplus_tl": {"lambda": 1},
 }
 _BASE_AMONG_SOURCES = (
     "slerp",
@@ -61,6 +65,8 @@ _BASE_AMONG_SOURCES = (
     "model_stock",
     "sce",
     "arcee_fusion",
+    "ram",
+    "ramplus_tl",
 )
 _SOURCES = {"slerp": 1, "nearswap": 1, "nuslerp": 2}  # that mergekit takes, beside the base
 _COPIED = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")

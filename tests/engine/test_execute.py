@@ -25,7 +25,7 @@ from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import COPY, Input, Operation
 from evomerge.system import threads
 from tests.engine.helpers import PRINTS, inputs, operation_for, store_for, store_of
-from tests.methods.helpers import declared, every_mode, family, fit, numbers
+from tests.methods.helpers import declared, every_mode, family, fit, numbers, of_all, of_sources
 
 DTYPES = [torch.bfloat16, torch.float32]
 SEED = 5
@@ -51,8 +51,10 @@ def settings_of(draw: st.DrawFn, method: Method, mode: dict[str, Any], count: in
     own = [declared(method, {"weight": draw(weight) if i else 1.1}) for i in range(count)]
     share = st.sampled_from([0.0, 0.0001, 0.3, 0.5, 0.9, 1.0])
     shared |= declared(method, {"select_topk": draw(share)})
+    epsilon = st.sampled_from([0.0, 0.15, 0.5])
+    shared |= of_all(method, {"epsilon": draw(epsilon), "r": draw(st.sampled_from([0.1, 0.7]))})
     for source in own:
-        source |= declared(method, {"epsilon": draw(st.sampled_from([0.0, 0.15, 0.5]))})
+        source |= of_sources(method, {"epsilon": draw(epsilon)})
         if method.name.startswith("breadcrumbs"):
             source["gamma"] = draw(st.sampled_from([0.0, 0.02, 0.4]))
     if method.parameter("density") is not None:

@@ -419,6 +419,8 @@ MERGES: dict[str, dict[str, Parameters]] = {
         "half": (NONE3, {"select_topk": 0.5}),
         "tenth": (NONE3, {"select_topk": 0.1, "int8_mask": True}),
     },
+    "ram": {"default": (NONE3, {}), "epsilon": (NONE3, {"epsilon": 0.02, "lambda": 0.9})},
+    "ramplus_tl": {"default": (NONE3, {}), "epsilon": (NONE3, {"epsilon": 0.02, "r": 0.5, "alpha": 1.0})},
     "arcee_fusion": {"a": ([{}], {}), "b": ([{}], {})},
     "nuslerp": {
         "flat": (W3[:2], {}),

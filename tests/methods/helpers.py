@@ -21,7 +21,8 @@ FINGERPRINTS = ("f0", "f1", "f2", "f3", "f4")
 
 SWITCHES = {"filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "spectral"}  # bools by which a method becomes another
 
-FAR = {"nearswap": {"t": 1e38}}  # lengths in the units of the weights: so long that nothing is further away
+FAR = {"nearswap": {"t": 1e38}, "ram": {"epsilon": 0.0}, "ramplus_tl": {"epsilon": 0.0}}
+"""Lengths in the units of the weights: so long that nothing is further away, or so short that nothing is nearer."""
 
 
 def modes(method: Method) -> Iterator[dict[str, Any]]:
@@ -62,6 +63,16 @@ def having(name: str) -> pytest.MarkDecorator:
 def declared(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the values that the method has a parameter for."""
     return {name: value for name, value in values.items() if method.parameter(name)}
+
+
+def of_sources(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that every source of the method has its own of."""
+    return {p.name: values[p.name] for p in method.parameters if p.per_source and p.name in values}
+
+
+def of_all(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are one for all sources of the method."""
+    return {p.name: values[p.name] for p in method.parameters if not p.per_source and p.name in values}
 
 
 def neutral(method: Method) -> dict[str, Any]:

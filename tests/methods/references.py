@@ -64,6 +64,19 @@ def kept(delta: Array, mask: NDArray[np.bool_], shared: dict[str, Any]) -> Array
     return np.asarray(delta * mask * scale)
 
 
+def ram(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
+    deltas = np.stack(sources) - base
+    moved = np.abs(deltas) > shared["epsilon"]
+    count = moved.sum(0)
+    share = 1 / np.maximum(count, 1)
+    update = np.zeros_like(base)
+    for delta, mask in zip(deltas, moved, strict=True):
+        ratio = (mask & (count > 1)).sum() / max((mask & (count == 1)).sum(), 1)
+        factor = 1 + shared.get("r", 0.0) * min(ratio, shared.get("alpha", 0.0))
+        update += delta * mask * np.where(count == 1, factor, share)
+    return np.asarray(base + shared["lambda"] * update)
+
+
 def ties(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
     deltas = [s - base for s in sources]
     trimmed = [kept(d, largest(d, o["density"]), shared) for d, o in zip(deltas, own, strict=True)]
@@ -361,4 +374,6 @@ REFERENCES: dict[str, Callable[..., Array]] = {
     "model_stock": model_stock,
     "sce": sce,
     "arcee_fusion": arcee_fusion,
+    "ram": ram,
+    "ramplus_tl": ram,
 }

@@ -14,7 +14,7 @@ from evomerge.methods.contract import Method
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.random_field import field_key, uniform16
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import declared, family, fit, mode_id, modes
+from tests.methods.helpers import declared, family, fit, mode_id, modes, of_all, of_sources
 from tests.methods.references import REFERENCES
 
 CASES = [
@@ -37,10 +37,11 @@ def test_agrees_with_the_reference(method: Method, mode: dict[str, Any], data: s
         weights = weights | st.floats(-0.09, -0.01)
     chance = st.sampled_from([1.0, 0.75, 0.3, 0.05])
     drop = st.none() if method.name != "dare_ties" else st.none() | st.sampled_from([0.0, 0.4, 0.9])
+    epsilon = st.sampled_from([0.0, 0.15, 0.4])
     own = [
         declared(method, {"weight": data.draw(weights), "drop_rate": data.draw(drop)})
         | ({} if method.name == "dfs" else declared(method, {"density": data.draw(chance)}))
-        | declared(method, {"epsilon": data.draw(st.sampled_from([0.0, 0.15, 0.4]))})
+        | of_sources(method, {"epsilon": data.draw(epsilon)})
         | (declared(method, {"gamma": data.draw(st.sampled_from([0.0, 0.04, 0.5]))}) if method.name != "dfs" else {})
         for _ in range(count)
     ]
@@ -50,8 +51,11 @@ def test_agrees_with_the_reference(method: Method, mode: dict[str, Any], data: s
             "lambda": data.draw(st.sampled_from([1.0, 0.6])),
             "select_topk": data.draw(st.sampled_from([0.0, 0.01, 0.4, 1.0])),
             "tau": data.draw(st.sampled_from([0.0, 1.0, 4.0])),
+            "r": data.draw(st.sampled_from([0.1, 0.8])),
+            "alpha": data.draw(st.sampled_from([0.2, 1.0])),
         },
     )
+    shared |= of_all(method, {"epsilon": data.draw(epsilon)})
     if method.name == "nearswap":
         shared["t"] = data.draw(st.sampled_from([0.0, 0.003, 0.3, 10.0]), "t")
     for flag in ("normalize", "rescale", "normalize_weights"):

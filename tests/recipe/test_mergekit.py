@@ -150,6 +150,8 @@ def test_weights_that_change_nothing_are_left_out() -> None:
         ("model_stock", {}, {"filter_wise": True}),
         ("sce", {}, {"select_topk": 0.5}),
         ("arcee_fusion", {}, {}),
+        ("ram", {}, {"epsilon": 1e-6}),
+        ("ramplus_tl", {}, {"r": 0.2, "alpha": 0.5}),
     ],
 )
 def test_what_both_know_comes_out_as_it_went_in(method: str, own: dict[str, Any], shared: dict[str, Any]) -> None:

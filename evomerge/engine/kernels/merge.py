@@ -208,6 +208,40 @@ def apply_update(base: Array, sources: Array, at: int, update: Array, result: Ar
 
 
 @kernel
+def ram(base: Array, sources: Array, epsilon: np.float32, factors: Array, scale: np.float32, out: Array) -> None:
+    """`evomerge.methods.ram`.
+
+    Args:
+        base, sources: float32 [n] and [sources, n].
+        epsilon: Deltas larger than this count.
+        factors: float64 [sources]: of what a source has moved alone.
+        scale: λ.
+        out: float32 [n].
+    """
+    total, count, factor = np.empty(TILE, np.float64), np.empty(TILE, np.float64), np.empty(TILE, np.float64)
+    update = np.empty(TILE, np.float32)
+    for at in range(0, base.size, TILE):
+        base_tile, result = base[at : min(base.size, at + TILE)], out[at : min(base.size, at + TILE)]
+        for j in range(base_tile.size):
+            total[j] = count[j] = factor[j] = 0.0
+        for k in range(sources.shape[0]):
+            source_tile, alone = sources[k, at : at + base_tile.size], factors[k]
+            for j in range(base_tile.size):
+                delta = source_tile[j] - base_tile[j]
+                moved = abs(delta) > epsilon
+                total[j] += np.float64(delta) if moved else 0.0
+                count[j] += 1.0 if moved else 0.0
+                factor[j] += alone if moved else 0.0
+        for j in range(base_tile.size):
+            update[j] = np.float32(total[j] * factor[j] if count[j] == 1.0 else total[j] / max(count[j], 1.0))
+        if scale == np.float32(1.0):
+            apply_update(base_tile, sources, at, update, result)
+        else:
+            for j in range(base_tile.size):
+                result[j] = update[j] * scale + base_tile[j]
+
+
+@kernel
 def ties(
     base: Array,
     sources: Array,

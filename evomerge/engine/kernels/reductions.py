@@ -129,6 +129,24 @@ def add_gram(base: Array, left: Array, right: Array, based: bool, sums: Array) -
 
 
 @kernel
+def count_overlaps(base: Array, sources: Array, epsilon: np.float32, counts: Array) -> None:
+    """Counts the elements of each delta above `epsilon`.
+
+    Args:
+        base, sources: float32 [n] and [sources, n].
+        epsilon: float32.
+        counts: int64 [2, sources], added to: elements that another source shares, and those that none does.
+    """
+    for j in range(base.size):
+        together = 0
+        for k in range(sources.shape[0]):
+            together += abs(sources[k, j] - base[j]) > epsilon
+        for k in range(sources.shape[0]):
+            if abs(sources[k, j] - base[j]) > epsilon:
+                counts[0 if together > 1 else 1, k] += 1
+
+
+@kernel
 def add_moments(base: Array, source: Array, start: int, columns: int, means: Array, squares: Array) -> None:
     """Mean and sum of squared deviations of each row of a delta, brought forward by these elements.
 

@@ -148,6 +148,10 @@ class OperationStatistics:
             return self.store.variance(self.base, self.sources[source], None)
         return self._rows_here(self.store.variance(self.base, self.sources[source], self.columns)).unsqueeze(1)
 
+    def overlaps(self, epsilon: float) -> list[tuple[int, int]]:
+        base, *sources = self.inputs([-1, *range(len(self.sources))])
+        return self.store.overlaps(base, tuple(sources), epsilon)
+
     def importance(self, source: int) -> tuple[Tensor, float]:
         base, source_input = self.inputs([-1, source])
         factors, threshold = self.store.importance(base, source_input, max(1, self.columns))

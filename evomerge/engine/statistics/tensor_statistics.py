@@ -316,6 +316,19 @@ class StatisticsStore:
 
         return select(variances, levels, gather, fraction)
 
+    def overlaps(self, base: Input, sources: tuple[Input, ...], epsilon: float) -> list[tuple[int, int]]:
+        """See `Statistics.overlaps`."""
+
+        def compute() -> list[tuple[int, int]]:
+            from evomerge.engine.kernels import reductions
+
+            counts = np.zeros((2, len(sources)), np.int64)
+            for _, rows in self.tensors.rows((base, *sources)):
+                reductions.count_overlaps(rows[0], rows[1:], np.float32(epsilon), counts)
+            return [(int(shared), int(alone)) for shared, alone in counts.T]
+
+        return self._once(("overlaps", base, sources, epsilon), compute, self._limit)  # type: ignore[no-any-return]
+
     def importance(self, base: Input, source: Input, columns: int) -> tuple[Tensor, float]:
         """See `Statistics.importance`, of all rows."""
         step = max(1, SCAN // columns) * columns
