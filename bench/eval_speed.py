@@ -282,8 +282,8 @@ def main() -> None:
     """Measures and writes the page; what stands below the notes' heading in it stays."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/base"))
-    parser.add_argument("--tasks", type=Path, default=Path("../shared/real/tasks"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/real/data/arc_easy.jsonl"))
+    parser.add_argument("--tasks", type=Path, default=Path("examples/real/tasks"))
+    parser.add_argument("--data", type=Path, default=Path("examples/real/data/arc_easy.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/eval.md"))
     parser.add_argument("--counts", type=int, nargs=4, default=[200, 200, 60, 64], help="items: arc, pairs, texts, gen")
     parser.add_argument("--zoo", default="base", help="model of the zoo; '' for none")

@@ -148,7 +148,7 @@ def specification(problem: RuinedModel, models: Mapping[str, Path]) -> SearchSpe
 
 def real_tasks() -> Path:
     """The task folder of the real models."""
-    return HERE.parent / "../shared/real/tasks"
+    return HERE.parent / "examples/real/tasks"
 
 
 class Scores:

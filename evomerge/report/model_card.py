@@ -153,6 +153,19 @@ def scores_section(rescored: Rescored, dtype: str) -> str:
     )
 
 
+def again_section(commands: Sequence[str], items: str) -> str:
+    """Writes the section of a card that says how lm-eval gives the same scores.
+
+    Args:
+        commands: Its command lines, OUT for the folder of the checkpoint; none where one cannot say it.
+        items: The file with the numbers of the items.
+    """
+    said = f"`{items}` has the numbers of these items by task, as `lm_eval --samples` takes them"
+    if not commands:
+        return f"{said}.\n"
+    return f"{said}; with this folder as OUT, where the tasks' data is found:\n\n{code_block(chr(10).join(commands))}\n"
+
+
 def lineage_section(history: Sequence[Candidate], number: int) -> str:
     """Writes the section of a card with a candidate's ancestry."""
     return f"## Lineage\n\n{code_block(ancestry(history, number))}\n"

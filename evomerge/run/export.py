@@ -11,6 +11,7 @@ from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.engine.to_disk import refuse_inputs, write_checkpoint
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.evaluator import Evaluator
+from evomerge.evaluation.lm_eval_command import items_by_task, lm_eval_commands
 from evomerge.evaluation.scores import ItemScores, score_table
 from evomerge.evaluation.splits import SEARCH, TEST, Selection
 from evomerge.problem.model_runner import ModelRunner
@@ -20,6 +21,7 @@ from evomerge.recipe.mergekit import to_mergekit_yaml
 from evomerge.recipe.parse import single_model
 from evomerge.report.model_card import (
     Rescored,
+    again_section,
     licence_verdict,
     licences,
     lineage_section,
@@ -36,6 +38,9 @@ from evomerge.system.text import without_html
 
 if TYPE_CHECKING:
     from evomerge.study.interfaces import Tracker
+
+ITEMS = "items.json"
+"""The numbers of the scored items by task, in an export."""
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 48
@@ -128,12 +133,14 @@ def write_export(
         rescored = _rescore(runner.evaluator, problem.splits[split], folder, model, plan.digest, split)
         samples = _samples(problem, runner, model)
         sentences.append(rescored.sentence())
-        body = _card_body(folder, candidate, rescored, samples)
+        body = _card_body(folder, candidate, rescored, samples, _commands(problem, split))
         (partial / "README.md").write_text(merge_card(recipe, problem.checkpoints, body), encoding="utf-8")
         (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         if folder.spec.evaluation.chat_template is not None:  # what was scored with it is used with it
             (partial / "chat_template.jinja").write_text(problem.tokenizer.chat_template, encoding="utf-8")
         scores = {"split": split, "measured": rescored.measured, "now": rescored.now}
+        items = items_by_task(problem.tasks, problem.splits[split])
+        (partial / ITEMS).write_text(json.dumps(items), encoding="utf-8")
         (partial / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
 
     write_checkpoint(
@@ -192,8 +199,35 @@ def _samples(problem: Problem, runner: ModelRunner, model: Any) -> list[tuple[st
     return list(zip(prompts, merged, original, strict=True))
 
 
+def _commands(problem: Problem, split: str) -> list[str]:
+    """The command lines of lm-eval that give the scores on a split, in the folder of the export's parent."""
+    settings = problem.spec.evaluation
+    arguments: dict[str, Any] = {"dtype": settings.dtype, "max_length": settings.max_length}
+    arguments |= {"think_end_token": settings.think_end_token, "chat_template_args": settings.chat_template_args}
+    flags = ["--apply_chat_template"] if settings.apply_chat_template else []
+    if settings.fewshot_as_multiturn is not None:
+        flags += ["--fewshot_as_multiturn", str(settings.fewshot_as_multiturn)]
+    if settings.system_instruction:
+        flags += ["--system_instruction", settings.system_instruction]
+    folders = [*settings.include_paths]
+    folders += [str(Path(task.task).parent) for task in settings.tasks if task.task.endswith((".yaml", ".yml"))]
+    return lm_eval_commands(
+        problem.tasks,
+        problem.splits[split],
+        model="OUT",
+        samples=f"OUT/{ITEMS}",
+        include_path=list(dict.fromkeys(folders)),
+        model_args={key: value for key, value in arguments.items() if value},
+        flags=flags,
+    )
+
+
 def _card_body(
-    folder: RunFolder, candidate: Candidate, rescored: Rescored, samples: Sequence[tuple[str, str, str]]
+    folder: RunFolder,
+    candidate: Candidate,
+    rescored: Rescored,
+    samples: Sequence[tuple[str, str, str]],
+    commands: Sequence[str],
 ) -> str:
     """The part of the card between the heading and the recipe."""
     return "\n".join(
@@ -201,6 +235,7 @@ def _card_body(
             f"Candidate {candidate.number} of the search `{folder.spec.name}`, generation {candidate.generation}, "
             f"made by: {candidate.operator}.\n",
             scores_section(rescored, folder.spec.evaluation.dtype),
+            again_section(commands, ITEMS),
             *_comparison(folder.result(), candidate),
             lineage_section(folder.candidates(), candidate.number),
             samples_section(samples, source=next(iter(folder.spec.models.sources))),

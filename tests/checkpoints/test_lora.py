@@ -19,7 +19,7 @@ from tests.models import byte_tokenizer, write_tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = ROOT / "models"
-REAL_ADAPTERS = ROOT.parent / "shared" / "real" / "adapters"
+REAL_ADAPTERS = REAL / "adapters"  # of examples/real/build_models.py --adapters
 
 
 def _train(base: Path, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +45,29 @@ def test_scores_are_the_search_s(finished_run: Path, exported: Path) -> None:
         assert kept["measured"][task] == {metric: score["value"] for metric, score in metrics.items()}
 
 
-def test_lm_eval_counts_the_same(finished_run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lm_eval --model hf` on the export, float32, zero-shot, the same items: the card's numbers."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+def test_lm_eval_counts_the_same(
+    finished_run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command on the card gives the card's numbers, on the items in the file beside it."""
+    from lm_eval._cli.harness import HarnessCLI
 
     problem = open_problem(RunFolder.existing(finished_run).spec)
-    monkeypatch.chdir(TASKS)  # lm-eval looks for a task's data from the working directory
-    with quiet():
-        model = HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=4)
-        found = simple_evaluate(
-            model,
-            tasks=["tiny_choice", "tiny_text"],
-            task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-            samples={task: list(items) for task, items in problem.splits[TEST].items()},
-            bootstrap_iters=0,
-        )["results"]
-    stated = json.loads((exported / "scores.json").read_text())["now"]
+    items = json.loads((exported / "items.json").read_text())
+    assert items == {task: list(numbers) for task, numbers in problem.splits[TEST].items()}
     card = (exported / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("lm_eval --model hf"))
+    assert f" --tasks {','.join(items)} --include_path " in line
+    words = [word.replace("OUT", str(exported)) for word in shlex.split(line)]
+    words[words.index("--include_path") + 1] = str(TASKS)
+    monkeypatch.chdir(TASKS)  # lm-eval looks for a task's data from the working directory
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu", "--output_path", str(tmp_path)])
+    cli = HarnessCLI()
+    with quiet():
+        cli.execute(cli.parse_args())
+    results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
+    stated = json.loads((exported / "scores.json").read_text())["now"]
     for task, metric in (("tiny_choice", "acc"), ("tiny_text", "bits_per_byte")):
-        assert found[task][f"{metric},none"] == pytest.approx(stated[task][metric], abs=1e-6)
+        assert results[task][f"{metric},none"] == pytest.approx(stated[task][metric], abs=1e-6)
         row = next(line for line in card.splitlines() if line.startswith(f"| {task} ") and f"| {metric} " in line)
         assert [cell.strip() for cell in row.split("|")[3:5]] == [f"{stated[task][metric]:.4f}"] * 2
 
