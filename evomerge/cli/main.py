@@ -194,6 +194,9 @@ def evaluate(
         str | None, _as_lm_eval("--think-end-token", help="What ends the model's thinking; only the rest counts.")
     ] = None,
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(BackendName))}.")] = "native",
+    bootstrap_iters: Annotated[
+        int, _as_lm_eval("--bootstrap-iters", help="Samples for the errors of metrics such as f1; 0: none.", min=0)
+    ] = 200,
     output_path: Annotated[
         Path | None, _as_lm_eval("--output-path", help="Folder for lm-eval's own result files.")
     ] = None,
@@ -222,6 +225,7 @@ def evaluate(
         chat_template_args=chat_template_args,
         think_end_token=think_end_token,
         backend=backend,
+        bootstrap_iters=bootstrap_iters,
         output_path=output_path,
         log_samples=log_samples,
         warn=lambda text: typer.echo(f"warning: {text}", err=True),

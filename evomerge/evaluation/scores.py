@@ -67,7 +67,8 @@ class ItemScores:
         higher_is_better: The direction of every metric, as the task states it.
         transforms: Metric to transform (`MEAN`, `BITS` or `EXP`); `MEAN` where absent.
         corpus: Metrics that are no mean or ratio of items: their value on exactly these items.
-        corpus_errors: Standard errors of these, where they were asked for and can be had.
+        corpus_rows: What these are made of, a value an item as JSON has it, where lm-eval knows their error.
+        corpus_errors: Their standard errors, where those were asked for.
     """
 
     task: str
@@ -76,6 +77,7 @@ class ItemScores:
     higher_is_better: Mapping[str, bool]
     transforms: Mapping[str, str] = field(default_factory=dict)
     corpus: Mapping[str, float] = field(default_factory=dict)
+    corpus_rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     corpus_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -217,6 +219,7 @@ def dump_scores(file: IO[bytes], scores: Mapping[str, ItemScores]) -> None:
                 "higher_is_better": dict(part.higher_is_better),
                 "transforms": dict(part.transforms),
                 "corpus": dict(part.corpus),
+                "corpus_rows": dict(part.corpus_rows),
             }
         )
         columns = [column for pair in part.metrics.values() for column in pair]
@@ -239,6 +242,7 @@ def load_scores(source: Path | IO[bytes]) -> dict[str, ItemScores]:
             part["higher_is_better"],
             part["transforms"],
             part["corpus"],
+            part.get("corpus_rows", {}),
         )
         for name, part, table in zip(meta["names"], meta["tasks"], tables, strict=True)
     }
@@ -308,6 +312,18 @@ def pool(
 def score_table(scores: Mapping[str, ItemScores]) -> dict[str, dict[str, Score]]:
     """Aggregates every metric of every task: ``{task: {metric: Score}}``."""
     return {task: item_scores.scores() for task, item_scores in scores.items()}
+
+
+def member_tables(scores: Mapping[str, ItemScores]) -> dict[str, dict[str, dict[str, Score]]]:
+    """Aggregates every metric of the tasks of each group among some tasks: ``{group: {task: {metric: Score}}}``."""
+    tables: dict[str, dict[str, dict[str, Score]]] = {}
+    for name, part in scores.items():
+        positions: dict[str, list[int]] = {}
+        for k, item in enumerate(part.items):
+            positions.setdefault(item.rpartition(":")[0], []).append(k)
+        if positions.keys() != {name}:  # items keep the ids that they have in their own tasks
+            tables[name] = {member: part.take(own).scores() for member, own in positions.items()}
+    return tables
 
 
 def table_to_json(table: ScoreTable) -> dict[str, dict[str, dict[str, float | int | None]]]:

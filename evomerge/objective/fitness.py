@@ -71,7 +71,7 @@ class Fitness:
     def stderr(self, scores: Scores) -> float:
         """Returns the standard error of the fitness (delta method; tasks are independent); NaN where there is none."""
         weighted = self.weighted(scores)
-        return self._stderr([_influence(weighted, goal) for goal in self.goals])
+        return self._stderr([_variance_of_value(weighted, goal) for goal in self.goals])
 
     def difference(self, a: Scores, b: Scores) -> tuple[float, float]:
         """Returns the fitness of `a` less that of `b` on the same items, and the paired difference's standard error.
@@ -83,7 +83,7 @@ class Fitness:
             _same_items(a, b, goal.task)
         left, right = self.weighted(a), self.weighted(b)
         influences = [_influence(left, goal) - _influence(right, goal) for goal in self.goals]
-        return self(a) - self(b), self._stderr(influences)
+        return self(a) - self(b), self._stderr([_variance(influence) for influence in influences])
 
     def pooled_difference(self, a: Sequence[Scores], b: Sequence[Scores]) -> tuple[float, float]:
         """Returns `difference` over several disjoint sets of items taken together."""
@@ -156,15 +156,11 @@ class Fitness:
         total = sum(goal.weight for goal in self.goals)
         return sum(goal.weight * value for goal, value in zip(self.goals, values, strict=True)) / total
 
-    def _stderr(self, influences: Sequence[FloatArray]) -> float:
+    def _stderr(self, variances: Sequence[tuple[float, int]]) -> float:
+        """The mean's standard error, from the variance of one item of each goal and the number of its items."""
         total = sum(goal.weight for goal in self.goals)
-        variance = 0.0
-        for goal, influence in zip(self.goals, influences, strict=True):
-            n = len(influence)
-            if n < 2:
-                return math.nan
-            variance += (goal.weight / total) ** 2 * float(influence.var(ddof=1)) / n
-        return math.sqrt(variance)
+        shares = [(goal.weight / total) ** 2 for goal in self.goals]
+        return math.sqrt(sum(share * of_one / n for share, (of_one, n) in zip(shares, variances, strict=True)))
 
 
 def _without_ratio(goal: Goal, best: float, sources: Sequence[Scores]) -> str:
@@ -208,3 +204,16 @@ def _influence(scores: Scores, goal: Goal) -> FloatArray:
         return np.full(len(scores[goal.task].items), math.nan)
     value, influence = scores[goal.task].influence(goal.metric)
     return influence * goal.value(value)[1]
+
+
+def _variance(influence: FloatArray) -> tuple[float, int]:
+    """(the variance of one item, the number of items); NaN of a single item."""
+    return float(influence.var(ddof=1)) if len(influence) > 1 else math.nan, len(influence)
+
+
+def _variance_of_value(scores: Scores, goal: Goal) -> tuple[float, int]:
+    """As `_variance`; of a metric of the corpus (that of the whole, 1), where its error was asked for."""
+    if scores[goal.task].is_itemwise(goal.metric):
+        return _variance(_influence(scores, goal))
+    score = scores[goal.task].score(goal.metric)
+    return (math.nan if score.stderr is None else (score.stderr * goal.value(score.value)[1]) ** 2), 1

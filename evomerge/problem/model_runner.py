@@ -280,7 +280,7 @@ class ModelRunner:
             log.warning("scores are not cached, because the reference model cannot be scored: %s", error)
             return None
         return {
-            "format": 3,
+            "format": 4,
             "settings": self._evaluation.model_dump(include={"device", "dtype", "backend", "think_end_token"}),
             "max_length": self.evaluator.max_length,
             "tokenizer": tokenizer_digest(self._tokenizer),

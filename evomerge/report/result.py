@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from evomerge.errors import RunError
 from evomerge.evaluation.scores import Score, ScoreTable
@@ -18,6 +18,10 @@ _PLAIN = {
     "missing": "is missing",
     "unexpected_keyword_argument": "is no key that this version knows",
 }
+
+
+Members = Annotated[Mapping[str, Mapping[str, ScoreTable]], Field(exclude_if=lambda members: not members)]
+"""Split to group to the scores of the tasks in it; left out of JSON where there is none."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,14 @@ class ResultRow:
         recipe: What was merged.
         fitness: Split to fitness; the guard tasks have none.
         scores: Split to the scores of every task and metric.
+        members: The same of the tasks of each group that is one task.
     """
 
     candidate: int | None
     recipe: Mapping[str, Any]
     fitness: Mapping[str, Score]
     scores: Mapping[str, ScoreTable]
+    members: Members = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,7 @@ class FrontEntry:
         sizes: Its layers and parameters.
         fitness: Split to fitness.
         scores: Split to the scores of every task and metric.
+        members: As in `ResultRow`.
     """
 
     candidate: int
@@ -155,6 +162,7 @@ class FrontEntry:
     sizes: Mapping[str, int]
     fitness: Mapping[str, Score]
     scores: Mapping[str, ScoreTable]
+    members: Members = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, TaskError
 from evomerge.evaluation.backends.registry import BackendName
 from evomerge.evaluation.evaluator import Evaluator, require_decoder
-from evomerge.evaluation.scorers.lm_eval import item_scores
+from evomerge.evaluation.scorers.lm_eval import item_scores, with_corpus_errors
 from evomerge.evaluation.scorers.lm_eval_files import write_lm_eval_files
 from evomerge.evaluation.scores import ScoreTable, score_table, table_to_json
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, group_scores
@@ -27,6 +27,9 @@ from evomerge.planning.plan import make_plan
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
 from evomerge.system.inputs import Inputs
+
+BOOTSTRAP_ITERS = 200
+"""Bootstrap samples for the errors of metrics of the corpus; lm-eval's 100,000 take a quarter of an hour."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def evaluate(
     chat_template_args: str | Mapping[str, Any] | None = None,
     think_end_token: str | int | None = None,
     backend: str = "native",
+    bootstrap_iters: int = BOOTSTRAP_ITERS,
     output_path: str | Path | None = None,
     log_samples: bool = False,
     warn: Callable[[str], object] = warnings.warn,
@@ -92,6 +96,7 @@ def evaluate(
         chat_template_args: What the template is rendered with, as `gen_kwargs`.
         think_end_token: What ends the model's thinking; only what follows counts.
         backend: "native", "hf" for lm-eval's own HFLM, or "vllm" (on a GPU, with the extra of that name).
+        bootstrap_iters: Samples for the errors of metrics of the corpus, as lm-eval has them; 0 for none.
         output_path: Where lm-eval's own files of results go.
         log_samples: Write every sample there as well.
         warn: Called with what is odd but possible.
@@ -138,17 +143,28 @@ def evaluate(
     plan = make_plan(parse_recipe(single_model(reference)), {reference: checkpoint})
     resident, _ = Resident({reference: checkpoint}, compute_dtype, device).write(plan)
     answered = evaluator.answer(resident, selection)
-    parts = {name: item_scores(evaluator.tasks[name], *answer, draws=_DRAWS) for name, answer in answered.items()}
+    parts = {
+        name: with_corpus_errors(evaluator.tasks[name], item_scores(evaluator.tasks[name], *answer), bootstrap_iters)
+        for name, answer in answered.items()
+    }
     scores = score_table(parts)
     inputs.renew(sampled=True)
     if output_path is not None:
         settings = {
             "model_args": {"pretrained": model, "dtype": dtype, "backend": backend},
-            **{"device": device, "limit": limit, "gen_kwargs": generation, "bootstrap_iters": _DRAWS, **prompting},
+            **{
+                "device": device,
+                "limit": limit,
+                "gen_kwargs": generation,
+                "bootstrap_iters": bootstrap_iters,
+                **prompting,
+            },
             "chat_template": tokenizer.chat_template if apply_chat_template else None,
         }
         out = Path(output_path)
-        write_lm_eval_files(out, model, task_set, answered, settings, samples=log_samples, draws=_DRAWS)
+        write_lm_eval_files(
+            out, model, task_set, answered, settings, samples=log_samples, bootstrap_iters=bootstrap_iters
+        )
     return Evaluation(model, scores, group_scores(task_set, scores))
 
 
@@ -172,10 +188,6 @@ def _tasks(names: Sequence[str], warn: Callable[[str], object], **options: Any) 
     for text in (*(f"left out: {text}" for text in task_set.missing), *task_set.twice):
         warn(text)
     return task_set
-
-
-_DRAWS = 200
-"""Bootstrap samples for the errors of metrics of the corpus; lm-eval's 100,000 take a quarter of an hour."""
 
 
 def _count(limit: float | None, items: int) -> int | None:

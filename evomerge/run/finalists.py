@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.errors import CandidateError, EvoMergeError, RunError
-from evomerge.evaluation.scores import Score, ScoreTable, score_table
+from evomerge.evaluation.scorers.lm_eval import with_corpus_errors
+from evomerge.evaluation.scores import Score, ScoreTable, member_tables, score_table
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
 from evomerge.objective.comparison import compare, nan_to_none, verdict, within_noise
 from evomerge.objective.fitness import Fitness, Scores
@@ -89,7 +90,7 @@ def choose_winner(
     Raises:
         RunError: When no candidate has a score.
     """
-    scorer = _Scorer(evaluator, [split for split, items in problem.splits.items() if items], tracker)
+    scorer = _Scorer(problem, evaluator, [split for split, items in problem.splits.items() if items], tracker)
     choice = _choose(problem.spec, scorer, history, random_history, where)
     return _result(problem.spec, scorer, history, ended, choice)
 
@@ -148,7 +149,12 @@ def _result(
         selection_bias=_selection_bias(winner, reported),
         baselines={
             name: BaselineRow(
-                model.candidate, model.recipe, _fitness(model, reported), _tables(model), differences[name]
+                model.candidate,
+                model.recipe,
+                _fitness(model, reported),
+                _tables(model),
+                differences[name],
+                members=_members(model),
             )
             for name, model in baselines.items()
         },
@@ -169,6 +175,7 @@ def _result(
                 scorer.evaluator.sizes(model.recipe),
                 _fitness(model, reported),
                 _tables(model),
+                members=_members(model),
             )
             for model in scorer.front(winner, choice.finalists)
         ),
@@ -186,6 +193,7 @@ class _Scorer:
     `splits` are those that have items.
     """
 
+    problem: Problem
     evaluator: CandidateEvaluator
     splits: Sequence[str]
     tracker: Tracker
@@ -211,9 +219,18 @@ class _Scorer:
         return [model for model in models if model is not None]
 
     def complete(self, model: _Model) -> _Model | None:
-        """Adds the test and guard scores; None when there are none."""
+        """Adds the test and guard scores, and errors by the bootstrap; None when there are no scores."""
         self.tracker.report(f"scoring {model.name} on the test items")
-        return self.read(model, [split for split in (SEARCH, TEST, GUARD) if split in self.splits])
+        read = self.read(model, [split for split in (SEARCH, TEST, GUARD) if split in self.splits])
+        return None if read is None else self._with_corpus_errors(read)
+
+    def _with_corpus_errors(self, model: _Model) -> _Model:
+        tasks, iters = self.problem.tasks, self.problem.spec.evaluation.bootstrap_iters
+        splits = {
+            split: {task: with_corpus_errors(tasks[task], part, iters) for task, part in scores.items()}
+            for split, scores in model.splits.items()
+        }
+        return replace(model, splits=splits)
 
     def pooled(self, model: _Model) -> float:
         """Computes the fitness over search and select items together."""
@@ -244,7 +261,7 @@ class _Scorer:
         members = [winner]
         for model in others:
             self.tracker.report(f"scoring {model.name}, of the front, on the test items")
-            members.append(self.read(model, (TEST,)) or model)
+            members.append(self._with_corpus_errors(self.read(model, (TEST,)) or model))
         return members
 
     def objectives_by_split(self, model: _Model) -> dict[str, dict[str, float]]:
@@ -297,6 +314,7 @@ def _winner_row(model: _Model, candidate: Candidate, reported: Fitness) -> Winne
         candidate.generation,
         candidate.operator,
         candidate.parents,
+        members=_members(model),
     )
 
 
@@ -311,6 +329,13 @@ def _fitness(model: _Model, fitness: Fitness) -> dict[str, Score]:
 
 def _tables(model: _Model) -> dict[str, ScoreTable]:
     return {split: score_table(scores) for split, scores in model.splits.items()}
+
+
+def _members(model: _Model) -> dict[str, Mapping[str, ScoreTable]]:
+    tables: dict[str, Mapping[str, ScoreTable]] = {
+        split: member_tables(scores) for split, scores in model.splits.items()
+    }
+    return {split: groups for split, groups in tables.items() if groups}
 
 
 def _number(model: _Model) -> int:

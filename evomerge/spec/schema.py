@@ -154,6 +154,7 @@ class Evaluation(Section):
     chat_template: str | FromModel | None = None  # a file, or the model that has it; else the reference's own
     chat_template_args: dict[str, Any] = {}
     think_end_token: str | int | None = None
+    bootstrap_iters: int = Field(200, ge=0, le=10**6)  # samples for errors of metrics of the corpus, as in lm_eval
     backend: Literal["native", "hf", "vllm"] = "native"  # the names of evaluation.backends.registry
 
     @field_validator("tasks", mode="before")

@@ -139,9 +139,16 @@ def test_generation_config_is_the_models_own(tiny_family: dict[str, Path], tmp_p
 def test_metrics_of_the_corpus_have_bootstrapped_errors(tiny_family: dict[str, Path], tmp_path: Path) -> None:
     write_documents(tmp_path / "data" / "docs.jsonl", documents(6))
     write_task(tmp_path / "tasks", "pairs")
-    score = evaluate(str(tiny_family["a"]), ["pairs"], include_path=tmp_path / "tasks").tasks["pairs"]["f1"]
+    options: dict[str, Any] = {"include_path": tmp_path / "tasks", "output_path": tmp_path / "out.json"}
+    score = evaluate(str(tiny_family["a"]), ["pairs"], **options).tasks["pairs"]["f1"]
     assert score.stderr is not None
     assert 0 < score.stderr < 0.4
+    (written,) = tmp_path.glob("out*.json")
+    results = json.loads(written.read_text())
+    assert results["results"]["pairs"]["f1_stderr,none"] == score.stderr  # lm-eval's own, of as many samples
+    assert results["config"]["bootstrap_iters"] == 200
+    none = evaluate(str(tiny_family["a"]), ["pairs"], **options, bootstrap_iters=0).tasks["pairs"]["f1"]
+    assert (none.value, none.stderr) == (score.value, None)
 
 
 def test_a_package_that_is_not_there_is_named_with_lm_evals_extra(tiny_family: dict[str, Path], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate
 from evomerge.system.locks import exclusive
+from tests.evaluation.conftest import documents, write_documents, write_task
 from tests.fakes import FAKE, fake_spec
 from tests.frame import changed, files, invoke, search_spec
 from tests.models import write_tiny_llama
@@ -227,6 +228,46 @@ def test_items_that_tell_candidates_apart_steer(tmp_path: Path) -> None:
         assert candidate.scores[SEARCH]["choice"]["acc"]["n"] == 10
     assert "estimated from those drawn" in result_table(result)
     assert result.winner.scores[SEARCH]["choice"]["acc"].n == 20
+
+
+def test_members_of_groups_and_errors_of_corpus_metrics_are_in_the_result(
+    tiny_family: dict[str, Path], tmp_path: Path
+) -> None:
+    write_documents(tmp_path / "data" / "docs.jsonl", documents(24))
+    for name, kind in (("quiz", "mc"), ("other", "mc"), ("pairs", "pairs")):
+        write_task(tmp_path / "tasks", name, kind=kind)
+    group = {"group": "both", "task": ["quiz", "other"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks" / "both.yaml").write_text(yaml.safe_dump(group))
+    wanted = search_spec(
+        tiny_family,
+        evaluation__include_path=str(tmp_path / "tasks"),
+        evaluation__tasks=[{"task": "both", "metric": "acc"}, {"task": "pairs", "metric": "f1"}],
+        evaluation__guard=[],
+        evaluation__scale="raw",
+        evaluation__fitness="metric",
+        evaluation__bootstrap_iters=20,
+        space__methods=["linear"],
+        space__frankenmerge=...,
+        search__candidates=2,
+        search__finalists=1,
+        run__keep=0,
+    )
+    result = start(parse_spec(wanted), folder=tmp_path / "run")
+    assert result == RunFolder.existing(tmp_path / "run").result()
+    for row in (result.winner, *result.baselines.values()):
+        for split in (SEARCH, SELECT, TEST) if row is result.winner else (SEARCH, TEST):
+            members, whole = row.members[split], row.scores[split]
+            assert set(members) == {"both"}
+            scores = members["both"]
+            assert set(scores) == {"quiz", "other"}
+            correct = sum(score["acc"].value * score["acc"].n for score in scores.values())
+            assert correct == pytest.approx(whole["both"]["acc"].value * whole["both"]["acc"].n)
+            f1, fitness = whole["pairs"]["f1"].stderr, row.fitness[split].stderr
+            acc = whole["both"]["acc"].stderr
+            assert f1 is not None
+            assert acc is not None
+            assert f1 > 0
+            assert fitness == pytest.approx(((f1**2 + acc**2) / 4) ** 0.5)
 
 
 def test_splits_are_disjoint(small: SearchSpec) -> None:

@@ -96,15 +96,15 @@ class Engine:
     send: Callable[[], None]
 
 
-Connect = Callable[[Path, Weights, int], Engine]
-"""(folder with config and tokenizer, weights, longest input) to an engine."""
+Connect = Callable[[Path, Weights, int, str | None], Engine]
+"""(folder with config and tokenizer, weights, longest input, end of thinking) to an engine."""
 
 
 class VLLMBackend(Backend):
     """Answers requests with lm-eval's VLLM.
 
     Args:
-        options: As for every backend; the tokenizer and the longest input are used.
+        options: As for every backend; the tokenizer, the longest input and the end of thinking are used.
         connect: Starts an engine; vLLM's own unless given.
 
     Raises:
@@ -114,10 +114,10 @@ class VLLMBackend(Backend):
     def __init__(self, options: BackendOptions, connect: Connect | None = None) -> None:
         if connect is None and importlib.util.find_spec("vllm") is None:
             raise BadInput('backend vllm: vLLM is not installed; run pip install "evomerge[vllm]"')
-        if options.think_end_token is not None:
-            raise BadInput("think_end_token: backend vllm does not cut thinking off; native and hf do")
         self.tokenizer = options.encoder.tokenizer
         self.max_length = options.encoder.max_length
+        end = options.think_end_token  # VLLM sees the special tokens of a text, and takes no token's number
+        self.think_end_token = str(self.tokenizer.decode([end])) if isinstance(end, int) else end
         self._connect = connect or connect_vllm
         self._version = importlib.metadata.version("vllm") if connect is None else ""
         self._engine: Engine | None = None
@@ -167,12 +167,12 @@ class VLLMBackend(Backend):
             model.config.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            self._engine = self._connect(Path(folder), self._weights, self.max_length)
+            self._engine = self._connect(Path(folder), self._weights, self.max_length, self.think_end_token)
         self._architecture = architecture
         return self._engine
 
 
-def connect_vllm(folder: Path, weights: Weights, max_length: int) -> Engine:
+def connect_vllm(folder: Path, weights: Weights, max_length: int, think_end_token: str | None = None) -> Engine:
     """Starts vLLM on the current GPU.
 
     Raises:
@@ -199,6 +199,7 @@ def connect_vllm(folder: Path, weights: Weights, max_length: int) -> Engine:
         pretrained=str(folder),
         dtype=str(weights.model.dtype).removeprefix("torch."),
         max_model_len=max_length,
+        think_end_token=think_end_token,
         load_format="dummy",
         weight_transfer_config=WeightTransferConfig(backend="ipc"),
         gpu_memory_utilization=GPU_SHARE,

@@ -68,7 +68,7 @@ class DoubleLLM:
         return True
 
 
-def connect_double(folder: Path, weights: Weights, max_length: int) -> Engine:
+def connect_double(folder: Path, weights: Weights, max_length: int, think_end_token: str | None = None) -> Engine:
     """Starts a double, as `connect_vllm` starts vLLM."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
@@ -76,7 +76,13 @@ def connect_double(folder: Path, weights: Weights, max_length: int) -> Engine:
     llm = DoubleLLM(folder)
     llm.model.to(weights.model.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lm = HFLM(pretrained=llm.model, tokenizer=tokenizer, max_length=max_length, batch_size=4)
+    lm = HFLM(
+        pretrained=llm.model,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        batch_size=4,
+        think_end_token=think_end_token,
+    )
     client = Client(llm)
     client.init_weight_transfer_engine({})
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import random
-import statistics
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lm_eval.api.metrics as lm
@@ -28,16 +29,13 @@ Rows = list[Any]
 """One metric's value for every document, as the task's `process_results` gives it; None where it gives none."""
 
 
-def item_scores(
-    task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]], *, draws: int = 0
-) -> ItemScores:
+def item_scores(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> ItemScores:
     """Scores some items of a task.
 
     Args:
         task: The task.
         indices: The documents that were asked about.
         instances: For each, its lm-eval instances, with responses.
-        draws: Bootstrap samples for the errors of metrics of the corpus, where lm-eval has such; 0 for none.
 
     Raises:
         TaskError: The task's own code fails on a document.
@@ -57,7 +55,32 @@ def item_scores(
                 # The first filter's metrics go by their plain name; with several, each goes by "metric,filter" too.
                 for full in [metric] * (k == 0) + [f"{metric},{name}"] * (len(names) > 1):
                     values.setdefault(full, [None] * len(indices))[position] = value
-    return _collect(task, indices, values, _smooth_metrics(task, indices, instances), draws)
+    return _collect(task, indices, values, _smooth_metrics(task, indices, instances))
+
+
+def with_corpus_errors(task: Task, scores: ItemScores, bootstrap_iters: int) -> ItemScores:
+    """Adds the standard errors that lm-eval gives for metrics of the corpus, most of them by its bootstrap.
+
+    Args:
+        task: The task.
+        scores: Its scores.
+        bootstrap_iters: Bootstrap samples, as lm-eval has them; 0 for no errors.
+    """
+    errors = {}
+    for name, rows in scores.corpus_rows.items():
+        metric = name.partition(",")[0]
+        iters = min(bootstrap_iters, 100) if metric in _FEWER_ITERS else bootstrap_iters
+        error = lm.stderr_for_metric(task.lm_eval_task.aggregation().get(metric), iters)
+        given = [row for row in rows if row is not None]
+        if error is not None and len(given) > 1:
+            os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval's bootstrap forks a pool
+            with silent():  # it prints; and of samples with one label alone, scikit-learn warns
+                errors[name] = float(error(given))
+    return replace(scores, corpus_errors=errors) if errors else scores
+
+
+_FEWER_ITERS = ("bleu", "chrf", "chrf++", "ter")
+"""Metrics for which lm-eval draws 100 samples at most."""
 
 
 def _pooled(task: GroupTask, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> ItemScores:
@@ -78,19 +101,19 @@ def _process(task: Task, index: int, results: list[Any]) -> dict[str, Any]:
         raise TaskError(f"task {task.name!r}, item {index}: its own scoring fails: {reason}") from error
 
 
-def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: Smooth, draws: int) -> ItemScores:
+def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth: Smooth) -> ItemScores:
     metrics: dict[str, tuple[FloatArray, FloatArray]] = {}
     transforms: dict[str, str] = {}
     corpus: dict[str, float] = {}
-    errors: dict[str, float] = {}
+    corpus_rows: dict[str, Rows] = {}
     directions = task.higher_is_better
     for name, rows in values.items():
         aggregate = task.lm_eval_task.aggregation().get(name.partition(",")[0], lm.mean)
         columns = _columns(rows, aggregate)
         if columns is None:
             corpus[name] = _aggregate(task, name, aggregate, rows)
-            if draws and (error := _corpus_error(name, aggregate, rows, draws)) is not None:
-                errors[name] = error
+            if lm.stderr_for_metric(aggregate, 1) is not None and (plain := _as_json(rows)) is not None:
+                corpus_rows[name] = plain
             continue
         metrics[name] = columns[0], columns[1]
         if columns[2] != MEAN:
@@ -102,7 +125,7 @@ def _collect(task: Task, indices: Sequence[int], values: dict[str, Rows], smooth
             where = f"task {task.name!r}, item {indices[int(wrong[0])]}"
             raise CandidateError(f"{where}: {name} is not finite, so the candidate has no score")
     up = {name: directions.get(name.partition(",")[0], True) for name in (*metrics, *corpus)}
-    return ItemScores(task.name, tuple(task.items[k] for k in indices), metrics, up, transforms, corpus, errors)
+    return ItemScores(task.name, tuple(task.items[k] for k in indices), metrics, up, transforms, corpus, corpus_rows)
 
 
 def _columns(rows: Rows, aggregate: Callable[[Any], Any]) -> tuple[FloatArray, FloatArray, str] | None:
@@ -134,25 +157,13 @@ def _aggregate(task: Task, name: str, aggregate: Callable[[Any], Any], rows: Row
         raise TaskError(f"task {task.name!r}: {name} cannot be aggregated: {reason}") from error
 
 
-_FEWER_DRAWS = ("bleu", "chrf", "chrf++", "ter")
-"""Metrics for which lm-eval draws 100 samples at most."""
-
-
-def _corpus_error(name: str, aggregate: Callable[[Any], Any], rows: Rows, draws: int) -> float | None:
-    """The standard error that lm-eval gives for an aggregation, most of them by the bootstrap; None where it has none.
-
-    lm-eval's own bootstrap forks a pool of processes, or prints.
-    """
-    given = [row for row in rows if row is not None]
-    own = lm.stderr_for_metric(aggregate, 1)
-    if own is None or len(given) < 2:
+def _as_json(rows: Rows) -> Rows | None:
+    """Values as they are once written and read; None for those that JSON does not have."""
+    try:
+        plain: Rows = json.loads(json.dumps(rows, default=lambda value: value.item()))
+    except (TypeError, ValueError, AttributeError):
         return None
-    if aggregate is lm.acc_all:
-        return float(own(given))
-    draws = min(draws, 100) if name.partition(",")[0] in _FEWER_DRAWS else draws
-    chance = random.Random(0)
-    with silent():  # of samples with one label alone, scikit-learn warns
-        return statistics.stdev(float(aggregate(chance.choices(given, k=len(given)))) for _ in range(draws))
+    return plain
 
 
 def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequence[Any]]) -> Smooth:

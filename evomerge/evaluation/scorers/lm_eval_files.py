@@ -27,7 +27,7 @@ def write_lm_eval_files(
     config: Mapping[str, Any],
     *,
     samples: bool,
-    draws: int,
+    bootstrap_iters: int,
 ) -> list[Path]:
     """Writes results and samples by lm-eval's own code.
 
@@ -38,7 +38,7 @@ def write_lm_eval_files(
         answered: What the model answered.
         config: lm-eval's "config": how it was asked.
         samples: Whether every sample is written too.
-        draws: Bootstrap samples for standard errors.
+        bootstrap_iters: Bootstrap samples for standard errors.
 
     Returns:
         The files.
@@ -52,7 +52,7 @@ def write_lm_eval_files(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval's bootstrap forks a pool
     with silent():
         values = {name: _values(task_set.tasks[name], *answer) for name, answer in answered.items()}
-        whole = _process_results(values, {group.name: group for group in task_set.groups}, draws)
+        whole = _process_results(values, {group.name: group for group in task_set.groups}, bootstrap_iters)
         logged = dict(whole.samples)
         results = whole._to_eval_results(samples=logged)
         results.pop("samples", None)

@@ -12,6 +12,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from evomerge.errors import TaskError
+from evomerge.evaluation.backends.registry import BackendOptions
+from evomerge.evaluation.backends.vllm import VLLMBackend
+from evomerge.evaluation.backends.vllm_double import connect_double
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.system.quiet import quiet
@@ -107,6 +110,12 @@ def test_what_comes_before_the_end_of_thinking_does_not_count(
     own, expected = texts(chain, folder, "sums", "</s>", {}, think_end_token=end)
     assert own == expected
     assert not any("." in text for text in own)
+    model, tokenizer = chain
+    evaluator = Evaluator(load_tasks(["sums"], include_path=folder), tokenizer, model.config)
+    requests = evaluator.requests("sums")
+    options = BackendOptions(evaluator.encoder, len(tokenizer), think_end_token=end)
+    answers = VLLMBackend(options, connect_double).respond(model, requests, range(4))
+    assert [answer[0][0] for answer in answers] == expected
 
 
 def test_settings_that_cannot_be_are_told_with_the_task(chain: tuple[Any, Any], folder: Path) -> None:
