@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from evomerge.errors import BadInput, EvoMergeError, TaskError
+from evomerge.errors import BadInput, CandidateError, EvoMergeError, TaskError
 from evomerge.evaluation.backends.registry import BackendName, BackendOptions, Directions, make_backend
+from evomerge.evaluation.live_model import BackendModel
 from evomerge.evaluation.scorers.lm_eval import item_scores
 from evomerge.evaluation.scorers.response_functions import smooth_metric
 from evomerge.evaluation.scores import ItemScores, ResponseJacobian, SmoothMetric
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, build_requests
+from evomerge.evaluation.tasks.scorer_task import ScorerTask, item_digest
 from evomerge.evaluation.tasks.task import SOME_ANSWERS, Task
 from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet
 
 log = logging.getLogger(__name__)
+
+_TRIED = 4
+"""Items that a scorer is tried on."""
 
 
 class Evaluator:
@@ -108,11 +113,26 @@ class Evaluator:
             CandidateError: The model's numbers are not finite.
             TaskError: An item that cannot be scored, or an empty selection.
         """
-        answered = self.answer(model, self.all_items if selection is None else selection)
-        return {task: item_scores(self._task(task), *answer) for task, answer in answered.items()}
+        chosen = self.all_items if selection is None else selection
+        answered = self.answer(model, {task: indices for task, indices in chosen.items() if not self._scorer(task)})
+        return {
+            task: item_scores(self._task(task), *answered[task]) if task in answered else self._valued(model, task, own)
+            for task, own in chosen.items()
+        }
+
+    def _valued(self, model: Any, task: str, indices: Sequence[int]) -> ItemScores:
+        """The scores of a task that a scorer values."""
+        scorer = self._scorer(task)
+        if scorer is None or not indices:
+            raise TaskError(f"task {task!r}: no items are selected, so there is nothing to score")
+        return scorer.scores(BackendModel(task, model, self.backend, self.encoder), indices)
 
     def answer(self, model: Any, selection: Selection) -> dict[str, tuple[Sequence[int], list[list[Any]]]]:
         """Asks a model.
+
+        Args:
+            model: As for `score`.
+            selection: As for `score`, of lm-eval's tasks.
 
         Returns:
             Task to the items' positions, and for each item its lm-eval instances with the model's responses.
@@ -147,11 +167,12 @@ class Evaluator:
             columns: How many numbers there are.
 
         Returns:
-            By task, without those that ask for generated text; empty where the backend has no derivatives.
+            By task, without those that ask for generated text or have a scorer; empty where there are no derivatives.
 
         Raises:
             CandidateError: A number is not finite, or the model cannot be differentiated.
         """
+        selection = {task: indices for task, indices in selection.items() if not self._scorer(task)}
         parts = [(self.requests(task), indices) for task, indices in selection.items()]
         by_task = zip(selection, self.backend.jacobian(model, parts, directions, columns), strict=True)
         return {task: part for task, part in by_task if part is not None}
@@ -163,15 +184,30 @@ class Evaluator:
         return smooth_metric(self._task(task), metric, self.requests(task), indices, loglikelihoods)
 
     def requests(self, task: str) -> Requests:
-        """Returns what the task asks, each item's on first use."""
+        """Returns what the task asks, each item's on first use; nothing of a scorer, which asks what it likes."""
+        if task not in self._requests and (scorer := self._scorer(task)) is not None:
+            self._requests[task] = Requests(task, [()] * len(scorer.rows))
         if task not in self._requests:
             self._requests[task] = build_requests(self._task(task), self.encoder, self.prompting)
         return self._requests[task]
 
+    def texts(self, task: str, index: int) -> tuple[str, str]:
+        """Returns what an item asks first: the context, and what follows it; of a scorer the texts of its row."""
+        if (scorer := self._scorer(task)) is not None:
+            texts = [value for value in scorer.rows[index].values() if isinstance(value, str)]
+            return "".join(texts[:1]), "".join(texts[1:])
+        args = self.requests(task).by_item[index][0].args
+        return (str(args[0]) if len(args) > 1 else ""), (str(args[-1]) if isinstance(args[-1], str) else "")
+
     def item_hash(self, task: str, index: int) -> str:
         """Returns the identity of one item's content: its document and what it asks."""
         if (task, index) not in self._hashes:
-            self._hashes[task, index] = _hash(self.requests(task).by_item[index])
+            scorer = self._scorer(task)
+            self._hashes[task, index] = (
+                digest(item_digest(scorer.rows[index]), repr(self.encoder.chat_template_args))
+                if scorer is not None
+                else _hash(self.requests(task).by_item[index])
+            )
         return self._hashes[task, index]
 
     def check(self, selection: Selection | None = None) -> list[str]:
@@ -188,6 +224,8 @@ class Evaluator:
         files = dict.fromkeys(path for task in self.tasks.values() for path in task.python_files)
         warnings = [f"tasks run Python of yours: {', '.join(map(str, files))}"] if files else []
         for task, indices in (self.all_items if selection is None else selection).items():
+            if self._scorer(task):
+                continue
             try:
                 requests = self.requests(task)
                 requests.build(indices)  # first: what templates cannot do with a document is told there
@@ -207,6 +245,26 @@ class Evaluator:
         if problems:
             raise TaskError(problems)
         return warnings
+
+    def try_scorers(self, model: Any, selection: Selection) -> None:
+        """Has every scorer value a few items, so that what it cannot do is found before anything is spent.
+
+        Args:
+            model: A model that can be scored.
+            selection: Scorers' tasks to positions of their items.
+
+        Raises:
+            TaskError: With what is wrong with each.
+        """
+        problems = []
+        self.prepare(model)
+        for task, indices in selection.items():
+            try:
+                self._valued(model, task, indices[:_TRIED])
+            except CandidateError as error:
+                problems.append(str(error))
+        if problems:
+            raise TaskError(problems)
 
     def metrics_given(self, task: str, indices: Sequence[int]) -> set[str] | None:
         """Returns the metrics that some items have values for, whatever a model answers.
@@ -230,6 +288,10 @@ class Evaluator:
             self.requests(task).build(indices)
         parts = (f"{task}:{self.backend.digest(self.requests(task), indices)};" for task, indices in chosen)
         return digest(*parts)
+
+    def _scorer(self, name: str) -> ScorerTask | None:
+        task = self._task(name)
+        return task if isinstance(task, ScorerTask) else None
 
     def _task(self, name: str) -> Task:
         if name not in self.tasks:

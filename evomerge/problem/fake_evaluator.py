@@ -146,7 +146,7 @@ def _weights(reference: str) -> UnwrittenWeights:
 
 def _tasks(spec: SearchSpec) -> TaskSet:
     metrics = {task.task: task.metric or "acc" for task in spec.evaluation.tasks}
-    metrics |= {name: "acc" for name in spec.evaluation.guard if name not in metrics}
+    metrics |= {guard.task: "acc" for guard in spec.evaluation.guards if guard.task not in metrics}
     tasks = {name: Task(name, _LmEvalTask(name, metric)) for name, metric in metrics.items()}
     return TaskSet(tasks, {name: (name,) for name in tasks}, (), ())
 

@@ -6,7 +6,7 @@ import copy
 import importlib.metadata
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.matching.compatible import check_compatible, not_finite
 from evomerge.checkpoints.tokenizer import read_tokenizer, write_contents
-from evomerge.errors import CheckpointError, ErrorCollector, SpecError
+from evomerge.errors import CheckpointError, ErrorCollector, SpecError, TaskError
+from evomerge.evaluation.scorers.python_scorer import python_task
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection, split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, groups_as_tasks
 from evomerge.evaluation.tasks.requests import read_template
@@ -27,7 +28,7 @@ from evomerge.planning.vocabulary.align import Aligned, align_for_search, tokeni
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
-from evomerge.spec.schema import SearchSpec, Splits
+from evomerge.spec.schema import Measure, SearchSpec, Splits
 
 _PACKAGES = ("evomerge", "torch", "transformers", "lm_eval", "numpy", "optuna", "datasets", "tokenizers")
 
@@ -260,32 +261,53 @@ def _find_tasks(spec: SearchSpec) -> TaskSet:
     the name GUARD::TASK.
     """
     evaluation = spec.evaluation
-    shots = {task.task: task.num_fewshot for task in evaluation.tasks}
-    steering = find_tasks(list(shots), include_path=evaluation.include_paths, num_fewshot=shots)
-    parts = [groups_as_tasks(steering)]
-    problems = [*steering.problems, *steering.missing, *map(_once, steering.twice)]
-    if evaluation.guard:
-        guards = find_tasks(evaluation.guard, include_path=evaluation.include_paths)
+    shots = {task.task: task.num_fewshot for task in evaluation.tasks if not task.is_scorer}
+    scorers = _load_scorers([*evaluation.tasks, *evaluation.guards])
+    parts, problems = [scorers], [*scorers.problems]
+    if shots:
+        steering = find_tasks(list(shots), include_path=evaluation.include_paths, num_fewshot=shots)
+        problems += [*steering.problems, *steering.missing, *map(_once, steering.twice)]
+        parts.append(groups_as_tasks(steering))
+    if names := [guard.task for guard in evaluation.guards if not guard.is_scorer]:
+        guards = find_tasks(names, include_path=evaluation.include_paths)
         problems += [*guards.problems, *guards.missing, *(f"guard: {text}" for text in map(_once, guards.twice))]
-        parts.append(_apart(groups_as_tasks(guards), parts[0]))
+        parts.append(_apart(groups_as_tasks(guards), [name for part in parts for name in part.tasks]))
+    tasks = {name: task for part in parts for name, task in part.tasks.items()}
+    members = {name: own for part in parts for name, own in part.members.items()}
+    members = {
+        part.task: members[part.task] for part in [*evaluation.tasks, *evaluation.guards] if part.task in members
+    }
     return TaskSet(
-        tasks={name: task for part in parts for name, task in part.tasks.items()},
-        members={name: own for part in parts for name, own in part.members.items()},
+        tasks={name: tasks[name] for own in members.values() for name in own},
+        members=members,
         groups=(),
         problems=tuple(problems),
     )
+
+
+def _load_scorers(measures: Sequence[Measure]) -> TaskSet:
+    """The scorers among some tasks, as far as they can be loaded."""
+    tasks: dict[str, Task] = {}
+    problems: list[str] = []
+    for measure in measures:
+        if measure.python is not None:
+            try:
+                tasks[measure.task] = python_task(measure.task, measure.python, measure.data, measure.options)
+            except TaskError as error:
+                problems += error.problems
+    return TaskSet(tasks, {name: (name,) for name in tasks}, (), tuple(problems))
 
 
 def _once(text: str) -> str:
     return f"{text.removesuffix('; it is counted once')}; name it once"
 
 
-def _apart(guards: TaskSet, steering: TaskSet) -> TaskSet:
+def _apart(guards: TaskSet, steering: Collection[str]) -> TaskSet:
     """The guards with other names for the tasks that steer too."""
     tasks: dict[str, Task] = {}
     members: dict[str, tuple[str, ...]] = {}
     for guard, own in guards.members.items():
-        names = {name: f"{guard}::{name}" if name in steering.tasks else name for name in own}
+        names = {name: f"{guard}::{name}" if name in steering else name for name in own}
         tasks |= {names[name]: replace(guards.tasks[name], name=names[name]) for name in own}
         members[guard] = tuple(names.values())
     return replace(guards, tasks=tasks, members=members)
@@ -306,7 +328,7 @@ def _draw_splits(spec: SearchSpec, task_set: TaskSet) -> dict[str, Selection]:
     drawn: dict[str, Selection] = dict(split_items(items, _sizes(evaluation.splits), spec.search.seed, per_task))
     choosing = {items[name][k] for split in (SEARCH, SELECT) for name, chosen in drawn[split].items() for k in chosen}
     guarded: dict[str, tuple[int, ...]] = {}
-    for guard in evaluation.guard:
+    for guard in (part.task for part in evaluation.guards):
         own = {name: tasks[name].items for name in members[guard]}
         free = {
             name: [k for k, item in enumerate(ids) if item.removeprefix(f"{guard}::") not in choosing]

@@ -193,6 +193,7 @@ def _samples(problem: Problem, runner: ModelRunner, model: Any) -> list[tuple[st
     """(prompt, the merged model's continuation, the first source's), one for each of a few tasks."""
     source = next(iter(problem.spec.models.sources.values()))
     prompts = [prompt_of(runner.evaluator, task) for task in list(problem.tasks)[:_SAMPLES]]
+    prompts = [prompt for prompt in prompts if prompt]  # a scorer's items need not have texts
     merged = [continuation(model, problem.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
     source_model = runner.materialise(runner.plan(single_model(source)))
     original = [continuation(source_model, problem.tokenizer, prompt, _SAMPLE_TOKENS) for prompt in prompts]
@@ -252,11 +253,10 @@ def _comparison(result: RunResult | None, candidate: Candidate) -> list[str]:
 
 def prompt_of(evaluator: Evaluator, task: str) -> str:
     """Takes a prompt from a task's first item: its context, or the first words of its text where it has none."""
-    instance = evaluator.requests(task).by_item[0][0]
-    context = instance.args[0] if len(instance.args) > 1 else ""
+    context, text = evaluator.texts(task, 0)
     if context.strip():
-        return str(context)
-    words = str(instance.args[-1]).split()
+        return context
+    words = text.split()
     return " ".join(words[: max(2, len(words) // 2)])
 
 

@@ -15,8 +15,9 @@ from evomerge.algorithms.registry import search_problems
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.matching.configs import disagreements
 from evomerge.errors import CheckpointError, TaskError
-from evomerge.evaluation.splits import SEARCH, SELECT, TEST, Selection
+from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection
 from evomerge.evaluation.tasks.group_task import GroupTask
+from evomerge.evaluation.tasks.scorer_task import ScorerTask
 from evomerge.recipe.parse import single_model
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
@@ -70,7 +71,7 @@ def check_models(problem: Problem, runner: ModelRunner) -> list[str]:
         Warnings.
 
     Raises:
-        TaskError: With every task that has an item that cannot be scored.
+        TaskError: With every task that has an item that cannot be scored, and every scorer that fails.
         CheckpointError: A model's logits are not finite.
     """
     models = problem.spec.models
@@ -84,13 +85,25 @@ def check_models(problem: Problem, runner: ModelRunner) -> list[str]:
             *lost_templates(opened, problem.reference_model),
             *stop_tokens(opened, problem.reference_model, _stop_strings(problem)),
         ]
-    return [
-        *problem.notes,
-        *warnings,
+    warnings += [
         *filter(None, (disagreements(problem.reference_model, model) for model in opened.values())),
         *lost,
         *read_texts(runner, references, problem.spec.evaluation.dtype),
     ]
+    try_scorers(problem, runner)
+    return [*problem.notes, *warnings]
+
+
+def try_scorers(problem: Problem, runner: ModelRunner) -> None:
+    """Has every scorer value a few items with the reference model.
+
+    Raises:
+        TaskError: With every scorer that fails.
+    """
+    chosen = {**problem.splits[GUARD], **problem.splits[SEARCH]}
+    chosen = {task: items for task, items in chosen.items() if isinstance(problem.tasks[task], ScorerTask)}
+    if chosen:
+        runner.evaluator.try_scorers(runner.materialise(runner.plan(single_model(problem.reference))), chosen)
 
 
 def check_items(evaluator: Evaluator, splits: Mapping[str, Selection]) -> list[str]:
@@ -178,11 +191,8 @@ def read_texts(runner: ModelRunner, references: Mapping[str, str], dtype: str) -
 
 def sample_texts(evaluator: Evaluator) -> list[str]:
     """Takes the first few texts of each task, prompt and answer together."""
-    texts = []
-    for task in evaluator.tasks:
-        for instances in evaluator.requests(task).by_item[:_TEXTS]:
-            texts.append("".join(part for part in instances[0].args if isinstance(part, str)))
-    return texts
+    counts = {task: min(_TEXTS, len(evaluator.items(task))) for task in evaluator.tasks}
+    return ["".join(evaluator.texts(task, k)) for task, count in counts.items() for k in range(count)]
 
 
 def text_loss(model: Any, rows: Sequence[Sequence[int]]) -> tuple[float, float]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 
 from evomerge.checkpoints.reference import resolve_reference
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.registry import METHODS, get_method
-from evomerge.spec.schema import MOST_OBJECTIVES, FromModel, Models, SearchSpec, Section
+from evomerge.spec.schema import MOST_OBJECTIVES, FromModel, Measure, Models, SearchSpec, Section
 from evomerge.system.files import read_text, resolve_path
 from evomerge.system.yaml import MOST_YAML, read_yaml
+
+AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 Check = Callable[[SearchSpec], Sequence[str]]
 """Further problems of a specification, known to whoever reads it."""
@@ -75,10 +77,11 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
     evaluation = spec.evaluation.model_copy(
         update={
             "include_path": include or None,
-            "tasks": [
-                task.model_copy(update={"task": _task_path(task.task, beside)}) for task in spec.evaluation.tasks
+            "tasks": _located(spec.evaluation.tasks, "evaluation.tasks", beside, problems),
+            "guard": [
+                part if part.is_scorer else part.task
+                for part in _located(spec.evaluation.guards, "evaluation.guard", beside, problems)
             ],
-            "guard": [_task_path(name, beside) for name in spec.evaluation.guard],
         }
     )
     if isinstance(given := spec.evaluation.chat_template, str):
@@ -93,11 +96,31 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
     return spec.model_copy(update={"models": models, "evaluation": evaluation, "search": search}), problems
 
 
-def _task_path(name: str, beside: Path | None) -> str:
-    """A task's name; where it is that of a YAML file, its absolute path."""
-    if not name.endswith((".yaml", ".yml")):
-        return name
-    return str(resolve_path(name, beside) or name)
+def _located(parts: Sequence[AnyMeasure], key: str, beside: Path | None, problems: list[str]) -> list[AnyMeasure]:
+    """Tasks and scorers with absolute paths; adds what does not exist."""
+    located = []
+    for k, part in enumerate(parts):
+        update = {}
+        if not part.is_scorer and part.task.endswith((".yaml", ".yml")):
+            update["task"] = str(resolve_path(part.task, beside) or part.task)
+        if part.python is not None:
+            file, colon, name = part.python.rpartition(":")
+            if not file or not name:
+                problems.append(f"{key}.{k}.python: {part.python!r} is not FILE.py:NAME or PACKAGE.MODULE:NAME")
+            elif file.endswith(".py"):
+                update["python"] = f"{_file(file, f'{key}.{k}.python', beside, problems)}{colon}{name}"
+        if part.data is not None:
+            update["data"] = _file(part.data, f"{key}.{k}.data", beside, problems)
+        located.append(part.model_copy(update=update))
+    return located
+
+
+def _file(text: str, key: str, beside: Path | None, problems: list[str]) -> str:
+    """A file's absolute path; adds that there is none."""
+    path = resolve_path(text, beside)
+    if path is None or not path.is_file():
+        problems.append(f"{key}: no file {text} beside the file, above it or in {Path.cwd()}")
+    return str(path or text)
 
 
 def _with_fitness(spec: SearchSpec) -> SearchSpec:
@@ -124,9 +147,9 @@ def _problems(spec: SearchSpec) -> list[str]:
     if spec.models.tokenizer not in (None, *tokenizers):
         hint = suggest(str(spec.models.tokenizer), tokenizers) or f": choose one of {', '.join(tokenizers)}"
         problems.append(f"models.tokenizer: no source is called '{spec.models.tokenizer}'{hint}")
-    tasks = [task.task for task in spec.evaluation.tasks]
+    tasks, guards = ([part.task for part in parts] for parts in (spec.evaluation.tasks, spec.evaluation.guards))
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in tasks if tasks.count(n) > 1})]
-    problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in spec.evaluation.guard if n in tasks]
+    problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in guards if n in tasks]
     template = spec.evaluation.chat_template
     if isinstance(template, FromModel) and template.from_ not in (models := [*spec.models.sources, "base"]):
         problems.append(f"evaluation.chat_template: no model {template.from_!r}{suggest(template.from_, models)}")

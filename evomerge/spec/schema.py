@@ -114,10 +114,40 @@ class Splits(Section):
         return self
 
 
-class Task(Section):
-    """One benchmark that steers."""
+class Measure(Section):
+    """What gives numbers for items: an lm-eval task by its name, or a scorer and what it is called."""
 
     task: str
+    python: str | None = None  # file.py:name or package.module:name
+    data: str | None = None  # the items of a Python scorer: .jsonl or .json
+    options: dict[str, Any] = {}  # what a Python scorer is called with beside the model and the items
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"task": given}
+        if isinstance(given, dict) and "task" not in given and isinstance(given.get("python"), str):
+            file, _, name = given["python"].rpartition(":")
+            stem = Path(file).stem if file.endswith(".py") else file.rpartition(".")[2]
+            return {"task": f"{stem}.{name}" if stem and name != "score" else stem or name, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Measure:
+        if self.python is None and (self.data is not None or self.options):
+            raise ValueError("data and options are a Python scorer's: {python: file.py:name, data: items.jsonl}")
+        return self
+
+    @property
+    def is_scorer(self) -> bool:
+        """Whether it is anything but an lm-eval task."""
+        return self.python is not None
+
+
+class Task(Measure):
+    """One benchmark that steers."""
+
     metric: str | None = None
     weight: float = Field(1.0, ge=1e-9, le=1e9)  # whose sums and quotients are finite
     splits: Splits | None = None
@@ -139,7 +169,7 @@ class Evaluation(Section):
     tasks: list[Task] = Field(min_length=1)
     scale: Literal["relative", "raw"] = "relative"
     splits: Splits = Splits()
-    guard: list[str] = []
+    guard: list[str | Measure] = []
     fitness: Literal["metric", "smooth"] | None = None  # None: what suits the space
     informative: float | None = Field(None, gt=0, lt=1)
     racing: bool = False
@@ -157,12 +187,10 @@ class Evaluation(Section):
     bootstrap_iters: int = Field(200, ge=0, le=10**6)  # samples for errors of metrics of the corpus, as in lm_eval
     backend: Literal["native", "hf", "vllm"] = "native"  # the names of evaluation.backends.registry
 
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _short_form(cls, tasks: Any) -> Any:
-        if not isinstance(tasks, list):
-            return tasks
-        return [{"task": t} if isinstance(t, str) else t for t in tasks]
+    @property
+    def guards(self) -> list[Measure]:
+        """What only guards, each as what it is."""
+        return [Measure(task=part) if isinstance(part, str) else part for part in self.guard]
 
     @property
     def include_paths(self) -> list[str]:

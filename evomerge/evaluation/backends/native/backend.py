@@ -133,7 +133,10 @@ class NativeBackend(Backend):
         parts = [repr(tuple(indices))]
         if any(_is_loglikelihood(instance) for instance in instances):
             parts.append(self.packed(requests, indices).digest)
-        if not all(_is_loglikelihood(instance) for instance in instances):  # each thread decodes rows of its own
+        if not instances:  # a scorer's, which may ask for anything
+            parts.append(repr((self.logprobs.batch_tokens, self.logprobs.max_scored)))
+        if not instances or not all(_is_loglikelihood(instance) for instance in instances):
+            # Each thread decodes rows of its own.
             parts.append(repr((self.generator.batch_tokens, self.generator.threads)))
         return digest(*parts)
 
