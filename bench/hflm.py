@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import sys
@@ -37,21 +36,17 @@ from evomerge.report.tables import table
 from evomerge.run.evaluate import evaluate
 from evomerge.system.quiet import quiet
 from tests.architectures import ARCHITECTURES, CAUSAL
-from tests.models import VOCABULARY, byte_tokenizer
+from tests.models import byte_tokenizer
 from tests.shipped_data import ROWS, write_shipped_data
 
 RESULTS = Path(__file__).parent / "results" / "hflm.md"
 GENERATION = {"max_gen_toks": 8}
 CONTEXT = 1024
-_LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "n_ctx")
 
 
 def write_model(name: str, folder: Path) -> Path:
     """A random model of an architecture, with byte tokens and room for prompts."""
-    architecture = copy.deepcopy(ARCHITECTURES[name])
-    architecture.options.update({"vocab_size": VOCABULARY, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1})
-    architecture.options.update({key: CONTEXT for key in _LENGTHS if key in architecture.options})
-    architecture.build(1).save_pretrained(folder)
+    ARCHITECTURES[name].build_for_bytes(CONTEXT, 1).save_pretrained(folder)
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = CONTEXT
     tokenizer.save_pretrained(folder)

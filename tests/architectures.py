@@ -10,10 +10,13 @@ from typing import Any
 import torch
 import transformers
 
+from tests.models import VOCABULARY as BYTES
+
 LAYERS = 2
 VOCABULARY = 40
 NOISE = 0.05
 
+_LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "n_ctx")
 _SMALL = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -53,6 +56,18 @@ def _picture_in_text(model: Any) -> dict[str, Any]:
     return {"input_ids": torch.tensor([[1, *places, 5, 6]]), "pixel_values": _picture()}
 
 
+def _patches_in_text(model: Any) -> dict[str, Any]:
+    """One picture of 8x8 pixels: four patches of 4x4, which are merged into one token."""
+    config = model.config
+    tokens = [1, config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, 5, 6]
+    return {
+        "input_ids": torch.tensor([tokens]),
+        "mm_token_type_ids": torch.tensor([[int(token == config.image_token_id) for token in tokens]]),
+        "pixel_values": torch.linspace(-1, 1, 4 * 3 * 4 * 4).view(4, 48),
+        "image_grid_thw": torch.tensor([[1, 2, 2]]),
+    }
+
+
 def _only_picture(model: Any) -> dict[str, Any]:
     return {"pixel_values": _picture()}
 
@@ -70,6 +85,9 @@ class Architecture:
         head: The stored output head; None where it is tied or there is none.
         inputs: Arguments for the model's `forward`.
         tied: The head is the embedding.
+        depth: Layers of each stack.
+        loose: Matrices of a layer that are neither attention nor MLP, by the first part of their names.
+        immovable: Why its last layer cannot stand behind itself, as a pattern for the message; None where it can.
     """
 
     config: str
@@ -80,15 +98,23 @@ class Architecture:
     head: str | None = "lm_head.weight"
     inputs: Callable[[Any], dict[str, Any]] = _ids
     tied: bool = False
+    depth: int = LAYERS
+    loose: tuple[str, ...] = ()
+    immovable: str | None = None
 
     @property
     def causal(self) -> bool:
         """Whether it is a language model that continues text."""
         return self.model.endswith(("ForCausalLM", "LMHeadModel"))
 
-    def build(self, seed: int = 0) -> Any:
-        """A random model; no two elements of a norm or bias are equal."""
-        config = getattr(transformers, self.config)(**self.options)
+    def build_for_bytes(self, length: int, seed: int = 0) -> Any:
+        """A random model with the vocabulary of `byte_tokenizer` and room for prompts of so many tokens."""
+        tokens = {"vocab_size": BYTES, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+        return self.build(seed, **tokens, **{key: length for key in _LENGTHS if key in self.options})
+
+    def build(self, seed: int = 0, **options: Any) -> Any:
+        """A random model, with other options where some are given; no two elements of a norm or bias are equal."""
+        config = getattr(transformers, self.config)(**self.options | options)
         torch.manual_seed(seed)
         model = getattr(transformers, self.model)(config)
         return shaken(model, seed, 0.1).eval()
@@ -105,6 +131,12 @@ def _tied(**changes: Any) -> dict[str, Any]:
 
 _H = {"stacks": ("transformer.h",), "embedding": "transformer.word_embeddings.weight"}
 _EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
+_WINDOWED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
+_DELTA_NET = {"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_num_key_heads": 2}
+_DELTA_NET |= {"linear_num_value_heads": 4, "linear_conv_kernel_dim": 2}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2, "mamba_chunk_size": 8}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _llama_like("Llama"),
@@ -160,6 +192,91 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MambaForCausalLM",
         _TOKENS | {"hidden_size": 16, "num_hidden_layers": LAYERS, "state_size": 4},
         **_tied(stacks=("backbone.layers",), embedding="backbone.embeddings.weight"),
+    ),
+    "qwen3_next": _llama_like(
+        "Qwen3Next",
+        options=_GROUPED
+        | _EXPERTS
+        | _HYBRID
+        | _DELTA_NET
+        | {"head_dim": 8, "num_experts": 3, "shared_expert_intermediate_size": 8},
+    ),
+    "qwen3_5": _llama_like(
+        "Qwen3_5Text", model="Qwen3_5ForCausalLM", options=_GROUPED | _HYBRID | _DELTA_NET | {"head_dim": 8}
+    ),
+    "granitemoehybrid": _llama_like(
+        "GraniteMoeHybrid",
+        options=_GROUPED | _HYBRID | _MAMBA2 | {"num_local_experts": 3, "shared_intermediate_size": 8},
+    ),
+    "falcon_h1": _llama_like("FalconH1", options=_GROUPED | _MAMBA2 | {"mamba_d_ssm": 32}),
+    "nemotron_h": _llama_like(
+        "NemotronH",
+        options=_GROUPED
+        | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "head_dim": 8}
+        | {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "conv_kernel": 2}
+        | {"chunk_size": 8, "n_routed_experts": 3, "moe_intermediate_size": 8}
+        | {"moe_shared_expert_intermediate_size": 8},
+        stacks=("backbone.layers",),
+        embedding="backbone.embeddings.weight",
+        depth=4,
+    ),
+    "bamba": _llama_like("Bamba", options=_GROUPED | _MAMBA2 | {"attn_layer_indices": [1]}),
+    "jamba": _llama_like(
+        "Jamba",
+        options=_GROUPED
+        | {"num_experts": 3, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_d_conv": 2},
+        immovable=r"a useless model\.layers\.2\.feed_forward\.experts",  # kinds of layers come back after a period
+    ),
+    "lfm2": _llama_like("Lfm2", options=_GROUPED | _CONVOLUTIONS | {"block_multiple_of": 8}, **_tied()),
+    "lfm2_moe": _llama_like(
+        "Lfm2Moe", options=_GROUPED | _EXPERTS | _CONVOLUTIONS | {"num_experts": 3, "num_dense_layers": 1}, **_tied()
+    ),
+    "zamba2": _llama_like(
+        "Zamba2",
+        options=_PLAIN
+        | {"layers_block_type": ["linear_attention", "hybrid"], "mamba_d_state": 4, "mamba_d_conv": 2}
+        | {"n_mamba_heads": 4, "chunk_size": 8, "adapter_rank": 4},
+        loose=("linear",),
+        immovable=r"no model\.layers\.1\.shared_transformer\.feed_forward\.gate_up_proj_adapter_list\.1",
+        **_tied(),
+    ),
+    "gpt_oss": _llama_like(
+        "GptOss",
+        options=_GROUPED
+        | _WINDOWED
+        | {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "llama4": _llama_like(
+        "Llama4Text",
+        model="Llama4ForCausalLM",
+        options=_GROUPED | {"num_local_experts": 3, "moe_layers": [1], "intermediate_size_mlp": 24, "head_dim": 8},
+    ),
+    "glm4_moe": _llama_like("Glm4Moe", options=_GROUPED | _EXPERTS | {"n_routed_experts": 3, "head_dim": 8}),
+    "gemma3n": _llama_like(
+        "Gemma3nText",
+        model="Gemma3nForCausalLM",
+        options=_GROUPED
+        | _WINDOWED
+        | {"head_dim": 8, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4}
+        | {"num_kv_shared_layers": 0, "laurel_rank": 4},
+        loose=("altup", "laurel", "per_layer_input_gate", "per_layer_projection"),
+        immovable=r"another shape of model\.embed_tokens_per_layer",
+        **_tied(),
+    ),
+    "smollm3": _llama_like("SmolLM3", options=_GROUPED | {"no_rope_layers": [1, 0]}, **_tied()),
+    "cohere2": _llama_like("Cohere2", options=_GROUPED | _WINDOWED, **_tied()),
+    "minimax": _llama_like("MiniMax", options=_GROUPED | _HYBRID | {"num_local_experts": 3, "block_size": 4}),
+    "ernie4_5": _llama_like("Ernie4_5", options=_GROUPED | {"head_dim": 8}, **_tied()),
+    "dots1": _llama_like(
+        "Dots1",
+        options=_GROUPED | _EXPERTS | {"n_routed_experts": 3, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    ),
+    "modernbert": Architecture(
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        _PLAIN | {"global_attn_every_n_layers": 2, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
+        **_tied(embedding="model.embeddings.tok_embeddings.weight"),
     ),
     "bert": Architecture(
         "BertConfig",
@@ -226,6 +343,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         "language_model.model.embed_tokens.weight",
         "language_model.lm_head.weight",
         _picture_in_text,
+    ),
+    "qwen3_vl": Architecture(
+        "Qwen3VLConfig",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": _GROUPED
+            | {"head_dim": 8}
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
+            "vision_config": {"depth": LAYERS, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+            | {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 1, "out_hidden_size": 16}
+            | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            "image_token_id": VOCABULARY - 1,
+            "video_token_id": VOCABULARY - 2,
+            "vision_start_token_id": VOCABULARY - 3,
+            "vision_end_token_id": VOCABULARY - 4,
+        },
+        ("model.language_model.layers", "model.visual.blocks"),
+        "model.language_model.embed_tokens.weight",
+        "lm_head.weight",
+        _patches_in_text,
     ),
 }
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.causal]

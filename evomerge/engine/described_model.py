@@ -22,7 +22,7 @@ from evomerge.errors import RecipeError
 from evomerge.planning.plan import Plan
 from evomerge.system.quiet import quiet
 
-_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_id", "block_idx", "idx")
+_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_id", "block_idx", "idx", "num_hidden_layers")
 _PLAIN = (bool, int, float, str, type(None))
 
 Layer = dict[str, Any]
@@ -53,6 +53,8 @@ def refuse_moved_layers(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> No
     usual = {_numberless(problem) for _, own in sources.values() for problem in own}
     if new := sorted(problem for problem in problems if _numberless(problem) not in usual):
         raise RecipeError(f"slices: with its layers moved, the model would have {name_some(new)}")
+    if computed := sorted(name for name in _numbered_buffers(merged) if f"no {name}" in problems):
+        raise RecipeError(f"slices: {name_some(computed)} follow from the number of their layer, and no file has them")
     for prefix, layers in plan.origins.items():
         _refuse_other_kinds(prefix, layers, merged, {model: built for model, (built, _) in sources.items()})
 
@@ -93,6 +95,13 @@ def _built(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> tuple[nn.M
 
 def _numberless(problem: str) -> str:
     return ".".join("#" if part.isdecimal() else part for part in problem.split("."))
+
+
+def _numbered_buffers(model: nn.Module) -> Iterable[str]:
+    """Names of buffers in modules that know the number of their layer, such as MiniMax's decays."""
+    for name, module in model.named_modules():
+        if any(key in vars(module) for key in _NUMBERS):
+            yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
 
 
 def _refuse_other_kinds(

@@ -74,7 +74,8 @@ def merged_config(
             elif moved and key in _LEADING and isinstance(value, int):
                 section[key] = _leading(key, [(m, i, i < sections[m].get(key, value)) for m, i in layers])
         depths = [key for key in keys if section.get(key) == depth]
-        if len(layers) != depth and not depths:
+        listed_kinds = any(_is_layer_list(key, value, depth) for key, value in sections[reference].items())
+        if len(layers) != depth and not (depths or listed_kinds):  # Nemotron-H has as many layers as kinds
             raise RecipeError(
                 f"slices: {stack.prefix} would have {len(layers)} layers instead of {depth}, and config.json of "
                 f"{reference} does not say where it keeps that number"
@@ -125,7 +126,8 @@ def _is_index_list(key: str, value: Any, depth: int) -> bool:
     if not isinstance(value, list) or not value or not _INDICES.search(key):
         return False
     numbers = [entry for entry in value if isinstance(entry, int) and not isinstance(entry, bool)]
-    return len(numbers) == len(value) == len(set(numbers)) and all(0 <= number < depth for number in numbers)
+    rising = len(numbers) < depth or numbers == sorted(numbers)  # [1, 0] of two layers: a flag for each
+    return rising and len(numbers) == len(value) == len(set(numbers)) and all(0 <= number < depth for number in numbers)
 
 
 def _leading(key: str, layers: Sequence[tuple[str, int, bool]]) -> int:

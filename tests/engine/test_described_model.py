@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as T
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.engine.described_model import refuse_moved_layers
@@ -128,6 +130,17 @@ def test_layers_keep_what_they_do_or_are_refused(name: str, tmp_path: Path) -> N
         torch.testing.assert_close(logits(merged), logits(by_hand), atol=1e-4, rtol=1e-4)
     else:
         assert torch.equal(logits(merged), logits(by_hand))
+
+
+def test_decays_that_no_file_has_are_not_computed_from_another_number(
+    family_of: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(family_of("minimax")["a"], tmp_path / "m")
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if not k.endswith(("decay", "slope_rate"))}, file)
+    assert merge_to_folder(stack(folder, (0, 2)), tmp_path / "same")
+    with pytest.raises(RecipeError, match=r"slope_rate.* follow from the number of their layer, and no file has them"):
+        merge_to_folder(stack(folder, (0, 2), (0, 2)), tmp_path / "out")
 
 
 def test_what_transformers_does_not_know_is_not_judged(tmp_path: Path) -> None:

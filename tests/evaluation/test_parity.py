@@ -17,9 +17,11 @@ from lm_eval.tasks import TaskManager
 from evomerge.evaluation.evaluator import Evaluator
 from evomerge.evaluation.tasks.lm_eval_tasks import load_tasks
 from evomerge.system.quiet import quiet
-from tests.evaluation.conftest import CONFIGS, Bench
+from tests.architectures import ARCHITECTURES, CAUSAL
+from tests.evaluation.conftest import CONFIGS, Bench, tasks_of
 
 TOLERANCE = 1e-4
+ITEMS = 3
 
 
 def hflm(bench: Bench, **options: Any) -> HFLM:
@@ -64,6 +66,26 @@ def test_loglikelihoods_equal_hflm(
     native, expected = responses(evaluator, bench, task), hflm_responses(task, max_length)
     assert [greedy for _, greedy in native] == [greedy for _, greedy in expected]
     np.testing.assert_allclose([ll for ll, _ in native], [ll for ll, _ in expected], atol=TOLERANCE, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_architecture_equals_hflm(bench: Bench, name: str) -> None:
+    """Long and short sequences in one batch, and text: each kind of layer has its own way to be padded and cached."""
+    model = ARCHITECTURES[name].build_for_bytes(512)
+    with quiet():
+        lm = HFLM(pretrained=model, tokenizer=bench.tokenizer, batch_size=1)
+    evaluator = Evaluator(tasks_of(bench.folder, ("mc", "gen")), bench.tokenizer, model.config)
+    evaluator.prepare(model)
+    for task in ("mc", "gen"):
+        requests = evaluator.requests(task)
+        native = [a[0] for group in evaluator.backend.respond(model, requests, range(ITEMS)) for a in group]
+        instances = [copy.deepcopy(i) for group in requests.by_item[:ITEMS] for i in group]
+        with quiet():
+            expected = getattr(lm, instances[0].request_type)(instances, disable_tqdm=True)
+        if task == "gen":
+            assert native == expected
+        else:
+            np.testing.assert_allclose([ll for ll, _ in native], [ll for ll, _ in expected], atol=TOLERANCE, rtol=2e-6)
 
 
 def test_no_number_depends_on_threads(bench: Bench) -> None:

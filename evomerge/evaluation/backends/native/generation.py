@@ -109,6 +109,7 @@ class Generator:
         self._threads = threads
         self._think_end = think_end_token
         self._prompts: dict[str, Prompt] = {}
+        self._paddable: bool | None = None
 
     def respond(self, model: Any, instances: Sequence[Any], *, own_loop: bool) -> list[list[str]]:
         """Generates for every instance, once per repeat.
@@ -135,7 +136,9 @@ class Generator:
             for k, text in zip(batch, written, strict=True):
                 answers[k] = [text] * instances[k].repeats
         others = [k for k in range(len(prompts)) if k not in set(greedy)]
-        for batch in self._batches(prompts, others, MAX_ROWS, alike=not plain):
+        lengths = {len(prompts[k].tokens) for k in others}
+        alike = not plain or (len(lengths) > 1 and not self._is_paddable(model))
+        for batch in self._batches(prompts, others, MAX_ROWS, alike=alike):
             # A greedy answer is the same every time; a sampled one is drawn for each repeat.
             again = {k: 1 if prompts[k].greedy else instances[k].repeats for k in batch}
             rows = [k for k in batch for _ in range(again[k])]
@@ -154,6 +157,30 @@ class Generator:
     def threads(self) -> int:
         """The threads that batches are cut for."""
         return self._threads or torch.get_num_threads()
+
+    def _is_paddable(self, model: Any) -> bool:
+        """Whether transformers generates the same behind padding; asked once: some layers with a state count it."""
+        if self._paddable is None:
+            device, pad, text = next(model.parameters()).device, self._pad_token(model), [*range(3, 9)]
+            steps = []
+            for padding in (0, 3):
+                output = model.generate(
+                    input_ids=torch.tensor([[pad] * padding + text], device=device),
+                    attention_mask=torch.tensor([[0] * padding + [1] * len(text)], device=device),
+                    min_new_tokens=2,
+                    max_new_tokens=2,
+                    do_sample=False,
+                    pad_token_id=pad,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+                steps.append(output.logits[-1])
+            plain, padded = steps
+            if not bool(torch.isfinite(plain).all()):
+                return True  # no score comes of it, and the next candidate answers
+            tolerance = torch.finfo(plain.dtype).eps ** 0.5 * (plain.max() - plain.min())
+            self._paddable = bool((plain - padded).abs().max() <= tolerance)
+        return self._paddable
 
     def _rows(self, model: Any, prompts: int) -> int:
         """Rows of a batch: as many as help, but on a CPU a batch for every thread where each still has enough rows."""
