@@ -13,7 +13,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +23,9 @@ from evomerge.engine.statistics.operation_statistics import OperationStatistics
 from evomerge.engine.statistics.tensor_reader import CHUNK, chunks
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput
-from evomerge.methods.contract import Block, Granularity
+from evomerge.methods.contract import Block, Granularity, Stage
 from evomerge.methods.plain_statistics import PlainStatistics
-from evomerge.methods.registry import get_method
+from evomerge.methods.registry import STAGES, get_method
 from evomerge.planning.operation import COPY, Family, Input, Operation, inputs_of
 from evomerge.system.threads import run_all
 
@@ -110,7 +110,11 @@ def parts(
             raise ValueError(f"{operation.method} copies layers and has nothing to compute")
         whole, columns = math.prod(operation.shape), math.prod(operation.shape[1:])
         least = {"element": 1, "row": max(1, columns if len(operation.shape) > 1 else whole), "tensor": max(1, whole)}
-        step = max(1, whole) if task.is_double else -(-step // least[task.granularity]) * least[task.granularity]
+        step = (
+            max(1, whole)
+            if task.is_double or task.stages
+            else -(-step // least[task.granularity]) * least[task.granularity]
+        )
     for start, stop in chunks(math.prod(operation.shape), step):
         yield Part(start, stop, task)
 
@@ -195,6 +199,12 @@ class _Task:
         return get_method(self.operation.method).granularity(self.operation.settings)
 
     @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is still to be done after the method, which has to see the whole tensor."""
+        stages = (STAGES[name] for name in self.operation.after)
+        return tuple(stage for stage in stages if not stage.idle(self.operation.settings))
+
+    @functools.cached_property
     def statistics(self) -> OperationStatistics:
         op = self.operation
         columns = math.prod(op.shape[1:] if len(op.shape) > 1 else op.shape)
@@ -227,6 +237,26 @@ class _Task:
         if self.is_double:
             out.copy_(self._in_double().reshape(-1))
             return
+        if not self.stages:
+            self._merge(start, stop, out)
+            return
+        merged = torch.empty(math.prod(self.operation.shape))
+        self._merge(0, merged.numel(), merged)
+        op = self.operation
+        base = None if op.base is None else self._part(op.base, 0, op.shape)
+        sources = [self._part(source, 0, op.shape) for source in op.sources]
+        block = Block(base, sources, 0, self.statistics.at(0, op.shape))
+        out.copy_(self._after(block, merged.to(self.device).view(op.shape)).reshape(-1))
+
+    def _after(self, block: Block, merged: Tensor) -> Tensor:
+        """What the stages make of a whole tensor."""
+        settings = self.operation.settings
+        block = replace(block, sources=[block.sources[i] for i in settings.taking_part()])
+        for stage in self.stages:
+            merged = stage.apply(block, merged, settings)
+        return merged
+
+    def _merge(self, start: int, stop: int, out: Tensor) -> None:
         with self._lock:
             kernel = self.kernel
         if kernel is None:
@@ -255,10 +285,11 @@ class _Task:
 
         base = None if op.base is None else whole(op.base)
         keys = [self.statistics.key(i) for i in range(len(op.sources))] if method.stochastic else []
-        block = PlainStatistics(base, [whole(source) for source in op.sources], keys).block(self.granularity)
+        statistics = PlainStatistics(base, [whole(source) for source in op.sources], keys)
         if method.merge is None:
             raise ValueError(f"{method.name} copies layers and has nothing to compute")
-        return method.merge(block, op.settings)
+        merged = method.merge(statistics.block(self.granularity), op.settings)
+        return self._after(statistics.block("tensor"), merged.view(op.shape))
 
     def _call(self, start: int, stop: int, out: Tensor) -> None:
         """The method's own function, on float32 blocks."""

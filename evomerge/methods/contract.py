@@ -86,6 +86,10 @@ class Settings:
     shared: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[Mapping[str, Any], ...] = ()
 
+    def taking_part(self) -> list[int]:
+        """Returns the indices of the sources that take part: all but those of weight 0."""
+        return [i for i, source in enumerate(self.sources) if source.get("weight") != 0]
+
     def column(self, name: str) -> list[Any]:
         """The value of a per-source parameter for each source (None where a recipe left an optional one out)."""
         return [source.get(name) for source in self.sources]
@@ -200,6 +204,30 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What may be done to a tensor after it was merged: a declaration like a method's.
+
+    Attributes:
+        name: As written under ``after:``.
+        paper: Authors, year and link.
+        summary: One line for ``evomerge methods``.
+        parameters: One for the tensor each, their names begin with the stage's.
+        apply: (whole tensors, what was merged of them, settings) -> result, shaped alike. Pure. The sources are those
+            that take part in the merge; there is a base.
+        shapes: Tells whether it does anything to tensors of a shape.
+        idle: Tells whether it changes nothing with these settings.
+    """
+
+    name: str
+    paper: str
+    summary: str
+    parameters: tuple[Parameter, ...]
+    apply: Callable[[Block, Tensor, Settings], Tensor]
+    shapes: Callable[[tuple[int, ...]], bool]
+    idle: Callable[[Settings], bool]
+
+
+@dataclass(frozen=True)
 class Method:
     """A merge method's declaration.
 
@@ -221,6 +249,7 @@ class Method:
         needs_base_when: Decides from the shared parameters, for the methods where it depends; overrides `needs_base`.
         takes_base: A ``base_model`` that a recipe gives is where the deltas start and no source, though none is needed.
         order_matters: The order of the sources changes the result.
+        after: Stages that follow, whose parameters are among the method's (`evomerge.methods.registry.with_stages`).
     """
 
     name: str
@@ -239,6 +268,7 @@ class Method:
     needs_base_when: Callable[[Mapping[str, Any]], bool] | None = None
     takes_base: bool = False
     order_matters: bool = False
+    after: tuple[Stage, ...] = ()
 
     def parameter(self, name: str) -> Parameter | None:
         """Returns the declared parameter of that name, or None."""

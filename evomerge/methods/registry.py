@@ -1,6 +1,9 @@
-"""All merge methods by name. Adding one costs its file and a line here."""
+"""All merge methods and stages by name. Adding one costs its file and a line here."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from evomerge.errors import RecipeError, suggest
 from evomerge.methods import (
@@ -21,11 +24,12 @@ from evomerge.methods import (
     ram,
     sce,
     slerp,
+    svc,
     task_arithmetic,
     ties,
     tsv_merge,
 )
-from evomerge.methods.contract import Method
+from evomerge.methods.contract import Method, Stage
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -56,6 +60,15 @@ METHODS: dict[str, Method] = {
         ram.PLUS,
     )
 }
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (svc.STAGE,)}
+
+
+def with_stages(method: Method, names: Sequence[str]) -> Method:
+    """Returns a method as it is with stages after it, in this order: it has their parameters too."""
+    stages = tuple(STAGES[name] for name in names)
+    own = tuple(parameter for stage in stages for parameter in stage.parameters)
+    return replace(method, parameters=(*method.parameters, *own), after=stages) if stages else method
 
 
 def get_method(name: str) -> Method:

@@ -60,6 +60,14 @@ def right_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values[:rank], vectors.flip(1)[:, :rank]
 
 
+def left_vectors(matrix: Tensor) -> Tensor:
+    """Left singular vectors of any matrix [m, n], of its own dtype: [m, r], r its rank."""
+    if matrix.numel() == 0:
+        return matrix.new_zeros(matrix.shape[0], 0)
+    values, vectors = right_vectors(tall(matrix))
+    return times(matrix, vectors / values) if matrix.shape[0] >= matrix.shape[1] else vectors.to(matrix.dtype)
+
+
 def orthogonal(vectors: Tensor) -> Tensor:
     """The orthonormal vectors nearest to these: U Vᵀ of X = U Σ Vᵀ (orthogonal Procrustes), float32 like X [n, k].
 

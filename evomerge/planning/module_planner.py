@@ -15,7 +15,7 @@ from evomerge.planning.modules import stack_list
 from evomerge.planning.operation import COPY, Input, Operation
 from evomerge.recipe import LayerPlace, Recipe, expand_frankenmerge, layer_places, resolve, slice_inputs
 from evomerge.recipe.resolve import Input as SliceInput
-from evomerge.recipe.resolve import SliceInputs
+from evomerge.recipe.resolve import ResolvedTensor, SliceInputs
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,7 @@ class ModulePlanner:
             if info.dtype in FLOATS:
                 scale = self._copy_scale(inputs, resolved.settings, resolved.residual_scale, origin)
             return Operation(tensor.output, info.shape, dtype, COPY, None, (origin,), Settings(), scale=scale)
+        after = tuple(stage.name for stage in resolved.method.after if stage.shapes(info.shape))
         return Operation(
             tensor.output,
             info.shape,
@@ -176,8 +177,9 @@ class ModulePlanner:
             resolved.method.name,
             base,
             sources,
-            resolved.settings,
+            _settings_of(resolved, after),
             seed=self.recipe.seed,
+            after=after,
             slice_index=tensor.layer.slice_index,
             t=tensor.layer.t,
         )
@@ -216,6 +218,13 @@ class ModulePlanner:
             origin = self._reference(layer.slice_index)
             origins.append((origin.model, origin.start + layer.offset))
         return tuple(origins)
+
+
+def _settings_of(resolved: ResolvedTensor, after: tuple[str, ...]) -> Settings:
+    """The settings of a tensor without those of stages that do nothing to it."""
+    left_out = {p.name for stage in resolved.method.after if stage.name not in after for p in stage.parameters}
+    shared = {name: value for name, value in resolved.settings.shared.items() if name not in left_out}
+    return Settings(shared, resolved.settings.sources)
 
 
 def _depth(checkpoint: Checkpoint, stack: Stack) -> int:

@@ -44,6 +44,7 @@ class Operation:
         settings: The method's parameters, resolved for this tensor.
         seed: The recipe's seed; matters to stochastic methods only.
         scale: Factor of a copy.
+        after: Stages that follow the method, by name.
         digest: Content hash: operations with the same digest write the same bytes.
         slice_index: The part of the recipe that decides it.
         t: Where in the slice it is, 0 for its first layer and 1 for its last.
@@ -58,6 +59,7 @@ class Operation:
     settings: Settings
     seed: int = 0
     scale: float = 1.0
+    after: tuple[str, ...] = ()
     digest: str = ""
     slice_index: int = field(default=0, compare=False)
     t: float = field(default=0.0, compare=False)
@@ -94,6 +96,7 @@ def operation_digest(operation: Operation, *, stochastic: bool, context: str = "
         [operation.seed, operation.output] if stochastic else None,
         operation.scale,
         context,
+        *operation.after,
     ]
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return digest(text)

@@ -129,7 +129,7 @@ def _todays(key: str, value: Any) -> Any:
 
 def _sayable_parts(recipe: Recipe, method: str) -> bool:
     """Whether mergekit could have these slices and models, all of each."""
-    if recipe.ignore or recipe.take_from or (recipe.tokenizer and recipe.tokenizer.models):
+    if recipe.ignore or recipe.take_from or recipe.after or (recipe.tokenizer and recipe.tokenizer.models):
         return False
     if any(model.startswith("zoo:") or model.endswith(".safetensors") for model in recipe.models()):
         return False

@@ -167,6 +167,7 @@ class Recipe:
         ignore: Tensors that are left out, by a part of their names or a glob.
         take_from: (such tensors, the model that they are taken from as they are).
         seed: For methods that draw random numbers.
+        after: Stages that follow the merge of each tensor, by name.
         name: What other recipes may call the result.
         steps: The merges to carry out before this one, in order; this one, and those after each, name their results.
         warnings: What parsing found odd but possible; no part of the recipe's identity.
@@ -189,6 +190,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     take_from: tuple[tuple[str, str], ...] = ()
     seed: int = 0
+    after: tuple[str, ...] = ()
     name: str | None = None
     steps: tuple[Recipe, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
@@ -271,6 +273,7 @@ class Recipe:
         mapping["ignore"] = list(self.ignore) or None
         mapping["take_from"] = dict(self.take_from) or None
         mapping["seed"] = self.seed or None
+        mapping["after"] = list(self.after) or None
         return {key: value for key, value in mapping.items() if value is not None}
 
     def _body(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from evomerge.errors import ErrorCollector, describe, suggest
 from evomerge.methods.contract import Method, Parameter
+from evomerge.methods.registry import STAGES
 from evomerge.recipe.settings import Conditional, Gradient, Parameters, Scalar, Setting
 from evomerge.recipe.validation import choice_at, integer_at, join, number_at, text_at
 
@@ -104,6 +105,10 @@ def _of_another_method(
             verb = "method" if len(used) == 1 else "methods"
             errors.warn(path, f"has no effect: {verb} {_names(used)} does not know it ({', '.join(others)} would)")
         return True
+    stage = next((stage.name for stage in STAGES.values() if any(p.name == name for p in stage.parameters)), None)
+    if stage is not None:
+        errors.error(path, f"is of the stage '{stage}', which the recipe does not have: write 'after: [{stage}]'")
+        return False
     names = sorted({p.name for method in used or every for p in declared(method)})
     anywhere = sorted({p.name for method in every for p in declared(method)})
     hint = suggest(name, names) or suggest(name, anywhere)

@@ -8,6 +8,7 @@ from typing import Any
 
 from evomerge.errors import ErrorCollector, describe, suggest
 from evomerge.methods.contract import Method
+from evomerge.methods.registry import STAGES, with_stages
 from evomerge.recipe.model import ModelToken, Recipe, Slice, Source, TokenizerBlock, TokenRule, ZeroToken
 from evomerge.recipe.parameters import EMBED_SLERP, parameters_at
 from evomerge.recipe.settings import Parameters
@@ -25,6 +26,7 @@ from evomerge.recipe.validation import (
 _TOP = (
     *("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", "input_model_parameters"),
     *("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "ignore", "take_from", "seed"),
+    "after",
 )
 _SLICE = ("sources", "base_model", "merge_method", "parameters", "residual_weight", "residual_scale")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -48,6 +50,11 @@ class Reader:
 
     def recipe(self, data: Mapping[str, Any]) -> Recipe:
         """Reads the recipe from a document's plain values; incomplete where there were errors."""
+        after = self._after(data.get("after"))
+        staged = {name: with_stages(method, after) for name, method in self.methods.items()}
+        return replace(self, methods=staged)._staged_recipe(data, after)
+
+    def _staged_recipe(self, data: Mapping[str, Any], after: tuple[str, ...]) -> Recipe:
         top = self._top_level(data)
         method = self._method("merge_method", top.get("merge_method"), required=True)
         bodies = self._bodies(top)
@@ -66,6 +73,7 @@ class Reader:
             ignore=self._ignore(top.get("ignore")),
             take_from=self._take_from(top.get("take_from")),
             seed=self._seed(top.get("seed")),
+            after=after,
             name=self._text("name", top.get("name")),
         )
         modules = tuple(self._with_body(shared, body, top, method) for body in bodies)
@@ -242,7 +250,9 @@ class Reader:
     def _ignore(self, value: Any) -> tuple[str, ...]:
         if value is None:
             return ()
-        patterns = [text_at(self.errors, f"ignore[{i}]", part) for i, part in enumerate(_listed(self.errors, value))]
+        patterns = [
+            text_at(self.errors, f"ignore[{i}]", part) for i, part in enumerate(_listed(self.errors, "ignore", value))
+        ]
         return tuple(pattern for pattern in patterns if pattern is not None)
 
     def _take_from(self, value: Any) -> tuple[tuple[str, str], ...]:
@@ -269,6 +279,18 @@ class Reader:
             return None
         return name
 
+    def _after(self, value: Any) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        names = [text_at(self.errors, f"after[{i}]", n) for i, n in enumerate(_listed(self.errors, "after", value))]
+        for name in names:
+            if name is not None and name not in STAGES:
+                hint = suggest(name, STAGES) or f": choose from {', '.join(STAGES)}"
+                self.errors.error("after", f"no stage is called '{name}'{hint}")
+        if len(set(names)) < len(names):
+            self.errors.error("after", f"each stage follows once, got {', '.join(map(str, names))}")
+        return tuple(dict.fromkeys(name for name in names if name in STAGES))
+
     def _seed(self, value: Any) -> int:
         return 0 if value is None else integer_at(self.errors, "seed", value, 0) or 0
 
@@ -285,9 +307,9 @@ class Reader:
             self.errors.error("tokenizer", "is given beside tokenizer_source: keep one of them")
 
 
-def _listed(errors: ErrorCollector, value: Any) -> list[Any]:
-    """One pattern, or a list of them."""
-    return [value] if isinstance(value, str) else list_at(errors, "ignore", value)
+def _listed(errors: ErrorCollector, path: str, value: Any) -> list[Any]:
+    """One text, or a list of them."""
+    return [value] if isinstance(value, str) else list_at(errors, path, value)
 
 
 def _some(method: Method | None) -> list[Method]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge.errors import RecipeError
 from evomerge.methods.contract import Method, Parameter, Settings
-from evomerge.methods.registry import METHODS
+from evomerge.methods.registry import METHODS, with_stages
 from evomerge.recipe.model import Recipe, Slice, Source
 from evomerge.recipe.parameters import LAYOUT_NAMES, RESIDUAL_SCALE
 from evomerge.recipe.settings import Parameters, Scalar, conditionals, evaluate, layer_t
@@ -90,10 +90,17 @@ def slice_inputs(recipe: Recipe, slice_index: int, *, methods: Mapping[str, Meth
 
     A method that needs or takes a base does not count it among the sources, listed or not. Any other has a listed base
     as a source like the rest; of whole models, an unlisted one joins at the end when the recipe sets for all models
-    what a source has no default for (mergekit adds it always, and then fails where that is missing).
+    what a source has no default for (mergekit adds it always, and then fails where that is missing). Where there is a
+    base, the recipe's stages follow the method.
     """
+    inputs = _method_inputs(recipe, slice_index, method_of(recipe, slice_index, methods))
+    if inputs.base is None:
+        return inputs
+    return replace(inputs, method=with_stages(inputs.method, recipe.after))
+
+
+def _method_inputs(recipe: Recipe, slice_index: int, method: Method) -> SliceInputs:
     part = recipe.parts[slice_index]
-    method = method_of(recipe, slice_index, methods)
     reference = part.base_model or recipe.base_model
     listed = tuple(Input(s.model, s.layer_range[0] if s.layer_range else 0, s) for s in part.sources)
     if method.copies_layers or reference is None:

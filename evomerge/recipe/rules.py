@@ -20,6 +20,10 @@ def check_recipe(errors: ErrorCollector, recipe: Recipe, methods: Mapping[str, M
     """Adds to `errors` what is wrong with a recipe whose keys, types and ranges are right."""
     for one in recipe.modules or (recipe,):
         _check_parts(errors, one, methods)
+    parts = [(one, index) for one in recipe.modules or (recipe,) for index in range(len(one.parts))]
+    if recipe.after and all(slice_inputs(one, index, methods=methods).base is None for one, index in parts):
+        text = f"what {recipe.merge_method} makes is no base and something added to it (base_model, a method of deltas)"
+        errors.error("after", f"{', '.join(recipe.after)}: works on what was added to a base; {text}")
     if recipe.parameters.get(EMBED_SLERP) and not recipe.asks_for_tokenizer:
         errors.warn(f"parameters.{EMBED_SLERP}", "has no effect without tokenizer_source")
     models = recipe.models()

@@ -249,24 +249,32 @@ def _cell(row: ResultRow | FrontEntry, split: str, task: str, metric: str) -> st
 
 
 def method_table(name: str | None = None) -> str:
-    """Draws a table of all methods, or one of them with its parameters.
+    """Draws tables of all methods and stages, or one of them with its parameters.
 
     Raises:
         BadInput: When there is no such method.
     """
-    from evomerge.methods.registry import METHODS
+    from evomerge.methods.contract import Method, Stage
+    from evomerge.methods.registry import METHODS, STAGES
 
     if name is None:
-        return table(
+        methods = table(
             ["method", "also called", "what it does", "parameters"],
             [
                 [m.name, ", ".join(m.aliases), m.summary, ", ".join(p.name for p in m.parameters)]
                 for m in METHODS.values()
             ],
         )
-    method = next((m for m in METHODS.values() if name == m.name or name in m.aliases), None)
+        stages = table(
+            ["stage (after:)", "what it does", "parameters"],
+            [[s.name, s.summary, ", ".join(p.name for p in s.parameters)] for s in STAGES.values()],
+        )
+        return f"{methods}\n\n{stages}"
+    declared: dict[str, Method | Stage] = {alias: m for m in METHODS.values() for alias in (m.name, *m.aliases)}
+    declared |= STAGES
+    method = declared.get(name)
     if method is None:
-        raise BadInput(f"no method is called '{name}'{suggest(name, METHODS)}")
+        raise BadInput(f"no method is called '{name}'{suggest(name, [*METHODS, *STAGES])}")
     rows = [
         [
             p.name,

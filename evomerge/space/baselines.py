@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.methods.contract import Method
-from evomerge.space.decode import decode, recipe_hash
+from evomerge.space.decode import decode, recipe_hash, stages_after
 from evomerge.space.genes import paper_value, searched_parameters
 from evomerge.space.genome import Genome, LayerGene, Scalar
 from evomerge.space.space import SearchSpace
@@ -119,6 +119,8 @@ def _recipe(
     if space.base is not None and (space.tokenizer or space.needs_base(method)):
         data["base_model"] = space.base
     data |= space.tokenizer
+    if after := stages_after([method]):
+        data["after"] = after
     data["models"] = [
         {"model": reference, "parameters": dict(own)} if own else {"model": reference}
         for reference, own in sources.items()

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.contract import Method
-from evomerge.methods.registry import METHODS
+from evomerge.methods.registry import METHODS, STAGES, with_stages
 from evomerge.space import genes
 from evomerge.space.genes import CONTROL_POINTS, REST, Choice, LayerGroups, Pattern, Real
 from evomerge.space.space import MethodScope, SearchSpace
@@ -25,6 +25,7 @@ def build_space(
     outer: Sequence[str] = (),
     tensor_group_filters: Mapping[str, Sequence[str]] | None = None,
     methods: Sequence[str],
+    after: Sequence[str] = (),
     method_scope: MethodScope = "run",
     layer_groups: LayerGroups = 1,
     tensor_groups: Sequence[str] | None = None,
@@ -45,6 +46,7 @@ def build_space(
         tensor_group_filters: Tensor group -> substrings of names that pick its tensors; needed for every listed group
             but ``rest``.
         methods: Names of the methods to choose from.
+        after: Names of the stages that follow those that add something to the base.
         method_scope: ``run`` or ``layer_group``.
         layer_groups: A number of equal groups, a list of boundaries, ``per_layer``, or {control_points: number}.
         tensor_groups: Groups of a layer's tensors with genes of their own; what they leave over is ``rest``.
@@ -60,6 +62,7 @@ def build_space(
     """
     problems: list[str] = []
     chosen = _chosen_methods(methods, registry, base, len(sources), problems)
+    chosen = _with_stages(chosen, after, base, problems)
     whole: tuple[tuple[int, int], ...] = ((0, layer_count),)
     groups = _collect(problems, lambda: genes.layer_groups(layer_groups, layer_count), whole)
     parts, filters = _tensor_groups(tensor_groups, tensor_group_filters or {}, problems)
@@ -146,6 +149,23 @@ def _chosen_methods(
     if not names:
         problems.append("space.methods: give at least one method")
     return tuple(chosen.values())
+
+
+def _with_stages(
+    methods: Sequence[Method], after: Sequence[str], base: str | None, problems: list[str]
+) -> tuple[Method, ...]:
+    """The methods, those of deltas with stages after them."""
+    problems += [f"space.after: no stage is called '{n}'{suggest(n, STAGES)}" for n in after if n not in STAGES]
+    names = tuple(dict.fromkeys(name for name in after if name in STAGES))
+    based = [method for method in methods if base is not None and _has_base(method)]
+    if names and not based:
+        problems.append("space.after: works on what a method adds to models.base, and none of space.methods does")
+    return tuple(with_stages(method, names) if method in based else method for method in methods)
+
+
+def _has_base(method: Method) -> bool:
+    fixed = genes.fixed_parameters(method, (), has_base=True)
+    return not method.copies_layers and (method.takes_base or method.base_needed(fixed))
 
 
 def _tensor_groups(

@@ -158,6 +158,8 @@ def _recipe(space: SearchSpace, methods: Sequence[Method], slices: Sequence[_Sli
     if space.base is not None and (space.tokenizer or any(space.needs_base(method) for method in methods)):
         recipe["base_model"] = space.base
     recipe |= space.tokenizer
+    if after := stages_after(methods):
+        recipe["after"] = after
     recipe["slices"] = [piece.mapping for piece in slices]
     constants = space.constants[methods[0].name] if _same(methods) else {}
     if constants:
@@ -167,6 +169,11 @@ def _recipe(space: SearchSpace, methods: Sequence[Method], slices: Sequence[_Sli
     if any(method.stochastic for method in methods):
         recipe["seed"] = space.seed
     return recipe
+
+
+def stages_after(methods: Sequence[Method]) -> list[str]:
+    """Names the stages that follow these methods."""
+    return list(dict.fromkeys(stage.name for method in methods for stage in method.after))
 
 
 def _same(methods: Sequence[Method]) -> bool:

@@ -442,7 +442,8 @@ WITHOUT_BASE = {"linear/normalized", "linear/gradient", "slerp/weights", "nusler
 
 def method_names() -> list[str]:
     """Of all methods, from `evomerge methods`."""
-    rows = [line.split("|") for line in evomerge("methods").splitlines() if line.startswith("|")]
+    of_methods = evomerge("methods").partition("\n\n")[0]
+    rows = [line.split("|") for line in of_methods.splitlines() if line.startswith("|")]
     return [row[1].strip() for row in rows[2:]]
 
 

@@ -18,6 +18,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "groups": {"layer_groups": 3},
     "tensor groups": {"layer_groups": 2, "tensor_groups": ["attention", "mlp"]},
     "methods by group": {"method_scope": "layer_group", "layer_groups": 3},
+    "stages": {"after": ["svc"], "layer_groups": 2, "tensor_groups": ["mlp"]},
     "control points": {"layer_groups": {"control_points": 4}, "tensor_groups": ["mlp"]},
 }
 SUFFIXES = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")

@@ -15,7 +15,7 @@ from evomerge.methods.registry import METHODS
 from evomerge.methods.shared_parameters import OUR_WEIGHT
 from evomerge.recipe import parse_recipe
 from evomerge.space.baselines import baselines
-from evomerge.space.decode import decode, genome_hash, why_invalid
+from evomerge.space.decode import active_genes, decode, genome_hash, why_invalid
 from evomerge.space.genes import Pattern, layer_groups
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace, sample_layers
@@ -356,3 +356,20 @@ def test_sampled_patterns_are_often_one_whole_stack_and_scales_mostly_near_one()
 @pytest.mark.parametrize(("layers", "groups"), [(1, 1), (3, 3), (6, 6), (24, 6)])
 def test_groups_that_nobody_asked_for_are_never_more_than_the_layers(layers: int, groups: int) -> None:
     assert len(layer_groups(None, layers)) == groups
+
+
+def test_stages_follow_the_methods_of_deltas() -> None:
+    space = make_space(methods=("linear", "ties", "slerp"), after=("svc",))
+    assert [[stage.name for stage in method.after] for method in space.methods] == [[], ["svc"], ["svc"]]
+    assert {gene.parameter for gene in space.reals} >= {"svc_alpha", "svc_strength"}
+    for start in baselines(space):
+        recipe = parse_recipe(start.recipe)
+        assert (recipe.after == ("svc",)) == (start.name in ("ties (defaults)", "slerp (defaults)"))
+    genome = space.default()
+    off = Genome.of({**genome.values, "method": "ties"} | {g.name: 0.0 for g in space.reals if "strength" in g.name})
+    assert not any("svc_alpha" in name for name in active_genes(space, off))
+    assert "after" not in decode(space, Genome.of({**genome.values, "method": "linear"}))
+    with pytest.raises(SpecError, match=r"space.after: works on what a method adds to models.base, and none"):
+        make_space(methods=("linear",), after=("svc",))
+    with pytest.raises(SpecError, match=r"space.after: no stage is called 'svd' \(did you mean 'svc'\?\)"):
+        make_space(methods=("ties",), after=("svd",))

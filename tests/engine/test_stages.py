@@ -1,0 +1,100 @@
+"""Stages after a merge: the same in memory as on disk, for every method that adds something to a base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evomerge.engine.execute import materialise
+from evomerge.engine.resident import Resident
+from evomerge.engine.setting_derivatives import setting_derivatives
+from evomerge.engine.statistics.tensor_statistics import StatisticsStore
+from evomerge.methods.contract import Method
+from evomerge.methods.plain_statistics import PlainStatistics
+from evomerge.methods.registry import METHODS, STAGES
+from evomerge.planning.operation import Operation
+from tests.engine.helpers import operation_for, store_for
+from tests.engine.recipes import EVERY, opened, plan_of, recipe_for
+from tests.engine.test_resident import on_disk, same_model
+from tests.methods.helpers import family
+
+VALUES = {"svc_alpha": 0.5, "svc_strength": 0.75}
+
+
+def staged(method: Method, models: dict[str, Path], **values: float) -> dict[str, Any]:
+    """A recipe with a stage."""
+    recipe = recipe_for(method, models, base_model=str(models["base"]))
+    return recipe | {"after": ["svc"], "parameters": {**recipe.get("parameters", {}), **VALUES, **values}}
+
+
+def by_hand(operation: Operation, store: StatisticsStore) -> torch.Tensor:
+    """The method's own result, then the stage."""
+    merged = materialise(replace(operation, after=()), store, torch.float32)
+    assert operation.base is not None
+    base, *sources = (
+        store.tensors.flat(t).float().view(operation.shape)
+        for t in (operation.base, *(operation.sources[i] for i in operation.settings.taking_part()))
+    )
+    return STAGES["svc"].apply(PlainStatistics(base, sources).block("tensor"), merged, operation.settings)
+
+
+DELTAS = [m for m in EVERY if m.needs_base or m.takes_base]
+
+
+@pytest.mark.parametrize("method", DELTAS, ids=lambda m: m.name)
+def test_after_every_method_of_deltas(tiny_family: dict[str, Path], tmp_path: Path, method: Method) -> None:
+    recipe = staged(method, tiny_family)
+    checkpoints = opened(str(folder) for folder in tiny_family.values())
+    plan, store = plan_of(recipe, checkpoints), StatisticsStore(checkpoints)
+    same_model(Resident(checkpoints).write(plan)[0], on_disk(recipe, tmp_path / "out"))
+    matrices = [op for op in plan.operations if op.after]
+    assert {len(op.shape) for op in matrices} == {2}
+    assert all(op.after or "svc_alpha" not in op.settings.shared for op in plan.operations)
+    for operation in matrices[:3]:
+        got = materialise(operation, store, torch.float32, plan.family)
+        torch.testing.assert_close(got, by_hand(operation, store), rtol=0.0, atol=0.0)
+
+
+def test_what_is_off_costs_nothing(tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = staged(METHODS["ties"], tiny_family, svc_strength=0.0)
+    checkpoints = opened(str(folder) for folder in tiny_family.values())
+    expected = Resident(checkpoints).write(plan_of(recipe_for(METHODS["ties"], tiny_family), checkpoints))[0]
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    got = Resident(checkpoints).write(plan_of(recipe, checkpoints))[0].state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in expected.state_dict().items())
+
+
+def test_a_source_of_weight_zero_is_no_task() -> None:
+    base, sources = family(4, 3, (6, 5))
+    method = METHODS["task_arithmetic"]
+    shared = {"svc_alpha": 1.0, "svc_strength": 1.0}
+
+    def merged(weights: list[float], of: list[torch.Tensor]) -> torch.Tensor:
+        chosen = method.settings([{"weight": w} for w in weights])
+        chosen = replace(chosen, shared={**chosen.shared, **shared})
+        operation = operation_for("task_arithmetic", chosen, base.shape, after=("svc",))
+        return materialise(operation, store_for(base, of), torch.float32)
+
+    assert torch.equal(merged([1.0, 0.0, 1.0], sources), merged([1.0, 1.0], [sources[0], sources[2]]))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_derivatives_by_the_strength(strength: float) -> None:
+    """Exact: the result is linear in it."""
+    base, sources = family(4, 2, (6, 5))
+    store = store_for(base, sources)
+
+    def operation(value: float) -> Operation:
+        chosen = METHODS["task_arithmetic"].settings([{"weight": 1.0}] * 2)
+        chosen = replace(chosen, shared={**chosen.shared, "svc_alpha": 1.0, "svc_strength": value})
+        return operation_for("task_arithmetic", chosen, base.shape, after=("svc",))
+
+    key = ("svc_strength", None)
+    ((_, derivatives),) = setting_derivatives([(operation(strength), {key: (0.0, 1.0)})], store)
+    ends = [materialise(operation(value), store, torch.float32) for value in (0.0, 1.0)]
+    assert float((ends[1] - ends[0]).abs().max()) > 1e-3
+    torch.testing.assert_close(derivatives[key], ends[1] - ends[0], rtol=1e-3, atol=1e-5)
