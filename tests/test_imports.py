@@ -50,6 +50,7 @@ IMPORTS: dict[str, set[str]] = {
     "trackers": {"study", "spec.schema"},
     "report": {
         *("study", "objective", "evaluation.scores", "evaluation.splits", "recipe", "checkpoints", "methods"),
+        "space.baselines",
     },
     "problem": {
         *("engine", "planning", "evaluation", "objective", "study", "space", "recipe", "spec", "checkpoints"),

@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 STOPPED = 130
+_WATCH_SECONDS = 10.0
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/NAME.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -123,6 +124,22 @@ def lineage(
         typer.echo(to_dot(history, candidate))
     else:
         typer.echo(ancestry(history, folder.winner(history) if candidate is None else candidate))
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Argument(help="The HTML file.", show_default="RUN/report.html")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Folder for the numbers behind each picture.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Write it again and again while the run goes on.")] = False,
+) -> None:
+    """Write a page with pictures: how good the winner is, what it is made of, how it was found."""
+    from evomerge.run.report import watch_report, write_report
+
+    if watch:
+        watch_report(run, out, csv, _WATCH_SECONDS, typer.echo)
+    else:
+        typer.echo(write_report(run, out, csv=csv))
 
 
 @app.command()

@@ -30,6 +30,7 @@ from evomerge.report.model_card import (
     scores_section,
 )
 from evomerge.report.result import RunResult
+from evomerge.report.run_data import SAMPLES
 from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import Candidate, find
@@ -142,6 +143,9 @@ def write_export(
         items = items_by_task(problem.tasks, problem.splits[split])
         (partial / ITEMS).write_text(json.dumps(items), encoding="utf-8")
         (partial / "scores.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
+        source = next(iter(folder.spec.models.sources))
+        rows = [{"prompt": p, "merged": own, "source": source, "by_source": other} for p, own, other in samples]
+        (partial / SAMPLES).write_text(json.dumps({"samples": rows}, indent=2), encoding="utf-8")
 
     write_checkpoint(
         plan, problem.checkpoints, out, card="", overwrite=overwrite, max_shard_size=max_shard_size, finish=finish

@@ -184,6 +184,10 @@ class RunFolder:
         changed = _diff(before["versions"], json.loads(json.dumps(environment["versions"])))
         return [f"versions differ from the run's first ones; equal up to rounding:\n{changed}"] if changed else []
 
+    def environment(self) -> dict[str, dict[str, Any]]:
+        """Reads what the run began in: contents of models and tasks, versions; empty before that is written."""
+        return self._environment(self.root / "environment.json") or {}
+
     def _environment(self, path: Path) -> dict[str, dict[str, Any]] | None:
         if not path.exists():
             return None
@@ -214,12 +218,15 @@ class RunFolder:
         """
         from evomerge.study.record import Record
 
-        name = f"{self.spec.name}-random" if baseline else self.spec.name
+        name = self._study(baseline)
         where = self.spec.run.storage or self.root / "study.log"
         owner = self._owner() if self.spec.run.storage and space is not None else None
         names = self.spec.objectives
         objectives = max(1, len(names))
         return Record.open(where, name, space=space, objectives=objectives, names=names, owner=owner, report=report)
+
+    def _study(self, baseline: bool) -> str:
+        return f"{self.spec.name}-random" if baseline else self.spec.name
 
     def _owner(self) -> dict[str, str]:
         """Who this folder is to a storage that other runs use as well; the same after the folder was moved."""
@@ -229,12 +236,14 @@ class RunFolder:
         number = read_sealed_lines(path, "the storage has it, as the run's id").strip()
         return {"id": number, "folder": str(self.root.resolve()), "host": socket.gethostname()}
 
-    def candidates(self) -> tuple[Candidate, ...]:
-        """Reads all recorded candidates, by number."""
+    def candidates(self, *, baseline: bool = False) -> tuple[Candidate, ...]:
+        """Reads all recorded candidates, by number; those of the baseline's random search where that is asked for."""
         from evomerge.study.record import Record
 
         where = self.spec.run.storage or self.root / "study.log"
-        record = Record.find(where, self.spec.name)  # reading must not make a study that the run is about to make
+        record = Record.find(
+            where, self._study(baseline)
+        )  # reading must not make a study that the run is about to make
         return record.candidates() if record is not None else ()
 
     def winner(self, history: tuple[Candidate, ...]) -> int:

@@ -29,7 +29,11 @@ def read_status(run: Path) -> RunStatus:
         RunError: When there is no run.
     """
     folder = RunFolder.existing(run)
-    history = folder.candidates()
+    return status_of(folder, folder.candidates())
+
+
+def status_of(folder: RunFolder, history: tuple[Candidate, ...]) -> RunStatus:
+    """Works out where a run stands, given its candidates."""
     result = folder.result()
     budget = folder.spec.search.candidates
     final = result if result is not None and result.candidates.budget >= budget else None
