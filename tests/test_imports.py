@@ -28,7 +28,7 @@ ROWS = [
     {"engine", "study"},
     {"problem", "report", "algorithms", "executors", "trackers"},
     {"run"},
-    {"cli", "api", "notebook", "__init__", "__main__"},
+    {"cli", "testing", "api", "notebook", "__init__", "__main__"},
 ]
 """From the bottom up: a package imports from rows below its own only."""
 

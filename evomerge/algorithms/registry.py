@@ -1,4 +1,7 @@
-"""The search algorithms by the name they have in a search.yaml. A new one is a function and a line here."""
+"""The search algorithms by the name they have in a search.yaml. A new one is a function and a line here.
+
+Installed packages add theirs by entry points.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from evomerge.errors import SpecError, suggest
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.study.interfaces import Algorithm, AlgorithmSettings
+from evomerge.system.plugins import Registry
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def _of_kind(value: Any, default: Any) -> bool:
     return isinstance(value, int | float if isinstance(default, float) else type(default))
 
 
-ALGORITHMS: dict[str, RegisteredAlgorithm] = {
+_OWN = {
     "ga": RegisteredAlgorithm(ga, OPTIONS, multi_objective=True, population=POPULATION),
     "random": RegisteredAlgorithm(random_search, multi_objective=True),
     "tpe": RegisteredAlgorithm(optuna_samplers.tpe, optuna_samplers.TPE_OPTIONS, multi_objective=True),
@@ -87,6 +91,8 @@ ALGORITHMS: dict[str, RegisteredAlgorithm] = {
         asynchronous=False,
     ),
 }
+
+ALGORITHMS: Registry[RegisteredAlgorithm] = Registry(_OWN, "evomerge.algorithms", RegisteredAlgorithm)
 
 
 def get_algorithm(name: str) -> RegisteredAlgorithm:

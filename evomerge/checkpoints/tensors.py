@@ -20,7 +20,7 @@ from evomerge.checkpoints.fingerprint import FingerprintCache, content_fingerpri
 from evomerge.checkpoints.header import TensorInfo, TensorSpec
 from evomerge.checkpoints.weight_files import TensorIndex, WeightFiles, read_tensor_index, signature
 from evomerge.errors import CheckpointError, EvoMergeError
-from evomerge.system.truncation import watch_map
+from evomerge.system.inputs import watch_map
 
 # Not in Python's mmap module before 3.13. A private map of a file bigger than the memory may otherwise be refused,
 # as if all of it could be written to.

@@ -250,6 +250,7 @@ class Method:
         takes_base: A ``base_model`` that a recipe gives is where the deltas start and no source, though none is needed.
         order_matters: The order of the sources changes the result.
         after: Stages that follow, whose parameters are among the method's (`evomerge.methods.registry.with_stages`).
+        version: Tells apart what has one name but not one result: the code of an installed package, as a hash.
     """
 
     name: str
@@ -269,6 +270,7 @@ class Method:
     takes_base: bool = False
     order_matters: bool = False
     after: tuple[Stage, ...] = ()
+    version: str = ""
 
     def parameter(self, name: str) -> Parameter | None:
         """Returns the declared parameter of that name, or None."""
@@ -317,3 +319,26 @@ class Method:
         if problems:
             raise RecipeError(problems)
         return Settings(values, columns)
+
+
+def merge_method(
+    *parameters: Parameter, paper: str = "", **declaration: Any
+) -> Callable[[Callable[[Block, Settings], Tensor]], Method]:
+    """Declares the method that a function computes, by the function's name and the first line of its docstring.
+
+        @merge_method(replace(WEIGHT, default=1.0, required=False), Parameter("reach", default=0.1, gene=(0.0, 1.0)))
+        def clipped(block: Block, settings: Settings) -> Tensor:
+            \"\"\"Add deltas that are clipped.\"\"\"
+
+    Args:
+        parameters: Its parameters.
+        paper: Authors, year and link, where there is one.
+        declaration: The other attributes of `Method`.
+    """
+
+    def declare(function: Callable[[Block, Settings], Tensor]) -> Method:
+        summary = (function.__doc__ or "").strip().partition("\n")[0]
+        named = {"name": function.__name__, "summary": summary, **declaration}
+        return Method(paper=paper, parameters=parameters, merge=function, **named)
+
+    return declare

@@ -1,11 +1,11 @@
-"""All merge methods and stages by name. Adding one costs its file and a line here."""
+"""All merge methods and stages by name. A new one is a file and a line here; packages add methods by entry points."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from evomerge.errors import RecipeError, suggest
+from evomerge.errors import BadInput, RecipeError, suggest
 from evomerge.methods import (
     arcee_fusion,
     breadcrumbs,
@@ -30,8 +30,17 @@ from evomerge.methods import (
     tsv_merge,
 )
 from evomerge.methods.contract import Method, Stage
+from evomerge.system.plugins import Registry, source_digest
 
-METHODS: dict[str, Method] = {
+
+def _adopt(name: str, method: Method) -> Method:
+    """A package's method, with what tells its versions apart."""
+    if method.name != name or method.merge is None:
+        raise BadInput(f"a method that merges, and is called '{name}' itself; got '{method.name}'")
+    return replace(method, version=source_digest(method.merge))
+
+
+_OWN = {
     method.name: method
     for method in (
         linear.METHOD,
@@ -69,6 +78,9 @@ def with_stages(method: Method, names: Sequence[str]) -> Method:
     stages = tuple(STAGES[name] for name in names)
     own = tuple(parameter for stage in stages for parameter in stage.parameters)
     return replace(method, parameters=(*method.parameters, *own), after=stages) if stages else method
+
+
+METHODS: Registry[Method] = Registry(_OWN, "evomerge.methods", Method, _adopt)
 
 
 def get_method(name: str) -> Method:

@@ -253,6 +253,6 @@ def _refuse_misfits(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> No
 def _digest(operation: Operation, family: Family) -> str:
     if operation.method == COPY:
         return operation_digest(operation, stochastic=False)
-    stochastic = get_method(operation.method).stochastic
+    method = get_method(operation.method)
     context = repr(family) if operation.settings.shared.get("scope") == "model" else ""
-    return operation_digest(operation, stochastic=stochastic, context=context)
+    return operation_digest(operation, stochastic=method.stochastic, context=context + method.version)

@@ -3,12 +3,19 @@
 That a file could be read says nothing about what it holds an hour later. So its signature is looked at again before
 anything that rests on it is kept; where that has changed, its content is compared; at the end all of it is, whatever
 the signature says. A file that was replaced under its name is still open here, as it was, and is no trouble.
+
+One that is cut short under its memory map ends the process: reading a page that is no longer there raises SIGBUS in
+whatever thread read it, and nothing can go on from there. The handler is called in that thread, says which file it was,
+and never returns.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import stat
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +26,10 @@ from evomerge.system.hashing import digest
 _PAGE = 4096
 _SAMPLED = 32  # pages of a file, spread evenly, the first and the last among them
 _SMALL = 1 << 20  # bytes of a file of which every page is compared, every time
+
+_EXIT_CODE = 2  # that of `BadInput`
+_mapped: dict[Path, int] = {}  # of the process, as the handler is
+_handlers: list[object] = []  # kept alive for as long as the process
 
 Signature = tuple[int, int, int, int]
 
@@ -127,3 +138,42 @@ def _sample(descriptor: int) -> str:
         last = size - _PAGE
         parts = [os.pread(descriptor, _PAGE, last * k // (_SAMPLED - 1)) for k in range(_SAMPLED)]
     return digest(str(size), *parts)
+
+
+def watch_map(path: Path, size: int) -> None:
+    """Notes that a file of this size is mapped into memory, so that its truncation can be told."""
+    _mapped[path] = size
+    if not _handlers and sys.platform != "win32":
+        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_tell)
+        _handlers.append(handler)
+        libc = ctypes.CDLL(None)
+        libc.signal.restype = ctypes.c_void_p
+        libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        libc.signal(int(signal.SIGBUS), ctypes.cast(handler, ctypes.c_void_p))
+
+
+def truncated_maps() -> list[str]:
+    """Describes the mapped files that are shorter than they were."""
+    shorter = []
+    for path, size in _mapped.items():
+        try:
+            now = path.stat().st_size
+        except OSError as error:
+            shorter.append(f"{path}: cannot be read any more: {error.strerror}")
+            continue
+        if now < size:
+            shorter.append(f"{path}: was truncated while it was in use: it had {size} bytes and has {now}")
+    return shorter
+
+
+def _tell(number: int) -> None:
+    """Says which file it was, and ends the process."""
+    problems = truncated_maps() or [f"a file could not be read through its memory map; one of: {_listed()}"]
+    for problem in problems:
+        line = f"error: {problem}. The work stopped; with the file as it was, the same command goes on from here\n"
+        os.write(2, line.encode(errors="replace"))
+    os._exit(_EXIT_CODE)
+
+
+def _listed() -> str:
+    return ", ".join(map(str, _mapped))

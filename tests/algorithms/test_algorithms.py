@@ -21,10 +21,10 @@ from evomerge.algorithms.registry import (
 )
 from evomerge.errors import SpecError
 from evomerge.space.baselines import baselines
-from evomerge.space.decode import decode, genome_hash, why_invalid
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.interfaces import AlgorithmSettings
+from evomerge.testing.algorithms import check_proposals
 from tests.algorithms.landscapes import COSTLY, Bowl, Repair, best_truth, every_algorithm, make_space, pattern_space
 
 SPACES = {
@@ -105,14 +105,7 @@ def test_proposals_are_new_numbered_and_within_the_space(algorithm: str, space_n
     space, history = case(space_name)
     proposals = asked(algorithm, space_name)
     assert len(proposals) == (2 if algorithm in COSTLY else 6)
-    assert [p.number for p in proposals] == list(range(len(history), len(history) + len(proposals)))
-    assert all(space.contains(p.genome) and why_invalid(space, p.genome) is None for p in proposals)
-    assert all(p.recipe == decode(space, p.genome) and p.recipe_hash == genome_hash(space, p.genome) for p in proposals)
-    recipe_hashes = [p.recipe_hash for p in proposals]
-    assert len(set(recipe_hashes)) == len(recipe_hashes)
-    assert not set(recipe_hashes) & {c.recipe_hash for c in history}
-    known = {c.number for c in history if c.state != "failed"}  # a pruned one counts with its estimate
-    assert all(set(p.parents) <= known and p.operator and p.generation == 2 for p in proposals)
+    check_proposals(space, history, proposals, range(len(history), len(history) + len(proposals)), generation=2)
 
 
 @some_pairs

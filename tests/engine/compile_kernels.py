@@ -15,9 +15,10 @@ from numba.core.dispatcher import Dispatcher
 from evomerge.engine import kernels
 from evomerge.engine.execute import materialise
 from evomerge.engine.kernels import dropout, random_field, reductions
+from evomerge.testing.methods import declared, family, fit, modes
 from tests.engine.helpers import operation_for, store_for
 from tests.engine.statistics import test_sce_selection
-from tests.methods.helpers import MERGING, declared, family, fit, modes
+from tests.methods.helpers import MERGING
 
 VALUES = {"weight": 0.5, "density": 0.6, "drop_rate": 0.3, "epsilon": 0.1, "lambda": 0.9, "select_topk": 0.5}
 

@@ -11,7 +11,7 @@ from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
 from evomerge.planning.plan import Plan, make_plan
 from evomerge.recipe import parse_recipe
-from tests.methods.helpers import fit
+from evomerge.testing.methods import fit
 
 DROPPED = {"density": 0.5, "lambda": 0.9}
 

@@ -24,8 +24,9 @@ from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
 from evomerge.planning.operation import COPY, Input, Operation
 from evomerge.system import threads
+from evomerge.testing.methods import declared, family, fit
 from tests.engine.helpers import PRINTS, inputs, operation_for, store_for, store_of
-from tests.methods.helpers import declared, every_mode, family, fit, numbers, of_all, of_sources
+from tests.methods.helpers import every_mode, numbers, of_all, of_sources
 
 DTYPES = [torch.bfloat16, torch.float32]
 SEED = 5

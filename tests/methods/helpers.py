@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.methods.contract import Method, Settings
-from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors
+from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
-
-FINGERPRINTS = ("f0", "f1", "f2", "f3", "f4")
-
-
-SWITCHES = {"filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "spectral"}  # bools by which a method becomes another
+from evomerge.testing.methods import declared, modes
 
 FAR = {"nearswap": {"t": 1e38}, "ram": {"epsilon": 0.0}, "ramplus_tl": {"epsilon": 0.0}}
 """Lengths in the units of the weights: so long that nothing is further away, or so short that nothing is nearer."""
-
-
-def modes(method: Method) -> Iterator[dict[str, Any]]:
-    """Every combination of the method's choices."""
-    choices = [p for p in method.parameters if p.kind == "choice" or p.name in SWITCHES]
-    for values in itertools.product(*(p.choices or (True, False) for p in choices)):
-        yield dict(zip((p.name for p in choices), values, strict=True))
 
 
 def mode_id(method: Method, mode: Mapping[str, Any]) -> str:
@@ -50,19 +37,9 @@ every_mode = in_every_mode(MERGING)
 every_keeping_mode = in_every_mode([method for method in MERGING if method.name not in ALWAYS_DROPS])
 
 
-def fit(method: Method, items: Sequence[Any]) -> list[Any]:
-    """As many of the items as the method takes sources: the last one again where it needs more."""
-    return [*items, *[items[-1]] * (method.min_sources - len(items))][: method.max_sources]
-
-
 def having(name: str) -> pytest.MarkDecorator:
     """Every method with a parameter of that name."""
     return pytest.mark.parametrize("method", [pytest.param(m, id=m.name) for m in MERGING if m.parameter(name)])
-
-
-def declared(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that the method has a parameter for."""
-    return {name: value for name, value in values.items() if method.parameter(name)}
 
 
 def of_sources(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,53 +55,6 @@ def of_all(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
 def neutral(method: Method) -> dict[str, Any]:
     """Nothing dropped, trimmed or rescaled, and normalised weights."""
     return declared(method, {"density": 1.0, "lambda": 1.0, "normalize": True}) | FAR.get(method.name, {})
-
-
-def weighted(method: Method, weights: Sequence[float], shared: Mapping[str, Any]) -> Settings:
-    """Settings from weights and shared values."""
-    return method.settings([declared(method, {"weight": weight}) for weight in weights], shared)
-
-
-def family(seed: int, count: int, shape: Sequence[int], spread: float = 0.1) -> tuple[Tensor, list[Tensor]]:
-    """A random base and sources near it, float32."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(tuple(shape), generator=generator)
-    return base, [base + spread * torch.randn(tuple(shape), generator=generator) for _ in range(count)]
-
-
-def run(
-    method: Method,
-    base: Tensor,
-    sources: Sequence[Tensor],
-    weights: Sequence[float],
-    shared: Mapping[str, Any],
-    **more: Any,
-) -> Tensor:
-    """Merges whole tensors with fixed fingerprints, as many as the method takes."""
-    sources, weights = fit(method, sources), fit(method, weights)
-    more.setdefault("fingerprints", FINGERPRINTS[: len(sources)])
-    return merge_tensors(method, base, sources, weighted(method, weights, shared), **more)
-
-
-def in_pieces(
-    method: Method, base: Tensor, sources: Sequence[Tensor], settings: Settings, cuts: Sequence[int]
-) -> Tensor:
-    """Merges block by block, cut at these flat indices (rounded down to what the method has to see at once)."""
-    from evomerge.methods.random_field import field_key
-
-    assert method.merge is not None
-    keys = [field_key(0, "tensor", print_) for print_ in FINGERPRINTS[: len(sources)]]
-    statistics = PlainStatistics(base, sources, keys)
-    granularity = method.granularity(settings)
-    step = {"element": 1, "row": base.shape[-1] if base.dim() > 1 else base.numel(), "tensor": base.numel()}[
-        granularity
-    ]
-    edges = sorted({0, base.numel(), *(cut // step * step for cut in cuts if cut < base.numel())})
-    parts = []
-    for start, end in itertools.pairwise(edges):
-        block = statistics.block(granularity, start, end - start)
-        parts.append(method.merge(block, settings).reshape(-1))
-    return torch.cat(parts).reshape(base.shape)
 
 
 def numbers(dtype: torch.dtype, size: int, largest: float = 1e30) -> st.SearchStrategy[Tensor]:

@@ -12,7 +12,7 @@ from evomerge.methods.contract import Method
 from evomerge.methods.plain_statistics import PlainStatistics, merge_tensors, tensor_fingerprint
 from evomerge.methods.random_field import field_key, kept_elements
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import family
+from evomerge.testing.methods import family
 
 LINEAR, TASKS, DARE, DARE_LINEAR = (METHODS[n] for n in ("linear", "task_arithmetic", "dare", "dare_linear"))
 

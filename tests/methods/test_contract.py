@@ -17,22 +17,30 @@ from evomerge.errors import RecipeError
 from evomerge.methods.contract import Method
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS, get_method
+from evomerge.testing.methods import (
+    check_base,
+    check_blocks,
+    check_declaration,
+    check_inputs,
+    check_order,
+    check_shapes,
+    check_weight_zero,
+    declared,
+    family,
+    in_pieces,
+    run,
+    weighted,
+)
 from tests.methods.helpers import (
     FAR,
     MERGING,
-    declared,
     every_keeping_mode,
     every_method,
     every_mode,
-    family,
-    fit,
     having,
     in_every_mode,
-    in_pieces,
     neutral,
     numbers,
-    run,
-    weighted,
 )
 
 SIZE = 24
@@ -79,16 +87,7 @@ def test_a_bfloat16_source_survives_the_round_trip(
 
 @in_every_mode([method for method in MERGING if method.parameter("weight")])
 def test_a_source_at_weight_zero_takes_no_part(method: Method, mode: dict[str, Any]) -> None:
-    base, sources = family(3, 3, (6, 7))
-    for where in range(4):
-        more, weights = [*sources], [0.4, 1.0, 0.7]
-        expected = merge_tensors(method, base, sources, weighted(method, weights, mode), fingerprints="abc")
-        more.insert(where, base + 100.0)
-        weights.insert(where, 0.0)
-        prints = [*"abc"]
-        prints.insert(where, "z")
-        got = merge_tensors(method, base, more, weighted(method, weights, mode), fingerprints=prints)
-        assert torch.equal(got, expected)
+    check_weight_zero(method, mode)
 
 
 @having("weight")
@@ -140,48 +139,18 @@ def test_what_is_declared_idle_has_no_effect_there_and_has_one_elsewhere(method:
 def test_any_blocks_give_the_same_bits(
     method: Method, mode: dict[str, Any], seed: int, rows: int, columns: int, cuts: list[int], paper: bool, scale: float
 ) -> None:
-    base, sources = family(seed, 3, (rows, columns))
-    weights = [0.31, 1.27, 0.5]
-    weight = method.parameter("weight")
-    if weight is not None and weight.low is None:
-        weights[2] = -0.5
-    shared = mode | declared(method, {"lambda": scale}) | ({"gamma": 1.3} if method.name == "dfs" else {})
-    own = [
-        declared(method, {"weight": w}) | per_source
-        for w, per_source in zip(weights, spread_density(method), strict=True)
-    ]
-    sources, chosen = fit(method, sources), method.settings(fit(method, own), shared, paper=paper)
-    whole = in_pieces(method, base, sources, chosen, [])
-    assert torch.equal(in_pieces(method, base, sources, chosen, cuts), whole)
-
-
-def spread_density(method: Method) -> list[dict[str, Any]]:
-    parameter = method.parameter("density")
-    if parameter is None or not parameter.per_source:
-        return [{}, {}, {}]
-    return [{"density": 0.5}, {}, {"density": 0.13}]
+    shared = declared(method, {"lambda": scale}) | ({"gamma": 1.3} if method.name == "dfs" else {})
+    check_blocks(method, mode, seed=seed, shape=(rows, columns), cuts=cuts, paper=paper, shared=shared)
 
 
 @every_mode
 def test_inputs_are_left_alone_and_the_result_is_new(method: Method, mode: dict[str, Any]) -> None:
-    base, sources = family(1, 2, (5, 4))
-    kept = [base.clone(), *(s.clone() for s in sources)]
-    for weights in ([1.0, 1.0], [1.0, 0.0]):
-        for paper in (False, True):
-            own = [declared(method, {"weight": w}) for w in fit(method, weights)]
-            chosen = method.settings(own, mode, paper=paper)
-            merge_tensors(method, base, fit(method, sources), chosen).fill_(7.0)
-    assert all(torch.equal(a, b) for a, b in zip(kept, [base, *sources], strict=True))
+    check_inputs(method, mode)
 
 
 @every_mode
 def test_vectors_and_numbers_are_tensors_too(method: Method, mode: dict[str, Any]) -> None:
-    for shape in ((5,), (1,), (2, 3, 2), ()):
-        base, sources = family(2, 2, shape)
-        merged = run(method, base, sources, [1.0, 1.0], neutral(method) | mode)
-        assert merged.shape == base.shape
-        assert merged.dtype == torch.float32
-        assert torch.isfinite(merged).all()
+    check_shapes(method, mode, neutral(method))
 
 
 # ---------------------------------------------------------------- symmetry, scale, density
@@ -191,21 +160,8 @@ def test_vectors_and_numbers_are_tensors_too(method: Method, mode: dict[str, Any
 @FEW
 @given(seed=st.integers(0, 10**6), order=st.permutations(range(3)), density=st.sampled_from([1.0, 0.4]))
 def test_the_order_of_sources_does_not_matter(method: Method, seed: int, order: list[int], density: float) -> None:
-    base, sources = family(seed, 3, (8, 9))
-    weights, prints = [0.4, 1.1, 0.7], ["a", "b", "c"]
     shared = declared(method, {"density": density, "select_topk": density})
-    if method.order_matters or method.max_sources == 1:
-        order = [0, 1, 2]
-    expected = run(method, base, sources, weights, shared, fingerprints=prints)
-    got = run(
-        method,
-        base,
-        [sources[i] for i in order],
-        [weights[i] for i in order],
-        shared,
-        fingerprints=[prints[i] for i in order],
-    )
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    check_order(method, {}, seed=seed, order=order, shared=shared)
 
 
 @every_keeping_mode
@@ -310,13 +266,7 @@ def test_shapes_that_differ_are_refused(method: Method) -> None:
 
 @every_mode
 def test_a_missing_base_is_refused_exactly_where_it_is_needed(method: Method, mode: dict[str, Any]) -> None:
-    _, sources = family(0, 2, (3, 3))
-    sources, chosen = fit(method, sources), weighted(method, fit(method, [1.0, 1.0]), mode)
-    if method.base_needed(chosen.shared):
-        with pytest.raises(RecipeError, match=f"{method.name}: needs a base"):
-            merge_tensors(method, None, sources, chosen)
-    else:
-        assert torch.isfinite(merge_tensors(method, None, sources, chosen)).all()
+    check_base(method, mode)
 
 
 def test_sources_are_counted() -> None:
@@ -339,26 +289,8 @@ def test_layers_are_not_merged() -> None:
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_declarations_are_consistent(method: Method) -> None:
     assert method.name in METHODS
-    assert method.summary.endswith(".")
     assert re.search(r"\b(19|20)\d\d\b.*https://", method.paper)
-    names = [p.name for p in method.parameters]
-    assert len(set(names)) == len(names)
-    assert method.copies_layers == (method.merge is None)
-    for p in method.parameters:
-        assert p.help.endswith(".")
-        assert (p.kind == "choice") == bool(p.choices)
-        assert p.instead_of is None or p.instead_of in names
-        if p.when is not None:
-            assert p.when[1] in method.parameter(p.when[0]).choices  # type: ignore[union-attr]
-        low = float("-inf") if p.low is None else p.low
-        high = float("inf") if p.high is None else p.high
-        for value in (p.default, p.paper):
-            if p.kind == "choice":
-                assert value is None or value in p.choices
-            elif isinstance(value, (int, float)):
-                assert low <= value <= high
-        if p.gene is not None:
-            assert low <= p.gene[0] < p.gene[1] <= high
+    check_declaration(method)
 
 
 def test_defaults_are_those_of_mergekit() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import family, run
+from evomerge.testing.methods import family, run
 
 DFS = METHODS["dfs"]
 

@@ -14,7 +14,8 @@ from evomerge.methods.contract import Method
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.random_field import field_key, uniform16
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import declared, family, fit, mode_id, modes, of_all, of_sources
+from evomerge.testing.methods import declared, family, fit, modes
+from tests.methods.helpers import mode_id, of_all, of_sources
 from tests.methods.references import REFERENCES
 
 CASES = [

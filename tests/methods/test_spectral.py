@@ -17,7 +17,7 @@ from evomerge.methods import spectral
 from evomerge.methods.iso_c import isotropic
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import family
+from evomerge.testing.methods import family
 
 SPECTRAL = ["tsv_merge", "iso_c"]
 

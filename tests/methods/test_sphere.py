@@ -17,7 +17,7 @@ from evomerge.errors import RecipeError
 from evomerge.methods.karcher import mean_direction
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
-from tests.methods.helpers import family
+from evomerge.testing.methods import family
 
 SPHERE = ["nuslerp", "multislerp", "karcher"]
 ROOT = math.sqrt(0.5)

@@ -98,7 +98,7 @@ def test_a_file_cut_short_under_its_map_is_told(tmp_path: Path) -> None:
     code = f"""
 import mmap, os, threading
 from pathlib import Path
-from evomerge.system.truncation import watch_map
+from evomerge.system.inputs import watch_map
 path = Path({str(path)!r})
 with path.open("r+b") as file:
     mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)

@@ -19,8 +19,9 @@ from evomerge.methods.plain_statistics import PlainStatistics
 from evomerge.methods.random_field import field_key
 from evomerge.methods.topk import cutoff_mask
 from evomerge.planning.operation import Input
+from evomerge.testing.methods import family
 from tests.engine.helpers import PRINTS, inputs, store_for, store_of
-from tests.methods.helpers import family, numbers
+from tests.methods.helpers import numbers
 
 DENSITIES = [0.0, 1e-9, 0.03, 0.2, 0.5, 0.77, 0.9999, 1.0]
 

@@ -1,0 +1,1 @@
+"""Gets a method or an algorithm and raises AssertionError where it breaks its contract; never opens a model."""

@@ -1,0 +1,1 @@
+"""A merge method and a search algorithm for EvoMerge."""
