@@ -196,8 +196,14 @@ def check_order(
     base, sources = family(seed, 3, (8, 9))
     weights, prints, values = [0.4, 1.1, 0.7], ["a", "b", "c"], {**mode, **shared}
     expected = run(method, base, sources, weights, values, fingerprints=prints)
-    moved = [[items[i] for i in order] for items in (sources, weights, prints)]
-    merged = run(method, base, moved[0], moved[1], values, fingerprints=moved[2])
+    merged = run(
+        method,
+        base,
+        [sources[i] for i in order],
+        [weights[i] for i in order],
+        values,
+        fingerprints=[prints[i] for i in order],
+    )
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -17,10 +17,10 @@ from evomerge.methods.contract import Method
 from evomerge.methods.plain_statistics import PlainStatistics
 from evomerge.methods.registry import METHODS, STAGES
 from evomerge.planning.operation import Operation
+from evomerge.testing.methods import family
 from tests.engine.helpers import operation_for, store_for
 from tests.engine.recipes import EVERY, opened, plan_of, recipe_for
 from tests.engine.test_resident import on_disk, same_model
-from tests.methods.helpers import family
 
 VALUES = {"svc_alpha": 0.5, "svc_strength": 0.75}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from evomerge.methods import svc
 from evomerge.methods.contract import Settings
 from evomerge.methods.plain_statistics import PlainStatistics
-from tests.methods.helpers import family
+from evomerge.testing.methods import family
 
 
 def calibrated(base: Tensor, sources: list[Tensor], merged: Tensor, **values: float) -> Tensor:
