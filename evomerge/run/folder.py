@@ -297,7 +297,9 @@ class RunFolder:
 
     def write_starts(self, starts: Sequence[Start]) -> None:
         """Keeps generation 0 of a warm start."""
-        content = [{"name": s.name, "recipe": dict(s.recipe), "genome": s.genome.to_json()} for s in starts]
+        content = [
+            {"name": s.name, "recipe": dict(s.recipe), "genome": s.genome.to_json(), "raced": s.raced} for s in starts
+        ]
         write_atomic(self.root / STARTS, seal_json({"starts": content}))
 
 
@@ -343,7 +345,9 @@ def _starts(content: dict[str, Any]) -> tuple[Start, ...]:
     from evomerge.space.baselines import Start
     from evomerge.space.genome import Genome
 
-    return tuple(Start(s["name"], dict(s["recipe"]), Genome.from_json(s["genome"])) for s in content["starts"])
+    return tuple(
+        Start(s["name"], dict(s["recipe"]), Genome.from_json(s["genome"]), s["raced"]) for s in content["starts"]
+    )
 
 
 def _only_begun(root: Path) -> bool:

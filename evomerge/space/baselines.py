@@ -28,11 +28,13 @@ class Start:
         name: As the lineage and the report show it.
         recipe: What is merged, exactly.
         genome: The nearest genome of the space.
+        raced: Whether it races against those before it: it is a guess, and no model that a result is compared with.
     """
 
     name: str
     recipe: Mapping[str, Any]
     genome: Genome
+    raced: bool = False
 
 
 def baselines(space: SearchSpace) -> tuple[Start, ...]:
@@ -82,7 +84,7 @@ def _lambda(space: SearchSpace, method: Method, value: float) -> Start:
     near = min(max(value, low), high)
     weights = dict.fromkeys(space.sources, value / near if near else 1.0)  # what λ may not be, the weights are
     genome = _nearest(space, ("task_arithmetic",), {"weight": weights, "lambda": near}, None)
-    return Start(f"task_arithmetic λ={value:g}", recipe, genome)
+    return Start(f"task_arithmetic λ={value:g}", recipe, genome, raced=True)
 
 
 def _allowed(space: SearchSpace, parameter: str) -> tuple[float, float]:
@@ -95,7 +97,7 @@ def _defaults(space: SearchSpace, method: Method) -> Start:
     name = f"{method.name} (defaults)"
     if method.copies_layers:
         genome = _nearest(space, (method.name,), {}, None, _alternating(space))
-        return Start(name, decode(space, genome), genome)
+        return Start(name, decode(space, genome), genome, raced=True)
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
     for parameter in searched_parameters(method, space.extra, len(space.sources)):
@@ -108,7 +110,7 @@ def _defaults(space: SearchSpace, method: Method) -> Start:
         declared = method.parameter(key)
         (own if declared is not None and declared.per_source else shared)[key] = value
     recipe = _recipe(space, method, {reference: dict(own) for reference in space.sources.values()}, shared)
-    return Start(name, recipe, _nearest(space, (method.name,), {**own, **shared}, None))
+    return Start(name, recipe, _nearest(space, (method.name,), {**own, **shared}, None), raced=True)
 
 
 def _recipe(

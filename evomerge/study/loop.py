@@ -62,7 +62,7 @@ def search(
         stop: The budget and the other conditions.
         seed: Seed of the proposals.
         settings: Settings of the algorithm.
-        starts: Generation 0; default: the baselines.
+        starts: Generation 0, of which those that race come last; default: the baselines.
         tracker: Is told of each candidate after it is recorded.
         asynchronous: Propose a candidate whenever there is room for one, instead of whole generations. The algorithm
             also gets those that are being scored (`state` "pending").
@@ -83,7 +83,8 @@ def search(
         asynchronous=asynchronous,
     )
     try:
-        reason, message = loop.run(tuple(baselines(space) if starts is None else starts))
+        given = baselines(space) if starts is None else starts
+        reason, message = loop.run(tuple(sorted(given, key=lambda start: start.raced)))
     except KeyboardInterrupt:
         reason, message = "interrupted", f"stopped by the user after {len(record)} candidates"
     return SearchResult(reason, message, record.candidates())
@@ -126,8 +127,10 @@ class _Loop:
                 proposals = first_generation(starts, len(numbers))
             else:
                 proposals = self._propose(numbers, generation)
-            if ended := self._score(proposals, monitor):
-                return ended
+            unraced = _unraced(starts) if generation == 0 else 0
+            for part in filter(None, (proposals[:unraced], proposals[unraced:])):
+                if ended := self._score(part, monitor):
+                    return ended
             if len(proposals) < len(numbers):
                 return self._exhausted
             # A generation that the budget cut short says nothing about staleness.
@@ -192,6 +195,7 @@ class _Loop:
     def _run_asynchronously(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
         """Keeps as many candidates under way as there is room for."""
         first = first_generation(starts, self.stop.candidates)
+        unraced = _unraced(starts)
         recorded = {candidate.number for candidate in self.record.candidates()}
         free = (number for number in count() if number not in recorded)
         pending: dict[int, Proposal] = {}
@@ -199,7 +203,7 @@ class _Loop:
         no_more: End | None = None
         while True:
             while not (ended or no_more) and len(pending) < self.executor.slots:
-                no_more = self._submit(next(free), first, pending)
+                no_more = self._submit(next(free), first, unraced, pending)
             if not pending:
                 return ended or no_more or self._spent
             candidate = Candidate.of(*self.executor.next_finished())
@@ -207,7 +211,7 @@ class _Loop:
             end = self._append(candidate, monitor) or self._after_generations(len(starts), monitor)
             ended = ended or end
 
-    def _submit(self, number: int, first: Sequence[Proposal], pending: dict[int, Proposal]) -> End | None:
+    def _submit(self, number: int, first: Sequence[Proposal], unraced: int, pending: dict[int, Proposal]) -> End | None:
         """Submits a proposal with this number; returns why not, if there is nothing to propose."""
         if number >= self.stop.candidates:
             return self._spent
@@ -222,8 +226,7 @@ class _Loop:
             drawn = self.algorithm(self.space, history, numbers, generation, self.seed, self.settings)
         if not drawn:
             return self._exhausted
-        # Generation 0 is compared with nobody, so that all of it has full scores.
-        self.executor.begin_generation(candidates if generation else ())
+        self.executor.begin_generation(candidates if number >= unraced else ())
         self.executor.submit(drawn[0])
         pending[number] = drawn[0]
         return None
@@ -244,6 +247,11 @@ class _Loop:
 
 
 _PENDING = Outcome(None, state="pending")
+
+
+def _unraced(starts: Sequence[Start]) -> int:
+    """How many of generation 0 come first and are compared with nobody; the others race against these."""
+    return sum(not start.raced for start in starts)
 
 
 def _first_missing(taken: set[int]) -> int:
