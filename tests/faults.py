@@ -12,7 +12,9 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +25,8 @@ import yaml
 
 from tests.frame import TASKS
 
-LIMIT = 90  # seconds of one command
+LIMIT, PATIENCE = 60, 600
+"""Processor seconds of one command, whose clock other work on the machine does not move; and seconds in all."""
 _MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 _MODELS = tuple(f"{model}/{name}" for model in ("base", "a") for name in _MODEL)
 _TASK = ("tasks/tiny_choice.yaml", "tasks/tiny_choice.jsonl")
@@ -184,7 +187,9 @@ class World:
 
     def _judge(self, code: int | None, out: str, err: str, file: str, expected: str | None) -> str:
         if code is None:
-            return f"no end after {LIMIT} s"
+            return f"no end after {PATIENCE} s"
+        if code == -signal.SIGXCPU:
+            return f"no end after {LIMIT} s of a processor"
         if "Traceback (most recent call last)" in err or code not in (0, 1, 2):
             return f"exit {code}: {err.strip()[-300:]}"
         if code == 0:
@@ -216,7 +221,7 @@ class World:
         if middle is not None:
             time.sleep((chance or random.Random(0)).uniform(0, 0.7))
             middle()
-        child.join(LIMIT)
+        child.join(PATIENCE)
         if child.exitcode is None:
             child.kill()
             child.join()
@@ -229,6 +234,7 @@ def _run(arguments: tuple[str, ...], folder: Path, out: Path, err: Path, environ
     code = 1
     try:
         os.environ.update(environment)
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))

@@ -26,6 +26,7 @@ from evomerge.objective.fitness import Fitness
 from evomerge.objective.goals import reported_goals, smooth_goals
 from evomerge.planning.vocabulary.align import Aligned, align_for_search, tokenizer_keys
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
+from evomerge.problem.shuffled_sources import shuffled
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import Measure, SearchSpec, Splits
@@ -226,6 +227,8 @@ def _open_models(spec: SearchSpec) -> Aligned:
     problems += check_compatible(aligned.checkpoints[models.base] if models.base else None, named)
     if problems:
         raise CheckpointError(problems)
+    if models.shuffled and models.base is not None:
+        return replace(aligned, checkpoints=shuffled(aligned.checkpoints, models.base, spec.search.seed))
     return aligned
 
 

@@ -48,10 +48,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Model:
+class ScoredModel:
     """A model and its per-item scores by split.
 
-    `candidate` is None for one that is not of this search.
+    Attributes:
+        name: As the result shows it.
+        candidate: Its number; None for one that is not of this search.
+        recipe: What was merged.
+        splits: Split to its scores.
     """
 
     name: str
@@ -66,7 +70,7 @@ def choose_winner(
     history: tuple[Candidate, ...],
     tracker: Tracker,
     ended: Ending,
-    random_history: tuple[Candidate, ...] = (),
+    others: Sequence[ScoredModel] = (),
     *,
     where: str,
 ) -> RunResult:
@@ -84,14 +88,14 @@ def choose_winner(
         history: The search's candidates.
         tracker: Where progress is shown.
         ended: Why the search ended.
-        random_history: The candidates of an equal-budget random search, whose winner is one more of those to beat.
+        others: What else it has to beat: winners of other searches (`winner_of`).
         where: What an error calls the run.
 
     Raises:
         RunError: When no candidate has a score.
     """
     scorer = _Scorer(problem, evaluator, [split for split, items in problem.splits.items() if items], tracker)
-    choice = _choose(problem.spec, scorer, history, random_history, where)
+    choice = _choose(problem.spec, scorer, history, others, where)
     return _result(problem.spec, scorer, history, ended, choice)
 
 
@@ -103,16 +107,16 @@ class _Choice:
     """
 
     candidates: Sequence[Candidate]
-    finalists: Sequence[_Model]
-    winner: _Model
-    baselines: Mapping[str, _Model]
+    finalists: Sequence[ScoredModel]
+    winner: ScoredModel
+    baselines: Mapping[str, ScoredModel]
 
 
 def _choose(
     spec: SearchSpec,
     scorer: _Scorer,
     history: tuple[Candidate, ...],
-    random_history: tuple[Candidate, ...],
+    others: Sequence[ScoredModel],
     where: str,
 ) -> _Choice:
     candidates = choose_finalists(history, spec.search.finalists)
@@ -123,7 +127,7 @@ def _choose(
     winner = next(filter(None, map(scorer.complete, scorer.best_first(finalists))), None)
     if winner is None:
         raise EvoMergeError(f"{where}: none of the {len(candidates)} finalists could be scored on the new items")
-    to_beat = _baselines(spec, history, winner.candidate) + _random_winner(spec, scorer, random_history)
+    to_beat = [*_baselines(spec, history, winner.candidate), *others]
     completed = [model for model in map(scorer.complete, to_beat) if model is not None]
     return _Choice(candidates, finalists, winner, {model.name: model for model in completed})
 
@@ -198,7 +202,7 @@ class _Scorer:
     splits: Sequence[str]
     tracker: Tracker
 
-    def read(self, model: _Model, splits: Sequence[str]) -> _Model | None:
+    def read(self, model: ScoredModel, splits: Sequence[str]) -> ScoredModel | None:
         """Adds the scores on these splits; None when they are not finite, which is reported."""
         try:
             read = {
@@ -209,22 +213,22 @@ class _Scorer:
             return None
         return replace(model, splits={**model.splits, **read})
 
-    def finalists(self, chosen: Sequence[Candidate], what: str) -> list[_Model]:
+    def finalists(self, chosen: Sequence[Candidate], what: str) -> list[ScoredModel]:
         """Reads candidates on `search` and `select`; gives those that have scores there, in their order."""
         models = []
         for count, candidate in enumerate(chosen, start=1):
             self.tracker.report(f"scoring {what} {count} of {len(chosen)} on the select items")
-            model = _Model(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
+            model = ScoredModel(f"candidate {candidate.number}", candidate.number, candidate.recipe, {})
             models.append(self.read(model, (SEARCH, SELECT)))
         return [model for model in models if model is not None]
 
-    def complete(self, model: _Model) -> _Model | None:
+    def complete(self, model: ScoredModel) -> ScoredModel | None:
         """Adds the test and guard scores, and errors by the bootstrap; None when there are no scores."""
         self.tracker.report(f"scoring {model.name} on the test items")
         read = self.read(model, [split for split in (SEARCH, TEST, GUARD) if split in self.splits])
         return None if read is None else self._with_corpus_errors(read)
 
-    def _with_corpus_errors(self, model: _Model) -> _Model:
+    def _with_corpus_errors(self, model: ScoredModel) -> ScoredModel:
         tasks, iters = self.problem.tasks, self.problem.spec.evaluation.bootstrap_iters
         splits = {
             split: {task: with_corpus_errors(tasks[task], part, iters) for task, part in scores.items()}
@@ -232,11 +236,11 @@ class _Scorer:
         }
         return replace(model, splits=splits)
 
-    def pooled(self, model: _Model) -> float:
+    def pooled(self, model: ScoredModel) -> float:
         """Computes the fitness over search and select items together."""
         return self.evaluator.objective.fitness.unweighted.pooled([model.splits[SEARCH], model.splits[SELECT]])
 
-    def best_first(self, models: Sequence[_Model]) -> list[_Model]:
+    def best_first(self, models: Sequence[ScoredModel]) -> list[ScoredModel]:
         """Sorts finalists by what they are on `search` and `select` items together, best first.
 
         With several objectives the knee of their front, then the knee of the front of the rest, and so on; otherwise by
@@ -247,7 +251,7 @@ class _Scorer:
             return [models[k] for k in np.argsort(-fitness, kind="stable").tolist()]
         return [models[k] for k in pareto.by_knee(self._pooled_objectives(models), fitness)]
 
-    def front(self, winner: _Model, finalists: Sequence[_Model]) -> list[_Model]:
+    def front(self, winner: ScoredModel, finalists: Sequence[ScoredModel]) -> list[ScoredModel]:
         """Lists the finalists that none dominates on the items that chose, the winner first; none with one objective.
 
         The others than the winner are read on the test items here.
@@ -264,37 +268,63 @@ class _Scorer:
             members.append(self._with_corpus_errors(self.read(model, (TEST,)) or model))
         return members
 
-    def objectives_by_split(self, model: _Model) -> dict[str, dict[str, float]]:
+    def objectives_by_split(self, model: ScoredModel) -> dict[str, dict[str, float]]:
         """Computes the objectives, by the metrics that steered, on each split that the model was read on."""
         choosing = {"pooled": (SEARCH, SELECT), **{s: (s,) for s in (SEARCH, SELECT, TEST) if s in model.splits}}
         return {name: self._objectives(model, splits) for name, splits in choosing.items()}
 
-    def _pooled_objectives(self, models: Sequence[_Model]) -> FloatArray:
+    def _pooled_objectives(self, models: Sequence[ScoredModel]) -> FloatArray:
         """What chooses between finalists with several objectives, shape [models, objectives]."""
         return np.array([[*self._objectives(model, (SEARCH, SELECT)).values()] for model in models])
 
-    def _objectives(self, model: _Model, splits: Sequence[str]) -> dict[str, float]:
+    def _objectives(self, model: ScoredModel, splits: Sequence[str]) -> dict[str, float]:
         """Its objectives by name, on the items of some splits together."""
         tasks = self.evaluator.objective.fitness.unweighted.pooled_objectives([model.splits[split] for split in splits])
         return {**tasks, **self.evaluator.smallness(model.recipe)}
 
 
-def _random_winner(spec: SearchSpec, scorer: _Scorer, history: Sequence[Candidate]) -> list[_Model]:
-    """The winner of the random search, by the same rule; its number is one of its own record, so it has none here."""
-    finalists = scorer.finalists(choose_finalists(history, spec.search.finalists), "the random search's finalist")
-    best = scorer.best_first(finalists)[:1]
-    return [replace(model, name=f"random search: its {model.name}", candidate=None) for model in best]
+def winner_of(
+    search: str, problem: Problem, evaluator: CandidateEvaluator, history: Sequence[Candidate], tracker: Tracker
+) -> list[ScoredModel]:
+    """Finds the winner of another search by the same rule; its number is one of its own record, so it has none here.
+
+    Args:
+        search: What it is called.
+        problem: Its models, tasks and splits.
+        evaluator: Scores its recipes.
+        history: Its candidates.
+        tracker: Where progress is shown.
+
+    Returns:
+        The winner, read on all splits; nothing where no candidate has a score.
+    """
+    models = [
+        ScoredModel(f"candidate {candidate.number}", None, candidate.recipe, {})
+        for candidate in choose_finalists(history, problem.spec.search.finalists)
+    ]
+    return best_of(search, problem, evaluator, models, tracker)
 
 
-def _baselines(spec: SearchSpec, history: Sequence[Candidate], winner: int | None) -> list[_Model]:
+def best_of(
+    search: str, problem: Problem, evaluator: CandidateEvaluator, models: Sequence[ScoredModel], tracker: Tracker
+) -> list[ScoredModel]:
+    """Finds the best of some models as a winner is found; as `winner_of`."""
+    scorer = _Scorer(problem, evaluator, [split for split, items in problem.splits.items() if items], tracker)
+    read = (scorer.read(model, (SEARCH, SELECT)) for model in models)
+    complete = map(scorer.complete, scorer.best_first([model for model in read if model is not None]))
+    best = next(filter(None, complete), None)
+    return [] if best is None else [replace(best, name=f"{search}: its {best.name}")]
+
+
+def _baselines(spec: SearchSpec, history: Sequence[Candidate], winner: int | None) -> list[ScoredModel]:
     """Every source, the base, the uniform average, and the best of generation 0; the winner and the failed left out."""
     first = [c for c in history if c.generation == 0 and c.state == "done"]
     by_name = {c.operator: c for c in first}
     best = next((c for c in ranked(first)), None)
     names = [*(f"{PARENT}{name}" for name in (*spec.models.sources, "base")), "uniform average"]
-    models = [_Model(name, by_name[name].number, by_name[name].recipe, {}) for name in names if name in by_name]
+    models = [ScoredModel(name, by_name[name].number, by_name[name].recipe, {}) for name in names if name in by_name]
     if best is not None and best.operator not in names:
-        models.append(_Model(f"best of generation 0: {best.operator}", best.number, best.recipe, {}))
+        models.append(ScoredModel(f"best of generation 0: {best.operator}", best.number, best.recipe, {}))
     return [model for model in models if model.candidate != winner]
 
 
@@ -305,7 +335,7 @@ def _goals(reported: Fitness, steering: Fitness) -> tuple[GoalResult, ...]:
     )
 
 
-def _winner_row(model: _Model, candidate: Candidate, reported: Fitness) -> WinnerRow:
+def _winner_row(model: ScoredModel, candidate: Candidate, reported: Fitness) -> WinnerRow:
     return WinnerRow(
         candidate.number,
         model.recipe,
@@ -318,7 +348,7 @@ def _winner_row(model: _Model, candidate: Candidate, reported: Fitness) -> Winne
     )
 
 
-def _fitness(model: _Model, fitness: Fitness) -> dict[str, Score]:
+def _fitness(model: ScoredModel, fitness: Fitness) -> dict[str, Score]:
     """Its fitness by split, but on the guard tasks, which have none."""
     return {
         split: Score(fitness(scores), nan_to_none(fitness.stderr(scores)), fitness.count(scores))
@@ -327,31 +357,31 @@ def _fitness(model: _Model, fitness: Fitness) -> dict[str, Score]:
     }
 
 
-def _tables(model: _Model) -> dict[str, ScoreTable]:
+def _tables(model: ScoredModel) -> dict[str, ScoreTable]:
     return {split: score_table(scores) for split, scores in model.splits.items()}
 
 
-def _members(model: _Model) -> dict[str, Mapping[str, ScoreTable]]:
+def _members(model: ScoredModel) -> dict[str, Mapping[str, ScoreTable]]:
     tables: dict[str, Mapping[str, ScoreTable]] = {
         split: member_tables(scores) for split, scores in model.splits.items()
     }
     return {split: groups for split, groups in tables.items() if groups}
 
 
-def _number(model: _Model) -> int:
+def _number(model: ScoredModel) -> int:
     if model.candidate is None:
         raise ValueError(f"{model.name} is not of this search")
     return model.candidate
 
 
-def _selection_bias(winner: _Model, fitness: Fitness) -> Estimate:
+def _selection_bias(winner: ScoredModel, fitness: Fitness) -> Estimate:
     """What the fitness lost from the items that steered to those that chose nothing; other items, so not paired."""
     searched, tested = winner.splits[SEARCH], winner.splits[TEST]
     stderr = math.hypot(fitness.stderr(searched), fitness.stderr(tested))
     return Estimate(fitness(searched) - fitness(tested), nan_to_none(stderr))
 
 
-def _pooled_difference(winner: _Model, model: _Model, fitness: Fitness) -> Estimate:
+def _pooled_difference(winner: ScoredModel, model: ScoredModel, fitness: Fitness) -> Estimate:
     """The winner less another finalist, by what chose it: `search` and `select` items together."""
     parts = [[one.splits[split] for split in (SEARCH, SELECT)] for one in (winner, model)]
     value, stderr = fitness.pooled_difference(*parts)
@@ -367,7 +397,7 @@ def _hypervolume(objectives: Sequence[str], history: Sequence[Candidate]) -> Hyp
 
 
 def _informative(
-    evaluator: CandidateEvaluator, estimates: Mapping[int, float | None], models: Sequence[_Model]
+    evaluator: CandidateEvaluator, estimates: Mapping[int, float | None], models: Sequence[ScoredModel]
 ) -> InformativeItems | None:
     """The items that steered, and the finalists' fitness by these beside that by all search items."""
     if not evaluator.objective.samples:

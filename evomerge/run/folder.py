@@ -361,13 +361,13 @@ def _only_begun(root: Path) -> bool:
 def _identity(spec: SearchSpec) -> dict[str, Any]:
     """What may not change under a run.
 
-    All but its budget, stopping rules, baseline, cache, standard errors, place, passwords and what it keeps.
+    All but its budget, stopping rules, baseline, controls, cache, standard errors, place, passwords and what it keeps.
     """
     content = spec.model_dump(mode="json")
     content["run"] = {"storage": masked(content["run"]["storage"] or "")}
     for key in ("cache", "bootstrap_iters"):
         del content["evaluation"][key]
-    for key in ("candidates", "stop", "baseline"):
+    for key in ("candidates", "stop", "baseline", "controls"):
         del content["search"][key]
     # What a run starts from is kept in its folder: where that came from may move, or be gone.
     content["search"]["warm_start"] = [Path(text).name for text in spec.search.warm_starts]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,10 @@ def algorithm_problems(spec: SearchSpec) -> list[str]:
     )
     if search.baseline == search.algorithm:
         problems.append(f"search.baseline: {search.baseline} is the algorithm itself; leave one of the two out")
+    if "lora" in search.controls and find_spec("peft") is None:
+        problems.append('search.controls: lora: PEFT is not installed; `pip install "evomerge[lora]"` has it')
+    if "shuffled" in search.controls and spec.models.base is None:
+        problems.append("search.controls: shuffled: differences from a base are shuffled, and models.base names none")
     return problems
 
 

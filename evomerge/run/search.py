@@ -14,15 +14,18 @@ from typing import Any
 
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.errors import EvoMergeError, RunError, SpecError
+from evomerge.evaluation.splits import SEARCH
 from evomerge.executors.in_process import InProcess
 from evomerge.executors.local import LocalWorkers, Opened
 from evomerge.problem.candidate_evaluator import CandidateEvaluator
+from evomerge.problem.lora_control import train_lora
 from evomerge.problem.model_runner import ModelRunner, Runner
 from evomerge.problem.prepare_objective import prepare_objective
 from evomerge.problem.problem import Problem, environment, open_problem
+from evomerge.recipe.parse import single_model
 from evomerge.report.result import Ending, RunResult
 from evomerge.run.export import keep_best
-from evomerge.run.finalists import choose_winner
+from evomerge.run.finalists import ScoredModel, best_of, choose_winner, winner_of
 from evomerge.run.folder import STARTS, RunFolder
 from evomerge.run.preflight import algorithm_problems, check_models
 from evomerge.run.warm_start import read_seeds, warm_starts
@@ -254,10 +257,11 @@ class _Session:
             if ended.reason in ("stale", "target"):
                 budget = spec.search.candidates
                 tracker.report(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {budget}")
-            baseline = self._baseline(executor, ended.candidates)
+            others = self._baseline(executor, ended.candidates)
+        others += [model for name in spec.search.controls for model in self._control(name, ended.candidates)]
         ending = Ending(ended.reason, ended.message, extended_from=stop.since)
         result = choose_winner(
-            self.problem, self.evaluator, ended.candidates, tracker, ending, baseline, where=str(folder.root)
+            self.problem, self.evaluator, ended.candidates, tracker, ending, others, where=str(folder.root)
         )
         self.runner.check_inputs(whole=True)
         folder.write_result(result)
@@ -293,24 +297,68 @@ class _Session:
             asynchronous=spec.search.mode == "asynchronous",
         )
 
-    def _baseline(self, executor: Executor, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
-        """The candidates of a random search with as many item evaluations as the search had, if one is asked for.
+    def _baseline(self, executor: Executor, candidates: tuple[Candidate, ...]) -> list[ScoredModel]:
+        """The winner of a random search with as many item evaluations as the search had, if one is asked for.
 
         It begins with the same generation 0, races by the same rule, and may try several times as many candidates where
         racing stops most of them early.
         """
         if self.folder.spec.search.baseline is None:
-            return ()
-        items = max(spent_items(candidates, self.evaluator.jacobian_items))
-        self.tracker.report(f"random search as a baseline: {items} item evaluations, as the search had")
-
+            return []
         record = self.folder.record(self.problem.space, baseline=True, report=self.tracker.report)
-        stop = StopConditions(_MAX_BASELINE_RATIO * len(candidates), items=items)
-        ended = self._search(executor, record, "random", stop, _BaselineTracker(self.tracker))
+        ended = self._compared("random search", executor, record, "random", candidates)
+        return winner_of("random search", self.problem, self.evaluator, ended.candidates, self.tracker)
+
+    def _compared(
+        self, name: str, executor: Executor, record: Record, algorithm: str, candidates: tuple[Candidate, ...]
+    ) -> SearchResult:
+        """A search to compare one with that had these candidates: it has as many item evaluations."""
+        items = max(spent_items(candidates, self.evaluator.jacobian_items))
+        self.tracker.report(f"{name}: {items} item evaluations, as the search had")
+        stop = StopConditions(
+            _MAX_BASELINE_RATIO * len(candidates), items=items, jacobian_items=self.evaluator.jacobian_items
+        )
+        ended = self._search(executor, record, algorithm, stop, _OtherSearch(name, self.tracker))
         if ended.reason == "interrupted":
             raise KeyboardInterrupt
-        self.tracker.report(f"random search: {ended.message}")
-        return ended.candidates
+        self.tracker.report(f"{name}: {ended.message}")
+        return ended
+
+    def _control(self, name: str, candidates: tuple[Candidate, ...]) -> list[ScoredModel]:
+        """The winner of a control: the same search over shuffled sources, or an adapter trained on the search items."""
+        spec, root = self.folder.spec, self.folder.root / "controls" / name
+        adapters = self._train(root, candidates) if name == "lora" else {}
+        changed = {"sources": adapters} if adapters else {"shuffled": True}
+        other = spec.model_copy(
+            update={
+                "models": spec.models.model_copy(update=changed),
+                "search": spec.search.model_copy(update={"controls": [], "baseline": None, "warm_start": None}),
+                "run": spec.run.model_copy(update={"storage": None, "dir": None}),
+            }
+        )
+        self.runner.release()
+        folder = RunFolder.create(root / "run", other, write_yaml(other.model_dump(mode="json")))
+        with folder.hold():
+            session = _Session.open(folder, _OtherSearch(name, self.tracker), self.parts)
+            if adapters:
+                models = [ScoredModel(key, None, single_model(text), {}) for key, text in adapters.items()]
+                return best_of("LoRA", session.problem, session.evaluator, models, self.tracker)
+            with session._executor() as executor:
+                ended = session._compared(
+                    "shuffled sources", executor, session.record, spec.search.algorithm, candidates
+                )
+            return winner_of("shuffled sources", session.problem, session.evaluator, ended.candidates, self.tracker)
+
+    def _train(self, root: Path, candidates: tuple[Candidate, ...]) -> dict[str, str]:
+        """Trains an adapter for as many item evaluations as the search had; its references by name."""
+        if not isinstance(self.runner, ModelRunner):
+            return {}
+        items, reference = max(spent_items(candidates, self.evaluator.jacobian_items)), self.problem.reference
+        self.tracker.report(f"LoRA: training on the search items for {items} item evaluations, as the search had")
+        fitness, selection = self.evaluator.objective.fitness, self.problem.splits[SEARCH]
+        seed = self.folder.spec.search.seed
+        trained = train_lora(self.runner, reference, fitness, selection, root, items=items, seed=seed)
+        return {path.name: f"{reference}+{path}" for path in trained}
 
     @contextmanager
     def _executor(self) -> Iterator[Executor]:
@@ -369,16 +417,16 @@ def _worker_environment(device: str, share: int, slot: int) -> dict[str, str]:
     return environment
 
 
-class _BaselineTracker(NullTracker):
-    """Reports the candidates of a baseline's search, line by line, to the run's tracker."""
+class _OtherSearch(NullTracker):
+    """Reports the candidates of a search beside the run's own, line by line, to the run's tracker."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker = name, tracker
 
     def candidate(self, candidate: Candidate) -> None:
         """Reports its fitness or its failure."""
         value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
-        self._tracker.report(f"random search, candidate {candidate.number}: {value}")
+        self._tracker.report(f"{self._name}, candidate {candidate.number}: {value}")
 
 
 def _failure_hint(candidates: tuple[Candidate, ...]) -> str:

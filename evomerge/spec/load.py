@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from evomerge.checkpoints.reference import resolve_reference
 from evomerge.errors import SpecError, suggest
 from evomerge.methods.registry import METHODS, get_method
-from evomerge.spec.schema import MOST_OBJECTIVES, FromModel, Measure, Models, SearchSpec, Section
+from evomerge.spec.schema import MOST_OBJECTIVES, FromModel, Measure, SearchSpec, Section
 from evomerge.system.files import read_text, resolve_path
 from evomerge.system.yaml import MOST_YAML, read_yaml
 
@@ -62,10 +62,11 @@ def load_spec(path: Path, *, checks: Sequence[Check] = ()) -> SearchSpec:
 
 def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[str]]:
     """The spec with absolute paths; and what does not exist."""
-    models = Models(
-        base=None if spec.models.base is None else resolve_reference(spec.models.base, beside),
-        sources={name: resolve_reference(ref, beside) for name, ref in spec.models.sources.items()},
-        tokenizer=spec.models.tokenizer,
+    models = spec.models.model_copy(
+        update={
+            "base": None if spec.models.base is None else resolve_reference(spec.models.base, beside),
+            "sources": {name: resolve_reference(ref, beside) for name, ref in spec.models.sources.items()},
+        }
     )
     problems, include = [], []
     for text in spec.evaluation.include_paths:

@@ -37,11 +37,21 @@ class Range(Section):
 
 
 class Models(Section):
-    """The base model and the named sources, as references; whose tokens the merged vocabulary has."""
+    """The base model and the named sources, as references; whose tokens the merged vocabulary has.
+
+    `shuffled` has the sources' differences from the base shuffled within every tensor: a search of nothing but noise.
+    """
 
     base: str | None = None
     sources: dict[str, str] = Field(min_length=1)
     tokenizer: str | None = None  # union, base or a source's name; None: the models have one vocabulary
+    shuffled: bool = False
+
+    @model_validator(mode="after")
+    def _has_base(self) -> Models:
+        if self.shuffled and self.base is None:
+            raise ValueError("shuffled: what is shuffled are differences from a base, and none is named")
+        return self
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -219,6 +229,7 @@ class Search(Section):
     also_minimize: list[Size] = []
     seed: int = Field(0, ge=0, lt=2**63)
     baseline: Literal["random"] | None = None
+    controls: list[Literal["shuffled", "lora"]] = []
     stop: Stop = Stop()
     finalists: int = Field(8, ge=1, le=MOST)
     warm_start: str | list[str] | None = None

@@ -588,3 +588,24 @@ def test_kept_scores_are_the_candidates_own(finished_run: Path) -> None:
             assert isinstance(item_scores, ItemScores)
             for metric, score in item_scores.scores().items():
                 assert candidate.scores[SEARCH][task][metric] == score.to_json()
+
+
+def test_controls_are_two_more_to_beat(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """The same search over shuffled sources and an adapter trained on the search items, both kept where they are."""
+    changes = {"search__controls": ["shuffled", "lora"], "search__candidates": 8, "run__keep": 0}
+    spec = parse_spec(search_spec(tiny_family, **changes))
+    root = tmp_path / "run"
+    result = start(spec, folder=root)
+    names = [name for name in result.baselines if name.startswith(("shuffled sources: its", "LoRA: its adapter-"))]
+    assert len(names) == 2
+    for name in names:
+        row = result.baselines[name]
+        assert row.candidate is None
+        assert set(row.fitness) == {"search", "select", "test"}
+        assert row.winner_less_this.n == result.winner.fitness["test"].n
+    control = RunFolder.existing(root / "controls" / "shuffled" / "run")
+    assert control.spec.models.shuffled
+    first = [c.recipe for c in RunFolder.existing(root).candidates()[:3]]
+    assert [c.recipe for c in control.candidates()[:3]] == first  # the same search, of other tensors
+    (root / "result.json").unlink()
+    assert start(spec, folder=root).to_json() == result.to_json()
