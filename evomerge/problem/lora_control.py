@@ -24,6 +24,7 @@ from evomerge.objective.fitness import Fitness, Scores
 from evomerge.objective.likelihood_model import Term
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.recipe.parse import single_model
+from evomerge.system.quiet import torch_seeded
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 """Of the adapter: what PEFT's examples and most people use."""
@@ -86,8 +87,7 @@ def train_lora(
 def _with_adapter(model: Any, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model  # a part of the extra `lora`
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch_seeded(seed):
         settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(model, settings)
 
