@@ -28,6 +28,7 @@ from evomerge.methods import (
     task_arithmetic,
     ties,
     tsv_merge,
+    wudi,
 )
 from evomerge.methods.contract import Method, Stage
 from evomerge.system.plugins import Registry, source_digest
@@ -67,6 +68,7 @@ _OWN = {
         iso_c.METHOD,
         ram.METHOD,
         ram.PLUS,
+        wudi.METHOD,
     )
 }
 

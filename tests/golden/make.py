@@ -419,6 +419,7 @@ MERGES: dict[str, dict[str, Parameters]] = {
         "half": (NONE3, {"select_topk": 0.5}),
         "tenth": (NONE3, {"select_topk": 0.1, "int8_mask": True}),
     },
+    "wudi": {"spectral": (NONE3, {"lambda": 0.9}), "average": (NONE3, {"spectral": False})},
     "ram": {"default": (NONE3, {}), "epsilon": (NONE3, {"epsilon": 0.02, "lambda": 0.9})},
     "ramplus_tl": {"default": (NONE3, {}), "epsilon": (NONE3, {"epsilon": 0.02, "r": 0.5, "alpha": 1.0})},
     "arcee_fusion": {"a": ([{}], {}), "b": ([{}], {})},

@@ -64,6 +64,15 @@ def kept(delta: Array, mask: NDArray[np.bool_], shared: dict[str, Any]) -> Array
     return np.asarray(delta * mask * scale)
 
 
+def wudi(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
+    deltas = [s - base for s in sources]
+    if not shared["spectral"]:
+        return np.asarray(base + shared["lambda"] * sum(deltas) / len(deltas))
+    grams = [d.T @ d / (d * d).sum() for d in deltas]
+    update = sum(d @ g for d, g in zip(deltas, grams, strict=True)) @ np.linalg.pinv(sum(grams), rcond=1e-12)
+    return np.asarray(base + shared["lambda"] * update)
+
+
 def ram(base: Array, sources: list[Array], own: list[dict[str, Any]], shared: dict[str, Any], keep: Keep) -> Array:
     deltas = np.stack(sources) - base
     moved = np.abs(deltas) > shared["epsilon"]
@@ -375,5 +384,6 @@ REFERENCES: dict[str, Callable[..., Array]] = {
     "sce": sce,
     "arcee_fusion": arcee_fusion,
     "ram": ram,
+    "wudi": wudi,
     "ramplus_tl": ram,
 }
