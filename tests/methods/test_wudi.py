@@ -13,7 +13,7 @@ from torch import Tensor
 from evomerge.methods.plain_statistics import merge_tensors
 from evomerge.methods.registry import METHODS
 from evomerge.methods.wudi import least_interference
-from tests.methods.helpers import family
+from evomerge.testing.methods import family
 
 WUDI = METHODS["wudi"]
 
