@@ -150,17 +150,40 @@ def export(
     ],
     candidate: Candidate = None,
     recipe: Annotated[bool, typer.Option("--recipe", help="Write the recipe alone.")] = False,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Write a LoRA adapter over the base instead.", min=1, max=100_000)
+    ] = None,
     overwrite: Overwrite = False,
     max_shard_size: ShardSize = "5GB",
 ) -> None:
     """Write a run's winner, or any candidate, as a Hugging Face checkpoint, and score it once more."""
     from evomerge.run.export import export_candidate, export_recipe
 
+    if recipe and lora is not None:
+        raise BadInput("--recipe writes the recipe alone, --lora an adapter: choose one")
     if recipe:
         export_recipe(run, out, candidate=candidate, overwrite=overwrite)
+    elif lora is not None:
+        from evomerge.run.sharing.lora import export_adapter
+
+        typer.echo(export_adapter(run, out, rank=lora, candidate=candidate, overwrite=overwrite))
     else:
         text = export_candidate(run, out, candidate=candidate, overwrite=overwrite, max_shard_size=max_shard_size)
         typer.echo(text)
+
+
+@app.command("extract-lora")
+def extract_lora(
+    model: Annotated[str, typer.Argument(help="The fine-tune: a folder, a Hub id.", show_default=False)],
+    base: Annotated[str, typer.Argument(help="What it was tuned from.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1, max=100_000)] = 32,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write what a model has beyond its base as a LoRA adapter, in PEFT's format."""
+    from evomerge.run.sharing.lora import extract_adapter
+
+    typer.echo(extract_adapter(model, base, out, rank=rank, overwrite=overwrite))
 
 
 app.command()(merge)

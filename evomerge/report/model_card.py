@@ -109,6 +109,32 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
     return plain("\n".join(part for part in parts if part))
 
 
+def adapter_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], base: str, body: str) -> str:
+    """Writes the card of an adapter that says a merge.
+
+    Args:
+        recipe: What was merged.
+        checkpoints: The models, for licences.
+        base: What it is an adapter of.
+        body: Markdown behind the heading.
+    """
+    licence, warning = licence_verdict(licences(_external(recipe, checkpoints)))
+    metadata: dict[str, Any] = {
+        **({"base_model": bases[0], "base_model_relation": "adapter"} if (bases := _of_the_hub(base)) else {}),
+        "library_name": "peft",
+        "tags": ["evomerge", "merge", "lora", recipe.merge_method],
+        **({"license": without_html(licence)} if licence else {}),
+    }
+    parts = [
+        "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n",
+        f"# Merged with EvoMerge: {recipe.merge_method}, as an adapter of {code(_public_name(base))}\n",
+        f"> **Licence:** {markdown(warning, _LONGEST_WARNING)}\n" if warning else "",
+        body,
+        f"## Recipe\n\n{code_block(recipe.to_yaml(), 'yaml')}\n",
+    ]
+    return plain("\n".join(part for part in parts if part))
+
+
 @dataclass(frozen=True)
 class Rescored:
     """Whether the written checkpoint scores what the search measured.

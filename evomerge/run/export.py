@@ -59,7 +59,7 @@ def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwri
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; --overwrite replaces it")
     folder = RunFolder.existing(run)
-    recipe = parse_recipe(_find(folder, candidate).recipe, where="candidate")
+    recipe = parse_recipe(find_candidate(folder, candidate).recipe, where="candidate")
     layout = open_checkpoint(recipe.models()[0]).layout
     if layout.main is not None:
         recipe = expand_frankenmerge(recipe, layout.layer_count)
@@ -87,7 +87,7 @@ def export_candidate(
         OutputError: When writing fails; what was there before is intact.
     """
     folder = RunFolder.existing(run)
-    chosen = _find(folder, candidate)
+    chosen = find_candidate(folder, candidate)
     if chosen.state != "done":
         raise RunError(f"{run}: candidate {chosen.number} has no scores ({chosen.state}: {chosen.failure})")
     problem = open_problem(folder.spec)
@@ -108,7 +108,7 @@ def keep_best(problem: Problem, runner: ModelRunner, folder: RunFolder, result: 
         if not out.exists():
             tracker.report(f"writing candidate {number} to {out}")
             out.parent.mkdir(exist_ok=True)
-            tracker.report(write_export(problem, runner, folder, _find(folder, number), out))
+            tracker.report(write_export(problem, runner, folder, find_candidate(folder, number), out))
 
 
 def write_export(
@@ -130,7 +130,7 @@ def write_export(
         """Reads the written weights back, scores them, and completes the card before the folder gets its name."""
         runner.check_inputs(whole=True)
         model = _load(partial, folder.spec.evaluation.dtype)
-        split = _rescored_split(folder, plan.digest)
+        split = measured_split(folder, plan.digest)
         rescored = _rescore(runner.evaluator, problem.splits[split], folder, model, plan.digest, split)
         samples = _samples(problem, runner, model)
         sentences.append(rescored.sentence())
@@ -155,7 +155,12 @@ def write_export(
     return "\n".join(notes + ([f"warning: {warning}"] if warning else []))
 
 
-def _find(folder: RunFolder, number: int | None) -> Candidate:
+def find_candidate(folder: RunFolder, number: int | None) -> Candidate:
+    """Finds a candidate of a run by its number; None for the winner.
+
+    Raises:
+        RunError: There is none of that number.
+    """
     history = folder.candidates()
     number = folder.winner(history) if number is None else number
     candidate = find(history, number)
@@ -174,8 +179,8 @@ def _load(folder: Path, dtype: str) -> Any:
     ).eval()
 
 
-def _rescored_split(folder: RunFolder, plan: str) -> str:
-    """The test items where the run measured them, the search items otherwise."""
+def measured_split(folder: RunFolder, plan: str) -> str:
+    """Chooses the items of an export's scores: the test items where the run measured them, the search items otherwise."""
     return TEST if folder.scores.load(plan, TEST) is not None else SEARCH
 
 
