@@ -180,7 +180,7 @@ def _load(folder: Path, dtype: str) -> Any:
 
 
 def measured_split(folder: RunFolder, plan: str) -> str:
-    """Chooses the items of an export's scores: the test items where the run measured them, the search items otherwise."""
+    """Chooses the items of an export's scores: test items where the run measured them, search items otherwise."""
     return TEST if folder.scores.load(plan, TEST) is not None else SEARCH
 
 

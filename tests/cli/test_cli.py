@@ -18,7 +18,20 @@ from evomerge.cli.main import main
 from tests.frame import TASKS, files, invoke, process, search_spec
 from tests.models import write_tiny_llama
 
-COMMANDS = ("run", "resume", "status", "export", "extract-lora", "lineage", "merge", "dare", "eval", "check", "init", "methods")
+COMMANDS = (
+    "run",
+    "resume",
+    "status",
+    "export",
+    "extract-lora",
+    "lineage",
+    "merge",
+    "dare",
+    "eval",
+    "check",
+    "init",
+    "methods",
+)
 
 
 def write_recipe(path: Path, family: dict[str, Path], **more: Any) -> Path:
