@@ -8,7 +8,8 @@
         ├── RecipeError          a recipe: unknown key, impossible merge
         ├── SpecError            a search.yaml: unknown key, value out of range
         ├── TaskError            a benchmark: unknown task or metric, no data, empty split
-        └── RunError             a run folder: another spec's, held by another process, missing
+        ├── RunError             a run folder: another spec's, held by another process, missing
+        └── ServiceError         a server: not to be reached, or what may be spent on it is spent; a run can go on later
 
 The command line catches these and nothing else: a bug keeps its traceback.
 """
@@ -69,6 +70,10 @@ class TaskError(BadInput):
 
 class RunError(BadInput):
     """A run folder that cannot be used."""
+
+
+class ServiceError(BadInput):
+    """A server that scores need cannot be asked, or may not be asked any more."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -246,12 +246,28 @@ class Evaluator:
             raise TaskError(problems)
         return warnings
 
-    def try_scorers(self, model: Any, selection: Selection) -> None:
+    def read_reference(self, model: Any, name: str) -> None:
+        """Has the scorers that compare with a model read what it answers; once, before any model is scored.
+
+        Args:
+            model: As for `score`.
+            name: What scorers call it.
+        """
+        self.prepare(model)
+        for task in self.tasks.values():
+            if isinstance(task, ScorerTask) and name in task.scorer.references:
+                asked = BackendModel(task.name, model, self.backend, self.encoder)
+                task.scorer.read(name, asked, task.rows)
+
+    def try_scorers(self, model: Any, selection: Selection) -> list[str]:
         """Has every scorer value a few items, so that what it cannot do is found before anything is spent.
 
         Args:
             model: A model that can be scored.
             selection: Scorers' tasks to positions of their items.
+
+        Returns:
+            What is worth knowing of them.
 
         Raises:
             TaskError: With what is wrong with each.
@@ -265,6 +281,7 @@ class Evaluator:
                 problems.append(str(error))
         if problems:
             raise TaskError(problems)
+        return [note for task in selection if (scorer := self._scorer(task)) for note in scorer.scorer.notes]
 
     def metrics_given(self, task: str, indices: Sequence[int]) -> set[str] | None:
         """Returns the metrics that some items have values for, whatever a model answers.

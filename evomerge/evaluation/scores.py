@@ -69,6 +69,7 @@ class ItemScores:
         corpus: Metrics that are no mean or ratio of items: their value on exactly these items.
         corpus_rows: What these are made of, a value an item as JSON has it, where lm-eval knows their error.
         corpus_errors: Their standard errors, where those were asked for.
+        noise: Metric to the standard deviation of an item's value, were the same answer valued again, as by a judge.
     """
 
     task: str
@@ -79,6 +80,7 @@ class ItemScores:
     corpus: Mapping[str, float] = field(default_factory=dict)
     corpus_rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     corpus_errors: Mapping[str, float] = field(default_factory=dict)
+    noise: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,7 +101,16 @@ class ItemScores:
             return Score(self.corpus[metric], self.corpus_errors.get(metric), len(self.items))
         value, influence = self.influence(metric)
         n = int(np.count_nonzero(self.metrics[metric][1]))
-        return Score(value, _standard_error(influence) if n > 1 else None, n)
+        return Score(value, max(_standard_error(influence), self.noise_error(metric)) if n > 1 else None, n)
+
+    def noise_error(self, metric: str) -> float:
+        """Returns the standard error that noise alone makes of the metric's value; 0 where there is none.
+
+        What items spread by has the noise in it, unless they are few, or happen to have been valued alike.
+        """
+        denominators = self.metrics[metric][1]
+        total, counted = float(np.sum(denominators)), int(np.count_nonzero(denominators))
+        return self.noise.get(metric, 0.0) * math.sqrt(counted) / total if total else 0.0
 
     def influence(self, metric: str) -> tuple[float, FloatArray]:
         """Returns the metric's value, and each item's influence on it.
@@ -149,6 +160,7 @@ class ItemScores:
             {name: (a[index], b[index]) for name, (a, b) in self.metrics.items()},
             self.higher_is_better,
             self.transforms,
+            noise=self.noise,
         )
 
     def weighted(self, weights: npt.ArrayLike) -> ItemScores:
@@ -159,7 +171,7 @@ class ItemScores:
         """
         scale = np.asarray(weights, dtype=np.float64)
         columns = {name: (a * scale, b * scale) for name, (a, b) in self.metrics.items()}
-        return ItemScores(self.task, self.items, columns, self.higher_is_better, self.transforms)
+        return ItemScores(self.task, self.items, columns, self.higher_is_better, self.transforms, noise=self.noise)
 
     def columns(self, metric: str) -> tuple[FloatArray, FloatArray]:
         """Returns the items' numerators and denominators.
@@ -220,6 +232,7 @@ def dump_scores(file: IO[bytes], scores: Mapping[str, ItemScores]) -> None:
                 "transforms": dict(part.transforms),
                 "corpus": dict(part.corpus),
                 "corpus_rows": dict(part.corpus_rows),
+                "noise": dict(part.noise),
             }
         )
         columns = [column for pair in part.metrics.values() for column in pair]
@@ -243,6 +256,7 @@ def load_scores(source: Path | IO[bytes]) -> dict[str, ItemScores]:
             part["transforms"],
             part["corpus"],
             part.get("corpus_rows", {}),
+            noise=part.get("noise", {}),
         )
         for name, part, table in zip(meta["names"], meta["tasks"], tables, strict=True)
     }
@@ -270,7 +284,7 @@ def concatenate(parts: Sequence[ItemScores]) -> ItemScores:
         )
         for name in shared
     }
-    return ItemScores(first.task, items, columns, first.higher_is_better, first.transforms)
+    return ItemScores(first.task, items, columns, first.higher_is_better, first.transforms, noise=first.noise)
 
 
 def pool(

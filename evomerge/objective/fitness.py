@@ -213,7 +213,12 @@ def _variance(influence: FloatArray) -> tuple[float, int]:
 
 def _variance_of_value(scores: Scores, goal: Goal) -> tuple[float, int]:
     """As `_variance`; of a metric of the corpus (that of the whole, 1), where its error was asked for."""
-    if scores[goal.task].is_itemwise(goal.metric):
-        return _variance(_influence(scores, goal))
+    part = scores[goal.task]
+    if part.is_itemwise(goal.metric):
+        variance, n = _variance(_influence(scores, goal))
+        if goal.metric in part.noise:
+            of_noise = part.noise_error(goal.metric) * goal.value(part.score(goal.metric).value)[1]
+            variance = max(variance, n * of_noise**2)
+        return variance, n
     score = scores[goal.task].score(goal.metric)
     return (math.nan if score.stderr is None else (score.stderr * goal.value(score.value)[1]) ** 2), 1

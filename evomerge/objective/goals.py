@@ -10,7 +10,7 @@ from evomerge.evaluation.tasks.task import Task
 from evomerge.spec.schema import Evaluation
 
 _MIN_LOSS = 1e-9  # a loss below this counts as this, so that its ratio stays a number
-_SHARES = {"acc", "acc_norm", "exact_match", "prob", "f1"}
+_SHARES = {"acc", "acc_norm", "exact_match", "prob", "f1", "win_rate"}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from evomerge.evaluation.evaluator import Evaluator, require_decoder
 from evomerge.evaluation.score_store import ScoreCache, key_of
 from evomerge.evaluation.scores import ItemScores, ResponseJacobian, SmoothMetric, concatenate
 from evomerge.evaluation.splits import Selection
+from evomerge.evaluation.tasks.scorer_task import ScorerTask
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Scores
 from evomerge.planning.operation import Operation
@@ -124,6 +125,9 @@ class ModelRunner:
             backend=evaluation.backend,
             threads=problem.threads,
         )
+        self._references = problem.models
+        compared = {name for task in self._scorers for name in task.scorer.references}
+        self._unread = [name for name in self._references if name in compared]
         self.reused = 0
         self._inputs = Inputs(
             [file for part in (problem.checkpoints, problem.tasks) for one in part.values() for file in _files(one)],
@@ -150,8 +154,16 @@ class ModelRunner:
         Raises:
             CandidateError: When it cannot be materialised.
         """
+        self._read_references()
         model, _ = self._live.write(plan)
         return model
+
+    def _read_references(self) -> None:
+        """Has scorers read the models that they compare with, before the first model is scored."""
+        while self._unread:
+            reference = self.plan(single_model(self._references[self._unread[0]]))
+            self.evaluator.read_reference(self._live.write(reference)[0], self._unread[0])
+            del self._unread[0]
 
     def release(self) -> None:
         """Gives back the live model's memory, until it is needed again."""
@@ -287,6 +299,19 @@ class ModelRunner:
             "versions": versions(self._threads),
         }
 
+    @property
+    def _scorers(self) -> list[ScorerTask]:
+        return [task for task in self._tasks.values() if isinstance(task, ScorerTask)]
+
+    def _compared(self, selection: Selection) -> Mapping[str, Any]:
+        """The models that the tasks' scorers compare with; nothing where there are none."""
+        by_task = {
+            task.name: [self._checkpoints[self._references[name]].fingerprint for name in task.scorer.references]
+            for task in self._scorers
+            if task.name in selection and task.scorer.references
+        }
+        return {"compared": by_task} if by_task else {}
+
     def _content(self, selection: Selection) -> Mapping[str, Any]:
         """The items themselves, their tasks' settings, and the batches they come in."""
         batches = self.evaluator.batch_digest(selection)
@@ -294,6 +319,7 @@ class ModelRunner:
             self._contents[batches] = {
                 "layout": batches,
                 "tasks": {task: self._tasks[task].digest for task in selection},
+                **self._compared(selection),
                 "items": {
                     task: [self.evaluator.item_hash(task, k) for k in positions]
                     for task, positions in selection.items()

@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,14 @@ from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
 from evomerge.checkpoints.matching.compatible import check_compatible, not_finite
 from evomerge.checkpoints.tokenizer import read_tokenizer, write_contents
 from evomerge.errors import CheckpointError, ErrorCollector, SpecError, TaskError
-from evomerge.evaluation.scorers.python_scorer import python_task
+from evomerge.evaluation.scorers.chat_client import ChatClient, ChatOptions
+from evomerge.evaluation.scorers.judge import Judge as JudgeScorer
+from evomerge.evaluation.scorers.judge import JudgeOptions
+from evomerge.evaluation.scorers.python_scorer import python_task, read_rows
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection, split_items
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, groups_as_tasks
 from evomerge.evaluation.tasks.requests import read_template
+from evomerge.evaluation.tasks.scorer_task import ScorerTask, item_digest
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Fitness
 from evomerge.objective.goals import reported_goals, smooth_goals
@@ -29,7 +33,9 @@ from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.problem.shuffled_sources import shuffled
 from evomerge.space.build import build_space
 from evomerge.space.space import SearchSpace
-from evomerge.spec.schema import Measure, SearchSpec, Splits
+from evomerge.spec.schema import Judge, Measure, SearchSpec, Splits
+from evomerge.system.files import cache_folder, read_text
+from evomerge.system.hashing import digest
 
 _PACKAGES = ("evomerge", "torch", "transformers", "lm_eval", "numpy", "optuna", "datasets", "tokenizers")
 
@@ -68,6 +74,12 @@ class Problem:
     def reference(self) -> str:
         """The model whose tokenizer and layout count: the base, or the first source."""
         return reference_of(self.spec)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The references of the base, if there is one, and of the sources, by name."""
+        base = self.spec.models.base
+        return {**({"base": base} if base else {}), **self.spec.models.sources}
 
     @property
     def reference_model(self) -> Checkpoint:
@@ -266,7 +278,7 @@ def _find_tasks(spec: SearchSpec) -> TaskSet:
     """
     evaluation = spec.evaluation
     shots = {task.task: task.num_fewshot for task in evaluation.tasks if not task.is_scorer}
-    scorers = _load_scorers([*evaluation.tasks, *evaluation.guards])
+    scorers = _load_scorers(spec, [*evaluation.tasks, *evaluation.guards])
     parts, problems = [scorers], [*scorers.problems]
     if shots:
         steering = find_tasks(list(shots), include_path=evaluation.include_paths, num_fewshot=shots)
@@ -289,17 +301,40 @@ def _find_tasks(spec: SearchSpec) -> TaskSet:
     )
 
 
-def _load_scorers(measures: Sequence[Measure]) -> TaskSet:
+def _load_scorers(spec: SearchSpec, measures: Sequence[Measure]) -> TaskSet:
     """The scorers among some tasks, as far as they can be loaded."""
     tasks: dict[str, Task] = {}
     problems: list[str] = []
     for measure in measures:
-        if measure.python is not None:
-            try:
+        try:
+            if measure.python is not None:
                 tasks[measure.task] = python_task(measure.task, measure.python, measure.data, measure.options)
-            except TaskError as error:
-                problems += error.problems
+            elif measure.judge is not None:
+                tasks[measure.task] = _judge_task(spec, measure.task, measure.judge, str(measure.data))
+        except TaskError as error:
+            problems += error.problems
     return TaskSet(tasks, {name: (name,) for name in tasks}, (), tuple(problems))
+
+
+def _judge_task(spec: SearchSpec, name: str, judge: Judge, data: str) -> ScorerTask:
+    """A judge with its items; what all searches of this name spend on it is counted together."""
+    folder, where = cache_folder("judge"), f"task {name!r}"
+    prompt_file = [Path(str(judge.prompt))] if judge.prompt_is_file else []
+    options = JudgeOptions(
+        **judge.model_dump(include={"ask", "pairwise", "max_new_tokens"}),
+        prompt=read_text(prompt_file[0], TaskError) if prompt_file else judge.prompt,
+        scale=(judge.scale[0], judge.scale[1]),
+        stop=tuple(judge.stop),
+        models=(*(["base"] if spec.models.base else []), *spec.models.sources),
+        chat=spec.evaluation.apply_chat_template,
+        system_instruction=spec.evaluation.system_instruction,
+    )
+    spending = judge.model_dump(include={field.name for field in fields(ChatOptions)} - {"price"})
+    chat = ChatOptions(**spending, price=(judge.price[0], judge.price[1]) if judge.price else (0.0, 0.0))
+    rows = read_rows(Path(data), where)
+    spent = folder / f"{spec.name}-{digest(chat.identity, repr(options), *map(item_digest, rows))}.spent"
+    scorer = JudgeScorer(options, ChatClient(chat, folder, spent, where), rows, (Path(data), *prompt_file), where)
+    return ScorerTask(name, None, scorer=scorer, rows=rows)
 
 
 def _once(text: str) -> str:

@@ -361,17 +361,25 @@ def _only_begun(root: Path) -> bool:
 def _identity(spec: SearchSpec) -> dict[str, Any]:
     """What may not change under a run.
 
-    All but its budget, stopping rules, baseline, controls, cache, standard errors, place, passwords and what it keeps.
+    All but its budget, stopping rules, baseline, controls, cache, standard errors, place, passwords, what it keeps and
+    what may be spent on a judge.
     """
     content = spec.model_dump(mode="json")
     content["run"] = {"storage": masked(content["run"]["storage"] or "")}
     for key in ("cache", "bootstrap_iters"):
         del content["evaluation"][key]
+    for part in (*content["evaluation"]["tasks"], *content["evaluation"]["guard"]):
+        for key in _SPENDING if isinstance(part, dict) and part["judge"] else ():
+            del part["judge"][key]
     for key in ("candidates", "stop", "baseline", "controls"):
         del content["search"][key]
     # What a run starts from is kept in its folder: where that came from may move, or be gone.
     content["search"]["warm_start"] = [Path(text).name for text in spec.search.warm_starts]
     return content
+
+
+_SPENDING = ("key", "concurrency", "retries", "timeout", "max_calls", "max_cost", "price")
+"""What may be spent on a judge, and how it is called, which changes no reply."""
 
 
 def _diff(before: Any, after: Any) -> str:

@@ -95,20 +95,23 @@ def check_models(problem: Problem, runner: ModelRunner) -> list[str]:
         *lost,
         *read_texts(runner, references, problem.spec.evaluation.dtype),
     ]
-    try_scorers(problem, runner)
-    return [*problem.notes, *warnings]
+    return [*problem.notes, *warnings, *try_scorers(problem, runner)]
 
 
-def try_scorers(problem: Problem, runner: ModelRunner) -> None:
+def try_scorers(problem: Problem, runner: ModelRunner) -> list[str]:
     """Has every scorer value a few items with the reference model.
+
+    Returns:
+        What is worth knowing of them.
 
     Raises:
         TaskError: With every scorer that fails.
     """
     chosen = {**problem.splits[GUARD], **problem.splits[SEARCH]}
     chosen = {task: items for task, items in chosen.items() if isinstance(problem.tasks[task], ScorerTask)}
-    if chosen:
-        runner.evaluator.try_scorers(runner.materialise(runner.plan(single_model(problem.reference))), chosen)
+    if not chosen:
+        return []
+    return runner.evaluator.try_scorers(runner.materialise(runner.plan(single_model(problem.reference))), chosen)
 
 
 def check_items(evaluator: Evaluator, splits: Mapping[str, Selection]) -> list[str]:

@@ -13,6 +13,7 @@ from evomerge.errors import SpecError, suggest
 from evomerge.methods.registry import METHODS, get_method
 from evomerge.spec.schema import MOST_OBJECTIVES, FromModel, Measure, SearchSpec, Section
 from evomerge.system.files import read_text, resolve_path
+from evomerge.system.secrets import masked
 from evomerge.system.yaml import MOST_YAML, read_yaml
 
 AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
@@ -101,7 +102,7 @@ def _located(parts: Sequence[AnyMeasure], key: str, beside: Path | None, problem
     """Tasks and scorers with absolute paths; adds what does not exist."""
     located = []
     for k, part in enumerate(parts):
-        update = {}
+        update: dict[str, Any] = {}
         if not part.is_scorer and part.task.endswith((".yaml", ".yml")):
             update["task"] = str(resolve_path(part.task, beside) or part.task)
         if part.python is not None:
@@ -112,6 +113,9 @@ def _located(parts: Sequence[AnyMeasure], key: str, beside: Path | None, problem
                 update["python"] = f"{_file(file, f'{key}.{k}.python', beside, problems)}{colon}{name}"
         if part.data is not None:
             update["data"] = _file(part.data, f"{key}.{k}.data", beside, problems)
+        if part.judge is not None and part.judge.prompt_is_file:
+            prompt = _file(str(part.judge.prompt), f"{key}.{k}.judge.prompt", beside, problems)
+            update["judge"] = part.judge.model_copy(update={"prompt": prompt})
         located.append(part.model_copy(update=update))
     return located
 
@@ -151,6 +155,11 @@ def _problems(spec: SearchSpec) -> list[str]:
     tasks, guards = ([part.task for part in parts] for parts in (spec.evaluation.tasks, spec.evaluation.guards))
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in tasks if tasks.count(n) > 1})]
     problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in guards if n in tasks]
+    models = [*(["base"] if spec.models.base else []), *spec.models.sources]
+    for part in (*spec.evaluation.tasks, *spec.evaluation.guards):
+        if part.judge is not None and part.judge.pairwise not in (None, *models):
+            hint = suggest(str(part.judge.pairwise), models) or f"; there are {', '.join(models)}"
+            problems.append(f"evaluation: task '{part.task}': judge.pairwise: no model '{part.judge.pairwise}'{hint}")
     template = spec.evaluation.chat_template
     if isinstance(template, FromModel) and template.from_ not in (models := [*spec.models.sources, "base"]):
         problems.append(f"evaluation.chat_template: no model {template.from_!r}{suggest(template.from_, models)}")
@@ -198,7 +207,7 @@ def _explain(key: str, errors: Sequence[Any]) -> str:
     if first["type"] == "missing":
         return "missing"
     messages = dict.fromkeys(_reason(error) for error in errors)
-    return f"{'; or: '.join(messages)} (got {first['input']!r})"
+    return masked(f"{'; or: '.join(messages)} (got {first['input']!r})")
 
 
 def _reason(error: Any) -> str:

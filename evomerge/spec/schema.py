@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from evomerge.system.secrets import has_secret, is_secret_name, masked
+
 MOST_OBJECTIVES = 6
 """With more, hardly a candidate dominates another, and the volume of a front takes seconds."""
 
@@ -125,12 +127,54 @@ class Splits(Section):
         return self
 
 
+class Judge(Section):
+    """A model behind an OpenAI-compatible server that gives marks to what a merge writes."""
+
+    endpoint: str
+    model: str
+    prompt: str | None = None  # a file of Jinja, or the Jinja itself; else a short one of our own
+    ask: str | None = None  # Jinja: what the merge is asked; else an item's prompt, or question
+    scale: list[Bounded] = Field([1.0, 10.0], min_length=2, max_length=2)
+    pairwise: str | None = None  # the model whose answers the merge's are compared with: base, or a source
+    max_new_tokens: int = Field(256, ge=1, le=MOST)
+    stop: list[str] = []
+    key: str = "OPENAI_API_KEY"  # the variable of the environment that has it
+    temperature: float = Field(0.0, ge=0, le=2)
+    max_reply_tokens: int = Field(512, ge=1, le=MOST)
+    concurrency: int = Field(16, ge=1, le=1024)
+    retries: int = Field(6, ge=0, le=100)
+    timeout: float = Field(60.0, gt=0, le=86400)
+    max_calls: int | None = Field(None, ge=1, le=10**9)
+    max_cost: float | None = Field(None, gt=0, le=1e9)
+    price: list[Annotated[float, Field(ge=0, le=1e9)]] | None = Field(None, min_length=2, max_length=2)
+
+    @property
+    def prompt_is_file(self) -> bool:
+        """Whether the prompt is a file's name, and not Jinja."""
+        return self.prompt is not None and "{{" not in self.prompt and "\n" not in self.prompt
+
+    @model_validator(mode="after")
+    def _sound(self) -> Judge:
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"endpoint: {masked(self.endpoint)!r} is no URL, such as http://127.0.0.1:8000/v1")
+        if has_secret(self.endpoint):
+            raise ValueError("endpoint: without a key, which comes from the environment only")
+        if not is_secret_name(self.key):
+            raise ValueError("key: a variable whose name ends in API_KEY, TOKEN or SECRET, so that its value is masked")
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale: low ({self.scale[0]:g}) is not below high ({self.scale[1]:g})")
+        if self.max_cost is not None and self.price is None:
+            raise ValueError("max_cost: needs price: [of a million tokens of prompts, and of replies]")
+        return self
+
+
 class Measure(Section):
     """What gives numbers for items: an lm-eval task by its name, or a scorer and what it is called."""
 
     task: str
     python: str | None = None  # file.py:name or package.module:name
-    data: str | None = None  # the items of a Python scorer: .jsonl or .json
+    judge: Judge | None = None
+    data: str | None = None  # the items of a scorer: .jsonl or .json
     options: dict[str, Any] = {}  # what a Python scorer is called with beside the model and the items
 
     @model_validator(mode="before")
@@ -142,18 +186,26 @@ class Measure(Section):
             file, _, name = given["python"].rpartition(":")
             stem = Path(file).stem if file.endswith(".py") else file.rpartition(".")[2]
             return {"task": f"{stem}.{name}" if stem and name != "score" else stem or name, **given}
+        if isinstance(given, dict) and "task" not in given and "judge" in given:
+            return {"task": "judge", **given}
         return given
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Measure:
-        if self.python is None and (self.data is not None or self.options):
-            raise ValueError("data and options are a Python scorer's: {python: file.py:name, data: items.jsonl}")
+        if self.python is not None and self.judge is not None:
+            raise ValueError("python or judge, not both")
+        if not self.is_scorer and self.data is not None:
+            raise ValueError("data is a scorer's: {python: file.py:name, data: items.jsonl}")
+        if self.python is None and self.options:
+            raise ValueError("options are a Python scorer's: {python: file.py:name, options: {...}}")
+        if self.judge is not None and self.data is None:
+            raise ValueError("a judge needs items: {judge: ..., data: questions.jsonl}")
         return self
 
     @property
     def is_scorer(self) -> bool:
         """Whether it is anything but an lm-eval task."""
-        return self.python is not None
+        return self.python is not None or self.judge is not None
 
 
 class Task(Measure):

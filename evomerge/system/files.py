@@ -19,10 +19,11 @@ _REASONS = {
 }
 
 
-def cache_folder(kind: Literal["fingerprints", "scores", "tasks", "zoo"]) -> Path:
+def cache_folder(kind: Literal["fingerprints", "judge", "scores", "tasks", "zoo"]) -> Path:
     """Returns where things of one kind are kept that can be computed again: below $EVOMERGE_CACHE, if it is set.
 
     fingerprints/   hashes of checkpoints, by the state of their files
+    judge/          what judges replied, and what was spent on them
     scores/         per-item scores, by what decides them
     zoo/            the shipped models, unpacked
     """

@@ -61,6 +61,11 @@ def has_secret(text: str) -> bool:
     return masked(text) != text
 
 
+def is_secret_name(variable: str) -> bool:
+    """Tells whether a variable of the environment is one whose value `masked` hides."""
+    return bool(_VARIABLE.search(variable))
+
+
 def _of_environment() -> list[str]:
     """The values of variables whose names say that they are secret."""
     return [value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= _SHORTEST]

@@ -45,11 +45,17 @@ class PythonScorer:
     python_files: tuple[Path, ...]
     data: Path | None = None
     kind = "python"
+    references: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    noise = 0.0
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files of code and data."""
         return (*self.python_files, *(() if self.data is None else (self.data,)))
+
+    def read(self, name: str, model: LiveModel, items: Sequence[Item]) -> None:
+        """Reads nothing: it compares with no other model."""
 
     def score(self, model: LiveModel, items: Sequence[Item]) -> Sequence[float] | Sequence[Pair]:
         """Returns what the function gives."""

@@ -61,6 +61,9 @@ class Scorer(Protocol):
         digest: Identity of all that decides its values beside model and items.
         files: What it was read from.
         python_files: Those of them that are Python of the user's.
+        references: Names of models whose answers it reads before it scores any: "base", or a source's.
+        noise: Standard deviation of an item's value, were it valued again; 0 for what is always the same.
+        notes: What is worth knowing of it, once it has read these.
     """
 
     @property
@@ -77,6 +80,16 @@ class Scorer(Protocol):
     def files(self) -> tuple[Path, ...]: ...
     @property
     def python_files(self) -> tuple[Path, ...]: ...
+    @property
+    def references(self) -> tuple[str, ...]: ...
+    @property
+    def noise(self) -> float: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    def read(self, name: str, model: LiveModel, items: Sequence[Item]) -> None:
+        """Reads what one of its references answers."""
+        ...
 
     def score(self, model: LiveModel, items: Sequence[Item]) -> Sequence[float] | Sequence[Pair]:
         """Returns one number for each item; with `ratio`, a numerator and a denominator."""
@@ -181,7 +194,9 @@ class ScorerTask(Task):
         numerators, denominators = self._columns(given, indices)
         metric = self.scorer.metric
         items = tuple(self.items[k] for k in indices)
-        return ItemScores(self.name, items, {metric: (numerators, denominators)}, self.higher_is_better)
+        noise = {metric: self.scorer.noise} if self.scorer.noise else {}
+        columns = {metric: (numerators, denominators)}
+        return ItemScores(self.name, items, columns, self.higher_is_better, noise=noise)
 
     def _columns(self, given: Any, indices: Sequence[int]) -> tuple[FloatArray, FloatArray]:
         if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__len__"):
