@@ -202,6 +202,7 @@ def make_space(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint], *, outer
         tensor_group_filters=tensor_group_filters(reference),
         methods=space.methods,
         after=space.after,
+        choose=space.choose,
         method_scope=space.method_scope,
         layer_groups=space.layer_groups,
         tensor_groups=space.tensor_groups,

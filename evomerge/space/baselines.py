@@ -10,7 +10,7 @@ from typing import Any
 
 from evomerge.methods.contract import Method
 from evomerge.space.decode import decode, recipe_hash, stages_after
-from evomerge.space.genes import paper_value, searched_parameters
+from evomerge.space.genes import CHOSEN, paper_value
 from evomerge.space.genome import Genome, LayerGene, Scalar
 from evomerge.space.space import SearchSpace
 
@@ -64,7 +64,8 @@ def _parents(space: SearchSpace) -> list[str]:
 def _parent(space: SearchSpace, name: str) -> Start:
     recipe = _recipe(space, space.registry["linear"], {space.reference(name): {"weight": 1.0}}, {})
     weights = {source: 1.0 if source == name else 0.0 for source in space.sources}
-    genome = _nearest(space, ("linear", "task_arithmetic"), {"weight": weights, "lambda": 1.0}, name)
+    values = {"weight": weights, "lambda": 1.0, CHOSEN: weights}
+    genome = _nearest(space, ("linear", "task_arithmetic"), values, name)
     return Start(f"{PARENT}{name}", recipe, genome)
 
 
@@ -100,7 +101,7 @@ def _defaults(space: SearchSpace, method: Method) -> Start:
         return Start(name, decode(space, genome), genome, raced=True)
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
-    for parameter in searched_parameters(method, space.extra, len(space.sources)):
+    for parameter in space.searched[method.name]:
         value = paper_value(parameter)
         if value is None and parameter.gene is not None:
             value = sum(parameter.gene) / 2
@@ -109,7 +110,8 @@ def _defaults(space: SearchSpace, method: Method) -> Start:
     for key, value in space.fixed_parameters(method).items():
         declared = method.parameter(key)
         (own if declared is not None and declared.per_source else shared)[key] = value
-    recipe = _recipe(space, method, {reference: dict(own) for reference in space.sources.values()}, shared)
+    sources = list(space.sources.values())[: method.max_sources]  # of a pool, as many as the method takes
+    recipe = _recipe(space, method, {reference: dict(own) for reference in sources}, shared)
     return Start(name, recipe, _nearest(space, (method.name,), {**own, **shared}, None), raced=True)
 
 

@@ -31,6 +31,7 @@ def build_space(
     tensor_groups: Sequence[str] | None = None,
     gene_overrides: Mapping[str, Any] | None = None,
     frankenmerge: Mapping[str, Any] | None = None,
+    choose: int | None = None,
     recipe_seed: int = 0,
     dtype: str | None = None,
     tokenizer: Mapping[str, Any] | None = None,
@@ -52,6 +53,7 @@ def build_space(
         tensor_groups: Groups of a layer's tensors with genes of their own; what they leave over is ``rest``.
         gene_overrides: Parameter (or gene, or anything between) -> {low, high}.
         frankenmerge: {min_layers, max_layers, scale}.
+        choose: How many of the sources a candidate merges; None for all.
         recipe_seed: Seed of the stochastic methods.
         dtype: Output dtype of the recipes.
         tokenizer: What every recipe says of its tokenizer.
@@ -61,7 +63,11 @@ def build_space(
         SpecError: Everything that is wrong, at once.
     """
     problems: list[str] = []
-    chosen = _chosen_methods(methods, registry, base, len(sources), problems)
+    chosen = _chosen_methods(methods, registry, base, choose or len(sources), problems)
+    if choose is not None and choose > len(sources):
+        problems.append(f"space.choose: at most the {len(sources)} of models.sources; got {choose}")
+    if choose is not None and all(method.copies_layers for method in chosen):
+        problems.append("space.choose: says how many models are merged, and none of space.methods merges")
     chosen = _with_stages(chosen, after, base, problems)
     whole: tuple[tuple[int, int], ...] = ((0, layer_count),)
     groups = _collect(problems, lambda: genes.layer_groups(layer_groups, layer_count), whole)
@@ -71,7 +77,7 @@ def build_space(
     no_reals: tuple[Real, ...] = ()
 
     def real_genes() -> tuple[Real, ...]:
-        return genes.real_genes(chosen, overrides, tuple(sources), len(groups), parts, bool(outer))
+        return genes.real_genes(chosen, overrides, tuple(sources), len(groups), parts, bool(outer), choose)
 
     reals = _collect(problems, real_genes, no_reals)
     smooth = isinstance(layer_groups, Mapping)
@@ -96,6 +102,7 @@ def build_space(
         extra=genes.enabled_parameters(chosen, overrides),
         smooth=smooth,
         tokenizer=dict(tokenizer or {}),
+        choose=choose,
     )
 
 

@@ -69,11 +69,15 @@ def methods_of(space: SearchSpace, genome: Genome) -> list[Method]:
 
 
 def literal_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key, Values]:
-    """Returns the values of a block as the genome has them, whole numbers where the parameter is one."""
-    genes = genome.values
+    """Returns the values of a block as the genome has them, whole numbers where the parameter is one.
+
+    A source that is not chosen takes no part.
+    """
+    genes, members = genome.values, (None, *space.members(genome))
     values: dict[Key, Values] = {}
     for parameter, source in space.searched_by_owner[block.method.name]:
-        own = [float(genes[name]) for name in block.gene_names(parameter.name, source)]
+        away = parameter.takes_part and source not in members
+        own = [0.0 if away else float(genes[name]) for name in block.gene_names(parameter.name, source)]
         values[parameter.name, source] = tuple([float(round(v)) for v in own] if parameter.kind == "int" else own)
     return values
 
@@ -81,12 +85,13 @@ def literal_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key
 def canonical_values(space: SearchSpace, block: Block, genome: Genome) -> dict[Key, Values]:
     """Returns the values of a block, the same for genomes that mean the same."""
     literal = literal_values(space, block, genome)
-    counting = _counting(space, block.method, literal)
+    counting = _counting(space, block.method, literal, space.members(genome))
     values: dict[Key, Values] = {}
     for parameter, source in space.searched_by_owner[block.method.name]:
         key = (parameter.name, source)
         counts = counting[key]
-        values[key] = literal[key] if all(counts) else _filled(literal[key], counts, _neutral(parameter))
+        neutral = 0.0 if parameter.takes_part else _neutral(parameter)
+        values[key] = literal[key] if all(counts) else _filled(literal[key], counts, neutral)
     for parameter in space.searched[block.method.name]:
         if only_ratios(space, block.method, parameter):
             own = [(parameter.name, source) for source in space.sources]
@@ -96,7 +101,7 @@ def canonical_values(space: SearchSpace, block: Block, genome: Genome) -> dict[K
 
 def counting_genes(space: SearchSpace, block: Block, genome: Genome) -> set[str]:
     """Names the genes of a block that can change the merge as the others are."""
-    counting = _counting(space, block.method, literal_values(space, block, genome))
+    counting = _counting(space, block.method, literal_values(space, block, genome), space.members(genome))
     return {
         name
         for (parameter, source), flags in counting.items()
@@ -113,12 +118,14 @@ def only_ratios(space: SearchSpace, method: Method, parameter: Parameter) -> boo
     return bool(switch is not None and space.constants[method.name].get(switch.name, switch.default))
 
 
-def absent_sources(space: SearchSpace, method: Method, blocks: Sequence[Mapping[Key, Values]]) -> set[str]:
-    """Names the sources that take no part in any of these blocks' values, short of what the method needs."""
+def absent_sources(
+    space: SearchSpace, method: Method, blocks: Sequence[Mapping[Key, Values]], members: Sequence[str]
+) -> set[str]:
+    """Names the members that take no part in any of these blocks' values, short of what the method needs."""
     share = _share_parameter(space, method)
     if share is None:
         return set()
-    names = list(space.sources)
+    names = list(members)
     away = [name for name in names if all(value == 0.0 for values in blocks for value in values[share, name])]
     return set(away[max(method.min_sources - (len(names) - len(away)), 0) :])
 
@@ -128,7 +135,9 @@ def _share_parameter(space: SearchSpace, method: Method) -> str | None:
     return next((p.name for p in space.searched[method.name] if p.takes_part), None)
 
 
-def _counting(space: SearchSpace, method: Method, literal: Mapping[Key, Values]) -> dict[Key, tuple[bool, ...]]:
+def _counting(
+    space: SearchSpace, method: Method, literal: Mapping[Key, Values], members: Sequence[str]
+) -> dict[Key, tuple[bool, ...]]:
     """For each value of a block whether it can change the merge."""
     share = _share_parameter(space, method)
     taking_part: dict[str | None, tuple[bool, ...]] = {}
@@ -138,7 +147,10 @@ def _counting(space: SearchSpace, method: Method, literal: Mapping[Key, Values])
     for parameter, source in space.searched_by_owner[method.name]:
         always = source not in taking_part or parameter.name == share
         key = (parameter.name, source)
-        counting[key] = (True,) * len(literal[key]) if always else taking_part[source]
+        if source is not None and source not in members:
+            counting[key] = (False,) * len(literal[key])
+        else:
+            counting[key] = (True,) * len(literal[key]) if always else taking_part[source]
     for parameter, source in space.searched_by_owner[method.name]:
         if parameter.idle_at is not None and (parameter.idle_at[0], source) in literal:
             # What counts is the other parameter as it is merged with: a point that does not count is not asked.

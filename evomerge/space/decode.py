@@ -27,7 +27,7 @@ from evomerge.space.canonical import (
     methods_of,
     only_ratios,
 )
-from evomerge.space.genes import OUTER
+from evomerge.space.genes import CHOSEN, OUTER
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace
 from evomerge.system.arrays import Mask
@@ -105,7 +105,7 @@ def copies_layers(space: SearchSpace, genome: Genome) -> bool:
 
 def active_genes(space: SearchSpace, genome: Genome) -> frozenset[str]:
     """Names the scalar genes that the recipe depends on, as the others are."""
-    names = {choice.name for choice in space.choices}
+    names = {choice.name for choice in space.choices} | {g.name for g in space.reals if g.parameter == CHOSEN}
     for block in all_blocks(space, genome):
         names |= counting_genes(space, block, genome)
     return frozenset(names)
@@ -122,11 +122,12 @@ def why_invalid(space: SearchSpace, genome: Genome) -> str | None:
 
     Where a method divides by the sum of the weights, they must not sum to (nearly) zero.
     """
+    members = space.members(genome)
     for block in all_blocks(space, genome):
         for parameter in space.searched[block.method.name]:
             if not only_ratios(space, block.method, parameter):
                 continue
-            names = zip(*(block.gene_names(parameter.name, source) for source in space.sources), strict=True)
+            names = zip(*(block.gene_names(parameter.name, source) for source in members), strict=True)
             sums = [sum(float(genome.values[name]) for name in of_sources) for of_sources in names]
             for point, total in zip(block.points, sums, strict=True):
                 # Between two points whose sums have different signs one is zero.
@@ -188,6 +189,7 @@ def _slices(space: SearchSpace, genome: Genome, *, literal: bool = False) -> lis
     methods = methods_of(space, genome)
     if _same(methods) and methods[0].copies_layers:
         return _copied_slices(space, genome.layers)
+    members = space.members(genome)
     regions = [[_part(space, genome, block, literal) for block in blocks] for blocks in layer_blocks(space, genome)]
     slices: list[_Slice] = []
     for first, last in [(k, k) for k in range(len(regions))] if literal else _equal_runs(methods, regions):
@@ -199,7 +201,8 @@ def _slices(space: SearchSpace, genome: Genome, *, literal: bool = False) -> lis
             parts = regions[first]
             if space.outer and (start == 0 or stop == space.layer_count):
                 parts = [_part(space, genome, Block(method, (OUTER,)), literal), *parts]
-            made = [_merged_slice(space, method, parts, (start, stop), literal, constants=not _same(methods))]
+            layers = (start, stop)
+            made = [_merged_slice(space, method, parts, layers, members, literal, constants=not _same(methods))]
         if not _same(methods):
             made = [_Slice({"merge_method": method.name, **piece.mapping}, piece.genes) for piece in made]
         slices += made
@@ -230,6 +233,7 @@ def _merged_slice(
     method: Method,
     parts: Sequence[_Part],
     layers: tuple[int, int],
+    members: Sequence[str],
     literal: bool,
     *,
     constants: bool,
@@ -240,19 +244,19 @@ def _merged_slice(
     shared: dict[str, Any] = dict(space.constants[method.name]) if constants else {}
     own: dict[str | None, dict[str, Any]] = {source: {} for source in space.sources} | {None: shared}
     genes: dict[ParameterKey, Setting] = {}
-    position = {source: k for k, source in enumerate(space.sources)}
+    position = {source: k for k, source in enumerate(members)}
     for parameter, source in space.searched_by_owner[method.name]:
         key, whole = (parameter.name, source), parameter.kind == "int"
         values = [(part.filters, [int(v) if whole else v for v in part.values[key]]) for part in parts]
         own[source][parameter.name] = plain(_setting(values))
-        if literal:
+        if literal and (source is None or source in position):
             names = [(part.filters, part.block.gene_names(*key)) for part in parts]
             genes[parameter.name, None if source is None else position[source]] = _setting(names)
-    left_out = set() if literal else absent_sources(space, method, [part.values for part in parts])
-    for source, reference in space.sources.items():
+    left_out = set() if literal else absent_sources(space, method, [part.values for part in parts], members)
+    for source in members:
         if source in left_out:
             continue
-        entry: dict[str, Any] = {"model": reference, "layer_range": list(layers)}
+        entry: dict[str, Any] = {"model": space.sources[source], "layer_range": list(layers)}
         if own[source]:
             entry["parameters"] = own[source]
         sources.append(entry)

@@ -19,6 +19,8 @@ from evomerge.space.genome import LayerGene
 
 OUTER = "outer"
 REST = "rest"
+CHOSEN = "chosen"
+"""How the genes are called by which a source is chosen: of a pool those with the highest values take part."""
 CONTROL_POINTS = "control_points"
 
 DEFAULT_GROUPS = 6
@@ -84,7 +86,7 @@ class Pattern:
         return tuple(layers[: self.max_layers]) + tuple(layers[-1:]) * (self.min_layers - len(layers))
 
 
-def gene_name(parameter: str, source: str | None, group: str, tensors: str | None) -> str:
+def gene_name(parameter: str, source: str | None, group: str | None = None, tensors: str | None = None) -> str:
     """Names a gene: its parameter, source, group and tensor group, those that it has."""
     return ".".join(part for part in (parameter, source, group, tensors) if part is not None)
 
@@ -247,8 +249,16 @@ def real_genes(
     group_count: int,
     tensor_groups: Sequence[str],
     has_outer: bool,
+    choose: int | None = None,
 ) -> tuple[Real, ...]:
     """Makes every real gene, sorted by name; the most specific override of a name's prefixes gives its range.
+
+    Args:
+        methods, overrides, sources: As for `evomerge.space.build.build_space`.
+        group_count: The number of layer groups.
+        tensor_groups: Their tensor groups.
+        has_outer: Whether tensors outside the layers have genes.
+        choose: How many of the sources are merged; None for all.
 
     Raises:
         SpecError: An override of a gene that does not exist, or one that has no sense.
@@ -260,7 +270,7 @@ def real_genes(
     if has_outer:
         places.append((OUTER, None))
     used: set[str] = set()
-    for family in families(methods, overrides, len(sources)):
+    for family in families(methods, overrides, choose or len(sources)):
         for source in sources if family.per_source else (None,):
             for group, tensors in places:
                 genes.append(_real(family, source, group, tensors, overrides, used))
@@ -268,6 +278,8 @@ def real_genes(
     if unused:
         names = {prefix for gene in genes for prefix in _prefixes(gene.name)}
         raise SpecError([f"space.genes.{key}: there is no such gene{suggest(key, names)}" for key in unused])
+    if choose is not None:
+        genes += [Real(gene_name(CHOSEN, name), 0.0, 1.0, CHOSEN, name, OUTER, None, 0.5) for name in sources]
     return tuple(sorted(genes, key=lambda gene: gene.name))
 
 

@@ -42,6 +42,7 @@ class SearchSpace:
         smooth: The genes of ``g0``, ``g1``, ... are values at control points, evenly spaced from the first layer to the
             last, between which every layer's value is interpolated.
         tokenizer: What every recipe says of its tokenizer; {} where the models have one vocabulary.
+        choose: How many of the sources a candidate merges; None for all.
     """
 
     base: str | None
@@ -61,6 +62,7 @@ class SearchSpace:
     extra: frozenset[str] = frozenset()
     smooth: bool = False
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    choose: int | None = None
 
     @property
     def layer_count(self) -> int:
@@ -71,6 +73,11 @@ class SearchSpace:
     def size(self) -> int:
         """The number of genes; a layer pattern counts one for each output layer it can have."""
         return len(self.reals) + len(self.choices) + (self.pattern.max_layers if self.pattern else 0)
+
+    @property
+    def merged_count(self) -> int:
+        """How many sources a candidate merges."""
+        return self.choose or len(self.sources)
 
     @cached_property
     def low(self) -> FloatArray:
@@ -86,7 +93,7 @@ class SearchSpace:
     def searched(self) -> Mapping[str, tuple[Parameter, ...]]:
         """The parameters with genes, by name of method."""
         return {
-            method.name: genes.searched_parameters(method, self.extra, len(self.sources)) for method in self.methods
+            method.name: genes.searched_parameters(method, self.extra, self.merged_count) for method in self.methods
         }
 
     @cached_property
@@ -163,6 +170,15 @@ class SearchSpace:
             for gene in layers
         )
 
+    def members(self, genome: Genome) -> tuple[str, ...]:
+        """Names the sources that a genome merges, in their order: of a pool the ones with the highest genes."""
+        if self.choose is None:
+            return tuple(self.sources)
+        values = genome.values
+        ranked = sorted(self.sources, key=lambda name: -float(values[genes.gene_name(genes.CHOSEN, name)]))
+        chosen = set(ranked[: self.choose])
+        return tuple(name for name in self.sources if name in chosen)
+
     # -- models and methods ----------------------------------------------------------------------------------------
 
     def method(self, genome: Genome, group: int) -> Method:
@@ -174,7 +190,7 @@ class SearchSpace:
 
     def fixed_parameters(self, method: Method) -> dict[str, Any]:
         """Parameters without genes whose value in a search is the paper's and not the recipe default."""
-        parameters = genes.searched_parameters(method, self.extra, len(self.sources))
+        parameters = genes.searched_parameters(method, self.extra, self.merged_count)
         return genes.fixed_parameters(method, parameters, has_base=self.base is not None)
 
     def needs_base(self, method: Method) -> bool:

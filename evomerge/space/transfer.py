@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from evomerge.recipe import Recipe, expand_frankenmerge, layer_places, resolve, slice_inputs
-from evomerge.space.genes import OUTER, REST, Real
+from evomerge.space.genes import CHOSEN, OUTER, REST, Real, gene_name
 from evomerge.space.genome import Genome, LayerGene, Scalar
 from evomerge.space.space import SearchSpace
 
@@ -95,6 +95,9 @@ def transfer_genome(space: SearchSpace, genome: Genome, shape: SpaceLayout, name
         return None
 
     def value_of(gene: Real) -> float | None:
+        if gene.parameter == CHOSEN:
+            original = original_names.get(str(gene.source))
+            return 0.0 if original is None else float(genome.values.get(gene_name(CHOSEN, original), 1.0))
         if gene.source is not None and gene.source not in original_names:
             return 0.0 if _takes_part(space, gene.parameter) else None
         stem = gene.parameter if gene.source is None else f"{gene.parameter}.{original_names[gene.source]}"
@@ -144,7 +147,11 @@ def nearest_genome(space: SearchSpace, recipe: Recipe, tensors: Sequence[TensorL
         for key, value in _numbers_of(space, recipe, layer_place.slice_index, name, t, names).items():
             values_by_key.setdefault(key, {})[name] = value
 
+    merged = {names.get(model) for model in recipe.models()}
+
     def value_of(gene: Real) -> float | None:
+        if gene.parameter == CHOSEN:
+            return float(gene.source in merged)
         values = values_by_key.get((gene.parameter, gene.source), {})
         if gene.group == OUTER:
             own = [values[name] for name, layer in tensors if layer is None and name in values]

@@ -87,6 +87,7 @@ class Space(Section):
 
     methods: list[str] = Field(["linear", "task_arithmetic", "ties", "dare_ties"], min_length=1)
     after: list[str] = []
+    choose: Annotated[int, Field(ge=1, le=MOST)] | None = None  # of the sources; None: all
     method_scope: Literal["run", "layer_group"] = "run"
     # None: six groups, or as many as the models have layers
     layer_groups: Annotated[int, Field(ge=1, le=MOST)] | list[int] | Literal["per_layer"] | ControlPoints | None = None
