@@ -18,21 +18,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.parity_reasons import ROUNDING, Reasons, reasons
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from evomerge.checkpoints.matching.reconcile import reconcile
 from evomerge.errors import EvoMergeError
 from evomerge.methods.registry import METHODS
 from evomerge.planning.plan import align_and_plan
@@ -65,6 +68,10 @@ DELIBERATE = {
     "sce": "weighs the models by their squares however small; mergekit weighs them alike where these sum below 1e-6",
     "multislerp": "a tensor that no source changed stays the base's; mergekit refuses a mean direction of length 0",
     "negative weights": "normalised by the sum of absolute weights: ties cannot blow up when weights cancel",
+    "cancel": "an average whose weights sum to 0 is refused",
+    "karcher": "`weight` counts, with a warning; mergekit passes it over",
+    "experts": "experts beside single ones are read one by one, and so are trimmed; mergekit stacks and trims them whole",
+    "integers": "integer buffers (indices) are copied; mergekit multiplies them and cuts the result off",
 }
 
 
@@ -208,8 +215,24 @@ def cases(depth: int) -> Iterator[Case]:
             ],
         },
     )
+    crumbs = [d | {"gamma": 0.02} for d in D3]
     for method in ("breadcrumbs", "breadcrumbs_ties"):
-        yield Case(method, models(method, [d | {"gamma": 0.02} for d in D3]))
+        yield Case(method, models(method, crumbs))
+    for method, own in (("ties", D3), ("breadcrumbs", crumbs), ("breadcrumbs_ties", crumbs)):
+        yield Case(f"{method}, rescaled", models(method, own, parameters={"rescale": True}))
+    few = [w | {"density": 1e-3} for w in W3]  # of a norm, less than one element
+    yield Case("ties, density x n below 1", models("ties", few))
+    yield Case("breadcrumbs, density x n below 1", models("breadcrumbs", few))
+    cancel = [{"weight": 0.5}, {"weight": -0.5}]
+    normalized = {"parameters": {"normalize": True}}
+    yield Case("task_arithmetic, weights cancel", models("task_arithmetic", cancel, **normalized))
+    yield Case("ties, weights cancel", models("ties", cancel, **normalized), differs=DELIBERATE["negative weights"])
+    yield Case("linear, weights cancel", models("linear", cancel, base=False), differs=DELIBERATE["cancel"])
+    for method in ("linear", "ties", "karcher"):
+        own = [{}, {}, {}] if method == "karcher" else D3 if method == "ties" else W3
+        yield Case(f"{method}, float64", models(method, own, base=method == "ties", dtype="float64"))
+    for outside in (-0.4, 1.3):
+        yield Case(f"slerp, t = {outside}", slerp({"t": outside}))
     yield Case("model_stock", models("model_stock", [{}, {}, {}]), differs=DELIBERATE["model_stock"])
     yield Case(
         "model_stock, filter-wise",
@@ -230,6 +253,7 @@ def cases(depth: int) -> Iterator[Case]:
     yield Case("multislerp", models("multislerp", W3, base=False))
     yield Case("multislerp, on deltas", models("multislerp", W3), differs=DELIBERATE["multislerp"])
     yield Case("karcher", models("karcher", [{}, {}, {}], base=False))
+    yield Case("karcher, weights", models("karcher", W3, base=False), differs=DELIBERATE["karcher"])
     yield Case("nearswap", models("nearswap", [{}], parameters={"t": 0.01}))
     yield Case("arcee_fusion", models("arcee_fusion", [{}]), differs=DELIBERATE["arcee_fusion"])
     yield Case("dare_linear", models("dare_linear", D3), stochastic=True, differs=DELIBERATE["dare"])
@@ -240,11 +264,37 @@ def cases(depth: int) -> Iterator[Case]:
         yield Case(method, models(method, own), stochastic=True, differs=DELIBERATE["della"])
 
 
-def slerp(parameters: dict[str, Any]) -> dict[str, Any]:
+def stored_otherwise() -> Iterator[Case]:
+    """Models whose files differ in more than their numbers."""
+    yield Case("slerp, a tensor of zeros", slerp({"t": 0.35}, "{zeros}"))
+    yield Case("slerp, t = 1.3, a tensor of zeros", slerp({"t": 1.3}, "{zeros}"))
+    for name in ("gpt2", "mixtral"):
+        words = {"gpt2": "without `transformer.`", "mixtral": "with experts in one tensor"}[name]
+        yield Case(f"linear, {name} {words} and otherwise", {"merge_method": "linear", "models": [*both(name)]})
+        yield Case(f"linear, {name} otherwise and {words}", {"merge_method": "linear", "models": [*both(name)][::-1]})
+        for base in (f"{{{name}}}", f"{{{name}_a}}"):
+            recipe = {"merge_method": "ties", "base_model": base, "models": [*both(name)]}
+            part = "the base" if base == f"{{{name}}}" else "a source"
+            purpose = DELIBERATE["experts"] if name == "mixtral" else None
+            yield Case(f"ties, {name} {words} is {part}", recipe, differs=purpose)
+    single = [{"model": f"{{mixtral_{end}}}", "parameters": {"weight": 0.5, "density": 0.5}} for end in "ab"]
+    recipe = {"merge_method": "ties", "base_model": "{mixtral_a}", "models": single}
+    yield Case("ties, mixtral with experts one by one", recipe, differs=DELIBERATE["experts"])
+    scaled = [{"model": "{donut}", "parameters": {"scale": 0.5}}]
+    recipe = {"merge_method": "passthrough", "models": scaled}
+    yield Case("passthrough, scaled integer buffers", recipe, differs=DELIBERATE["integers"])
+
+
+def both(name: str) -> list[dict[str, Any]]:
+    own = {"weight": 0.5, "density": 0.5}
+    return [{"model": f"{{{name}{end}}}", "parameters": own} for end in ("", "_a")]
+
+
+def slerp(parameters: dict[str, Any], other: str = "{a}") -> dict[str, Any]:
     return {
         "merge_method": "slerp",
         "base_model": "{base}",
-        "models": [{"model": "{base}"}, {"model": "{a}"}],
+        "models": [{"model": "{base}"}, {"model": other}],
         "parameters": parameters,
     }
 
@@ -294,6 +344,7 @@ def compare(
         why: Which elements of a tensor may differ.
     """
     differences = Differences()
+    here, mergekits = reconcile({"here": here, "mergekit": mergekits}).checkpoints.values()  # one naming
     differences.names = sorted(set(here.tensors) ^ set(mergekits.tensors))
     for name in sorted(set(here.tensors) & set(mergekits.tensors)):
         left, right = here.tensor(name), mergekits.tensor(name)
@@ -327,6 +378,31 @@ def tiny(root: Path) -> dict[str, str]:
     paths = {"base": write_tiny_llama(root / "base", 0, hidden=64)}
     for seed, name in enumerate("abc", start=1):
         paths[name] = write_tiny_llama(root / name, seed, base=paths["base"], noise=0.01)
+    return {f"{{{name}}}": str(path) for name, path in paths.items()}
+
+
+def otherwise(root: Path) -> dict[str, str]:
+    """Models for `stored_otherwise`."""
+    from transformers import DonutSwinConfig, DonutSwinModel
+
+    from tests.architectures import ARCHITECTURES, shaken
+
+    paths = {name.strip("{}"): Path(path) for name, path in tiny(root).items()}
+    paths["zeros"] = Path(shutil.copytree(paths["a"], root / "zeros"))
+    weights = load_file(paths["zeros"] / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(weights, paths["zeros"] / "model.safetensors", {"format": "pt"})
+    for name in ("gpt2", "mixtral"):
+        for seed, end in enumerate(("", "_a", "_b")):
+            paths[name + end] = root / (name + end)
+            as_loaded = {"save_original_format": False} if name + end == "mixtral" else {}
+            shaken(ARCHITECTURES[name].build(), seed).save_pretrained(paths[name + end], **as_loaded)
+    weights = load_file(paths["gpt2"] / "model.safetensors")
+    short = {key.removeprefix("transformer."): value for key, value in weights.items()}
+    save_file(short, paths["gpt2"] / "model.safetensors", {"format": "pt"})
+    paths["donut"] = root / "donut"
+    small = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    DonutSwinModel(DonutSwinConfig(**small)).save_pretrained(paths["donut"])
     return {f"{{{name}}}": str(path) for name, path in paths.items()}
 
 
@@ -368,14 +444,20 @@ class Mergekit:
 
 
 def rows_of(
-    label: str, paths: Mapping[str, str], depth: int, only: list[str], mergekit: Mergekit, root: Path
+    label: str,
+    paths: Mapping[str, str],
+    chosen: Iterable[Case],
+    only: list[str],
+    mergekit: Mergekit,
+    root: Path,
 ) -> Iterator[str]:
     """The rows of one family of models."""
     opened = {path: open_checkpoint(path) for path in paths.values()}
-    for case in cases(depth):
-        if case.recipe["merge_method"] not in METHODS or (only and not any(text in case.name for text in only)):
+    names = {name for method in METHODS.values() for name in (method.name, *method.aliases)}
+    for case in chosen:
+        if case.recipe["merge_method"] not in names or (only and not any(text in case.name for text in only)):
             continue
-        recipe = with_paths(dict(case.recipe), paths) | {"dtype": "float32"}
+        recipe = {"dtype": "float32"} | with_paths(dict(case.recipe), paths)
         if not case.stochastic:
             cells = once(recipe, opened, mergekit, root)
         elif label == "tiny":
@@ -387,10 +469,15 @@ def rows_of(
 
 def once(recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint], mergekit: Mergekit, root: Path) -> list[str]:
     """The five cells of a deterministic case."""
-    parsed = parse_recipe({**recipe, "out_dtype": "float32"})
+    try:
+        parsed = parse_recipe({**recipe, "out_dtype": "float32"})
+        planned, aligned, _ = align_and_plan(parsed, {m: opened[m] for m in parsed.models()}, identify=False)
+    except EvoMergeError as error:
+        return [f"refused here: {error}"[:160], "", "", "", ""]
+    operations = {op.output: op for op in planned.operations}
     here, mergekits = root / "here", root / "mergekits"
 
-    def merged(out: str, computed: str = "float32") -> str | None:
+    def merged(out: str, computed: str = recipe["dtype"]) -> str | None:
         """Both merges; what went wrong."""
         document = {**recipe, "out_dtype": out}
         try:
@@ -400,10 +487,14 @@ def once(recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint], mergekit: 
         problem = mergekit({**document, "dtype": computed}, mergekits)
         return f"fails in mergekit: {problem}"[:160] if problem else None
 
-    operations = {op.output: op for op in align_and_plan(parsed, opened, identify=False)[0].operations}
-
     def why(name: str) -> Reasons | None:
-        return reasons(operations[name], opened)
+        if name not in operations:
+            return None
+        inputs = [*operations[name].sources, *([base] if (base := operations[name].base) else [])]
+        if ".experts." in name and any(i.tensor not in opened[i.model].tensors for i in inputs):
+            every = torch.ones(math.prod(operations[name].shape), dtype=torch.bool)
+            return Reasons(~every, every)  # see DELIBERATE["experts"]
+        return reasons(operations[name], aligned)
 
     def compared(rounded: bool) -> Differences:
         return compare(open_checkpoint(str(here)), open_checkpoint(str(mergekits)), rounded, why)
@@ -457,7 +548,8 @@ def main() -> None:
     parser.add_argument("--mergekit", required=True, help="python of an environment that has mergekit")
     parser.add_argument("--models", type=Path, help="a folder with `base` and its fine-tunes")
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name holds one of these")
-    parser.add_argument("--families", nargs="*", default=["tiny", "real"], choices=["tiny", "real"])
+    every = ["tiny", "stored otherwise", "real"]
+    parser.add_argument("--families", nargs="*", default=every, choices=every)
     parser.add_argument("--write", action="store_true", help=f"put the table into {RESULTS}")
     args = parser.parse_args()
     rows = [
@@ -469,12 +561,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         mergekit = Mergekit(args.mergekit, root / "mergekit.log")
-        families = {"tiny": lambda: (tiny(root / "tiny"), 4)}
+        families: dict[str, Callable[[], tuple[dict[str, str], Iterator[Case]]]] = {
+            "tiny": lambda: (tiny(root / "tiny"), cases(4)),
+            "stored otherwise": lambda: (otherwise(root / "otherwise"), stored_otherwise()),
+        }
         if args.models:
-            families["real"] = lambda: (real(args.models), depth_of(args.models / "base"))
+            families["real"] = lambda: (real(args.models), cases(depth_of(args.models / "base")))
         for label in (name for name in families if name in args.families):
-            paths, depth = families[label]()
-            for row in rows_of(label, paths, depth, args.only, mergekit, root):
+            paths, chosen = families[label]()
+            for row in rows_of(label, paths, chosen, args.only, mergekit, root):
                 rows.append(row)
                 print(row, flush=True)
         mergekit.close()

@@ -12,6 +12,7 @@ Both are worked out from the stored tensors, in float64, and from nothing that e
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.checkpoints.dtypes import FLOATS
 from evomerge.methods.arcee_fusion import divergence, quartile_ranks, relative
 from evomerge.methods.arithmetic import participants
 from evomerge.methods.contract import Settings
@@ -41,14 +43,17 @@ class Reasons(NamedTuple):
 
 def reasons(operation: Operation, checkpoints: Mapping[str, Checkpoint]) -> Reasons | None:
     """Which elements of an operation's result may differ; None where nothing may."""
+    if operation.dtype not in FLOATS:
+        size = math.prod(operation.shape)
+        return Reasons(torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool))
     find = _METHODS.get(operation.method)
-    if find is None or operation.base is None:
+    if find is None or (operation.base is None and operation.method != "karcher"):
         return None
 
     def read(tensor: Input) -> Tensor:
         return checkpoints[tensor.model].tensor(tensor.tensor).float()
 
-    base = read(operation.base)
+    base = read(operation.base) if operation.base is not None else torch.zeros(())
     return find(base, [read(source) - base for source in operation.sources], operation.settings)
 
 
@@ -141,6 +146,12 @@ def _arcee_fusion(base: Tensor, deltas: Sequence[Tensor], settings: Settings) ->
     return Reasons(hair, torch.zeros_like(hair))
 
 
+def _karcher(base: Tensor, tensors: Sequence[Tensor], settings: Settings) -> Reasons:
+    weighted = len({own["weight"] for own in settings.sources}) > 1
+    size = tensors[0].numel()
+    return Reasons(torch.zeros(size, dtype=torch.bool), torch.full((size,), weighted))
+
+
 _METHODS: Mapping[str, Callable[[Tensor, Sequence[Tensor], Settings], Reasons]] = {
     "ties": _ties,
     "breadcrumbs": _breadcrumbs,
@@ -148,4 +159,5 @@ _METHODS: Mapping[str, Callable[[Tensor, Sequence[Tensor], Settings], Reasons]] 
     "sce": _sce,
     "model_stock": _model_stock,
     "arcee_fusion": _arcee_fusion,
+    "karcher": _karcher,
 }

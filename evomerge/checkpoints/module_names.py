@@ -28,6 +28,8 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_
 _OLD_NORM = re.compile(r"(?i)(norm\w*)\.(gamma|beta)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
+_STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])  # experts first, then the rows of each
+
 Shape = tuple[int, ...]
 
 
@@ -95,6 +97,48 @@ def matched_names(
         for name in names
         if (name_there := _numbered(places[place], name)) is not None
     }
+
+
+def stacked_experts(
+    names: Iterable[str], config: Mapping[str, object]
+) -> tuple[dict[str, list[list[str]]], Callable[[str], str]]:
+    """Finds which tensors of single experts transformers makes one of when it loads a model.
+
+    Args:
+        names: The tensors of a model that stores its experts one by one.
+        config: config.json of a model of the kind.
+
+    Returns:
+        (the stacked tensor as it is called in memory -> for each part of its rows, the experts' tensors in order,
+        what a stored tensor is called in memory). Nothing where transformers does not know the model.
+    """
+    names = list(names)
+    model = _skeleton(_key(config), len(names))
+    if model is None:
+        return {}, str
+    renamings, converters = _conversions(model)
+
+    def rename(name: str) -> str:
+        name = _clean(name)
+        for renaming in renamings:
+            name = renaming.rename_source_key(name)[0]
+        return name
+
+    stacking = [c for c in converters if [type(op).__name__ for op in c.operations] in _STACKING]
+    groups: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        for converter in stacking:
+            whole, pattern = converter.rename_source_key(rename(name))
+            if pattern is not None:
+                groups[whole][converter.source_patterns.index(pattern)].append(name)
+                break
+    stacks = {whole: [sorted(parts[k], key=_expert) for k in sorted(parts)] for whole, parts in groups.items()}
+    return stacks, rename
+
+
+def _expert(name: str) -> int:
+    """The innermost number of a name."""
+    return max((int(part) for part in name.split(".")[-3:] if part.isdecimal()), default=-1)
 
 
 Places = dict[str, list[str]]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.header import TensorSpec, name_some
 from evomerge.checkpoints.layout import ties_head, vocabulary_tensors, with_tied_flag
+from evomerge.checkpoints.matching.experts import with_single_experts
 from evomerge.checkpoints.module_names import matched_names, without_number
 from evomerge.checkpoints.tensors import SelectedWeights
 
@@ -59,6 +60,7 @@ def reconcile(
     if not checkpoints:
         return Reconciled(checkpoints)
     main = reference if reference is not None else next(iter(checkpoints))
+    checkpoints = with_single_experts(checkpoints)
     models = {model: _renamed(checkpoint, checkpoints[main]) for model, checkpoint in checkpoints.items()}
     models = separate(models)
     models = _without(models, {name for name in _computed(models) if not apart(name)})
