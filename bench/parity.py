@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ from evomerge.run.merge import merge_to_folder
 
 RESULTS = Path(__file__).parent / "results" / "parity.md"
 SEEDS = 12
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 DRIVER = """
 import json, sys
 from mergekit.config import MergeConfiguration
@@ -70,7 +72,7 @@ DELIBERATE = {
     "negative weights": "normalised by the sum of absolute weights: ties cannot blow up when weights cancel",
     "cancel": "an average whose weights sum to 0 is refused",
     "karcher": "`weight` counts, with a warning; mergekit passes it over",
-    "experts": "experts beside single ones are read one by one, and so are trimmed; mergekit stacks and trims them whole",
+    "experts": "single experts are trimmed one by one; mergekit stacks those of a layer and trims them together",
     "integers": "integer buffers (indices) are copied; mergekit multiplies them and cuts the result off",
 }
 
@@ -490,8 +492,7 @@ def once(recipe: Mapping[str, Any], opened: Mapping[str, Checkpoint], mergekit: 
     def why(name: str) -> Reasons | None:
         if name not in operations:
             return None
-        inputs = [*operations[name].sources, *([base] if (base := operations[name].base) else [])]
-        if ".experts." in name and any(i.tensor not in opened[i.model].tensors for i in inputs):
+        if _EXPERT.search(name):
             every = torch.ones(math.prod(operations[name].shape), dtype=torch.bool)
             return Reasons(~every, every)  # see DELIBERATE["experts"]
         return reasons(operations[name], aligned)
