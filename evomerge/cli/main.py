@@ -209,7 +209,9 @@ def evaluate(
     limit: Annotated[float | None, typer.Option(help="Only the first N items of each task; a part, below 1.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens a batch.", min=16, show_default="what suits")] = None,
+    batch_tokens: Annotated[
+        int | None, _as_lm_eval("--batch-tokens", help="Tokens a batch.", min=16, show_default="what suits")
+    ] = None,
     num_fewshot: Annotated[
         int | None, _as_lm_eval("--num-fewshot", help="Examples before each question.", min=0)
     ] = None,
@@ -220,12 +222,19 @@ def evaluate(
     max_length: Annotated[int | None, _as_lm_eval("--max-length", help="Longest input in tokens.", min=8)] = None,
     chat: Annotated[bool, _as_lm_eval("--apply-chat-template", help="Render prompts as conversations.")] = False,
     multiturn: Annotated[
-        bool | None, typer.Option("--fewshot-as-multiturn/--no-fewshot-as-multiturn", help="Examples as turns.")
+        bool | None,
+        typer.Option(
+            "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+            "--fewshot_as_multiturn/--no_fewshot_as_multiturn",
+            help="Examples as turns.",
+        ),
     ] = None,
     system_instruction: Annotated[
         str | None, _as_lm_eval("--system-instruction", help="What every prompt begins with.")
     ] = None,
-    chat_template: Annotated[Path | None, typer.Option(help="File with a chat template, for the model's own.")] = None,
+    chat_template: Annotated[
+        Path | None, _as_lm_eval("--chat-template", help="File with a chat template, for the model's own.")
+    ] = None,
     chat_template_args: Annotated[
         str | None,
         _as_lm_eval("--chat-template-args", help="What the template is rendered with: JSON, or key=value,..."),

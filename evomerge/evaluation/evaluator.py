@@ -220,7 +220,14 @@ class Evaluator:
         Raises:
             TaskError: With what is wrong with the first such item of every task, all at once.
         """
-        problems: list[str] = []
+        warnings, problems = self.examine(selection)
+        if problems:
+            raise TaskError([problem for of_task in problems.values() for problem in of_task])
+        return warnings
+
+    def examine(self, selection: Selection | None = None) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+        """As `check`, but returns what is wrong beside the warnings, by task."""
+        problems: dict[str, tuple[str, ...]] = {}
         files = dict.fromkeys(path for task in self.tasks.values() for path in task.python_files)
         warnings = [f"tasks run Python of yours: {', '.join(map(str, files))}"] if files else []
         for task, indices in (self.all_items if selection is None else selection).items():
@@ -229,22 +236,20 @@ class Evaluator:
             try:
                 requests = self.requests(task)
                 requests.build(indices)  # first: what templates cannot do with a document is told there
-                warnings += self._task(task).label_notes(indices)
+                warnings += self._task(task).document_notes(indices)
                 by_item = requests.by_item
                 with quiet():  # tokenizers have an opinion on long texts, too
                     # Every request is encoded: the second one of an item may be what cannot be scored.
                     cut = sum(max(list(map(self.encoder.is_cut, by_item[k]))) for k in indices)
             except TaskError as error:
-                problems += error.problems
+                problems[task] = error.problems
                 continue
             if cut:
                 warnings.append(
                     f"task {task!r}: {cut} of {len(indices)} items are longer than the context of {self.max_length}"
                     " tokens; their prompts lose their beginning, as in lm-eval"
                 )
-        if problems:
-            raise TaskError(problems)
-        return warnings
+        return warnings, problems
 
     def read_reference(self, model: Any, name: str) -> None:
         """Has the scorers that compare with a model read what it answers; once, before any model is scored.

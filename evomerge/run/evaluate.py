@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -138,7 +138,10 @@ def evaluate(
         **prompting,
     )
     selection = {name: indices[: _count(limit, len(indices))] for name, indices in evaluator.all_items.items()}
-    for text in evaluator.check(selection):
+    notes, problems = evaluator.examine(selection)
+    task_set = _without(task_set, problems)
+    selection = {name: indices for name, indices in selection.items() if name in task_set.tasks}
+    for text in (*notes, *(f"left out: {text}" for of_task in problems.values() for text in of_task)):
         warn(text)
     plan = make_plan(parse_recipe(single_model(reference)), {reference: checkpoint})
     resident, _ = Resident({reference: checkpoint}, compute_dtype, device).write(plan)
@@ -188,6 +191,25 @@ def _tasks(names: Sequence[str], warn: Callable[[str], object], **options: Any) 
     for text in (*(f"left out: {text}" for text in task_set.missing), *task_set.twice):
         warn(text)
     return task_set
+
+
+def _without(task_set: TaskSet, problems: Mapping[str, tuple[str, ...]]) -> TaskSet:
+    """The tasks without those that cannot be scored, where each name still stands for one; groups that hold all theirs.
+
+    Raises:
+        TaskError: A name stands for no task any more; with all that is wrong.
+    """
+    if any(own and problems.keys() >= {*own} for own in task_set.members.values()):
+        raise TaskError([problem for of_task in problems.values() for problem in of_task])
+    return replace(
+        task_set,
+        tasks={name: task for name, task in task_set.tasks.items() if name not in problems},
+        groups=tuple(group for group in task_set.groups if not problems.keys() & {*_tasks_of(group)}),
+    )
+
+
+def _tasks_of(group: Any) -> list[str]:
+    return [task.task_name for task in group.get_all_tasks()]
 
 
 def _count(limit: float | None, items: int) -> int | None:

@@ -109,6 +109,55 @@ def test_files_need_a_place_and_settings_a_value(tiny_family: dict[str, Path], t
             evaluate(model, ["tiny_choice"], include_path=TASKS, **{"limit": 2, **options})
 
 
+def test_what_is_odd_about_task_files_is_told(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """By task and document; what is beside it in a group or a folder is scored."""
+    rows = documents(6)
+    holes: dict[str, list[dict[str, Any]]] = {"whole": rows}
+    for name, key in (("gap", "question"), ("unlabelled", "label")):
+        holes[name] = [row | {key: None} if k == 4 else row for k, row in enumerate(rows)]
+    folder, misspelt, mean = tmp_path / "own", {"metric": "acc_nrm"}, {"aggregation": "mean", "higher_is_better": True}
+    for name, docs in holes.items():
+        write_documents(tmp_path / f"{name}.jsonl", docs)
+        write_task(folder, name, f"{name}.jsonl", kind="mc", metric_list=[{"metric": "acc"}])
+    write_task(folder, "typo", "whole.jsonl", kind="mc", metric_list=[{"metric": "acc"}, misspelt | mean])
+    write_task(folder, "unheard_of", "whole.jsonl", kind="mc", metric_list=[{"metric": "acc"}, misspelt])
+    task_list = ["whole", "unlabelled", "gap", "typo", "unheard_of"]
+    group = {"group": "all_of_it", "task": task_list, "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "all_of_it.yaml").write_text(json.dumps(group))
+    (tmp_path / "stray.yaml").write_text(json.dumps({"group": "stray", "task": ["whole", "nowhere"]}))
+    heard: list[str] = []
+    result = evaluate(str(tiny_family["a"]), ["all_of_it"], include_path=folder, warn=heard.append)
+    assert set(result.tasks) == {"whole", "gap", "typo"}
+    assert not result.groups  # it lacks a task
+    assert sorted(heard) == [
+        "left out: task 'unheard_of' cannot be loaded: lm-eval has no metric 'acc_nrm' (did you mean 'acc_norm'?), and"
+        " there is none of that name in the evaluate library within reach",
+        "left out: task 'unlabelled', document 4: it has no label (doc_to_target)",
+        "task 'gap', document 4: it has no 'question', so its doc_to_text says None there, as in lm-eval (1 of 6"
+        " documents)",
+        "task 'typo': lm-eval computes no 'acc_nrm' for multiple_choice (did you mean 'acc_norm'?)",
+    ]
+    assert set(result.tasks["typo"]) >= {"acc", "prob"}
+    for asked, reason in (
+        (["whole", "unlabelled"], r"'unlabelled', document 4: it has no label"),
+        ([str(tmp_path / "stray.yaml")], r"task 'nowhere': neither shipped nor in include_path"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            evaluate(str(tiny_family["a"]), asked, include_path=folder if len(asked) > 1 else None)
+
+
+def test_a_folder_is_its_task_files_but_for_names(
+    tiny_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_documents(tmp_path / "docs.jsonl", documents(4))
+    for name in ("one", "other"):
+        write_task(tmp_path / "own", name, "docs.jsonl", kind="mc")
+    (tmp_path / "one").mkdir()  # a folder of that name is no reason to look into it
+    monkeypatch.chdir(tmp_path)
+    assert set(evaluate(str(tiny_family["a"]), ["own"], limit=2).tasks) == {"one", "other"}
+    assert set(evaluate(str(tiny_family["a"]), ["one"], include_path="own", limit=2).tasks) == {"one"}
+
+
 def test_an_encoder_decoder_is_refused_with_the_way_on(tiny_family: dict[str, Path], tmp_path: Path) -> None:
     config = T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=259, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "both_ways")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,12 +89,12 @@ class GroupTask(Task):
         """The files of all parts."""
         return tuple(dict.fromkeys(path for part in self.parts for path in part.python_files))
 
-    def label_notes(self, indices: Iterable[int]) -> list[str]:
-        """Says of each part what is wrong with the labels of some of its documents."""
+    def document_notes(self, indices: Sequence[int]) -> list[str]:
+        """Says of each part what is odd about some of its documents."""
         chosen, notes, start = set(indices), [], 0
         for part in self.parts:
             own = [k for k in range(len(part.items)) if start + k in chosen]
-            notes += part.label_notes(own) if own else []
+            notes += part.document_notes(own) if own else []
             start += len(part.items)
         return notes
 

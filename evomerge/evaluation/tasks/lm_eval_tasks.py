@@ -224,7 +224,7 @@ def _matches(name: str, manager: Any) -> list[str]:
     from lm_eval.utils import pattern_match
 
     index = manager.task_index
-    if is_path(name):
+    if name not in index and name not in shipped_index() and is_path(name):
         listed = _from_files(name, index)
     elif any(sign in name for sign in "*?["):
         listed = list(pattern_match([name], [*index, *shipped_index()]))
@@ -297,11 +297,14 @@ _EMPTY_SPLIT = ("size 0", "SchemaInferenceError", "no data files", "list index o
 
 
 def _reason(error: Exception, config: Mapping[str, Any]) -> str:
-    text = plain_name(" ".join(str(error).split()) or "no reason given")
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error  # of which str() is a repr()
+    text = plain_name(" ".join(str(said).split()) or "no reason given")
     if isinstance(error, ModuleNotFoundError):
         return f"it needs {error.name}, which is not installed; run pip install {_package_with(str(error.name))}"
     data = (config.get("dataset_kwargs") or {}).get("data_files") or config.get("dataset_path")
     splits = [config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot")]
+    if isinstance(error, KeyError) and (unknown := _unknown_metric(config)) is not None:
+        return f"lm-eval has no metric {unknown}, and there is none of that name in the evaluate library within reach"
     if isinstance(error, KeyError) and error.args[0] in splits:
         return f"its data {data} have no split {error.args[0]!r}"
     causes = f"{error!r} {error.__cause__!r}"
@@ -315,6 +318,16 @@ def _reason(error: Exception, config: Mapping[str, Any]) -> str:
     if offline and not hint:
         hint = "; a metric or another file that it needs is neither here nor in reach"
     return f"{type(error).__name__}: {text[:300]}{hint}"
+
+
+def _unknown_metric(config: Mapping[str, Any]) -> str | None:
+    """The first metric of a task's file that lm-eval does not have, with the nearest that it has."""
+    from lm_eval.api.registry import metric_registry
+
+    parts = config.get("metric_list")
+    names = [part.get("metric") for part in parts or [] if isinstance(part, dict)]
+    unknown = next((name for name in names if isinstance(name, str) and name not in metric_registry), None)
+    return None if unknown is None else f"{unknown!r}{suggest(unknown, list(metric_registry.keys()))}"
 
 
 def _of_choices(error: Exception) -> str | None:

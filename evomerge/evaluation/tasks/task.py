@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,19 @@ _SMOOTH_VERSIONS: Mapping[str, Mapping[str, str]] = {
 }
 """What asks the same question of the same numbers, where lm-eval's own code computes the metric (docs/tasks.md)."""
 
+
+_OF_LM_EVAL = (
+    "acc",
+    "acc_norm",
+    "acc_bytes",
+    "acc_mutual_info",
+    "exact_match",
+    "f1",
+    "mcc",
+    "brier_score",
+    "perplexity",
+)
+"""Metrics that lm-eval computes where nothing is generated."""
 
 SOME_ANSWERS: Mapping[str, Any] = {
     "loglikelihood": (-1.0, False),
@@ -113,7 +126,7 @@ class Task:
         directions = self.lm_eval_task.higher_is_better()  # lm-eval adds what its metric functions give
         own = {name: up for name, up in declared.items() if name in given}
         own |= {name: bool(directions.get(name, True)) for name in given if name not in own}
-        return own | (declared if self.scores_itself or not own else {})
+        return own | (declared if self.scores_itself else {})
 
     def _metrics_of_first(self) -> list[str]:
         """The metrics of the first document, had a model answered it somehow."""
@@ -160,7 +173,7 @@ class Task:
             near = suggest(plain, self.metrics)
             raise TaskError(f"task {self.name!r} has no metric {metric!r}{near}; it has {', '.join(self.metrics)}")
         if name and name not in self.filters:
-            near = f"{suggest(name, self.filters)}; it has {', '.join(self.filters)}"
+            near = f"{suggest(name, self.filters)}; it has {', '.join(map(repr, self.filters))}"
             raise TaskError(f"task {self.name!r} has no metric {metric!r}: no filter {name!r}{near}")
         return plain if len(self.filters) == 1 or plain not in self._own_metrics else metric
 
@@ -176,6 +189,47 @@ class Task:
     def python_files(self) -> tuple[Path, ...]:
         """The files of Python that run when its items are made or scored, beside those of installed packages."""
         return python_files(self.lm_eval_task)
+
+    def document_notes(self, indices: Sequence[int]) -> list[str]:
+        """Says what is odd about some documents: labels that are none of their choices, fields that are not there.
+
+        Raises:
+            TaskError: One cannot be scored, or none has a label that counts.
+        """
+        return [*self.label_notes(indices), *self._gap_notes(indices), *self._metric_notes()]
+
+    def _metric_notes(self) -> list[str]:
+        """Says which metrics of the task's file lm-eval does not compute for tasks of its kind: it passes over them."""
+        declared = self.lm_eval_task.higher_is_better() if hasattr(self.lm_eval_task, "higher_is_better") else {}
+        if self.scores_itself or self.output_type == "generate_until":  # where a function gives names of its own
+            return []
+        return [
+            f"task {self.name!r}: lm-eval computes no {name!r} for {self.output_type}{suggest(name, _OF_LM_EVAL)}"
+            for name in declared
+            if name not in self._own_metrics
+        ]
+
+    def _gap_notes(self, indices: Sequence[int]) -> list[str]:
+        """Says which documents lack a field that a template writes out."""
+        import jinja2
+
+        get_config = getattr(self.lm_eval_task, "get_config", None)
+        if get_config is None:
+            return []
+        names: dict[str, str] = {}
+        for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+            if isinstance(template := get_config(key), str) and "{{" in template:
+                for output in jinja2.Environment().parse(template).find_all(jinja2.nodes.Output):
+                    names |= {node.name: key for node in output.nodes if isinstance(node, jinja2.nodes.Name)}
+        notes = []
+        for name, key in names.items():
+            lacking = [index for index in indices if _field(self.docs[index], name) is None]
+            if lacking:
+                notes.append(
+                    f"task {self.name!r}, document {lacking[0]}: it has no {name!r}, so its {key} says None there, as "
+                    f"in lm-eval ({len(lacking)} of {len(indices)} documents)"
+                )
+        return notes
 
     def label_notes(self, indices: Iterable[int]) -> list[str]:
         """Says which of some documents have a label that is none of their choices, or no choices at all.
@@ -204,6 +258,8 @@ class Task:
         if not choices:
             raise TaskError(f"task {self.name!r}, document {index}: it has no choices (doc_to_choice)")
         label = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
+        if label is None:
+            raise TaskError(f"task {self.name!r}, document {index}: it has no label (doc_to_target)")
         labels = label if isinstance(label, list) else [label]
         numbers = [choices.index(one) if one in choices else -1 for one in labels if isinstance(one, str)]
         numbers += [one for one in labels if isinstance(one, int)]
@@ -218,6 +274,10 @@ class Task:
 
 _PATHS = frozenset({"metadata", "dataset_kwargs", "dataset_path"})
 """Settings that say where a task's files are, not what is in them."""
+
+
+def _field(doc: Any, name: str) -> Any:
+    return doc.get(name, "") if isinstance(doc, Mapping) else ""
 
 
 def _texts(value: Any) -> list[str]:

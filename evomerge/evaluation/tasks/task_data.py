@@ -17,6 +17,9 @@ from evomerge.system.files import MOST_TEXT
 _INNER, _OUTER = " with data", " as asked for"
 """What marks the names of groups that we hand to lm-eval in place of registered ones."""
 
+_DEFINING = {"dataset_path", "custom_dataset", "class", "include"}
+"""What makes a member of a group a task that is defined there, and no mere name."""
+
 Spec = dict[str, Any]
 """A member of a group as lm-eval reads it."""
 
@@ -57,6 +60,8 @@ def single_specs(name: str, index: Mapping[str, Any]) -> list[SingleTask]:
             key = str(task["task"])
             entry = index.get(key)
             config = {**((entry.cfg or {}) if entry is not None else {}), **task}
+            if entry is None and not config.keys() & _DEFINING:
+                problems.append("neither shipped nor in include_path")
             kwargs = config.get("dataset_kwargs")
             if isinstance(kwargs, dict):
                 absolute = _absolute(kwargs, entry.yaml_path if entry is not None else None, problems)
@@ -140,7 +145,7 @@ def _absolute(kwargs: dict[str, Any], yaml_path: Path | None, problems: list[str
 
 def is_path(name: str) -> bool:
     """Checks whether a name of tasks is a YAML file's, a pattern of such files, or a folder's."""
-    return name.endswith((".yaml", ".yml")) or ("/" in name and Path(name).expanduser().is_dir())
+    return name.endswith((".yaml", ".yml")) or Path(name).expanduser().is_dir()
 
 
 def _find_data(text: str, yaml_path: Path | None, problems: list[str]) -> str:

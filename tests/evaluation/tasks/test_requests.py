@@ -58,6 +58,7 @@ def test_nothing_is_rendered_for_items_that_nobody_asks_about(
     bench: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = load_tasks(["shots"], include_path=folder)["shots"]
+    assert task.metrics  # which are those of its first document, asked once
     rendered: list[Any] = []
     original = type(task.lm_eval_task).doc_to_text
     monkeypatch.setattr(
