@@ -287,11 +287,12 @@ def check(
     file: Annotated[Path, typer.Argument(help="A search.yaml or a recipe.", show_default=False)],
     allow_crimes: Crimes = False,
     truncate_vocabulary: Truncate = False,
+    sources: Annotated[bool, typer.Option("--sources", help="Also survey a search's sources, in a minute.")] = False,
 ) -> None:
     """Find everything that can be wrong with a search or a recipe, in seconds; estimate what it needs."""
     from evomerge.run.check import check_file
 
-    typer.echo(check_file(file, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary))
+    typer.echo(check_file(file, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary, sources=sources))
 
 
 @app.command()

@@ -95,7 +95,8 @@ def _with_adapter(model: Any, seed: int) -> Any:
 def _has_loglikelihoods(runner: ModelRunner, task: str, positions: Sequence[int]) -> bool:
     by_item = runner.evaluator.requests(task)
     by_item.build(positions)
-    return all(request.request_type != "generate_until" for k in positions for request in by_item.by_item[k])
+    kinds = {request.request_type for k in positions for request in by_item.by_item[k]}
+    return bool(kinds) and "generate_until" not in kinds
 
 
 def _batches(selection: Selection, seed: int) -> Iterator[list[tuple[str, int]]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
 from evomerge.checkpoints.matching.compatible import not_finite
-from evomerge.errors import BadInput, CheckpointError
+from evomerge.errors import BadInput, CheckpointError, SpecError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection
 from evomerge.planning.plan import Plan
 from evomerge.recipe import load_recipe
@@ -24,12 +24,21 @@ from evomerge.system.yaml import MOST_YAML, read_documents
 
 if TYPE_CHECKING:  # it loads lm-eval, which a recipe does not need
     from evomerge.problem.model_runner import ModelRunner
+    from evomerge.problem.problem import Problem
 
 _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
 
 
-def check_file(path: Path, *, allow_crimes: bool = False, truncate_vocabulary: bool = False) -> str:
+def check_file(
+    path: Path, *, allow_crimes: bool = False, truncate_vocabulary: bool = False, sources: bool = False
+) -> str:
     """Checks a search.yaml or a recipe; the options are those of `evomerge.run.merge.merge_to_folder`.
+
+    Args:
+        path: The file.
+        allow_crimes: As there.
+        truncate_vocabulary: As there.
+        sources: Also survey a search's sources (`problem/source_survey.py`): a minute for models of 135M.
 
     Returns:
         What was found and what it will need, as text.
@@ -39,8 +48,10 @@ def check_file(path: Path, *, allow_crimes: bool = False, truncate_vocabulary: b
     """
     documents = read_documents(read_text(path, BadInput, limit=MOST_YAML), str(path), BadInput)
     if documents and not any(_is_search(document) for document in documents):
+        if sources:
+            raise BadInput(f"{path}: a recipe; --sources surveys those of a search, on the items of its tasks")
         return check_recipe(path, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary)
-    return check_search(load_search(path))
+    return check_search(load_search(path), sources=sources)
 
 
 def _is_search(document: Any) -> bool:
@@ -75,8 +86,10 @@ def check_recipe(path: Path, *, allow_crimes: bool = False, truncate_vocabulary:
     return "\n".join(lines)
 
 
-def check_search(spec: SearchSpec) -> str:
-    """Checks a search: models, tasks, splits, space; scores a few items to estimate the time."""
+def check_search(spec: SearchSpec, *, sources: bool = False) -> str:
+    """Checks a search: models, tasks, splits, space; scores a few items to estimate the time; surveys its sources."""
+    if sources and spec.models.base is None:
+        raise SpecError("models.base: none is named, and --sources surveys what sources have that a base has not")
     from evomerge.problem.model_runner import ModelRunner
     from evomerge.problem.problem import open_problem
     from evomerge.run.warm_start import warm_starts
@@ -109,8 +122,37 @@ def check_search(spec: SearchSpec) -> str:
             f"disk: {_gigabytes(size * spec.run.keep)} for {spec.run.keep} kept checkpoints "
             f"({_free(spec.folder)} free there)",
             f"time: about {seconds:.1f} s a candidate, {seconds * budget / 3600:.1f} h for {budget}",
+            *(_survey_lines(problem, runner) if sources else []),
         ]
     )
+
+
+_BEST_LAYERS = 3
+
+
+def _survey_lines(problem: Problem, runner: ModelRunner) -> list[str]:
+    """What more of each source is worth, and each pair's agreement."""
+    from evomerge.problem.source_survey import survey_sources
+
+    survey = survey_sources(problem, runner)
+    names, worth = survey.sources, survey.worth
+    rows = []
+    for k, name in enumerate(names):
+        best = sorted(range(len(worth)), key=lambda row, k=k: -worth[row, k])[:_BEST_LAYERS]  # type: ignore[misc]
+        layers = ", ".join(f"{'outside' if row == len(worth) - 1 else row} ({worth[row, k]:+.3f})" for row in best)
+        rows.append([name, f"{survey.moved[k]:.1%}", f"{worth[:, k].sum():+.3f}", layers])
+    pairs = [
+        [f"{names[a]}, {names[b]}", f"{survey.agreement[a, b]:+.2f}", f"{survey.alike[a, b]:+.2f}"]
+        for a in range(len(names))
+        for b in range(a + 1, len(names))
+    ]
+    return [
+        f"sources, at their average, on {survey.items} items:",
+        table(["source", "moves hidden states by", "more of it is worth", "most in layers"], rows),
+        *([table(["pair", "answers move alike", "hidden states move alike"], pairs)] if pairs else []),
+        "worth: growth of the search's score, as a share, if a source's weight rose by 1, to first order.",
+        "alike: cosines; below zero, one takes away what the other gives.",
+    ]
 
 
 def output_bytes(plan: Plan) -> int:

@@ -187,7 +187,10 @@ def report(opened: Mapping[str, Checkpoint], base: str | None, geometry: Geometr
         pairs = combinations(names.items(), 2)
         cosines = [[one, other, f"{geometry.cosine(base, a, b):+.3f}"] for (one, a), (other, b) in pairs]
         lines += ["", table(["what this one learned", "and that one", "cosine"], cosines)]
-        lines.append("a cosine says how alike two changes are, not how well they merge; below 0 they undo each other")
+        lines += [
+            "a cosine says how alike two changes are, not how well they merge; below 0 they undo each other",
+            "`evomerge check SEARCH.yaml --sources` says on your tasks what each source is worth, and who agrees",
+        ]
     if geometry.share < 1:
         lines.append(f"measured on {geometry.share:.0%} of the weights")
     return "\n".join([*lines, ""])

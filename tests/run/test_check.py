@@ -59,3 +59,21 @@ def test_raw_scale_of_two_units(tiny_family: dict[str, Path], tmp_path: Path) ->
     with pytest.raises(SpecError, match="raw cannot add up a share of items, bits_per_byte; use relative"):
         check_file(written(tmp_path / "search.yaml", content))
     assert dict(files(tmp_path)).keys() == {"search.yaml"}
+
+
+def test_a_survey_of_the_sources(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """What more of each is worth and how far each pair agrees; of a recipe and without a base there is none."""
+    content = search_spec(tiny_family)
+    text = check_file(written(tmp_path / "search.yaml", content), sources=True)
+    count = 8 * len(content["evaluation"]["tasks"])
+    assert f"sources, at their average, on {count} items:" in text
+    names = list(content["models"]["sources"])
+    assert all(f"| {name} " in text for name in names)
+    assert f"| {names[0]}, {names[1]} " in text
+    recipe = written(tmp_path / "recipe.yaml", single(tiny_family["a"]))
+    with pytest.raises(BadInput, match="a recipe; --sources surveys those of a search"):
+        check_file(recipe, sources=True)
+    del content["models"]["base"]
+    content["space"]["methods"] = ["linear"]
+    with pytest.raises(BadInput, match=r"models\.base: none is named"):
+        check_file(written(tmp_path / "baseless.yaml", content), sources=True)
