@@ -13,6 +13,7 @@ import functools
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -104,6 +105,30 @@ def finished_run(tiny_family: dict[str, Path], tmp_path_factory: pytest.TempPath
     path.write_text(yaml.safe_dump(search_spec(tiny_family), sort_keys=False))
     start(load_spec(path), source=path, folder=folder, tracker=ConsoleTracker())
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, with this process connected to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"USAGE_STATS_ENABLED": "0", "AUTH_MODE": "token", "AUTH_TOKEN": "0" * 64}.items():
+            patch.setenv(f"RAY_{key}", value)
+        before = signal.getsignal(signal.SIGTERM)
+        import ray
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+        cluster = Cluster()
+        for head in ({"include_dashboard": False}, {}):
+            try:
+                cluster.add_node(**node, **head)
+            except Exception:  # a busy machine takes longer than Ray waits: once more
+                cluster.add_node(**node, **head)
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        signal.signal(signal.SIGTERM, before)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from evomerge.executors.local import Opened
+from evomerge.executors.pool import Opened
 from evomerge.problem.fake_evaluator import FakeRunner, fake_problem
 from evomerge.run.search import SearchParts, open_worker
 from evomerge.spec.load import parse_spec
@@ -15,9 +14,9 @@ from tests.frame import changed
 FAKE = SearchParts(fake_problem, FakeRunner, lambda problem, runner: [], "tests.fakes:open_fake_worker")
 
 
-def open_fake_worker(root: Path, threads: int, share: int) -> Opened:
+def open_fake_worker(*arguments: Any) -> Opened:
     """What a worker opens of a fake search."""
-    return open_worker(root, threads, share, FAKE)
+    return open_worker(*arguments, parts=FAKE)
 
 
 def fake_spec(**changes: Any) -> SearchSpec:

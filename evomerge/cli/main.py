@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
@@ -38,6 +38,11 @@ ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest file o
 Workers = Annotated[
     int | None, typer.Option(help="Processes that score candidates, instead of the file's.", min=1, max=1024)
 ]
+Executor = Annotated[
+    Literal["local", "ray"] | None,
+    typer.Option(help="Who they are, instead of the file's: processes, or actors of Ray."),
+]
+RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster, or auto, instead of the file's.")]
 AcceptEdited = Annotated[bool, typer.Option("--accept-edited", help="Go on with a run's files that were edited.")]
 Candidate = Annotated[int | None, typer.Option("--candidate", help="A candidate's number; default: the winner.")]
 
@@ -48,6 +53,8 @@ def run(
     candidates: Annotated[int | None, typer.Option(help="Budget instead of the file's.", min=1, max=10**7)] = None,
     directory: Annotated[Path | None, typer.Option("--dir", help="Run folder instead of the file's.")] = None,
     workers: Workers = None,
+    executor: Executor = None,
+    ray_address: RayAddress = None,
     accept_edited: AcceptEdited = False,
 ) -> None:
     """Search for the best merge; on a run that exists already, go on with it."""
@@ -67,6 +74,8 @@ def run(
         candidates=candidates,
         folder=directory,
         workers=workers,
+        executor=executor,
+        ray_address=ray_address,
         accept_edited=accept_edited,
         tracker=ConsoleTracker(),
     )
@@ -80,6 +89,8 @@ def resume(
         int | None, typer.Option(help="Extend the budget to this many candidates.", min=1, max=10**7)
     ] = None,
     workers: Workers = None,
+    executor: Executor = None,
+    ray_address: RayAddress = None,
     accept_edited: AcceptEdited = False,
 ) -> None:
     """Go on with a search from where it stopped."""
@@ -89,7 +100,13 @@ def resume(
 
     _interruptible()
     result = resume_run(
-        run, candidates=candidates, workers=workers, accept_edited=accept_edited, tracker=ConsoleTracker()
+        run,
+        candidates=candidates,
+        workers=workers,
+        executor=executor,
+        ray_address=ray_address,
+        accept_edited=accept_edited,
+        tracker=ConsoleTracker(),
     )
     typer.echo(result_table(result))
 

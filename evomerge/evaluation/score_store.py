@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -128,17 +128,31 @@ class RunScores:
 
     def load(self, plan: str, split: str) -> dict[str, ItemScores] | None:
         """Reads the scores of a plan on a split, or on the blocks of it that were measured; None where none were."""
-        return _read(self._scores_path(plan, split))
+        return self._read(f"{plan}-{split}.npz", load_scores)
 
     def save(self, plan: str, split: str, scores: Mapping[str, ItemScores]) -> None:
         """Keeps the scores of a plan on a split."""
         buffer = io.BytesIO()
         dump_scores(buffer, scores)
-        write_atomic(self._scores_path(plan, split), buffer.getvalue())
+        self._write(f"{plan}-{split}.npz", buffer.getvalue())
+
+    def files(self, plan: str, splits: Iterable[str]) -> dict[str, bytes]:
+        """Returns what is kept of a plan's scores on some splits, for `add` elsewhere."""
+        paths = (self._path(f"{plan}-{split}.npz") for split in splits)
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+    def add(self, files: Mapping[str, bytes]) -> None:
+        """Keeps files that were written elsewhere."""
+        for name, content in files.items():
+            self._write(Path(name).name, content)
+
+    def take_written(self) -> dict[str, bytes]:
+        """Returns what has to be brought to the run's folder: nothing, it is there."""
+        return {}
 
     def load_jacobian(self, plan: str) -> dict[str, ResponseJacobian] | None:
         """Reads how a plan's log-likelihoods move, by task; None where that was not asked for."""
-        return _read_archive(self._jacobian_path(plan), _load_jacobian)
+        return self._read(f"{plan}-jacobian.npz", _load_jacobian)
 
     def save_jacobian(self, plan: str, jacobian: Mapping[str, ResponseJacobian]) -> None:
         """Keeps how a plan's log-likelihoods move; of no task where they have no derivatives."""
@@ -146,7 +160,7 @@ class RunScores:
         tasks = np.frombuffer(json.dumps(list(jacobian)).encode(), dtype=np.uint8)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, tasks=tasks, **arrays)
-        write_atomic(self._jacobian_path(plan), buffer.getvalue())
+        self._write(f"{plan}-jacobian.npz", buffer.getvalue())
 
     def load_samples(self) -> dict[str, Any] | None:
         """Reads the items that were drawn of each task, as JSON; None where none were."""
@@ -158,15 +172,43 @@ class RunScores:
         """Keeps the items that were drawn of each task."""
         write_atomic(self._samples_path, seal_json({"tasks": samples}))
 
-    def _scores_path(self, plan: str, split: str) -> Path:
-        return self._folder / "scores" / f"{plan}-{split}.npz"
+    def _path(self, name: str) -> Path:
+        return self._folder / "scores" / name
 
-    def _jacobian_path(self, plan: str) -> Path:
-        return self._folder / "scores" / f"{plan}-jacobian.npz"
+    def _read(self, name: str, read: Callable[[IO[bytes]], T]) -> T | None:
+        return _read_archive(self._path(name), read)
+
+    def _write(self, name: str, content: bytes) -> None:
+        write_atomic(self._path(name), content)
 
     @property
     def _samples_path(self) -> Path:
         return self._folder / "informative.json"
+
+
+class CarriedScores(RunScores):
+    """The same far from the run's folder, for one candidate: what was brought here, and what is to be taken there."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+        self._contents: dict[str, bytes] = {}
+        self._written: dict[str, bytes] = {}
+
+    def add(self, files: Mapping[str, bytes]) -> None:
+        """Keeps files that were written elsewhere."""
+        self._contents |= files
+
+    def take_written(self) -> dict[str, bytes]:
+        """Returns what was written here since this was last asked, and forgets everything."""
+        written, self._written, self._contents = self._written, {}, {}
+        return written
+
+    def _read(self, name: str, read: Callable[[IO[bytes]], T]) -> T | None:
+        content = self._contents.get(name)
+        return None if content is None else read(io.BytesIO(content))
+
+    def _write(self, name: str, content: bytes) -> None:
+        self._contents[name] = self._written[name] = content
 
 
 def _read(path: Path) -> dict[str, ItemScores] | None:

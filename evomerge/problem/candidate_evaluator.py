@@ -79,6 +79,10 @@ class Incumbents:
     generation: int
 
 
+RaceMessage = tuple[Incumbents, Mapping[str, bytes]]
+"""Whom to race against, and files with their scores."""
+
+
 @dataclass
 class _Evaluation:
     """What was measured of a plan on a split: scores, items, seconds by stage, and a race's interim analyses."""
@@ -115,6 +119,7 @@ class CandidateEvaluator:
         self._block_order: tuple[int, ...] = ()  # in which the generation sees the blocks
         self._full_scores: dict[str, Scores] = {}  # of the incumbents, by recipe hash
         self._incumbents: Incumbents | None = None
+        self._latest_message: RaceMessage | None = None
         self._latest_model: tuple[Genome, LikelihoodModel | None] | None = None
 
     def __call__(self, proposal: Proposal) -> Outcome:
@@ -160,6 +165,36 @@ class CandidateEvaluator:
             return None
         generation = 1 + max(candidate.generation for candidate in history)
         return Incumbents(tuple((c.number, c.recipe_hash, c.recipe) for c in leaders), generation)
+
+    def race_message(self, history: tuple[Candidate, ...]) -> RaceMessage | None:
+        """Returns whom to race against with what is kept of their scores, for an evaluator far from the run's folder.
+
+        Raises:
+            ChangedInput: A model or data have changed since they were opened.
+        """
+        incumbents = self.incumbents(history)
+        if incumbents is None:
+            return None
+        if self._latest_message is None or self._latest_message[0] != incumbents:
+            files = (self._files(recipe) for _, _, recipe in incumbents.leaders)
+            self._latest_message = incumbents, {name: content for of in files for name, content in of.items()}
+        return self._latest_message
+
+    def kept_files(self, proposal: Proposal) -> dict[str, bytes]:
+        """Returns what the run has kept of a proposal's scores, for an evaluator far from its folder."""
+        try:
+            return self._files(proposal.recipe)
+        except RecipeError:
+            return {}  # as its outcome will say
+
+    def _files(self, recipe: Mapping[str, Any]) -> dict[str, bytes]:
+        return self._store.files(self._runner.plan(recipe).digest, dict.fromkeys((self.objective.split, SEARCH)))
+
+    def take_message(self, message: RaceMessage | None) -> None:
+        """Has the next proposals race against those of a message of `race_message`."""
+        incumbents, files = message or (None, {})
+        self._store.add(files)
+        self.race_against(incumbents)
 
     def race_against(self, incumbents: Incumbents | None) -> None:
         """Has the next proposals race against these candidates, until others are named."""

@@ -178,9 +178,7 @@ class RunFolder:
         if before is None:
             write_atomic(path, seal_json(dict(sorted(environment.items()))))
             return []
-        diff = _diff(before["content"], json.loads(json.dumps(environment["content"])))
-        if diff:
-            raise RunError(f"{self.root}: the models or the data have changed since this run began:\n{diff}")
+        require_same_content(before["content"], environment["content"], str(self.root))
         changed = _diff(before["versions"], json.loads(json.dumps(environment["versions"])))
         return [f"versions differ from the run's first ones; equal up to rounding:\n{changed}"] if changed else []
 
@@ -301,6 +299,17 @@ class RunFolder:
             {"name": s.name, "recipe": dict(s.recipe), "genome": s.genome.to_json(), "raced": s.raced} for s in starts
         ]
         write_atomic(self.root / STARTS, seal_json({"starts": content}))
+
+
+def require_same_content(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "this run") -> None:
+    """Compares the content of models and tasks with what it was when the run began.
+
+    Raises:
+        RunError: It is another one, with a diff.
+    """
+    diff = _diff(*(json.loads(json.dumps(content)) for content in (before, now)))
+    if diff:
+        raise RunError(f"{where}: the models or the data have changed since this run began:\n{diff}")
 
 
 def _read_spec(path: Path) -> SearchSpec:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from evomerge.algorithms.registry import get_algorithm
 from evomerge.errors import EvoMergeError, RunError, SpecError
+from evomerge.evaluation.score_store import CarriedScores, RunScores
 from evomerge.evaluation.splits import SEARCH
 from evomerge.executors.in_process import InProcess
-from evomerge.executors.local import LocalWorkers, Opened
-from evomerge.problem.candidate_evaluator import CandidateEvaluator
+from evomerge.executors.local import LocalWorkers
+from evomerge.executors.pool import Opened, Pool
+from evomerge.executors.ray import RayWorkers
+from evomerge.problem.candidate_evaluator import CandidateEvaluator, Objective, RaceMessage
 from evomerge.problem.lora_control import train_lora
 from evomerge.problem.model_runner import ModelRunner, Runner
 from evomerge.problem.prepare_objective import prepare_objective
@@ -26,10 +31,10 @@ from evomerge.recipe.parse import single_model
 from evomerge.report.result import Ending, RunResult
 from evomerge.run.export import keep_best
 from evomerge.run.finalists import ScoredModel, best_of, choose_winner, winner_of
-from evomerge.run.folder import STARTS, RunFolder
+from evomerge.run.folder import STARTS, RunFolder, require_same_content
 from evomerge.run.preflight import algorithm_problems, check_models
 from evomerge.run.warm_start import read_seeds, warm_starts
-from evomerge.spec.schema import Search, SearchSpec
+from evomerge.spec.schema import Run, Search, SearchSpec
 from evomerge.study.budget import StopConditions, spent_items
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings, Executor, LogTracker, NullTracker, SearchInfo, Tracker
@@ -72,6 +77,8 @@ def start(
     candidates: int | None = None,
     folder: Path | None = None,
     workers: int | None = None,
+    executor: str | None = None,
+    ray_address: str | None = None,
     accept_edited: bool = False,
     tracker: Tracker | None = None,
     parts: SearchParts | None = None,
@@ -84,6 +91,8 @@ def start(
         candidates: Budget instead of the specification's. That of a run that exists can only grow.
         folder: Run folder instead of the specification's.
         workers: Processes that score candidates, instead of the specification's number.
+        executor: Who they are, instead of the specification's: local or ray.
+        ray_address: The cluster of Ray, instead of the specification's.
         accept_edited: Take the run's files as they are, whatever has changed in them since they were written.
         tracker: Is told of the progress, and closed; None for the log alone.
         parts: What of the search touches models; None for models.
@@ -104,7 +113,8 @@ def start(
     opened = RunFolder.create(root, spec, given, accept_edited=accept_edited)
     if candidates is None:  # the run may have been extended beyond the file's budget
         spec = _with_budget(spec, max(spec.search.candidates, opened.spec.search.candidates))
-    return _run(opened, _with_workers(spec, workers), tracker, parts, new=new)
+    spec = _with_run(spec, workers=workers, executor=executor, ray_address=ray_address)
+    return _run(opened, spec, tracker, parts, new=new)
 
 
 def resume(
@@ -112,6 +122,8 @@ def resume(
     *,
     candidates: int | None = None,
     workers: int | None = None,
+    executor: str | None = None,
+    ray_address: str | None = None,
     accept_edited: bool = False,
     tracker: Tracker | None = None,
     parts: SearchParts | None = None,
@@ -122,6 +134,8 @@ def resume(
         root: The run folder.
         candidates: Extend the budget to this many candidates.
         workers: Processes that score candidates from now on.
+        executor: As for `start`.
+        ray_address: As for `start`.
         accept_edited: As for `start`.
         tracker: As for `start`.
         parts: As for `start`.
@@ -131,43 +145,61 @@ def resume(
     """
     folder = RunFolder.existing(root, accept_edited=accept_edited)
     spec = folder.spec if candidates is None else _with_budget(folder.spec, candidates)
-    return _run(folder, _with_workers(spec, workers), tracker, parts)
+    spec = _with_run(spec, workers=workers, executor=executor, ray_address=ray_address)
+    return _run(folder, spec, tracker, parts)
 
 
 def _with_budget(spec: SearchSpec, candidates: int) -> SearchSpec:
     return spec.model_copy(update={"search": spec.search.model_copy(update={"candidates": candidates})})
 
 
-def _with_workers(spec: SearchSpec, workers: int | None) -> SearchSpec:
-    if workers is None:
-        return spec
-    if workers < 1:
-        raise SpecError(f"run.workers: at least 1 process scores candidates; got {workers}")
-    return spec.model_copy(update={"run": spec.run.model_copy(update={"workers": workers})})
+def _with_run(spec: SearchSpec, **changes: Any) -> SearchSpec:
+    """The specification with other entries of its `run:` section, where they are given."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    try:
+        return spec.model_copy(update={"run": Run.model_validate({**spec.run.model_dump(), **given})})
+    except ValidationError as error:
+        raise SpecError([f"run.{e['loc'][0]}: {e['msg']}; got {e['input']}" for e in error.errors()]) from None
 
 
-def open_worker(root: Path, threads: int, share: int, parts: SearchParts | None = None) -> Opened:
-    """Opens a run in a worker process, and fixes what its driver has fixed.
+def open_worker(
+    spec: SearchSpec,
+    content: Mapping[str, Any],
+    objective: Objective,
+    scores: RunScores,
+    threads: int,
+    share: int,
+    parts: SearchParts | None = None,
+) -> Opened:
+    """Opens a run's problem where its candidates are scored, perhaps on another machine than its driver.
 
     Args:
-        root: The run folder.
+        spec: The resolved specification.
+        content: What the driver has seen of models and tasks; anything else is refused.
+        objective: What candidates are compared by.
+        scores: Where the run's scores are.
         threads: Of the run.
         share: Of these, how many are this process's.
         parts: As for `start`.
-
-    Returns:
-        What takes whom to race against, and what scores a proposal.
     """
     import torch
 
     torch.set_num_threads(share)
-    folder, parts = RunFolder.existing(root), parts or MODEL_PARTS
-    problem = parts.open_problem(folder.spec, threads)
+    parts = parts or MODEL_PARTS
+    problem = parts.open_problem(spec, threads)
+    opened = environment(problem)
+    require_same_content(content, opened["content"])  # opened later than the driver's, perhaps other files by now
     runner = parts.make_runner(problem)
-    folder.check_environment(environment(problem))  # opened later than the driver's, perhaps other files by now
-    objective = prepare_objective(problem, runner, folder.scores, NullTracker())
-    evaluator = CandidateEvaluator(problem, runner, folder.scores, objective)
-    return evaluator.race_against, evaluator
+    evaluator = CandidateEvaluator(problem, runner, scores, objective)
+
+    processor = torch.backends.cpu.get_cpu_capability()
+    return Opened(
+        evaluator.take_message,
+        evaluator,
+        scores.add,
+        scores.take_written,
+        {**opened["versions"], "processor": processor},
+    )
 
 
 def _run(
@@ -271,7 +303,7 @@ class _Session:
             tracker.report(result.verdict, "warning")
         if isinstance(self.runner, ModelRunner):  # a formula has no weights
             keep_best(self.problem, self.runner, folder, result, tracker)
-        tracker.report(f"peak memory {_peak_memory(spec.run.workers)}, the models' memory-mapped files included")
+        tracker.report(f"peak memory {_peak_memory(spec.run)}, the models' memory-mapped files included")
         return result
 
     def _search(
@@ -363,29 +395,55 @@ class _Session:
     @contextmanager
     def _executor(self) -> Iterator[Executor]:
         """What scores candidates, for the length of a block: this process, or as many workers as the spec says."""
-        folder, count, threads = self.folder, self.folder.spec.run.workers, self.problem.threads
-        if count == 1:
+        folder, run = self.folder, self.folder.spec.run
+        if run.workers == 1 and run.executor == "local":
             yield InProcess(partial(score_unless_crashing, folder, self.evaluator), self.evaluator.begin_generation)
             return
-        share = max(1, threads // count)
-        self.tracker.report(f"{count} workers, of {share} of the {threads} threads each; their output is in log.txt")
         if folder.spec.evaluation.backend != "native":
             text = "with this backend, numbers are the same for any number of workers up to rounding only"
             self.tracker.report(text, "warning")
         self.runner.release()
-        workers = LocalWorkers(
-            count,
-            self.parts.open_worker,
-            (folder.root, threads, share),
-            self.evaluator.incumbents,
-            folder.root / "log.txt",
-            partial(_worker_environment, folder.spec.evaluation.device, share),
-        )
+        pool = self._local_pool(run) if run.executor == "local" else self._ray_pool(run)
         try:
-            yield workers
+            yield pool
         finally:
-            workers.close()
+            pool.close()
             folder.remove_partial_files()
+
+    def _opener_arguments(self, scores: RunScores, share: int) -> tuple[Any, ...]:
+        content, threads = environment(self.problem)["content"], self.problem.threads
+        spec = self.folder.spec.model_copy(update={"run": Run()})  # a password stays here
+        return spec, content, self.evaluator.objective, scores, threads, share
+
+    def _local_pool(self, run: Run) -> Pool:
+        """Processes of this machine, which keep scores in the run's folder themselves."""
+        threads, log_file = self.problem.threads, self.folder.root / "log.txt"
+        share = max(1, threads // run.workers)
+        text = f"{run.workers} workers, of {share} of the {threads} threads each; their output is in log.txt"
+        self.tracker.report(text)
+        arguments = self._opener_arguments(RunScores(self.folder.root), share)
+        environ = partial(_worker_environment, self.folder.spec.evaluation.device, share)
+        workers = LocalWorkers(self.parts.open_worker, arguments, log_file, environ)
+        return Pool(workers, run.workers, self._incumbents, attach=lambda proposal: {})
+
+    def _incumbents(self, history: tuple[Candidate, ...]) -> RaceMessage | None:
+        incumbents = self.evaluator.incumbents(history)
+        return None if incumbents is None else (incumbents, {})
+
+    def _ray_pool(self, run: Run) -> Pool:
+        """Actors of Ray, whose nodes need not see the run's folder: scores come and go with the messages."""
+        resources = run.ray_resources or {"CPU": 1.0}
+        if run.ray_resources is None and self.folder.spec.evaluation.device.startswith("cuda"):
+            resources = {"CPU": 1.0, "GPU": 1.0}
+        share = max(1, int(resources.get("CPU", 1)))
+        where = run.ray_address or "this machine"
+        self.tracker.report(f"Ray on {where}: up to {run.workers} actors with {share} of the run's threads each")
+        arguments = self._opener_arguments(CarriedScores(), share)
+        threads = {"OMP_NUM_THREADS": str(share)}
+        workers = RayWorkers(self.parts.open_worker, arguments, run.workers, resources, run.ray_address, threads)
+        report = partial(self.tracker.report, level="warning")
+        evaluator, store = self.evaluator, self.folder.scores
+        return Pool(workers, run.workers, evaluator.race_message, evaluator.kept_files, store.add, report)
 
 
 def settings_of(section: Search, evaluator: CandidateEvaluator, algorithm: str | None = None) -> AlgorithmSettings:
@@ -436,8 +494,9 @@ def _failure_hint(candidates: tuple[Candidate, ...]) -> str:
     return f". One cause is likely, and no recipe's; log.txt has the details{memory}; then the same command goes on"
 
 
-def _peak_memory(workers: int) -> str:
+def _peak_memory(run: Run) -> str:
     """The most memory that this process has had, and the largest of its workers."""
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     own, worker = (resource.getrusage(who).ru_maxrss * 1024 / 1e9 for who in whose)
-    return f"{own:.2f} GB" + (f", and {worker:.2f} GB of the largest of {workers} workers" if workers > 1 else "")
+    more = f", and {worker:.2f} GB of the largest of {run.workers} workers"
+    return f"{own:.2f} GB" + (more if run.workers > 1 and run.executor == "local" else "")

@@ -297,8 +297,10 @@ class Run(Section):
     """Where the run lives."""
 
     dir: str | None = None
-    executor: Literal["local"] = "local"
-    workers: int = Field(1, ge=1, le=MOST_WORKERS)  # processes that score candidates; 1: this one
+    executor: Literal["local", "ray"] = "local"
+    workers: int = Field(1, ge=1, le=MOST_WORKERS)  # processes that score candidates; 1: this one, but for Ray
+    ray_address: str | None = None  # HOST:PORT of a cluster, or auto; None: a Ray of the run's own
+    ray_resources: dict[str, Annotated[float, Field(gt=0, le=1e15)]] | None = None  # of an actor; None: what it needs
     storage: str | None = None
     keep: int = Field(1, ge=0, le=MOST)
 

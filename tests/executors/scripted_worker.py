@@ -1,4 +1,4 @@
-"""What workers open in the tests of `evomerge.executors.local`, in place of models, and a search by such workers."""
+"""What workers open in the tests of `evomerge.executors`, in place of models, and a search by such workers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import Any
 
 from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.errors import CandidateError, OutputError, RunError
-from evomerge.executors.local import LocalWorkers, Opened
+from evomerge.executors.local import LocalWorkers
+from evomerge.executors.pool import Opened, Pool
+from evomerge.executors.ray import RayWorkers
 from evomerge.study.budget import StopConditions
 from evomerge.study.candidate import Candidate, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import SearchResult, search
 from evomerge.study.record import Record
 from tests.study.scripted_run import SPACE, evaluate
+
+OPENER = "tests.executors.scripted_worker:open_scripted"
 
 
 def open_scripted(folder: Path, deeds: dict[int, str], pause: float) -> Opened:
@@ -30,6 +34,11 @@ def open_scripted(folder: Path, deeds: dict[int, str], pause: float) -> Opened:
     """
     if deeds.get(-1) == "never ready":
         raise RunError("the models have changed")
+    if deeds.get(-1, "").startswith("refuses "):
+        import ray
+
+        if ray.get_runtime_context().get_node_id() in deeds[-1]:
+            raise RunError("the models have changed")
     if deeds.get(-1) == "dies":
         os._exit(3)
     begun: list[Any] = [None]
@@ -42,7 +51,7 @@ def open_scripted(folder: Path, deeds: dict[int, str], pause: float) -> Opened:
         outcome = evaluate(proposal, pause)
         return replace(outcome, scores={"process": os.getpid(), "known": begun[0]})
 
-    return begin, score
+    return Opened(begin, score)
 
 
 def do(deed: str, mark: Path) -> None:
@@ -68,14 +77,21 @@ def numbers(history: tuple[Candidate, ...]) -> tuple[int, ...] | None:
     return tuple(c.number for c in history) or None
 
 
-def workers(folder: Path, count: int, deeds: dict[int, str] | None = None, pause: float = 0.0) -> LocalWorkers:
+def workers(folder: Path, count: int, deeds: dict[int, str] | None = None, pause: float = 0.0) -> Pool:
     """The executor; its log is `folder`/log.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    opener = "tests.executors.scripted_worker:open_scripted"
-    return LocalWorkers(count, opener, (folder, deeds or {}, pause), numbers, folder / "log.txt")
+    return Pool(LocalWorkers(OPENER, (folder, deeds or {}, pause), folder / "log.txt"), count, numbers)
 
 
-def run(folder: Path, budget: int, executor: LocalWorkers) -> SearchResult:
+def actors(folder: Path, count: int, deeds: dict[int, str] | None = None, pause: float = 0.0, **more: Any) -> Pool:
+    """The same with actors of Ray."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = more.pop("report", lambda text: None)
+    ray_workers = RayWorkers(OPENER, (folder, deeds or {}, pause), count, {"CPU": 1}, **more)
+    return Pool(ray_workers, count, numbers, report=report)
+
+
+def run(folder: Path, budget: int, executor: Pool) -> SearchResult:
     """Starts or goes on with the search in `folder`."""
     record = Record.open(folder / "study.log", "run", space=SPACE)
     settings = AlgorithmSettings(population=7)

@@ -13,7 +13,7 @@ from evomerge.executors.in_process import InProcess
 from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation
 from evomerge.study.interfaces import Executor
-from tests.executors.scripted_worker import numbers, open_scripted, workers
+from tests.executors.scripted_worker import actors, numbers, open_scripted, workers
 from tests.study.scripted_run import SPACE
 
 PROPOSALS = first_generation(baselines(SPACE), 6)
@@ -21,16 +21,22 @@ DEEDS = {1: "fails", 2: "out of memory", 5: "disk full"}
 
 
 def in_process(folder: Path, count: int) -> Executor:
-    begin, evaluate = open_scripted(folder, DEEDS, 0.0)
-    return InProcess(evaluate, lambda history: begin(numbers(history)))
+    opened = open_scripted(folder, DEEDS, 0.0)
+    return InProcess(opened.evaluate, lambda history: opened.begin(numbers(history)))
 
 
 Make = Callable[[Path, int], Executor]
-EXECUTORS: dict[str, Make] = {"in_process": in_process, "local": lambda folder, count: workers(folder, count, DEEDS)}
+EXECUTORS: dict[str, Make] = {
+    "in_process": in_process,
+    "local": lambda folder, count: workers(folder, count, DEEDS),
+    "ray": lambda folder, count: actors(folder, count, DEEDS),
+}
 
 
-@pytest.fixture(params=EXECUTORS)
+@pytest.fixture(params=["in_process", "local", pytest.param("ray", marks=pytest.mark.slow)])
 def executor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Executor]:
+    if request.param == "ray":
+        request.getfixturevalue("ray_cluster")
     made = EXECUTORS[request.param](tmp_path, 2)
     yield made
     made.close()

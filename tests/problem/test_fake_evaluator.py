@@ -42,9 +42,12 @@ def test_every_number_of_a_recipe_counts() -> None:
 
 
 @pytest.mark.slow
-def test_workers_give_the_same_search(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"evaluation__racing": True, "search__candidates": 40}
-    start(fake_spec(**changes), folder=tmp_path / "one", parts=FAKE)
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_workers_give_the_same_search(executor: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    if executor == "ray":
+        request.getfixturevalue("ray_cluster")
+    changes: dict[str, Any] = {"evaluation__racing": True, "search__candidates": 40, "run__executor": executor}
+    start(fake_spec(**{**changes, "run__executor": "local"}), folder=tmp_path / "one", parts=FAKE)
     start(fake_spec(run__workers=2, **changes), folder=tmp_path / "two", parts=FAKE)
     one, two = (RunFolder.existing(tmp_path / name) for name in ("one", "two"))
     assert lasting(one.candidates()) == lasting(two.candidates())

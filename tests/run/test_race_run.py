@@ -214,3 +214,21 @@ def test_the_cache_and_the_baseline_may_change_under_a_run_and_racing_may_not(
 def test_a_baseline_that_is_the_algorithm_is_refused(tiny_family: dict[str, Path]) -> None:
     with pytest.raises(SpecError, match=r"search\.baseline: random is the algorithm itself"):
         parse_search(search_spec(tiny_family, search__algorithm="random", search__baseline="random"))
+
+
+@pytest.mark.slow
+def test_actors_of_ray_make_the_same_run(
+    ray_cluster: Any, raced_run: Path, raced_spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache that is new: the candidates, scores, winner and checkpoint of one process, and every score's file
+    in the run's folder, which the actors do not know."""
+    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path / "cache"))
+    start(raced_spec, folder=tmp_path / "run", executor="ray", workers=2)
+    other, whole = RunFolder.existing(tmp_path / "run"), RunFolder.existing(raced_run)
+    assert lasting(other.candidates()) == lasting(whole.candidates())
+    assert other.result() == whole.result()
+    for folder in ("scores", "best"):
+        written = [dict(files(run.root / folder)) for run in (other, whole)]
+        kept = [{k: v for k, v in each.items() if not k.endswith((".md", ".json"))} for each in written]
+        # The baseline may have begun one more when its items were spent.
+        assert {name: kept[0].get(name) for name in kept[1]} == kept[1] != {}
