@@ -89,6 +89,8 @@ CONTENDERS: dict[str, Contender] = {
         for method, genes in (("task_arithmetic", 12), ("ties", 24), ("dare_ties", 24))
     },
     **{name: Contender({"algorithm": name}, COARSE) for name in OTHERS},
+    "with stages": Contender(space={"after": ["svc"]}),
+    "with newer methods": Contender(space={"methods": ["task_arithmetic", "ties", "dare_ties", "ram", "wudi"]}),
     "ga without steps": Contender({"algorithm": "ga", "options": {"jacobian_steps": False}}, COARSE),
     "ga, bred only": Contender(_BRED, COARSE),
 }
