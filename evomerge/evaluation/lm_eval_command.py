@@ -10,6 +10,7 @@ from typing import Any
 
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.group_task import GroupTask
+from evomerge.evaluation.tasks.scorer_task import ScorerTask
 from evomerge.evaluation.tasks.task import Task
 
 Items = dict[str, list[int]]
@@ -17,9 +18,12 @@ Items = dict[str, list[int]]
 
 
 def items_by_task(tasks: Mapping[str, Task], selection: Selection) -> Items:
-    """Returns the chosen items of every task by number; those of a group under the tasks that they are of."""
+    """Returns the chosen items of every task by number; those of a group under the tasks that they are of.
+
+    Tasks that have a scorer are left out: lm-eval does not know them.
+    """
     chosen: Items = {}
-    for name, positions in selection.items():
+    for name, positions in _of_lm_eval(tasks, selection).items():
         for position in positions:
             part, number = _locate(tasks[name], position)
             chosen.setdefault(part.name, []).append(number)
@@ -50,7 +54,7 @@ def lm_eval_commands(
     if len(include_path) > 1:
         return []
     by_shots: dict[int, list[str]] = {}
-    for name in selection:
+    for name in _of_lm_eval(tasks, selection):
         for part in _parts(tasks[name]):
             by_shots.setdefault(_shots(part), []).append(part.name)
     given = {"pretrained": model, **(model_args or {})}
@@ -63,6 +67,11 @@ def lm_eval_commands(
         words += [word for folder in include_path for word in ("--include_path", _from_here(folder))]
         commands.append(shlex.join([*words, *flags, "--samples", samples]))
     return commands
+
+
+def _of_lm_eval(tasks: Mapping[str, Task], selection: Selection) -> Selection:
+    """Those of the tasks that are lm-eval's."""
+    return {name: items for name, items in selection.items() if not isinstance(tasks[name], ScorerTask)}
 
 
 def _locate(task: Task, position: int) -> tuple[Task, int]:

@@ -73,7 +73,7 @@ class Stop(LogTracker):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(spec: Spec, tmp_path: Path) -> None:
-    changes = {"evaluation__racing": True, "evaluation__cache": True}
+    changes = {"evaluation__racing": True, "evaluation__cache": True, "run__keep": 1}
     whole = start(spec(**changes), folder=tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EVOMERGE_CACHE", str(tmp_path / "cache"))
@@ -82,6 +82,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(spec: Spec, tmp_path: Path)
         assert resume(tmp_path / "stopped") == whole
     assert whole.winner.scores["test"]["metric"]["score"].n == 6
     assert whole.winner.scores["guard"]["guarded"]["score"].n == 6
+    card = next((tmp_path / "whole" / "best").glob("*/README.md")).read_text()
+    assert "metric" in card
+    assert "--tasks tiny_choice" in card
 
 
 def test_objectives_of_both_kinds(spec: Spec, tmp_path: Path) -> None:
