@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -29,7 +30,25 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 STOPPED = 130
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"evomerge {metadata.version('evomerge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Evolve the best merge of the models you already have, on the benchmarks you care about."""
+
+
 _WATCH_SECONDS = 10.0
+_SHOWN = 20  # candidates of a list
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/NAME.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -44,6 +63,7 @@ Executor = Annotated[
 ]
 RayAddress = Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster, or auto, instead of the file's.")]
 AcceptEdited = Annotated[bool, typer.Option("--accept-edited", help="Go on with a run's files that were edited.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="A line for each candidate.")]
 Candidate = Annotated[int | None, typer.Option("--candidate", help="A candidate's number; default: the winner.")]
 
 
@@ -56,6 +76,7 @@ def run(
     executor: Executor = None,
     ray_address: RayAddress = None,
     accept_edited: AcceptEdited = False,
+    verbose: Verbose = False,
 ) -> None:
     """Search for the best merge; on a run that exists already, go on with it."""
     from evomerge.report.tables import result_table
@@ -77,7 +98,7 @@ def run(
         executor=executor,
         ray_address=ray_address,
         accept_edited=accept_edited,
-        tracker=ConsoleTracker(),
+        tracker=ConsoleTracker(verbose=verbose),
     )
     typer.echo(result_table(result))
 
@@ -92,6 +113,7 @@ def resume(
     executor: Executor = None,
     ray_address: RayAddress = None,
     accept_edited: AcceptEdited = False,
+    verbose: Verbose = False,
 ) -> None:
     """Go on with a search from where it stopped."""
     from evomerge.report.tables import result_table
@@ -106,7 +128,7 @@ def resume(
         executor=executor,
         ray_address=ray_address,
         accept_edited=accept_edited,
-        tracker=ConsoleTracker(),
+        tracker=ConsoleTracker(verbose=verbose),
     )
     typer.echo(result_table(result))
 
@@ -122,13 +144,47 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def candidates(
+    run: RunFolder,
+    sort: Annotated[
+        Literal["fitness", "number", "time"], typer.Option(help="Best first, in order, slowest first.")
+    ] = "fitness",
+    state: Annotated[
+        Literal["done", "failed", "pruned"] | None, typer.Option(help="Only these.", show_default="all")
+    ] = None,
+    made_by: Annotated[str, typer.Option("--made-by", help="Only those whose operator contains this.")] = "",
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", help="How many.", min=1, show_default="20; all as CSV")
+    ] = None,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print CSV: all of the record, scores and genes included.")
+    ] = False,
+) -> None:
+    """The candidates of a run, sorted and filtered."""
+    from evomerge.report.candidates import candidate_csv, list_candidates
+    from evomerge.report.tables import candidate_table
+    from evomerge.run.folder import RunFolder as Folder
+
+    folder = Folder.existing(run)
+    chosen = list_candidates(folder.candidates(), sort=sort, state=state, made_by=made_by)
+    names = folder.spec.objectives
+    if csv:
+        typer.echo(candidate_csv(chosen[:limit], names), nl=False)
+        return
+    shown = chosen[: limit or _SHOWN]
+    typer.echo(candidate_table(shown, names))
+    if len(shown) < len(chosen):
+        typer.echo(f"{len(shown)} of {len(chosen)}; --limit N shows more, --csv all")
+
+
+@app.command()
 def lineage(
     run: RunFolder,
     candidate: Candidate = None,
     as_json: AsJson = False,
     dot: Annotated[bool, typer.Option("--dot", help="Print a Graphviz graph.")] = False,
 ) -> None:
-    """The ancestry of a candidate, back to generation 0."""
+    """The ancestry of a candidate, back to generation 0, and what changed in the recipe at each step."""
     from evomerge.report.lineage import ancestry, to_dot
     from evomerge.report.lineage import lineage as lineage_records
     from evomerge.run.folder import RunFolder as Folder
@@ -140,7 +196,12 @@ def lineage(
     elif dot:
         typer.echo(to_dot(history, candidate))
     else:
-        typer.echo(ancestry(history, folder.winner(history) if candidate is None else candidate))
+        from evomerge.report.run_data import shortened
+        from evomerge.run.report import read_run
+
+        changes = read_run(run).changes
+        number = folder.winner(history) if candidate is None else candidate
+        typer.echo(ancestry(history, number, lambda c: {p: shortened(texts) for p, texts in changes(c).items()}))
 
 
 @app.command()
@@ -301,15 +362,19 @@ def evaluate(
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="A search.yaml or a recipe.", show_default=False)],
+    file: Annotated[
+        str, typer.Argument(help="A search.yaml or a recipe, or a shipped search's name.", show_default=False)
+    ],
     allow_crimes: Crimes = False,
     truncate_vocabulary: Truncate = False,
     sources: Annotated[bool, typer.Option("--sources", help="Also survey a search's sources, in a minute.")] = False,
 ) -> None:
     """Find everything that can be wrong with a search or a recipe, in seconds; estimate what it needs."""
     from evomerge.run.check import check_file
+    from evomerge.spec.load import find_search
 
-    typer.echo(check_file(file, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary, sources=sources))
+    path = find_search(file)
+    typer.echo(check_file(path, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary, sources=sources))
 
 
 @app.command()

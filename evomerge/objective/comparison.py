@@ -141,9 +141,9 @@ def verdict(differences: Mapping[str, Difference], test: Mapping[str, float]) ->
 
 def _difference(difference: Difference) -> str:
     if difference.interval is None:
-        return f"fitness {difference.value:+.3f} (its noise is unknown)"
+        return f"overall score {difference.value:+.3f} (its noise is unknown)"
     low, high = difference.interval
-    return f"fitness {difference.value:+.3f} (95% interval {low:+.3f} to {high:+.3f}, paired)"
+    return f"overall score {difference.value:+.3f} (95% interval {low:+.3f} to {high:+.3f}, paired)"
 
 
 @dataclass(frozen=True)

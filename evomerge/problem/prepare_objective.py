@@ -36,7 +36,7 @@ def prepare_objective(problem: Problem, runner: Runner, store: RunScores, tracke
     spec, evaluation = problem.spec, problem.spec.evaluation
     goals = zip(problem.reported.goals, problem.steering.goals, strict=True)
     if changed := {f"{by.metric} in place of {asked.metric}": None for asked, by in goals if by != asked}:
-        tracker.report(f"what steers is {', '.join(changed)}; the result will be given in what was asked for")
+        tracker.report(f"search metric: {', '.join(changed)}; scores are reported by the metrics that were asked for")
     racing = evaluation.racing and not spec.objectives
     if evaluation.racing != racing:
         tracker.report("no racing: with several objectives, no one number says who cannot catch up any more")
@@ -109,7 +109,7 @@ def _with_sample(
     selection = {**problem.splits[SEARCH], **drawn}
     weights = {task: dict(zip(s.items, s.weights, strict=True)) for task, s in samples.items()}
     counts = (f"{task} {len(s.items)} of {sum(n for n, _ in s.strata)}" for task, s in samples.items())
-    tracker.report(f"the items that tell candidates apart steer: {', '.join(counts)}")
+    tracker.report(f"searching on the items that tell candidates apart: {', '.join(counts)}")
     return replace(
         objective,
         fitness=replace(objective.fitness, items=weights),
@@ -127,7 +127,7 @@ def _with_blocks(
     ids = {task: problem.tasks[task].items for task in objective.selection}
     blocks = draw_blocks(objective.selection, problem.spec.search.seed, ids)
     if len(blocks) == 1:
-        tracker.report("no racing: a task has too few items that steer for blocks")
+        tracker.report("no racing: a task has too few search items for blocks")
         return objective
     plan = runner.plan(single_model(next(iter(problem.spec.models.sources.values()))))
     evaluator = CandidateEvaluator(problem, runner, store, objective)
@@ -146,5 +146,5 @@ def _with_blocks(
     if kept is None:
         store.save(plan.digest, objective.split, seen)
     sizes = dict.fromkeys(str(selection_size(block)) for block in blocks)
-    tracker.report(f"racing: the items that steer come in {len(blocks)} blocks of {' or '.join(sizes)}")
+    tracker.report(f"racing: the search items come in {len(blocks)} blocks of {' or '.join(sizes)}")
     return replace(objective, blocks=blocks)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from evomerge.report.drawing import ACCENT, PALETTE, QUIET, RANDOM, Picture, error_bars, figure_of, label, name_rows
 from evomerge.report.family import family_layout
 from evomerge.report.recipe_figure import recipe_picture
-from evomerge.report.run_data import RunData, called, shortened
+from evomerge.report.run_data import RunData, shortened
+from evomerge.report.tables import called
 from evomerge.study.budget import count_items
 from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import growth, pareto_front

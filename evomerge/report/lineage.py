@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import RunError
 from evomerge.study.candidate import Candidate
+
+_WIDTH = 100  # characters of a line that says what changed
 
 
 def lineage(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
@@ -46,10 +49,17 @@ def ancestors(candidates: Iterable[Candidate], number: int) -> tuple[Candidate, 
     return tuple(by_number[n] for n in sorted(visited))
 
 
-def ancestry(candidates: Iterable[Candidate], number: int) -> str:
+def ancestry(
+    candidates: Iterable[Candidate], number: int, changed: Callable[[Candidate], Mapping[int, str]] | None = None
+) -> str:
     """Draws the ancestry of a candidate as a text tree, back to generation 0.
 
     A candidate that appears several times is drawn in full once; later it is named only, marked with ``↑``.
+
+    Args:
+        candidates: The history.
+        number: The candidate.
+        changed: Says by parent how a candidate's recipe differs from the parent's; None leaves that out.
 
     Raises:
         RunError: There is no such candidate.
@@ -71,6 +81,9 @@ def ancestry(candidates: Iterable[Candidate], number: int) -> str:
         lines.append(before + describe(candidate) + (" ↑" if again else ""))
         drawn.add(current)
         if not again:
+            stem = below + ("│  " if candidate.parents else "   ")
+            for parent, text in (changed(candidate) if changed else {}).items():
+                lines += [stem + line for line in textwrap.wrap(f"from {parent}: {text}", max(40, _WIDTH - len(stem)))]
             waiting.extend(reversed(_branches(candidate.parents, below)))
     return "\n".join(lines)
 
@@ -85,9 +98,9 @@ def _branches(parents: Sequence[int], below: str) -> list[tuple[int, str, str]]:
 
 def describe(candidate: Candidate) -> str:
     """Describes a candidate in a line: number, generation, operator, and fitness or state."""
-    value = f"{candidate.fitness:.4f}" if candidate.fitness is not None else candidate.state
+    value = f"fitness {candidate.fitness:.4f}" if candidate.fitness is not None else candidate.state
     if candidate.state == "pruned":
-        value = "pruned"
+        value = "stopped early"
     return f"{candidate.number}  [generation {candidate.generation}]  {candidate.operator}  {value}"
 
 

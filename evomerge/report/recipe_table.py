@@ -120,7 +120,7 @@ def changes(before: RecipeTable, after: RecipeTable) -> list[str]:
             first, last = (sum(pair[k] for pair in pairs) / len(pairs) for k in (0, 1))
             size = sum(abs(new - old) for old, new in pairs) / len(pairs)
             what = f"{parameter} of {source}" if source else parameter
-            if abs(last - first) < 0.1 * size:
+            if abs(last - first) < 0.1 * size or f"{first:.3g}" == f"{last:.3g}":
                 text = f"{what} by {size:.2g} up and down"
             else:
                 text = f"{'mean ' if len(pairs) > 1 else ''}{what} {first:.3g} → {last:.3g}"

@@ -290,13 +290,15 @@ class BestCandidate:
 
     Attributes:
         candidate: Its number.
-        fitness: On the items that steer.
+        fitness: What the search compares by; of a finished run's winner its overall score on the search items.
         scores: Split to the scores of every task and metric.
+        overall: Of a finished run's winner, split to its overall score.
     """
 
     candidate: int
     fitness: float
     scores: Mapping[str, ScoreTable]
+    overall: Mapping[str, Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -332,6 +334,7 @@ class RunStatus:
         candidates_per_hour: The rate so far; None while nothing is scored.
         seconds_left: At that rate.
         verdict: As in `RunResult`; None of a run that has no result yet.
+        metrics: Task to the metric that is reported, where the specification or the result names it.
     """
 
     run: str
@@ -344,6 +347,7 @@ class RunStatus:
     candidates_per_hour: float | None
     seconds_left: float | None
     verdict: str | None
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `evomerge status --json` prints."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from evomerge.report.recipe_table import RecipeTable, changes, recipe_table
 from evomerge.report.result import RunResult, RunStatus
-from evomerge.space.baselines import PARENT
 from evomerge.study.candidate import Candidate, find
 
 MOST_CHANGES = 4
@@ -99,11 +98,3 @@ def shortened(texts: Sequence[str], limit: int = MOST_CHANGES) -> str:
         return "the same numbers"
     more = f", and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
-
-
-def called(name: str) -> str:
-    """Says in words what a baseline is."""
-    if not name.startswith(PARENT):
-        return name
-    source = name.removeprefix(PARENT)
-    return "base model" if source == "base" else f"source {source}"

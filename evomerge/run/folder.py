@@ -239,9 +239,7 @@ class RunFolder:
         from evomerge.study.record import Record
 
         where = self.spec.run.storage or self.root / "study.log"
-        record = Record.find(
-            where, self._study(baseline)
-        )  # reading must not make a study that the run is about to make
+        record = Record.find(where, self._study(baseline))  # reading must not make what the run is about to make
         return record.candidates() if record is not None else ()
 
     def winner(self, history: tuple[Candidate, ...]) -> int:

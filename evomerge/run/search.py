@@ -47,6 +47,7 @@ from evomerge.system.yaml import write_yaml
 log = logging.getLogger("evomerge")
 
 _MAX_CRASHES = 4  # of processes, over one candidate: fewer may be kills that are none of its doing
+_OTHER_LINES = 25  # candidates of a search beside the run's own between two lines about it
 _MAX_BASELINE_RATIO = 10  # times the search's candidates, for a random search whose candidates see few items each
 
 
@@ -476,15 +477,17 @@ def _worker_environment(device: str, share: int, slot: int) -> dict[str, str]:
 
 
 class _OtherSearch(NullTracker):
-    """Reports the candidates of a search beside the run's own, line by line, to the run's tracker."""
+    """Logs the candidates of a search beside the run's own, and shows the run's tracker now and then how far it is."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
 
     def candidate(self, candidate: Candidate) -> None:
-        """Reports its fitness or its failure."""
+        """Logs its fitness or its failure."""
         value = candidate.failure if candidate.fitness is None else f"{candidate.fitness:.4f} ({candidate.state})"
-        self._tracker.report(f"{self._name}, candidate {candidate.number}: {value}")
+        log.info("%s, candidate %d: %s", self._name, candidate.number, value)
+        if candidate.number % _OTHER_LINES == _OTHER_LINES - 1:
+            self._tracker.report(f"{self._name}: {candidate.number + 1} candidates so far")
 
 
 def _failure_hint(candidates: tuple[Candidate, ...]) -> str:

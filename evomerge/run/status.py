@@ -53,13 +53,21 @@ def status_of(folder: RunFolder, history: tuple[Candidate, ...]) -> RunStatus:
         baselines=baselines,
         candidates_per_hour=rate,
         seconds_left=None if rate is None else max(0, budget - len(history)) / rate * 3600,
-        verdict=result.verdict if result else None,
+        verdict=final.verdict if final else None,
+        metrics=_metrics(folder, final),
     )
+
+
+def _metrics(folder: RunFolder, result: RunResult | None) -> dict[str, str]:
+    """The metric of each task, as far as that is known without the tasks themselves."""
+    if result is not None:
+        return {goal.task: goal.metric for goal in result.goals}
+    return {task.task: task.metric for task in folder.spec.evaluation.tasks if task.metric is not None}
 
 
 def _winner(result: RunResult) -> BestCandidate:
     winner = result.winner
-    return BestCandidate(winner.candidate, winner.fitness["search"].value, winner.scores)
+    return BestCandidate(winner.candidate, winner.fitness["search"].value, winner.scores, winner.fitness)
 
 
 def _best(history: Sequence[Candidate]) -> BestCandidate | None:

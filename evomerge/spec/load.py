@@ -154,7 +154,7 @@ def _problems(spec: SearchSpec) -> list[str]:
         problems.append(f"models.tokenizer: no source is called '{spec.models.tokenizer}'{hint}")
     tasks, guards = ([part.task for part in parts] for parts in (spec.evaluation.tasks, spec.evaluation.guards))
     problems += [f"evaluation.tasks: '{n}' is listed twice" for n in sorted({n for n in tasks if tasks.count(n) > 1})]
-    problems += [f"evaluation.guard: '{n}' also steers; a guard must not" for n in guards if n in tasks]
+    problems += [f"evaluation.guard: '{n}' is one of evaluation.tasks: a guard is not" for n in guards if n in tasks]
     models = [*(["base"] if spec.models.base else []), *spec.models.sources]
     for part in (*spec.evaluation.tasks, *spec.evaluation.guards):
         if part.judge is not None and part.judge.pairwise not in (None, *models):
@@ -263,10 +263,12 @@ def find_search(text: str) -> Path:
         SpecError: When there is neither.
     """
     path = Path(text)
-    if path.exists():
+    if path.is_file():
         return path
     shipped = {p.stem: p for p in (shipped_folder() / "search_spaces").glob("*.yaml")}
     if path.name == text and path.stem in shipped:
         return shipped[path.stem]
+    if path.exists():  # a folder or a pipe: who reads it says what is wrong with that
+        return path
     names = ", ".join(sorted(shipped))
     raise SpecError(f"{text}: no such file{suggest(text, shipped)}; by name there are {names}")

@@ -1,4 +1,4 @@
-"""What runs show on a terminal: the live line of a search, the bar of a merge. Always on stderr."""
+"""What runs show on a terminal: the live table of a search, the bar of a merge. Always on stderr."""
 
 from __future__ import annotations
 
@@ -8,31 +8,43 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.box import SIMPLE
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 from evomerge.study.candidate import Candidate
 from evomerge.study.interfaces import Level, SearchInfo
-from evomerge.study.ranking import ranked
 from evomerge.system.streams import PrintableStream
-from evomerge.system.text import printable
+from evomerge.system.text import one_line, printable
 
 log = logging.getLogger("evomerge.run")
+_MOST_TASKS = 12  # rows of the live table
 
 
 class ConsoleTracker:
-    """A live line on a terminal, plain lines elsewhere; every line is in the run's log too."""
+    """A table on a terminal that is updated in place, short lines elsewhere; every line is in the run's log too.
 
-    def __init__(self) -> None:
+    Args:
+        verbose: A line for each candidate on a terminal, too.
+    """
+
+    def __init__(self, *, verbose: bool = False) -> None:
+        self._verbose = verbose
         self._name = ""
         self._console = _console()
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._live: Live | None = None
+        self._bar = _bar("", self._console)
+        self._task: TaskID = self._bar.add_task("", total=None)
         self._best: Candidate | None = None
-        self._baseline: float | None = None
+        self._first: Candidate | None = None
         self._budget = 0
         self._done = 0
         self._scored = 0
+        self._pruned = 0
+        self._failed = 0
         self._started = time.monotonic()
 
     def begin(self, name: str) -> None:
@@ -44,58 +56,106 @@ class ConsoleTracker:
         """Shows and logs one line of what is going on."""
         text = printable(text)
         log.log(logging.WARNING if level == "warning" else logging.INFO, text)
-        console = self._progress.console if self._progress else self._console
-        console.print(f"{self._name}: {'warning: ' if level == 'warning' else ''}{text}", markup=False)
+        self._print(f"{'warning: ' if level == 'warning' else ''}{text}")
 
     def started(self, search: SearchInfo) -> None:
         """Announces the search and what of it is done already."""
         self._budget = search.budget
-        self._done = len(search.recorded)
-        self._best = next(iter(ranked(search.recorded)), None)
-        first = (c.fitness for c in search.recorded if c.generation == 0 and c.fitness is not None)
-        self._baseline = max(first, default=None)
+        for candidate in search.recorded:
+            self._count(candidate)
         front = f" for the front of {', '.join(search.objectives)}" if search.objectives else ""
         self.report(
             f"{self._done} of {self._budget} candidates are recorded; {search.genes} genes, "
             f"{search.algorithm}{front}; the run is in {search.folder}"
         )
         if sys.stderr.isatty():
-            self._progress = _bar("{task.description}", self._console)
-            self._task = self._progress.add_task(self._name, total=self._budget, completed=self._done)
-            self._progress.start()
+            self._bar.update(self._task, total=self._budget, completed=self._done)
+            self._live = Live(self._table(), console=self._console, refresh_per_second=2)
+            self._live.start()
 
     def candidate(self, candidate: Candidate) -> None:
         """Shows one more recorded candidate."""
-        self._done += 1
+        self._count(candidate)
         self._scored += 1
-        if candidate.fitness is not None and candidate.state == "done":
-            if candidate.generation == 0:
-                self._baseline = max(self._baseline or candidate.fitness, candidate.fitness)
-            if self._best is None or candidate.fitness > (self._best.fitness or 0.0):
-                self._best = candidate
-        self.report(self._line(candidate))
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._done, description=self._summary())
+        line = printable(self._line(candidate))
+        log.info(line)
+        if self._live is None or self._verbose:
+            self._print(line)
+        if self._live is not None:
+            self._bar.update(self._task, completed=self._done)
+            self._live.update(self._table())
 
     def close(self) -> None:
-        """Ends the live line."""
-        if self._progress is not None:
-            self._progress.stop()
+        """Ends the live table, which stays as it was last."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _summary(self) -> str:
-        if self._best is None or self._best.fitness is None:
-            return self._name
-        baseline = "" if self._baseline is None else f", generation 0 {self._baseline:.4f}"
-        return f"best {self._best.fitness:.4f} (candidate {self._best.number}){baseline}"
+    def _count(self, candidate: Candidate) -> None:
+        self._done += 1
+        self._pruned += candidate.state == "pruned"
+        self._failed += candidate.state == "failed"
+        if candidate.fitness is None or candidate.state != "done":
+            return
+        if candidate.generation == 0 and (self._first is None or _better(candidate, self._first)):
+            self._first = candidate
+        if self._best is None or _better(candidate, self._best):
+            self._best = candidate
+
+    def _print(self, line: str) -> None:
+        self._console.print(f"{self._name}: {line}", markup=False)
 
     def _line(self, candidate: Candidate) -> str:
-        fitness = "failed" if candidate.fitness is None else f"{candidate.fitness:.4f}"
-        left = (time.monotonic() - self._started) / self._scored * (self._budget - self._done)
-        why = f" [{candidate.failure}]" if candidate.failure else ""
+        """A candidate in a line of a log: what came of it, and where the search stands."""
+        value = "failed" if candidate.fitness is None else f"{candidate.fitness:.4f}"
+        if candidate.state == "pruned":
+            value = f"{value} (stopped early)"
+        why = f" ({one_line(candidate.failure or '', 60)})" if candidate.state == "failed" else ""
+        best = "" if self._best is None else f", best {self._best.fitness:.4f}"
         return (
-            f"candidate {candidate.number} of {self._budget}, generation {candidate.generation}, {candidate.operator}: "
-            f"{fitness}{why}; {self._summary()}; about {_duration(left)} left"
+            f"candidate {candidate.number} of {self._budget}: {value}{why}{best}, {_duration(self._seconds_left)} left"
         )
+
+    @property
+    def _seconds_left(self) -> float:
+        each = (time.monotonic() - self._started) / max(1, self._scored)
+        return each * (self._budget - self._done)
+
+    def _table(self) -> Group:
+        """What stands on the terminal: how far it is, and the best so far by task beside generation 0."""
+        table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
+        table.add_column("task and metric", overflow="ellipsis", no_wrap=True, max_width=48)
+        table.add_column("best so far", justify="right")
+        table.add_column("best of generation 0", justify="right")
+        best, first = (_scores(c) for c in (self._best, self._first))
+        for name in list(best)[:_MOST_TASKS]:
+            table.add_row(Text(one_line(name, 48)), best[name], first.get(name, ""))
+        if len(best) > _MOST_TASKS:
+            table.add_row(Text(f"and {len(best) - _MOST_TASKS} more"), "", "")
+        fitness = [f"{c.fitness:.4f}" if c is not None else "" for c in (self._best, self._first)]
+        table.add_row("fitness (what the search compares)", *fitness, style="bold")
+        rate = self._scored / max(1e-9, time.monotonic() - self._started) * 3600
+        pace = f", {rate:.0f} an hour, about {_duration(self._seconds_left)} left" if self._scored else ""
+        failed = f", {self._failed} failed" if self._failed else ""
+        best_of = f"best: candidate {self._best.number}; " if self._best is not None else ""
+        return Group(table, self._bar, Text(f"{best_of}{self._pruned} stopped early{failed}{pace}"))
+
+
+def _better(candidate: Candidate, other: Candidate) -> bool:
+    return (candidate.fitness or 0.0) > (other.fitness or 0.0)
+
+
+def _scores(candidate: Candidate | None) -> dict[str, str]:
+    """A candidate's scores by task and its first metric, which is the task's own, each with its error."""
+    if candidate is None:
+        return {}
+    tables = [(task, metrics) for tasks in candidate.scores.values() for task, metrics in tasks.items()]
+    shown = {}
+    for task, metrics in tables:
+        for metric, score in list(metrics.items())[:1]:
+            error = "" if score.get("stderr") is None else f" ± {score['stderr']:.3f}"
+            shown[f"{task} {metric}"] = f"{score['value']:.3f}{error}"
+    return shown
 
 
 @contextmanager

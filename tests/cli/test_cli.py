@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_run_prints_its_table_on_stdout_and_its_progress_on_stderr(
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     ended = invoke(capsys, "run", finished_run.parent / "tiny.yaml", "--dir", run)
     assert ended.code == 0
-    assert ended.out.startswith("tiny: 18 scored")
+    assert ended.out.startswith("tiny: 18 of 18 candidates: 18 scored in full")
     assert "| winner: candidate" in ended.out
     assert "18 of 18 candidates are recorded" in ended.err
     assert "18 of 18 candidates are recorded" not in ended.out
@@ -284,7 +285,21 @@ def test_files_that_are_neither(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert expected in ended.err
     missing = invoke(capsys, "check", tmp_path / "missing.yaml")
     assert missing.code == 2
-    assert "missing.yaml: cannot be read" in missing.err
+    assert "missing.yaml: no such file" in missing.err
+
+
+def test_check_takes_the_names_that_run_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # the run's own folder does not hide the name
+    assert "quickstart" in invoke(capsys, "check", "quickstart").out
+    ended = invoke(capsys, "check", "quickstrt")
+    assert (ended.code, "did you mean 'quickstart'" in ended.err) == (2, True)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(capsys, "--version").out == f"evomerge {version('evomerge')}\n"
 
 
 def test_overflow_is_refused_by_name(

@@ -96,7 +96,7 @@ def spans(value: float, alone: float, joint: float) -> Difference:
         # The best baseline is too near.
         (
             {"a": spans(0.2, 0.3, 0.4), "b": spans(0.4, 0.1, 0.3)},
-            "within noise of the best baseline (a): fitness +0.200",
+            "within noise of the best baseline (a): overall score +0.200",
         ),
         # A noisier one may be as good, though the best is beaten.
         (
@@ -105,7 +105,10 @@ def spans(value: float, alone: float, joint: float) -> Difference:
         ),
         # One of two looks better by its own interval alone: with two looks that is still noise.
         ({"a": spans(-0.2, 0.1, 0.3), "b": spans(0.4, 0.1, 0.3)}, "within noise of the best baseline (a)"),
-        ({"a": spans(-0.4, 0.1, 0.3), "b": spans(0.4, 0.1, 0.3)}, "worse than the best baseline (a): fitness -0.400"),
+        (
+            {"a": spans(-0.4, 0.1, 0.3), "b": spans(0.4, 0.1, 0.3)},
+            "worse than the best baseline (a): overall",
+        ),
     ],
 )
 def test_verdict(rows: dict[str, Difference], sentence: str) -> None:

@@ -62,13 +62,13 @@ def test_ancestors_leave_out_who_had_no_part() -> None:
 def test_text_tree_by_hand() -> None:
     assert ancestry(FAMILY, 5) == "\n".join(
         [
-            '5  [generation 3]  say "centroid of 2"  0.7500',
-            "├─ 4  [generation 2]  crossover by layers  0.7000",
-            "│  ├─ 3  [generation 1]  line  0.6500",
-            "│  │  ├─ 0  [generation 0]  parent:math  0.5000",
-            "│  │  └─ 1  [generation 0]  uniform average  0.6000",
-            "│  └─ 1  [generation 0]  uniform average  0.6000",
-            "└─ 3  [generation 1]  line  0.6500 ↑",
+            '5  [generation 3]  say "centroid of 2"  fitness 0.7500',
+            "├─ 4  [generation 2]  crossover by layers  fitness 0.7000",
+            "│  ├─ 3  [generation 1]  line  fitness 0.6500",
+            "│  │  ├─ 0  [generation 0]  parent:math  fitness 0.5000",
+            "│  │  └─ 1  [generation 0]  uniform average  fitness 0.6000",
+            "│  └─ 1  [generation 0]  uniform average  fitness 0.6000",
+            "└─ 3  [generation 1]  line  fitness 0.6500 ↑",
         ]
     )
 
@@ -78,7 +78,7 @@ def test_a_long_line_of_descent_is_drawn() -> None:
     family += [made(n, n, (n - 1,), "mutation", float(n)) for n in range(1, 3000)]
     lines = ancestry(family, 2999).splitlines()
     assert len(lines) == 3000
-    assert lines[-1].endswith("parent:math  0.0000")
+    assert lines[-1].endswith("parent:math  fitness 0.0000")
 
 
 def test_graph() -> None:

@@ -19,7 +19,7 @@ from evomerge.report.result import (
     RunResult,
     WinnerRow,
 )
-from evomerge.report.tables import result_table, score_table, score_text, table
+from evomerge.report.tables import called, fitted, result_table, score_table, score_text, table
 from evomerge.study.ranking import Growth
 
 SCORE = Score(0.64, 0.048, 100)
@@ -98,21 +98,47 @@ def cells(text: str, first: str) -> list[str]:
 
 def test_result_table() -> None:
     text = result_table(FINISHED)
-    assert text.splitlines()[0] == "x: 3 scored, 1 failed, 0 pruned, budget 4"
-    assert cells(text, "test items") == [
-        *("test items", "fitness", "winner is better by", "95% interval", "t acc", "guard: g acc")
-    ]
-    score = "0.640 ± 0.048 (100)"
-    assert cells(text, "winner: candidate 2") == ["winner: candidate 2", "1.250 ± 0.100 (30)", "", "", score, score]
-    assert cells(text, "parent:a") == [
-        *("parent:a", "1.000 ± 0.100 (30)", "0.250 ± 0.100 (30)", "+0.062 to +0.438", score, score)
-    ]
+    assert text.splitlines()[0] == "x: 4 of 4 candidates: 3 scored in full, 0 stopped early, 1 failed"
+    assert cells(text, "on 30 test items")[1:] == ["overall score", "winner ahead by", "95% interval"]
+    assert cells(text, "winner: candidate 2")[1:] == ["1.250 ± 0.100", "", ""]
+    assert cells(text, "source a")[1:] == ["1.000 ± 0.100", "+0.250 ± 0.100", "+0.062 to +0.438"]
+    assert cells(text, "by task")[1:] == ["winner", "a"]
+    assert cells(text, "t acc")[1:] == ["0.640", "0.640"]
+    assert cells(text, "guard: g acc")[1:] == ["0.640", "0.640"]
     assert text.splitlines()[-1] == "The winner is fine."
+
+
+def test_a_table_that_is_too_wide_is_several() -> None:
+    header = ["model", *(f"task {k} of a long name" for k in range(9))]
+    text = fitted(header, [["x" * 20, *(f"{k}.5" for k in range(9))]])
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("| model ") == text.count("xxxx |") == 3
+    assert [f"{k}.5" in text for k in range(9)] == [True] * 9
+
+
+def test_tables_of_a_run_with_long_names_fit_a_terminal() -> None:
+    long = "n" * 300
+    goals = tuple(replace(FINISHED.goals[0], task=f"{long}{k}") for k in range(20))
+    names = [f"parent:{long}{k}" for k in range(9)] + [f"best of generation 0: {long}", f"random search: {long}"]
+    result = replace(FINISHED, goals=goals, baselines=dict.fromkeys(names, FINISHED.baselines["parent:a"]))
+    assert max(len(line) for line in result_table(result).splitlines()) <= 100
+
+
+def test_what_a_baseline_is_called() -> None:
+    assert [called(name) for name in ("parent:math", "parent:base", "uniform average")] == [
+        *("source math", "base model", "uniform average")
+    ]
+
+
+def test_one_number_has_one_name() -> None:
+    """What is reported is never called by the name of what the search goes by."""
+    smooth = replace(FINISHED, goals=(replace(FINISHED.goals[0], steered_by="prob"),))
+    assert "fitness" not in result_table(smooth)
 
 
 def test_selection_bias_stands_below_the_winners_three_scores() -> None:
     text = result_table(FINISHED)
-    assert cells(text, "search items, which steered the search")[1] == "1.250 ± 0.100 (30)"
+    assert cells(text, "search items, which guided the search")[1] == "1.250 ± 0.100 (30)"
     assert cells(text, "test items, which chose nothing")[1] == "1.250 ± 0.100 (30)"
     assert cells(text, "selection bias: search - test")[1] == "+0.125 ± 0.062"
 
@@ -120,20 +146,20 @@ def test_selection_bias_stands_below_the_winners_three_scores() -> None:
 def test_the_best_baseline_task_by_task() -> None:
     worse = baseline(0.5, replace(DIFFERENCE, tasks={}))
     text = result_table(replace(FINISHED, baselines={"parent:b": worse, **FINISHED.baselines}))
-    assert cells(text, "winner less parent:a")[1:] == ["difference", "only winner right", "only it right", "McNemar p"]
-    assert cells(text, "t acc") == ["t acc", "+0.125 ± 0.050", "15", "5", "0.041"]
+    assert cells(text, "winner less source a")[1:] == ["difference", "only winner right", "only it", "McNemar p"]
+    assert "| t acc                | +0.125 ± 0.050 | 15                | 5       | 0.041     |" in text
     assert cells(text, "u bits") == ["u bits", "-0.500", "", "", ""]
 
 
 def test_a_winner_without_rivals() -> None:
     text = result_table(replace(FINISHED, baselines={}))
     assert "winner less" not in text
-    assert cells(text, "winner: candidate 2")[1] == "1.250 ± 0.100 (30)"
+    assert cells(text, "winner: candidate 2")[1] == "1.250 ± 0.100"
 
 
 def test_what_racing_saved() -> None:
     raced = replace(FINISHED, items=ItemCounts(10, 40, 0.75, jacobians=0))
-    assert result_table(raced).splitlines()[0].endswith("budget 4; racing saved 75% of the item evaluations")
+    assert result_table(raced).splitlines()[0].endswith("1 failed; racing saved 75% of the item evaluations")
     assert "derivatives" not in result_table(raced)
 
 
@@ -147,10 +173,9 @@ def test_that_jacobians_are_not_among_the_item_evaluations_is_said() -> None:
 
 def test_what_steered_is_said_where_it_is_not_what_is_reported() -> None:
     smooth = replace(FINISHED, goals=(replace(FINISHED.goals[0], steered_by="prob"),))
-    assert "\n\nSteered by prob in place of acc, a smoother measure of the same; the numbers below are of acc.\n\n" in (
-        result_table(smooth)
-    )
-    assert "Steered by" not in result_table(FINISHED)
+    text = "Search metric: prob in place of acc, a smoother measure of the same. All scores below are by acc."
+    assert f"\n\n{text}\n\n" in result_table(smooth)
+    assert "Search metric" not in result_table(FINISHED)
 
 
 def test_the_front_stands_below_the_winner() -> None:
@@ -164,7 +189,7 @@ def test_the_front_stands_below_the_winner() -> None:
         FINISHED, objectives=("t", "layers"), front=front, hypervolume=Hypervolume({"t": 0.5, "layers": 1.0}, growth)
     )
     text = result_table(several)
-    assert cells(text, "front, on the test items")[1:] == ["fitness", "t acc", "layers"]
+    assert cells(text, "front, on the test items")[1:] == ["overall score", "t acc", "layers"]
     assert cells(text, "candidate 2: the winner")[1:] == ["1.250 ± 0.100 (30)", "0.640 ± 0.048 (100)", "30"]
     assert cells(text, "candidate 5")[1:] == ["-", "-", "24"]  # gave no scores on the test items
     assert "0.25 after generation 0, 0.75 after generation 2, of 3 candidates." in text

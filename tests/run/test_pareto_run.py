@@ -158,7 +158,7 @@ def test_what_is_told_of_the_front(front_run: Path, capsys: pytest.CaptureFixtur
     text = result_table(RunResult.from_json({key: value for key, value in result.items() if key != "checksum"}))
     assert "| front, on the test items" in text
     assert f"| candidate {result['winner']['candidate']}: the winner " in text
-    assert "Hypervolume on the items that steered: " in text
+    assert "Hypervolume on the search items: " in text
     entries = json.loads(invoke(capsys, "lineage", front_run, "--json").out)
     assert [tuple(entry["objectives"]) for entry in entries] == [c.objectives for c in candidates]
 

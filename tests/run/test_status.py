@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,52 @@ def test_status_contract(finished_run: Path, capsys: pytest.CaptureFixture[str])
     assert {"parent:a", "parent:b", "parent:c", "uniform average"} <= set(found["baselines"])
 
 
+def test_status_of_a_finished_run_begins_with_the_verdict_and_fits_a_screen(finished_run: Path) -> None:
+    status = read_status(finished_run)
+    lines = status_text(status).splitlines()
+    assert lines[:2] == ["tiny: finished", status.verdict]
+    assert len(lines) <= 24
+    assert max(map(len, lines[2:])) <= 100
+    assert status.best is not None
+    test = status.best.overall["test"]
+    assert f"winner: candidate {status.best.candidate}, overall score {test.value:.3f}" in "\n".join(lines)
+    many = {"search": {f"task_{k}": {"acc": test} for k in range(60)}}
+    crowded = status_text(replace(status, best=replace(status.best, scores=many)))
+    assert len(crowded.splitlines()) <= 24
+    assert "44 more tasks" in crowded
+
+
+def test_candidates_are_listed(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = {c.number: c for c in RunFolder.existing(finished_run).candidates()}
+    ended = invoke(capsys, "candidates", finished_run, "-n", "3")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ended.out.splitlines() if line[:1] == "|"]
+    assert rows[0] == ["candidate", "generation", "state", "fitness", "items", "made by"]
+    best = sorted(history, key=lambda n: (-(history[n].fitness or 0), n))[:3]
+    assert [int(row[0]) for row in rows[2:]] == best
+    assert "3 of 18; --limit N shows more" in ended.out
+    listed = list(
+        csv.DictReader(invoke(capsys, "candidates", finished_run, "--csv", "--sort", "number").out.splitlines())
+    )
+    assert [int(row["candidate"]) for row in listed] == list(range(18))
+    assert [float(row["fitness"]) for row in listed] == [history[k].fitness for k in range(18)]
+    assert float(listed[0]["tiny_choice/acc"]) == history[0].scores["search"]["tiny_choice"]["acc"]["value"]
+    parents = invoke(capsys, "candidates", finished_run, "--made-by", "PARENT:", "--csv").out.splitlines()
+    assert len(parents) == 1 + 4
+    slowest = list(
+        csv.DictReader(invoke(capsys, "candidates", finished_run, "--csv", "--sort", "time").out.splitlines())
+    )
+    assert float(slowest[0]["seconds"]) == max(c.seconds["total"] for c in history.values())
+    assert "failed" not in invoke(capsys, "candidates", finished_run, "--state", "failed").out
+
+
+def test_lineage_says_what_changed(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = RunFolder.existing(finished_run).candidates()
+    child = next(c for c in reversed(history) if c.parents)
+    ended = invoke(capsys, "lineage", finished_run, "--candidate", str(child.number))
+    assert f"fitness {child.fitness:.4f}" in ended.out
+    assert f"from {child.parents[0]}: " in ended.out
+
+
 def test_rate_counts_each_second_once(finished_run: Path) -> None:
     status = read_status(finished_run)
     totals = [c.seconds["total"] for c in RunFolder.existing(finished_run).candidates()]
@@ -53,9 +101,10 @@ def test_status_of_a_run_under_way(finished_run: Path, tmp_path: Path, capsys: p
     assert status.best is not None
     assert status.best.fitness == max(c.fitness for c in folder.candidates() if c.fitness is not None)
     assert set(status.best.scores) == {"search"}
-    assert shown.out.startswith("tiny: running; 18 scored, 0 failed, 0 pruned of 18\n")
+    assert shown.out.startswith("tiny: running\n18 of 18 candidates: 18 scored in full, 0 stopped early, 0 failed\n")
     assert "candidates an hour" in shown.out
-    assert "| search | tiny_choice" in shown.out
+    assert "by this the search compares" in shown.out
+    assert "| tiny_choice acc" in shown.out
     assert read_status(run).state == "stopped"
 
 
@@ -65,7 +114,7 @@ def test_status_before_the_first_candidate(finished_run: Path, tmp_path: Path) -
     assert status.best is None
     assert status.candidates_per_hour is None
     assert status.candidates == CandidateCounts(done=0, failed=0, pruned=0, budget=18)
-    assert status_text(status) == "tiny: stopped; 0 scored, 0 failed, 0 pruned of 18"
+    assert status_text(status) == ("tiny: stopped\n0 of 18 candidates: 0 scored in full, 0 stopped early, 0 failed")
 
 
 def test_lineage_contract(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

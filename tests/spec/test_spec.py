@@ -203,7 +203,7 @@ def test_paths_beside_the_file_above_it_and_from_here(tmp_path: Path, monkeypatc
         ({"search__warm_start": 3}, "search.warm_start: input should be a valid string"),
         ({"evaluation__tasks": []}, "evaluation.tasks: "),
         ({"evaluation__tasks": ["x", "x"]}, "'x' is listed twice"),
-        ({"evaluation__guard": ["arc_easy"]}, "evaluation.guard: 'arc_easy' also steers"),
+        ({"evaluation__guard": ["arc_easy"]}, "evaluation.guard: 'arc_easy' is one of evaluation.tasks"),
         ({"evaluation__splits": {"search": 0.5, "select": 0.4, "test": 0.2}}, "add up to 1.1"),
         ({"evaluation__splits": {"search": 1.0, "select": 0.4, "test": 20}}, "add up to 1.4"),
         ({"evaluation__splits": {"search": 2.5}}, "2.5 is neither a fraction nor a whole number"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -65,8 +67,46 @@ def test_the_console_shows_a_line_for_everything(
         "x: warning: the data differ",
         "x: 1 of 10 candidates are recorded; 7 genes, ga; the run is in runs/x",
     ]
-    best = "best 0.2000 (candidate 2), generation 0 0.2000"
-    assert lines[3].startswith(f"x: candidate 2 of 10, generation 0, {DONE[2].operator}: 0.2000; {best}; about ")
-    assert f": failed [MemoryError: no memory]; {best}; about " in lines[4]
+    assert lines[3] == "x: candidate 2 of 10: 0.2000, best 0.2000, 0 s left"
+    assert lines[4] == "x: candidate 3 of 10: failed (MemoryError: no memory), best 0.2000, 0 s left"
     assert lines[5] == "x: the budget is spent"
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO", "INFO", "INFO", "INFO"]
+
+
+def test_a_terminal_shows_one_table_and_no_line_for_each_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _on_terminal(monkeypatch)
+    text = _plain(shown)
+    assert "candidate 2 of 10" not in text
+    last = text[text.rindex("task and metric") :]
+    assert "t acc" in last
+    assert "0.250 ± 0.100" in last
+    assert "0.2000" in last
+    assert "1 failed" in last
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_terminal_shows_a_line_for_each_candidate_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "x: candidate 2 of 10: 0.2000" in _plain(_on_terminal(monkeypatch, verbose=True))
+
+
+def _on_terminal(monkeypatch: pytest.MonkeyPatch, **options: bool) -> str:
+    """What a terminal gets to see of a short run."""
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    tracker = ConsoleTracker(**options)
+    tracker.begin("x")
+    tracker.started(replace(SEARCH, recorded=()))
+    scores = {
+        "search": {"t": {"acc": {"value": 0.25, "stderr": 0.1, "n": 8}, "prob": {"value": 0.2, "stderr": None, "n": 8}}}
+    }
+    for candidate in (replace(DONE[2], scores=scores), FAILED):
+        tracker.candidate(candidate)
+    tracker.close()
+    return stream.getvalue()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
