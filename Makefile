@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start many processes, each of which would compile it all.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart real test coverage thorough check zoo format clean
+.PHONY: quickstart real test coverage thorough check schema zoo format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/evomerge run search_spaces/quickstart.yaml
@@ -36,6 +36,10 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# What editors check a search.yaml by, from the code: after every change of a key.
+schema: $(VENV)/.installed
+	$(BIN)/evomerge schema search > search_spaces/search.schema.json
 
 # That the zoo's models are what their training makes: two minutes.
 zoo: $(VENV)/.installed

@@ -25,7 +25,6 @@ app = typer.Typer(
     name="evomerge",
     help="Evolve the best merge of the models you already have, on the benchmarks you care about.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -399,6 +398,20 @@ def methods(
     from evomerge.report.tables import method_table
 
     typer.echo(method_table(name))
+
+
+@app.command()
+def schema(
+    of: Annotated[str, typer.Argument(metavar="search|recipe", help="What to describe.", show_default=False)],
+) -> None:
+    """Print the JSON Schema of a search.yaml or a recipe, for editors."""
+    from evomerge.recipe.json_schema import recipe_schema
+    from evomerge.spec.json_schema import search_schema
+
+    schemas = {"search": search_schema, "recipe": recipe_schema}
+    if of not in schemas:
+        raise BadInput(f"'{of}' has no schema: choose search or recipe")
+    typer.echo(json.dumps(schemas[of](), indent=2))
 
 
 def _names(text: str) -> list[str]:

@@ -32,6 +32,7 @@ COMMANDS = (
     "check",
     "init",
     "methods",
+    "schema",
 )
 
 
