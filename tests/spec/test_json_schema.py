@@ -74,12 +74,12 @@ def test_what_is_wrong_is_seen(tiny_family: dict[str, Path], key: str, value: An
         jsonschema.validate(search_spec(tiny_family) | {key: value}, search_schema())
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "tests" / "recipes" / "good").glob("*.y*ml")), ids=lambda path: path.stem
-)
-def test_recipes_fit(path: Path) -> None:
-    for document in read_documents(path.read_text(), str(path), RecipeError):
-        jsonschema.validate(document, recipe_schema())
+def test_recipes_fit() -> None:
+    paths = sorted((ROOT / "tests" / "recipes" / "good").glob("*.yaml"))
+    assert len(paths) > 20
+    for path in paths:
+        for document in read_documents(path.read_text(), str(path), RecipeError):
+            jsonschema.validate(document, recipe_schema())
 
 
 def test_a_recipe_that_is_wrong_is_seen() -> None:
