@@ -104,9 +104,10 @@ def _mapping(properties: dict[str, Any], required: list[str] | None = None) -> d
 def _parameters() -> dict[str, Any]:
     """The block of parameters: of every method and stage, with whose each is."""
     declared: dict[str, list[tuple[str, Parameter]]] = {}
-    for owner in (*METHODS.values(), *STAGES.values()):
-        for parameter in owner.parameters:
-            declared.setdefault(parameter.name, []).append((owner.name, parameter))
+    owners = [(m.name, m.parameters) for m in METHODS.values()] + [(s.name, s.parameters) for s in STAGES.values()]
+    for name, parameters in owners:
+        for parameter in parameters:
+            declared.setdefault(parameter.name, []).append((name, parameter))
     properties = {name: _parameter(own) for name, own in sorted(declared.items())}
     properties["embed_slerp"] = {"type": "boolean", "description": "Merge the embeddings by SLERP."}
     return {
