@@ -67,6 +67,11 @@ def do(deed: str, mark: Path) -> None:
         raise MemoryError
     if deed == "disk full":
         raise OutputError("scores: cannot be written: no space left on the disk")
+    if deed.startswith("meets "):  # another candidate, which another worker scores at the same time
+        mark.touch()
+        end = time.monotonic() + 300
+        while not (mark.parent / f"{deed.removeprefix('meets ')}.mark").exists() and time.monotonic() < end:
+            time.sleep(0.01)
     if deed == "sleeps":
         mark.write_text(str(os.getpid()))
         time.sleep(600)

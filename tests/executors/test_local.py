@@ -57,7 +57,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 
 def test_two_workers_search_as_one_process_does(tmp_path: Path) -> None:
-    with working(tmp_path / "two", 2, pause=0.002) as executor:
+    with working(tmp_path / "two", 2, {0: "meets 1", 1: "meets 0"}, pause=0.002) as executor:
         found = run(tmp_path / "two", BUDGET, executor)
     assert lasting(found.candidates) == lasting(run_alone(tmp_path / "one", "ga", BUDGET).candidates)
     scored = [c.scores for c in found.candidates if c.state != "failed"]

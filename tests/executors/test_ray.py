@@ -35,7 +35,7 @@ def test_actors_that_die_and_a_node_that_is_removed_change_nothing(
     caplog.set_level(logging.WARNING)
     node = ray_cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     folder = tmp_path / "three"
-    executor = actors(folder, 3, {9: "killed once"}, pause=0.3)
+    executor = actors(folder, 3, {0: "meets 1", 1: "meets 2", 2: "meets 0", 9: "killed once"}, pause=0.3)
     recorded = folder / "study.log"
 
     def remove() -> None:

@@ -185,7 +185,7 @@ def test_paths_beside_the_file_above_it_and_from_here(tmp_path: Path, monkeypatc
         ({"search__objectives": "pareto"}, "search.objectives: a front is of 2 to 6 objectives, a task each and what"),
         ({"search__also_minimize": ["layers"], "space__methods": ["frankenmerge"]}, "only with `objectives: pareto`"),
         ({"search__stop__fitness": "high"}, "search.stop.fitness: input should be a valid number"),
-        ({"run__executor": "ray"}, "run.executor: input should be 'local' (got 'ray')"),
+        ({"run__executor": "slurm"}, "run.executor: input should be 'local' or 'ray' (got 'slurm')"),
         ({"run__workers": 0}, "run.workers: input should be greater than or equal to 1 (got 0)"),
         ({"search__mode": "steady"}, "search.mode: input should be 'generational' or 'asynchronous' (got 'steady')"),
         ({"evaluation__dtype": "int8"}, "evaluation.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
