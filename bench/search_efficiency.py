@@ -91,6 +91,10 @@ CONTENDERS: dict[str, Contender] = {
     **{name: Contender({"algorithm": name}, COARSE) for name in OTHERS},
     "with stages": Contender(space={"after": ["svc"]}),
     "with newer methods": Contender(space={"methods": ["task_arithmetic", "ties", "dare_ties", "ram", "wudi"]}),
+    **{  # real genes only
+        name: Contender({"algorithm": name, "population": 4}, {**COARSE, "methods": ["task_arithmetic"]})
+        for name in ("turbo", "qlognei")
+    },
     "ga without steps": Contender({"algorithm": "ga", "options": {"jacobian_steps": False}}, COARSE),
     "ga, bred only": Contender(_BRED, COARSE),
 }
@@ -140,6 +144,8 @@ def run(name: str, path: Path, seed: int, candidates: int, folder: Path, items: 
     from evomerge.study.loop import search
 
     contender = CONTENDERS[name]
+    if contender.search.get("algorithm") in ("turbo", "qlognei"):
+        import bench.opponents  # noqa: F401  (they register themselves)
     spec = spec_of(path, contender, seed, candidates)
     opened = RunFolder.create(folder, spec, "")
     problem = open_problem(spec)
