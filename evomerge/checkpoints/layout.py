@@ -16,16 +16,22 @@ from typing import Any, Literal
 from evomerge.checkpoints.header import TensorSpec
 
 Group = Literal["attention", "mlp", "rest", "outer"]
+Kind = Literal["attention", "ssm", "mlp", "experts", "router", "shared_experts", "norm", "rest", "outer"]
 Position = Literal["before", "after"]
 
 _NORM = re.compile(r"norm|(^|_)(ln|rms)(_|\d|$)")
 # Token mixing and channel mixing. The mixers of state-space models count as attention unless their part says otherwise.
 _ATTENTION = re.compile(r"attn|attention|^(q|k|v|o|qkv|wq|wk|wv|wqkv|query|key|value|query_key_value)(_proj)?$")
 _MLP = re.compile(
-    r"mlp|ffn|feed_?forward|expert|moe|denserelu|intermediate|router"
+    r"mlp|ffn|feed_?forward|expert|moe|denserelu|intermediate|^router"
     r"|^(ff|fc\d?|c_fc|fc_in|fc_out|lin\d|linear\d|w\d|wi(_\d)?|wo|gate|up|down|(gate|up|down|gate_up)_proj)$"
 )
 _MIXER = re.compile(r"mixer|mamba|ssm|rwkv|time_mix|recurrent|^(conv|rec)$")
+# Finer kinds. A recurrent mixer may be called an attention, and a router a gate: that beside experts, see `_kind`.
+_SSM = re.compile(r"mamba|ssm|rwkv|recurrent|linear_attn|delta_net|time_mix(er)?$|^rec$")
+_SHARED = re.compile(r"shared_?(expert|mlp)")
+_ROUTER = re.compile(r"^router|_correction_bias$|^expert_bias$")
+_EXPERT = re.compile(r"expert|moe")
 _OUTPUT = re.compile(r"^output$")  # BERT: `attention.output` is met as attention first, a bare `output` closes the MLP
 _BRIDGE = re.compile(r"projector|merger|connector|aligner")
 _BEFORE = re.compile(rf"emb|wte|wpe|shared|patch|cls_token|position|rotary|{_BRIDGE.pattern}|conv|(^|_)in$")
@@ -64,6 +70,8 @@ class Location:
         layer: Its layer in that stack, from 0; None outside.
         suffix: The name within the layer ("self_attn.q_proj.weight"); the whole name outside.
         group: "attention", "mlp" or "rest" (norms, scales) within a layer; "outer" outside.
+        kind: The same, but for what has a finer name: "ssm" of attention; "experts", "router", "shared_experts" of mlp;
+            "norm" of rest.
         position: Outside, whether it is used before the layers (embeddings) or after (final norm, head).
     """
 
@@ -71,6 +79,7 @@ class Location:
     layer: int | None
     suffix: str
     group: Group
+    kind: Kind
     position: Position | None
 
 
@@ -109,8 +118,14 @@ class Layout:
         """Finds where a tensor sits, by its name."""
         prefix, layer, suffix = _split(name)
         if layer is None or layer >= self._lengths.get(prefix, 0):
-            return Location(None, None, name, "outer", _position(name))
-        return Location(prefix, layer, suffix, _group(suffix), None)
+            return Location(None, None, name, "outer", "outer", _position(name))
+        return Location(prefix, layer, suffix, _group(suffix), _kind(suffix, self._routed), None)
+
+    @cached_property
+    def _routed(self) -> frozenset[str]:
+        """The modules of a layer that have experts, in lower case: "mlp"."""
+        suffixes = {_split(name)[2].lower() for name in self.names if "experts" in name}
+        return frozenset(suffix.partition(".experts")[0] for suffix in suffixes)
 
     def predicts_further(self, name: str) -> bool:
         """Tells whether a tensor belongs to the layers that predict further tokens, behind the others or beside."""
@@ -327,6 +342,23 @@ def _group(suffix: str) -> Group:
     if any(_OUTPUT.search(part) for part in module):
         return "mlp"
     return "attention" if any(_MIXER.search(part.lower()) for part in module) else "rest"
+
+
+def _kind(suffix: str, routed: frozenset[str]) -> Kind:
+    """The finest group of a layer's tensor; `routed` are the modules that have experts."""
+    group, parts = _group(suffix), suffix.lower().split(".")
+    if group == "attention":
+        mixer = any(map(_MIXER.search, parts)) and not any(map(_ATTENTION.search, parts))
+        short = parts[0] == "conv"  # LFM2's convolutions look back a few tokens and have no state
+        return "ssm" if any(map(_SSM.search, parts)) or (mixer and not short) else "attention"
+    if group == "mlp":
+        if any(map(_SHARED.search, parts)):
+            return "shared_experts"
+        gate = "gate" in parts and ".".join(parts[: parts.index("gate")]) in routed
+        if gate or any(map(_ROUTER.search, parts)):
+            return "router"
+        return "experts" if any(map(_EXPERT.search, parts)) else "mlp"
+    return "norm" if _NORM.search(_module_and_kind(suffix)[0][-1].lower()) else "rest"
 
 
 def _position(name: str) -> Position:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.layout import Location
 from evomerge.checkpoints.matching.compatible import check_compatible, not_finite
 from evomerge.checkpoints.tokenizer import read_tokenizer, write_contents
 from evomerge.errors import CheckpointError, ErrorCollector, SpecError, TaskError
@@ -32,6 +33,7 @@ from evomerge.planning.vocabulary.align import Aligned, align_for_search, tokeni
 from evomerge.planning.vocabulary.merged_tokenizer import WrittenTokenizer
 from evomerge.problem.shuffled_sources import shuffled
 from evomerge.space.build import build_space
+from evomerge.space.genes import REST
 from evomerge.space.space import SearchSpace
 from evomerge.spec.schema import Judge, Measure, SearchSpec, Splits
 from evomerge.system.files import cache_folder, read_text
@@ -199,7 +201,7 @@ def make_space(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint], *, outer
         sources=spec.models.sources,
         layer_count=layout.layer_count,
         outer=layout.outer if outer else (),
-        tensor_group_filters=tensor_group_filters(reference),
+        tensor_group_filters=tensor_group_filters(reference, space.tensor_groups or ()),
         methods=space.methods,
         after=space.after,
         choose=space.choose,
@@ -213,21 +215,47 @@ def make_space(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint], *, outer
     )
 
 
-def tensor_group_filters(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Finds substrings that pick the tensors of each group: a module's name where all its tensors are of one group."""
+def tensor_group_filters(checkpoint: Checkpoint, chosen: Collection[str]) -> dict[str, list[str]]:
+    """Finds substrings of names that pick the tensors of each group that the model has.
+
+    Args:
+        checkpoint: The model.
+        chosen: Groups with genes of their own. A tensor is in the finest of them that it belongs to, so that their
+            substrings exclude each other: of experts and mlp, mlp has what is left.
+
+    Returns:
+        Group -> substrings, as short as they can be: a module's name where all its tensors are of one group.
+    """
     layout = checkpoint.layout
     located = [layout.locate(name) for name in checkpoint.tensors]
-    suffixes = {at.suffix: at.group for at in located if layout.main and at.stack == layout.main.prefix}
-    groups_of: dict[str, set[str]] = {}
-    for suffix, group in suffixes.items():
-        groups_of.setdefault(suffix.split(".")[0], set()).add(group)
-    filters: dict[str, list[str]] = {}
-    for suffix, group in suffixes.items():
-        module = suffix.split(".")[0]
-        text = f".{module}." if len(groups_of[module]) == 1 else f".{suffix}"
-        if text not in filters.setdefault(group, []):
-            filters[group].append(text)
-    return filters
+    layers: dict[str, list[Location]] = {}
+    for at in located:
+        if layout.main and at.stack == layout.main.prefix:
+            layers.setdefault(at.suffix, []).append(at)
+    own = {suffix: every[0] for suffix, every in layers.items()}
+    names = {suffix: next((g for g in (at.kind, at.group) if g in chosen), REST) for suffix, at in own.items()}
+    groups = {group: [s for s in own if names[s] == group] for group in dict.fromkeys(names.values())}
+    for at in own.values():  # the others, each as if it were chosen
+        for group in (at.kind, at.group):
+            if group not in chosen and group not in groups:
+                groups[group] = [s for s, other in own.items() if group in (other.kind, other.group)]
+    return {group: _substrings(picked, layers) for group, picked in groups.items()}
+
+
+def _substrings(picked: Sequence[str], layers: Mapping[str, Sequence[Location]]) -> list[str]:
+    """Substrings that some names within a layer have and the others have not; as a last resort with the layer."""
+    others = [f".{suffix}" for suffix in set(layers).difference(picked)]
+    texts: dict[str, bool] = {}  # substring -> whether no other name has it
+    for suffix in picked:
+        parts = suffix.split(".")
+        for text in (*(f".{'.'.join(parts[:k])}." for k in range(1, len(parts))), f".{suffix}"):
+            if text not in texts:
+                texts[text] = not any(text in other for other in others)
+            if texts[text]:
+                break
+        else:  # BERT's output.dense is another's attention.output.dense
+            texts |= {f".{at.layer}.{suffix}": True for at in layers[suffix]}
+    return [text for text, exact in texts.items() if exact]
 
 
 def _open_models(spec: SearchSpec) -> Aligned:

@@ -26,6 +26,7 @@ from evomerge.problem.problem import tensor_group_filters
 from evomerge.report.model_card import licences
 from evomerge.report.tables import table
 from evomerge.run.preflight import parse_search
+from evomerge.space.genes import REST
 from evomerge.system.files import expand_home, write_atomic
 from evomerge.system.yaml import read_yaml, write_yaml
 
@@ -228,9 +229,10 @@ def search_yaml(
     stored = {info.dtype for model in opened.values() for info in model.tensors.values()}
     methods = [name for name in _EVERYWHERE if base or not METHODS[name].base_needed({})]
     space: dict[str, Any] = {"methods": methods, "layer_groups": max(1, min(6, layers))}
-    filters = tensor_group_filters(next(iter(opened.values())))
+    filters = tensor_group_filters(next(iter(opened.values())), ())
     if groups := [name for name in _TENSOR_GROUPS if filters.get(name)]:
         space["tensor_groups"] = groups
+    finer = [name for name in filters if name not in (*_TENSOR_GROUPS, REST)]
     parts: list[dict[str, Any]] = [
         {"name": out.name.removesuffix(".yaml").removesuffix(".yml")},
         {"models": models},
@@ -248,7 +250,8 @@ def search_yaml(
         "models": ("the common ancestor, and what to merge" if base else "no base: methods on deltas need one")
         + (_TOKENIZER if tokenizer else ""),
         "space": "`evomerge methods` lists the methods; layer_groups: genes for each part of the layers\n"
-        "# (6, [4, 12], per_layer), or {control_points: 4} for genes that run smoothly over the depth",
+        "# (6, [4, 12], per_layer), or {control_points: 4} for genes that run smoothly over the depth"
+        + (f"\n# tensor_groups that these models have, too: {', '.join(finer)}" if finer else ""),
         "evaluation": "lm-eval tasks by name, or your own with include_path: choose what the merge should be good at",
         "search": "warm_start: runs/NAME, or a recipe's YAML, begins with what is known to be good",
     }

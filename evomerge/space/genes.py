@@ -19,6 +19,8 @@ from evomerge.space.genome import LayerGene
 
 OUTER = "outer"
 REST = "rest"
+WIDER = {"ssm": "attention", "experts": "mlp", "router": "mlp", "shared_experts": "mlp", "norm": REST}
+"""The group that has a finer one's tensors where that has no genes of its own."""
 CHOSEN = "chosen"
 """How the genes are called by which a source is chosen: of a pool those with the highest values take part."""
 CONTROL_POINTS = "control_points"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from evomerge.recipe import Recipe, expand_frankenmerge, layer_places, resolve, slice_inputs
-from evomerge.space.genes import CHOSEN, OUTER, REST, Real, gene_name
+from evomerge.space.genes import CHOSEN, OUTER, REST, WIDER, Real, gene_name
 from evomerge.space.genome import Genome, LayerGene, Scalar
 from evomerge.space.space import SearchSpace
 
@@ -44,7 +44,8 @@ class SpaceLayout:
             by_group = [self.value(genome, stem, each, layer) for each in self.tensor_groups]
             values = [value for value in by_group if value is not None]
             return sum(values) / len(values) if values else None
-        here = tensors if tensors in self.tensor_groups else REST
+        wider = WIDER.get(str(tensors))
+        here = next((group for group in (tensors, wider) if group in self.tensor_groups), REST)
         end = f".{here}" if self.tensor_groups else ""
         shares = depth_shares(self.groups, self.smooth, layer)
         named = [(genome.values.get(f"{stem}.g{point}{end}"), share) for point, share in shares.items()]

@@ -82,6 +82,9 @@ ControlPoints = Annotated[
 ]
 
 
+TensorGroup = Literal["attention", "ssm", "mlp", "experts", "router", "shared_experts", "norm", "rest"]
+
+
 class Space(Section):
     """Which genes exist."""
 
@@ -91,7 +94,7 @@ class Space(Section):
     method_scope: Literal["run", "layer_group"] = "run"
     # None: six groups, or as many as the models have layers
     layer_groups: Annotated[int, Field(ge=1, le=MOST)] | list[int] | Literal["per_layer"] | ControlPoints | None = None
-    tensor_groups: list[Literal["attention", "mlp", "rest"]] | None = None
+    tensor_groups: list[TensorGroup] | None = None
     genes: dict[str, Range] = {}
     frankenmerge: Frankenmerge = Frankenmerge()
 

@@ -16,6 +16,7 @@ from evomerge.engine.resident import Resident
 from evomerge.errors import RecipeError
 from evomerge.recipe import parse_recipe
 from evomerge.run.merge import merge_to_folder
+from evomerge.space.genes import WIDER
 from tests.architectures import ARCHITECTURES, LAYERS, Architecture, outputs
 from tests.engine.recipes import layers, opened, plan_of
 from tests.methods.references import elect, largest
@@ -61,6 +62,10 @@ def test_structure(family_of: Families, name: str) -> None:
     places = {n: layout.locate(n) for n, i in checkpoint.tensors.items() if len(i.shape) > 1}
     loose = {at.suffix.split(".")[0] for at in places.values() if at.group == "rest"}
     assert loose == {*architecture.loose}
+    kinds = {(at.kind, at.group) for at in map(layout.locate, checkpoint.tensors)}
+    assert {group == WIDER.get(kind, kind) for kind, group in kinds} == {True}
+    experts = {"experts", "router"} if any(n.endswith("_experts") for n in checkpoint.whole_config) else set()
+    assert experts <= {kind for kind, _ in kinds}
 
 
 @each

@@ -150,12 +150,13 @@ def test_log_likelihoods_are_those_of_the_scores(family: dict[str, Path]) -> Non
 
 
 def test_tensor_groups_have_derivatives_of_their_own(family: dict[str, Path]) -> None:
-    search = opened(family, "task_arithmetic", space__tensor_groups=["attention", "mlp"])
+    search = opened(family, "task_arithmetic", space__tensor_groups=["attention", "norm"])
     genome = point(search)
     ours = derivatives(search, genome)
     names = [gene.name for gene in search.problem.space.reals]
     assert all(
-        ours[:, names.index(name)].any() for name in ("weight.a.g0.attention", "weight.b.g1.mlp", "lambda.outer")
+        ours[:, names.index(name)].any()
+        for name in ("weight.a.g0.attention", "weight.b.g1.norm", "weight.b.g1.rest", "lambda.outer")
     )
     assert apart(ours, differences(search, genome)) < 0.003
 

@@ -66,6 +66,7 @@ def test_the_command(tiny_family: dict[str, Path], tmp_path: Path, capsys: pytes
     assert spec.models.sources == {name: str(tiny_family[name]) for name in "abc"}
     assert spec.space.layer_groups == 4
     assert spec.space.tensor_groups == ["attention", "mlp"]
+    assert "# tensor_groups that these models have, too: norm\n" in out.read_text()
     assert [task.task for task in spec.evaluation.tasks] == ["arc_easy", "hellaswag"]
     again = invoke(capsys, "init", tiny_family["a"], tiny_family["b"], "-o", out)
     assert again.code == 2

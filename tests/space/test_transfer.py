@@ -96,6 +96,18 @@ def test_tensor_groups_are_split_and_averaged() -> None:
     assert (coarse.values["weight.math.g0.mlp"], coarse.values["weight.math.g0.rest"]) == (0.3, 0.5)
 
 
+def test_a_finer_group_takes_the_value_of_the_wider_one() -> None:
+    wide = make_space(methods=("linear",), layer_groups=1, tensor_groups=["attention", "mlp"])
+    filters = {"experts": (".experts.",), "ssm": (".mamba.",), "norm": ("norm",)}
+    fine = make_space(
+        methods=("linear",), layer_groups=1, tensor_groups=["experts", "ssm", "norm"], tensor_group_filters=filters
+    )
+    parts = {"weight.math.g0.attention": 0.1, "weight.math.g0.mlp": 0.3, "weight.math.g0.rest": 0.5}
+    moved = transfer_genome(fine, Genome.of({**wide.default().values, **parts}), shape_of(wide), SAME)
+    assert moved is not None
+    assert [moved.values[f"weight.math.g0.{group}"] for group in ("experts", "ssm", "norm")] == [0.3, 0.1, 0.5]
+
+
 @pytest.mark.parametrize(("count", "smooth"), [(4, False), (12, False), (2, True), (5, True), (12, True)])
 def test_shares_of_depth_sum_to_one(count: int, smooth: bool) -> None:
     space = make_space(layer_groups={"control_points": count} if smooth else count)
