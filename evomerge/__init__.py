@@ -4,6 +4,7 @@ evomerge.search("search.yaml")            evolve a merge
 evomerge.merge("recipe.yaml", "merged")   carry out one recipe
 evomerge.evaluate("merged", ["arc_easy"]) score a model
 evomerge.merge_models("ties", base=..., models=[...], densities=[...])   a merge as a loaded model
+evomerge.open_run("runs/quickstart")      look at a run: its candidates, its pictures
 """
 
 from importlib import import_module
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evomerge.api import evaluate, merge, search
-    from evomerge.notebook import dare_merge_llama, merge_models, ties_merge_llama
+    from evomerge.notebook import dare_merge_llama, merge_models, open_run, ties_merge_llama
     from evomerge.run.dare import DareConfig, DareMerger
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "merge",
     "merge_models",
+    "open_run",
     "search",
     "ties_merge_llama",
 ]
@@ -32,6 +34,7 @@ _DEFINED_IN = {
     "evaluate": "evomerge.api",
     "merge": "evomerge.api",
     "merge_models": "evomerge.notebook",
+    "open_run": "evomerge.notebook",
     "search": "evomerge.api",
     "ties_merge_llama": "evomerge.notebook",
 }

@@ -1,4 +1,4 @@
-"""Merges for people in a notebook: every method of the registry as a call that returns a loaded model."""
+"""For people in a notebook: every method of the registry as a call that returns a loaded model, and runs to look at."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from evomerge.errors import BadInput, RecipeError, suggest
 
 if TYPE_CHECKING:
+    import pandas
+    import plotly.graph_objects as go
     from transformers import PreTrainedModel
 
     from evomerge.checkpoints.checkpoint import Checkpoint
     from evomerge.methods.contract import Method, Parameter
     from evomerge.planning.plan import Plan
+    from evomerge.report.drawing import Picture
+    from evomerge.report.result import RunResult
+    from evomerge.report.run_data import RunData
+    from evomerge.study.candidate import Candidate
 
     Model: TypeAlias = str | Path | PreTrainedModel
 
@@ -250,3 +256,83 @@ def _loaded(plan: Plan, checkpoints: Mapping[str, Checkpoint], device: str) -> P
         if (folder / "tokenizer_config.json").is_file():
             model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return model
+
+
+def open_run(folder: str | Path) -> OpenRun:
+    """Opens a run to look at it, finished or not: `evomerge.open_run("runs/quickstart")`.
+
+    Raises:
+        RunError: When there is no run, or a file of it is damaged.
+    """
+    return OpenRun(folder)
+
+
+class OpenRun:
+    """A run as it was when it was opened, or last refreshed. Shown by a notebook, it is its verdict and scores.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the run again, which may have gone on."""
+        from evomerge.run.report import read_run
+
+        self._data: RunData = read_run(self._folder)
+
+    @property
+    def result(self) -> RunResult | None:
+        """What the finished run found; None while it has not ended."""
+        return self._data.result
+
+    @property
+    def winner(self) -> Candidate | None:
+        """The winner, or the best so far; None while nothing is scored."""
+        return next((c for c in self._data.history if c.number == self._data.winner), None)
+
+    def candidates(self) -> pandas.DataFrame:
+        """Returns a row for each candidate: what is recorded of it, its scores as TASK/METRIC, its genes."""
+        import pandas
+
+        from evomerge.report.candidates import candidate_rows
+
+        rows = candidate_rows(self._data.history, self._data.objectives)
+        return pandas.DataFrame(rows).set_index("candidate") if rows else pandas.DataFrame()
+
+    def plot_history(self) -> go.Figure:
+        """Draws fitness by candidate with the best so far."""
+        from evomerge.report import figures
+
+        return _drawn(figures.history(self._data))
+
+    def plot_recipe(self, candidate: int | None = None) -> go.Figure:
+        """Draws what goes into a candidate, the winner by default."""
+        from evomerge.report import figures
+
+        return _drawn(figures.recipe(self._data, candidate))
+
+    def plot_lineage(self, candidate: int | None = None) -> go.Figure:
+        """Draws the family of a candidate, the winner by default."""
+        from evomerge.report import figures
+
+        return _drawn(figures.lineage(self._data, candidate))
+
+    def __repr__(self) -> str:
+        from evomerge.report.tables import status_text
+
+        return status_text(self._data.status)
+
+    def _repr_html_(self) -> str:
+        from evomerge.report.html import summary
+
+        return summary(self._data)
+
+
+def _drawn(picture: Picture | None) -> go.Figure:
+    if picture is None:
+        raise BadInput("there is nothing to draw: no such candidate, or none with a score yet")
+    return picture.figure.update_layout(title=picture.title, margin_t=60)

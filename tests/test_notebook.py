@@ -255,3 +255,29 @@ def test_memory_of_their_own(family_of: Callable[[str], dict[str, Path]], tmp_pa
         file.seek(size // 2)
         file.write(b"\0" * (size - size // 2))
     assert {key for key, value in merged.state_dict().items() if not torch.equal(value, before[key])} == set()
+
+
+def test_a_run_is_opened_to_look_at(finished_run: Path) -> None:
+    run = evomerge.open_run(finished_run)
+    assert run.result is not None
+    assert run.winner is not None
+    assert run.winner.number == run.result.winner.candidate
+    table = run.candidates()
+    assert list(table.index) == list(range(18))
+    assert table.loc[run.winner.number, "fitness"] == run.winner.fitness
+    assert table["tiny_choice/acc"].notna().all()
+    for figure in (run.plot_history(), run.plot_recipe(), run.plot_recipe(0), run.plot_lineage()):
+        assert len(figure.data) >= 1
+    assert run.result.verdict in repr(run)
+    assert f"Candidate {run.winner.number} wins" in run._repr_html_()
+    with pytest.raises(BadInput, match="nothing to draw"):
+        run.plot_recipe(999)
+
+
+def test_a_run_that_has_no_candidates_yet(finished_run: Path, tmp_path: Path) -> None:
+    from evomerge.run.folder import RunFolder
+
+    folder = RunFolder.create(tmp_path / "run", RunFolder.existing(finished_run).spec, "")
+    run = evomerge.open_run(folder.root)
+    assert (run.result, run.winner, len(run.candidates())) == (None, None, 0)
+    assert "Nothing is scored yet" in run._repr_html_()

@@ -12,7 +12,7 @@ from typing import Any
 
 from evomerge.recipe import parse_recipe
 from evomerge.report.drawing import Picture
-from evomerge.report.figures import pictures
+from evomerge.report.figures import pictures, scores
 from evomerge.report.run_data import RunData
 from evomerge.study.candidate import find
 from evomerge.system.text import one_line, plain
@@ -55,6 +55,24 @@ def report_page(data: RunData, *, refresh: int | None = None) -> str:
         winner_yaml=parse_recipe(winner.recipe, where="candidate").to_yaml() if winner else "",
         version=data.environment.get("versions", {}).get("evomerge", ""),
     )
+
+
+_SUMMARY = """<div><b>{{ heading }}</b><p>{{ verdict }}</p>
+{% if picture %}<table><tr>{% for name in picture.header %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in picture.rows | reverse %}<tr>{% for cell in row %}<td>{{ cell | cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endif %}</div>"""
+
+
+def summary(data: RunData) -> str:
+    """Renders the verdict and the scores of a run for a notebook."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True)
+    environment.filters["cell"] = _cell
+    heading, verdict, _ = _verdict(data)
+    title = f"{one_line(data.status.run)}: {heading}"
+    picture = scores(data)
+    return environment.from_string(_SUMMARY).render(heading=title, verdict=one_line(verdict, 1000), picture=picture)
 
 
 def csv_text(picture: Picture) -> str:
