@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, TaskError
 from evomerge.evaluation.backends.registry import BackendName, BackendOptions, Directions, make_backend
 from evomerge.evaluation.live_model import BackendModel
 from evomerge.evaluation.scorers.lm_eval import item_scores
-from evomerge.evaluation.scorers.response_functions import smooth_metric
+from evomerge.evaluation.scorers.response_functions import Linear, smooth_metric
 from evomerge.evaluation.scores import ItemScores, ResponseJacobian, SmoothMetric
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.requests import Encoder, Prompting, Requests, build_requests
@@ -125,6 +127,10 @@ class Evaluator:
         scorer = self._scorer(task)
         if scorer is None or not indices:
             raise TaskError(f"task {task!r}: no items are selected, so there is nothing to score")
+        if scorer.linear is not None:
+            given = self.backend.respond(model, self.requests(task), indices)
+            values = np.array([responses[0][0][0] for responses in given])
+            return scorer.item_scores(indices, *scorer.linear.linear(indices, values)[:2])
         return scorer.scores(BackendModel(task, model, self.backend, self.encoder), indices)
 
     def answer(self, model: Any, selection: Selection) -> dict[str, tuple[Sequence[int], list[list[Any]]]]:
@@ -167,12 +173,16 @@ class Evaluator:
             columns: How many numbers there are.
 
         Returns:
-            By task, without those that ask for generated text or have a scorer; empty where there are no derivatives.
+            By task, without those that ask for text or for what they like; empty where there are no derivatives.
 
         Raises:
             CandidateError: A number is not finite, or the model cannot be differentiated.
         """
-        selection = {task: indices for task, indices in selection.items() if not self._scorer(task)}
+        selection = {
+            task: indices
+            for task, indices in selection.items()
+            if (scorer := self._scorer(task)) is None or scorer.linear is not None
+        }
         parts = [(self.requests(task), indices) for task, indices in selection.items()]
         by_task = zip(selection, self.backend.jacobian(model, parts, directions, columns), strict=True)
         return {task: part for task, part in by_task if part is not None}
@@ -181,12 +191,20 @@ class Evaluator:
         self, task: str, metric: str, indices: Sequence[int], loglikelihoods: FloatArray
     ) -> SmoothMetric | None:
         """Gives a metric as a function of its requests' log-likelihoods; as `response_functions.smooth_metric`."""
+        if (scorer := self._scorer(task)) is not None:
+            if scorer.linear is None:
+                return None
+            numerators, _, slopes = scorer.linear.linear(indices, loglikelihoods)
+            return Linear(loglikelihoods, numerators, slopes, np.arange(len(indices)))
         return smooth_metric(self._task(task), metric, self.requests(task), indices, loglikelihoods)
 
     def requests(self, task: str) -> Requests:
         """Returns what the task asks, each item's on first use; nothing of a scorer, which asks what it likes."""
         if task not in self._requests and (scorer := self._scorer(task)) is not None:
-            self._requests[task] = Requests(task, [()] * len(scorer.rows))
+            asked: list[tuple[Any, ...]] = [()] * len(scorer.rows)
+            if scorer.linear is not None:
+                asked = [(request,) for request in scorer.linear.requests()]
+            self._requests[task] = Requests(task, asked)
         if task not in self._requests:
             self._requests[task] = build_requests(self._task(task), self.encoder, self.prompting)
         return self._requests[task]

@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 
 from evomerge.errors import TaskError, describe
 from evomerge.evaluation.backends.registry import Backend
-from evomerge.evaluation.tasks.requests import Encoder, Requests
+from evomerge.evaluation.tasks.requests import Encoder, Requests, SoftTargets
 from evomerge.system.hashing import digest
 
 
@@ -83,6 +83,23 @@ class BackendModel:
         both = [tuple(_texts("loglikelihood", pair)) for pair in pairs]
         groups = [list(group) for _, group in itertools.groupby(both, key=lambda pair: pair[0])]
         return [float(value) for value, _ in self._ask("loglikelihood", groups)]
+
+    def top_tokens(self, texts: Sequence[str], most: int) -> list[SoftTargets]:
+        """Finds what the model expects at every position of some texts; for scorers of ours.
+
+        Args:
+            texts: The texts; what is longer than the context loses its end.
+            most: How many tokens at each position.
+
+        Raises:
+            TaskError: The backend cannot.
+            CandidateError: The model's logits are not finite.
+        """
+        encoder = self._encoder
+        rows = [[encoder.prefix_token_id, *encoder.tok_encode(text, add_special_tokens=False)] for text in texts]
+        rows = [row[: encoder.max_length] for row in rows]
+        tops = self._backend.top_tokens(self._model, rows, most)
+        return [SoftTargets(tuple(row), *top) for row, top in zip(rows, tops, strict=True)]
 
     def _ask(self, kind: str, groups: Sequence[Sequence[tuple[Any, ...]]]) -> list[Any]:
         """The responses to some requests, in groups that begin alike."""

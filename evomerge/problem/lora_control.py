@@ -19,7 +19,7 @@ from torch import Tensor
 
 from evomerge.errors import CandidateError, EvoMergeError
 from evomerge.evaluation.splits import Selection
-from evomerge.evaluation.tasks.requests import Pair
+from evomerge.evaluation.tasks.requests import SOFT, Pair, SoftTargets
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.objective.likelihood_model import Term
 from evomerge.problem.model_runner import ModelRunner
@@ -96,7 +96,7 @@ def _has_loglikelihoods(runner: ModelRunner, task: str, positions: Sequence[int]
     by_item = runner.evaluator.requests(task)
     by_item.build(positions)
     kinds = {request.request_type for k in positions for request in by_item.by_item[k]}
-    return bool(kinds) and "generate_until" not in kinds
+    return bool(kinds) and not kinds & {"generate_until", SOFT}
 
 
 def _batches(selection: Selection, seed: int) -> Iterator[list[tuple[str, int]]]:
@@ -145,7 +145,8 @@ def _climb(
 
 def _pairs(runner: ModelRunner, by_item: Any, positions: Sequence[int]) -> tuple[list[int], list[Pair]]:
     """The token pairs of all requests of some items, and which request each is of."""
-    encoded = [runner.evaluator.encoder.pairs(request) for k in positions for request in by_item[k]]
+    asked = [runner.evaluator.encoder.pairs(request) for k in positions for request in by_item[k]]
+    encoded = [[pair for pair in pairs if not isinstance(pair, SoftTargets)] for pairs in asked]
     return [n for n, pairs in enumerate(encoded) for _ in pairs], list(chain(*encoded))
 
 

@@ -18,6 +18,7 @@ from evomerge.checkpoints.layout import Location
 from evomerge.checkpoints.matching.compatible import check_compatible, not_finite
 from evomerge.checkpoints.tokenizer import read_tokenizer, write_contents
 from evomerge.errors import CheckpointError, ErrorCollector, SpecError, TaskError
+from evomerge.evaluation.scorers.agreement import agreement_task
 from evomerge.evaluation.scorers.chat_client import ChatClient, ChatOptions
 from evomerge.evaluation.scorers.judge import Judge as JudgeScorer
 from evomerge.evaluation.scorers.judge import JudgeOptions
@@ -340,9 +341,17 @@ def _load_scorers(spec: SearchSpec, measures: Sequence[Measure]) -> TaskSet:
                 tasks[measure.task] = python_task(measure.task, measure.python, measure.data, measure.options)
             elif measure.judge is not None:
                 tasks[measure.task] = _judge_task(spec, measure.task, measure.judge, str(measure.data))
+            elif measure.agreement is not None:
+                path = Path(measure.agreement)
+                rows = read_rows(path, f"task {measure.task!r}")
+                tasks[measure.task] = agreement_task(measure.task, rows, path, _model_names(spec))
         except TaskError as error:
             problems += error.problems
     return TaskSet(tasks, {name: (name,) for name in tasks}, (), tuple(problems))
+
+
+def _model_names(spec: SearchSpec) -> list[str]:
+    return [*(["base"] if spec.models.base else []), *spec.models.sources]
 
 
 def _judge_task(spec: SearchSpec, name: str, judge: Judge, data: str) -> ScorerTask:
@@ -354,7 +363,7 @@ def _judge_task(spec: SearchSpec, name: str, judge: Judge, data: str) -> ScorerT
         prompt=read_text(prompt_file[0], TaskError) if prompt_file else judge.prompt,
         scale=(judge.scale[0], judge.scale[1]),
         stop=tuple(judge.stop),
-        models=(*(["base"] if spec.models.base else []), *spec.models.sources),
+        models=tuple(_model_names(spec)),
         chat=spec.evaluation.apply_chat_template,
         system_instruction=spec.evaluation.system_instruction,
     )

@@ -111,6 +111,8 @@ def _located(parts: Sequence[AnyMeasure], key: str, beside: Path | None, problem
                 problems.append(f"{key}.{k}.python: {part.python!r} is not FILE.py:NAME or PACKAGE.MODULE:NAME")
             elif file.endswith(".py"):
                 update["python"] = f"{_file(file, f'{key}.{k}.python', beside, problems)}{colon}{name}"
+        if part.agreement is not None:
+            update["agreement"] = _file(part.agreement, f"{key}.{k}.agreement", beside, problems)
         if part.data is not None:
             update["data"] = _file(part.data, f"{key}.{k}.data", beside, problems)
         if part.judge is not None and part.judge.prompt_is_file:
@@ -157,6 +159,10 @@ def _problems(spec: SearchSpec) -> list[str]:
     problems += [f"evaluation.guard: '{n}' is one of evaluation.tasks: a guard is not" for n in guards if n in tasks]
     models = [*(["base"] if spec.models.base else []), *spec.models.sources]
     for part in (*spec.evaluation.tasks, *spec.evaluation.guards):
+        if part.agreement is not None and spec.evaluation.backend != "native":
+            problems.append(
+                f"evaluation.backend: task '{part.task}' measures agreement, which backend native alone can"
+            )
         if part.judge is not None and part.judge.pairwise not in (None, *models):
             hint = suggest(str(part.judge.pairwise), models) or f"; there are {', '.join(models)}"
             problems.append(f"evaluation: task '{part.task}': judge.pairwise: no model '{part.judge.pairwise}'{hint}")

@@ -178,6 +178,7 @@ class Measure(Section):
     task: str
     python: str | None = None  # file.py:name or package.module:name
     judge: Judge | None = None
+    agreement: str | None = None  # texts of the sources: .jsonl or .json, {"source": name, "text": ...}
     data: str | None = None  # the items of a scorer: .jsonl or .json
     options: dict[str, Any] = {}  # what a Python scorer is called with beside the model and the items
 
@@ -190,15 +191,14 @@ class Measure(Section):
             file, _, name = given["python"].rpartition(":")
             stem = Path(file).stem if file.endswith(".py") else file.rpartition(".")[2]
             return {"task": f"{stem}.{name}" if stem and name != "score" else stem or name, **given}
-        if isinstance(given, dict) and "task" not in given and "judge" in given:
-            return {"task": "judge", **given}
-        return given
+        kinds = [kind for kind in ("judge", "agreement") if isinstance(given, dict) and kind in given]
+        return {"task": kinds[0], **given} if kinds and "task" not in given else given
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Measure:
-        if self.python is not None and self.judge is not None:
-            raise ValueError("python or judge, not both")
-        if not self.is_scorer and self.data is not None:
+        if sum(kind is not None for kind in (self.python, self.judge, self.agreement)) > 1:
+            raise ValueError("python, judge or agreement, not several")
+        if self.python is None and self.judge is None and self.data is not None:
             raise ValueError("data is a scorer's: {python: file.py:name, data: items.jsonl}")
         if self.python is None and self.options:
             raise ValueError("options are a Python scorer's: {python: file.py:name, options: {...}}")
@@ -209,7 +209,7 @@ class Measure(Section):
     @property
     def is_scorer(self) -> bool:
         """Whether it is anything but an lm-eval task."""
-        return self.python is not None or self.judge is not None
+        return any(kind is not None for kind in (self.python, self.judge, self.agreement))
 
 
 class Task(Measure):

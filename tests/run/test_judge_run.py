@@ -124,5 +124,5 @@ def test_a_judge_needs_items_and_is_no_python(spec: Spec) -> None:
     judge = {"endpoint": "http://h/v1", "model": "m"}
     with pytest.raises(SpecError, match="a judge needs items"):
         spec(evaluation__tasks=[{"judge": judge}])
-    with pytest.raises(SpecError, match="python or judge, not both"):
+    with pytest.raises(SpecError, match="python, judge or agreement, not several"):
         spec(evaluation__tasks=[{"judge": judge, "python": "a.py:score", "data": "items.jsonl"}])

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from evomerge.errors import TaskError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from evomerge.evaluation.scores import ResponseJacobian
     from evomerge.evaluation.tasks.requests import Encoder, Requests, Responses
-    from evomerge.system.arrays import IntArray
+    from evomerge.system.arrays import FloatArray, IntArray
 
 BackendName = Literal["native", "hf", "vllm"]
 """`native` is our own; `hf` is lm-eval's HFLM; `vllm` is lm-eval's VLLM on a live engine (an extra, on GPUs)."""
@@ -83,6 +85,22 @@ class Backend(Protocol):
             CandidateError: A number is not finite, or the model cannot be differentiated.
         """
         return [None] * len(parts)
+
+    def top_tokens(self, model: Any, texts: Sequence[Sequence[int]], most: int) -> list[tuple[IntArray, FloatArray]]:
+        """Finds what a model expects after every token of some texts.
+
+        Args:
+            model: The model, prepared.
+            texts: Token sequences, none longer than the context.
+            most: How many tokens at each position.
+
+        Returns:
+            For each text the likeliest tokens, [n, k], and their probabilities, which are made to add up to 1.
+
+        Raises:
+            TaskError: The backend cannot.
+        """
+        raise TaskError("agreement: only backend native knows what a model expects")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class _PerByte:
 
 
 @dataclass(frozen=True)
-class _Linear:
+class Linear:
     """Values at some log-likelihoods, and the derivatives there."""
 
     at: FloatArray
@@ -119,6 +119,7 @@ class _Linear:
     weighted = True
 
     def __call__(self, loglikelihoods: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Returns the values, and the derivatives."""
         moved = np.add.reduceat(self.slopes * (loglikelihoods - self.at), self.starts)
         return self.values + moved, self.slopes
 
@@ -173,4 +174,4 @@ def _linearised(
         up, down = numerators(k, _STEP), numerators(k, -_STEP)
         differences = np.zeros(len(indices)) if up is None or down is None else (up - down) / (2 * _STEP)
         slopes[positions == k] = differences[items[positions == k]]
-    return _Linear(loglikelihoods, values, slopes, starts) if slopes.any() else None
+    return Linear(loglikelihoods, values, slopes, starts) if slopes.any() else None

@@ -24,6 +24,7 @@ from evomerge.errors import BadInput, TaskError
 from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.strangers import require_bounded
 from evomerge.evaluation.tasks.task import Task
+from evomerge.system.arrays import FloatArray, IntArray
 from evomerge.system.quiet import quiet, seeded
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,30 @@ log = logging.getLogger(__name__)
 Pair = tuple[list[int], list[int]]
 """Tokens of a context and of the continuation to score."""
 
+
+@dataclass(frozen=True, eq=False)
+class SoftTargets:
+    """A text, and at each of its positions what another model expects next.
+
+    Its response is the expected log-likelihood: the sum over positions and targets of weight times log-probability.
+
+    Attributes:
+        tokens: [n], the first one stands for an empty context.
+        targets: [n, k] tokens.
+        weights: [n, k], which add up to 1 at every position.
+    """
+
+    tokens: tuple[int, ...]
+    targets: IntArray
+    weights: FloatArray
+
+
 Responses = Sequence[Sequence[Sequence[Any]]]
 """For each item, for each of its instances, one response per repeat, as lm-eval's models give them."""
+
+
+SOFT = "soft_targets"
+"""The type of a request for an expected log-likelihood, which lm-eval does not have."""
 
 
 class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
@@ -57,7 +80,7 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.chat_template_args = dict(chat_template_args or {})
-        self._pairs: dict[tuple[Any, ...], list[Pair]] = {}
+        self._pairs: dict[tuple[Any, ...], list[Pair | SoftTargets]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -109,7 +132,7 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
         """Encodes each prompt."""
         return [self.tok_encode(request.args[0]) for request in requests]
 
-    def pairs(self, instance: Any) -> list[Pair]:
+    def pairs(self, instance: Any) -> list[Pair | SoftTargets]:
         """Encodes the (context, continuation) of one log-likelihood request; several for a text in windows.
 
         Requests of equal texts are encoded once.
@@ -122,8 +145,10 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
             self._pairs[key] = self._encode_pairs(instance)
         return self._pairs[key]
 
-    def _encode_pairs(self, instance: Any) -> list[Pair]:
+    def _encode_pairs(self, instance: Any) -> list[Pair | SoftTargets]:
         where = _where(instance)
+        if instance.request_type == SOFT:
+            return [instance.args[0]]
         if instance.request_type == "loglikelihood_rolling":
             return list(self.loglikelihood_rolling([instance])[0])
         if not instance.args[1]:
@@ -149,8 +174,8 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
             pairs = self.pairs(instance)
             if not pairs:
                 raise TaskError(f"{_where(instance)}: its text is empty, so there is nothing to score")
-            lone = instance.request_type == "loglikelihood"
-            return lone and sum(map(len, pairs[0])) > self.max_length + 1
+            lone = pairs[0] if instance.request_type == "loglikelihood" else ()
+            return isinstance(lone, tuple) and sum(map(len, lone)) > self.max_length + 1
         _ = self.eot_token_id
         options = normalize_gen_kwargs(dict(instance.args[1]), 256)
         if options.get("do_sample") and not float(options.get("temperature", 1.0)):

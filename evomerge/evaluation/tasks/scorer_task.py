@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from evomerge.evaluation.scores import ItemScores
 from evomerge.evaluation.tasks.task import Task
 from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
+
+if TYPE_CHECKING:  # it loads lm-eval
+    from evomerge.evaluation.tasks.requests import SoftTargets
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,10 @@ class LiveModel(Protocol):
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Gives the log-likelihood of the second text of every pair as the continuation of the first."""
+        ...
+
+    def top_tokens(self, texts: Sequence[str], most: int) -> list[SoftTargets]:
+        """Finds what the model expects at every position of some texts; for scorers of ours."""
         ...
 
 
@@ -96,6 +103,18 @@ class Scorer(Protocol):
         ...
 
 
+class LinearScorer(Scorer, Protocol):
+    """A scorer that asks for one log-likelihood an item, the same of every model, and is linear in it."""
+
+    def requests(self) -> Sequence[Any]:
+        """Returns each item's request as lm-eval's instance, once the references are read."""
+        ...
+
+    def linear(self, indices: Sequence[int], loglikelihoods: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Returns numerators, denominators, and the derivatives of the numerators by the log-likelihoods."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class ScorerTask(Task):
     """A task that a scorer values.
@@ -104,10 +123,12 @@ class ScorerTask(Task):
         lm_eval_task: None.
         scorer: Values the items.
         rows: The items.
+        parts: What each item is a part of, so that every split has all parts in their proportion; None for no parts.
     """
 
     scorer: Scorer = field(kw_only=True)
     rows: tuple[Item, ...] = field(kw_only=True)
+    parts: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     @property
     def output_type(self) -> str:
@@ -123,6 +144,18 @@ class ScorerTask(Task):
     def docs(self) -> tuple[Any, ...]:
         """The items."""
         return self.rows
+
+    @cached_property
+    def items(self) -> tuple[str, ...]:
+        """Our own stable id of every item."""
+        if self.parts is None:
+            return tuple(f"{self.name}:{k}" for k in range(len(self.rows)))
+        return tuple(f"{self.name}.{part}:{k}" for k, part in enumerate(self.parts))
+
+    @property
+    def linear(self) -> LinearScorer | None:
+        """The scorer, if it is linear in log-likelihoods."""
+        return cast(LinearScorer, self.scorer) if hasattr(self.scorer, "linear") else None
 
     @cached_property
     def higher_is_better(self) -> dict[str, bool]:
@@ -191,7 +224,10 @@ class ScorerTask(Task):
         except Exception as error:  # the user's code can raise anything
             log.warning("task %s: its scorer failed", self.name, exc_info=True)
             raise CandidateError(f"task {self.name!r}: its scorer raised {brief(error)}") from error
-        numerators, denominators = self._columns(given, indices)
+        return self.item_scores(indices, *self._columns(given, indices))
+
+    def item_scores(self, indices: Sequence[int], numerators: FloatArray, denominators: FloatArray) -> ItemScores:
+        """Makes scores of numerators and denominators."""
         metric = self.scorer.metric
         items = tuple(self.items[k] for k in indices)
         noise = {metric: self.scorer.noise} if self.scorer.noise else {}

@@ -17,8 +17,8 @@ from evomerge.evaluation.backends.native.logprobs import TreeLogprobs
 from evomerge.evaluation.backends.native.prefix_trees import PackedTrees
 from evomerge.evaluation.backends.registry import Backend, BackendOptions, Directions
 from evomerge.evaluation.scores import ResponseJacobian
-from evomerge.evaluation.tasks.requests import Pair, Requests
-from evomerge.system.arrays import FloatArray
+from evomerge.evaluation.tasks.requests import Pair, Requests, SoftTargets
+from evomerge.system.arrays import FloatArray, IntArray
 from evomerge.system.hashing import digest
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class NativeBackend(Backend):
         self.encoder = options.encoder
         self.logprobs = TreeLogprobs(options.vocabulary, self.encoder.max_length, options.batch_tokens)
         self.generator = Generator(self.encoder, options.batch_tokens, options.threads, options.think_end_token)
-        self._pairs: dict[tuple[str, int], list[list[Pair]]] = {}
+        self._pairs: dict[tuple[str, int], list[list[Pair | SoftTargets]]] = {}
         self._packed: OrderedDict[tuple[str, tuple[int, ...], bool | None], PackedTrees] = OrderedDict()
 
     def prepare(self, model: Any) -> None:
@@ -121,7 +121,11 @@ class NativeBackend(Backend):
             for (requests, indices), pairs in zip(parts, encoded, strict=True)
         ]
 
-    def _all_encoded(self, requests: Requests, indices: Sequence[int]) -> list[list[Pair]]:
+    def top_tokens(self, model: Any, texts: Sequence[Sequence[int]], most: int) -> list[tuple[IntArray, FloatArray]]:
+        """Finds what a model expects after every token of some texts; as `Backend.top_tokens`."""
+        return self.logprobs.top_tokens(model, texts, most)
+
+    def _all_encoded(self, requests: Requests, indices: Sequence[int]) -> list[list[Pair | SoftTargets]]:
         """For each instance of some items, the token pairs to score; empty where text is asked for."""
         if not all(_is_loglikelihood(instance) for index in indices for instance in requests.by_item[index]):
             return []
@@ -140,7 +144,7 @@ class NativeBackend(Backend):
             parts.append(repr((self.generator.batch_tokens, self.generator.threads)))
         return digest(*parts)
 
-    def _encoded(self, requests: Requests, index: int) -> list[list[Pair]]:
+    def _encoded(self, requests: Requests, index: int) -> list[list[Pair | SoftTargets]]:
         """For each instance of an item, the token pairs to score."""
         key = (requests.task, index)
         if key not in self._pairs:
@@ -157,7 +161,7 @@ class NativeBackend(Backend):
 def _by_instance(
     requests: Requests,
     indices: Sequence[int],
-    encoded: Sequence[Sequence[Pair]],
+    encoded: Sequence[Sequence[Pair | SoftTargets]],
     values: FloatArray,
     derivatives: FloatArray,
 ) -> ResponseJacobian:
@@ -168,9 +172,13 @@ def _by_instance(
     return ResponseJacobian(
         np.bincount(owners, weights=values, minlength=len(encoded)).astype(np.float64),
         total,
-        np.array([sum(len(continuation) for _, continuation in pairs) for pairs in encoded], dtype=np.float64),
+        np.array([sum(map(_scored_tokens, pairs)) for pairs in encoded], dtype=np.float64),
         np.repeat(np.arange(len(indices)), [len(requests.by_item[index]) for index in indices]),
     )
+
+
+def _scored_tokens(pair: Pair | SoftTargets) -> int:
+    return len(pair.tokens) if isinstance(pair, SoftTargets) else len(pair[1])
 
 
 def _response(instance: Any, loglikelihood: float, *, greedy: bool) -> list[Any]:

@@ -225,6 +225,8 @@ def _batch(
             rows, targets = (torch.from_numpy(part).to(forward.device) for part in (batch.rows, batch.targets))
             wide = _wide(logits)
             log_probs = wide[rows, targets] - torch.logsumexp(wide, dim=-1)[rows]
+            if batch.weights is not None:
+                log_probs = log_probs * torch.from_numpy(batch.weights).to(log_probs)
             log_probs.sum().backward()  # type: ignore[no-untyped-call]
             np.add.at(sums, local, log_probs.detach().double().cpu().numpy())
         else:
@@ -259,6 +261,11 @@ def _head(
         logits = _wide(forward.head(hidden[None])[0])
         normaliser = torch.logsumexp(logits, dim=-1)
         log_probs = logits[rows, targets] - normaliser[rows]
+        counts = torch.bincount(rows, minlength=len(hidden)).to(logits.dtype)
+        weights = None if batch.weights is None else torch.from_numpy(batch.weights[span]).to(log_probs)
+        if weights is not None:
+            log_probs = log_probs * weights
+            counts = torch.zeros_like(counts).index_add_(0, rows, weights)
         shares = logits.sub_(normaliser[:, None]).exp_()
         moved = []
         for part in directions:
@@ -266,10 +273,11 @@ def _head(
             for k, left in enumerate(part.tensors):
                 change = _wide(hidden @ left.T if part.right is None else (hidden @ part.right[k].T) @ left.T)
                 terms.append(change[rows, targets] - (shares * change).sum(-1)[rows])
-            moved.append((part.columns, torch.stack(terms, dim=1).double().cpu()))
-        counts = torch.bincount(rows, minlength=len(hidden)).to(shares.dtype)
+            by_target = torch.stack(terms, dim=1) if weights is None else torch.stack(terms, dim=1) * weights[:, None]
+            moved.append((part.columns, by_target.double().cpu()))
         delta = (shares.mul_(-counts[:, None])).to(weight.dtype) @ weight
-        delta.index_add_(0, rows, weight[targets])
+        of_targets = weight[targets] if weights is None else weight[targets] * weights[:, None].to(weight.dtype)
+        delta.index_add_(0, rows, of_targets)
     return log_probs.double().cpu().numpy(), delta, moved
 
 

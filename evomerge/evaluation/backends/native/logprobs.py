@@ -14,9 +14,9 @@ import torch
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.backends.native.forward import Forward, forward_pass, head_is_last
-from evomerge.evaluation.backends.native.prefix_trees import Batch, PackedTrees, build_tree, pack_trees
-from evomerge.evaluation.tasks.requests import Pair
-from evomerge.system.arrays import FloatArray
+from evomerge.evaluation.backends.native.prefix_trees import Batch, PackedTrees, build_tree, pack_trees, soft_tree
+from evomerge.evaluation.tasks.requests import Pair, SoftTargets
+from evomerge.system.arrays import FloatArray, IntArray
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class TreeLogprobs:
                 probes = [partial(head_is_last, forward), partial(supports_tree_masks, forward)]
                 self.head_is_last, self.tree_masks = forward.run_all(probes)
 
-    def pack(self, items: Sequence[Sequence[Pair]], batch_tokens: int | None = None) -> PackedTrees:
+    def pack(self, items: Sequence[Sequence[Pair | SoftTargets]], batch_tokens: int | None = None) -> PackedTrees:
         """Packs the requests of some items into batches: one list of (context, continuation) tokens per item.
 
         Requests are numbered through all items, in order.
@@ -81,8 +81,16 @@ class TreeLogprobs:
             items: The requests of each item.
             batch_tokens: Tokens in a batch, padding counted; None for what suits log-likelihoods.
         """
-        inputs, targets = [], []
-        for context, continuation in (pair for pairs in items for pair in pairs):
+        inputs: list[Sequence[int]] = []
+        targets: list[list[int]] = []
+        soft: dict[int, SoftTargets] = {}
+        for pair in (pair for pairs in items for pair in pairs):
+            if isinstance(pair, SoftTargets):
+                soft[len(inputs)] = pair
+                inputs.append(pair.tokens)
+                targets.append([])
+                continue
+            context, continuation = pair
             inputs.append((context + continuation)[-(self.max_length + 1) :][:-1])
             targets.append(continuation)
         if not inputs:
@@ -92,11 +100,17 @@ class TreeLogprobs:
         if share:
             start = 0
             for pairs in items:
-                groups += _groups(inputs, range(start, start + len(pairs)))
+                own = range(start, start + len(pairs))
+                groups += [[k] for k in own if k in soft] + _groups(inputs, [k for k in own if k not in soft])
                 start += len(pairs)
         else:
             groups = [[k] for k in range(len(inputs))]
-        trees = [build_tree([inputs[k] for k in group], [targets[k] for k in group], group) for group in groups]
+        trees = [
+            soft_tree(soft[group[0]].tokens, soft[group[0]].targets, soft[group[0]].weights, group[0])
+            if group[0] in soft
+            else build_tree([inputs[k] for k in group], [targets[k] for k in group], group)
+            for group in groups
+        ]
         return pack_trees(
             trees,
             share_rows=share,
@@ -126,12 +140,39 @@ class TreeLogprobs:
             jobs = [partial(batch_logprobs, forward, batch, head_is_last=self.head_is_last) for batch in batches]
             results = forward.run_all(jobs)
         for batch, (log_probs, best) in zip(batches, results, strict=True):
-            sums += np.bincount(batch.requests, weights=log_probs, minlength=packed.requests)
+            weighted = log_probs if batch.weights is None else log_probs * batch.weights
+            sums += np.bincount(batch.requests, weights=weighted, minlength=packed.requests)
             greedy[batch.requests[~best]] = False
         return RequestLogprobs(sums, greedy)
 
+    def top_tokens(self, model: Any, texts: Sequence[Sequence[int]], most: int) -> list[tuple[IntArray, FloatArray]]:
+        """Finds what a model expects after every token of some texts.
 
-def _groups(inputs: Sequence[Sequence[int]], requests: range) -> list[list[int]]:
+        Args:
+            model: The model, prepared.
+            texts: Token sequences, none longer than the context.
+            most: How many tokens at each position.
+
+        Returns:
+            For each text the likeliest tokens, [n, k], and their probabilities, which are made to add up to 1.
+
+        Raises:
+            CandidateError: The model's logits are not finite.
+        """
+        with forward_pass(model) as forward:
+            return forward.run_all([partial(_top_tokens, forward, text, most) for text in texts])
+
+
+def _top_tokens(forward: Forward, text: Sequence[int], most: int) -> tuple[IntArray, FloatArray]:
+    ids = torch.tensor([list(text)], device=forward.device)
+    logits = forward.logits(torch.arange(len(text), device=forward.device), input_ids=ids, use_cache=False).float()
+    if not bool(torch.isfinite(logits).all()):
+        raise CandidateError("the model's logits are not finite, so nobody can agree with it")
+    top = logits.topk(min(most, logits.shape[-1]), dim=-1)
+    return top.indices.cpu().numpy(), torch.softmax(top.values.double(), dim=-1).cpu().numpy()
+
+
+def _groups(inputs: Sequence[Sequence[int]], requests: Sequence[int]) -> list[list[int]]:
     """Requests of one item that share their first token form a tree; a lone one may go to any row."""
     by_first: dict[int, list[int]] = {}
     for k in requests:

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from evomerge.system.arrays import FloatArray
 from evomerge.system.hashing import digest
 
 Ints = npt.NDArray[np.int64]
@@ -32,6 +33,7 @@ class PrefixTree:
         positions: [p] positions whose next token is scored, one entry for each scored token.
         targets: [p] the scored tokens.
         requests: [p] which request each scored token belongs to.
+        weights: [p] what each counts in its request's log-likelihood; None for 1.
     """
 
     tokens: Ints
@@ -40,6 +42,7 @@ class PrefixTree:
     positions: Ints
     targets: Ints
     requests: Ints
+    weights: FloatArray | None = None
 
     @property
     def size(self) -> int:
@@ -60,6 +63,7 @@ class Batch:
         targets: [p] scored tokens.
         requests: [p] their requests.
         causal: Whether every row is one sequence without branches, so that ordinary causal attention is right.
+        weights: [p] what each scored token counts; None for 1.
     """
 
     input_ids: Ints
@@ -70,6 +74,7 @@ class Batch:
     targets: Ints
     requests: Ints
     causal: bool
+    weights: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class PackedTrees:
             parts.append(repr(batch.input_ids.shape))
             for array in (batch.input_ids, batch.position_ids, batch.ends, batch.scored, batch.rows, batch.targets):
                 parts.append(array.tobytes())
+            parts += [] if batch.weights is None else [batch.weights.tobytes()]
         return digest(*parts)
 
 
@@ -141,6 +147,28 @@ def build_tree(
         np.concatenate([paths[k][len(paths[k]) - len(targets[k]) :] for k in inputs_in_order]),
         np.concatenate([np.asarray(targets[k], dtype=np.int64) for k in inputs_in_order]),
         np.repeat(np.asarray(requests, dtype=np.int64), [len(targets[k]) for k in inputs_in_order]),
+    )
+
+
+def soft_tree(tokens: Sequence[int], targets: npt.NDArray[np.int64], weights: FloatArray, request: int) -> PrefixTree:
+    """Builds the tree of one text that predicts several tokens, each of a weight, at every position.
+
+    Args:
+        tokens: [n].
+        targets: [n, k].
+        weights: [n, k].
+        request: The request it belongs to.
+    """
+    n, k = targets.shape
+    positions = np.arange(n)
+    return PrefixTree(
+        np.asarray(tokens, dtype=np.int64),
+        positions,
+        np.full(n, n),
+        np.repeat(positions, k),
+        targets.reshape(-1),
+        np.full(n * k, request),
+        weights.reshape(-1),
     )
 
 
@@ -249,7 +277,7 @@ def _batch(rows: Sequence[Sequence[PrefixTree]], pad: int) -> Batch:
     input_ids = np.full((len(rows), length), pad, dtype=np.int64)
     position_ids = np.zeros((len(rows), length), dtype=np.int64)
     ends = np.tile(np.arange(1, length + 1), (len(rows), 1))
-    positions, targets, requests = [], [], []
+    positions, targets, requests, weights = [], [], [], []
     for r, row in enumerate(rows):
         start = 0
         for tree in row:
@@ -260,6 +288,7 @@ def _batch(rows: Sequence[Sequence[PrefixTree]], pad: int) -> Batch:
             positions.append(r * length + start + tree.positions)
             targets.append(tree.targets)
             requests.append(tree.requests)
+            weights.append(np.ones(len(tree.targets)) if tree.weights is None else tree.weights)
             start += tree.size
     flat = np.concatenate(positions)
     order = np.argsort(flat, kind="stable")
@@ -273,4 +302,5 @@ def _batch(rows: Sequence[Sequence[PrefixTree]], pad: int) -> Batch:
         np.concatenate(targets)[order],
         np.concatenate(requests)[order],
         causal=all(len(row) == 1 and not _branches(row[0]) for row in rows),
+        weights=np.concatenate(weights)[order] if any(t.weights is not None for row in rows for t in row) else None,
     )
