@@ -21,7 +21,7 @@ from tests.architectures import ARCHITECTURES, CAUSAL
 from tests.evaluation.conftest import CONFIGS, Bench, tasks_of
 
 TOLERANCE = 1e-4
-ITEMS = 3
+ITEMS = 2
 
 
 def hflm(bench: Bench, **options: Any) -> HFLM:
