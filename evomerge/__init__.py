@@ -5,13 +5,14 @@ evomerge.merge("recipe.yaml", "merged")   carry out one recipe
 evomerge.evaluate("merged", ["arc_easy"]) score a model
 evomerge.merge_models("ties", base=..., models=[...], densities=[...])   a merge as a loaded model
 evomerge.open_run("runs/quickstart")      look at a run: its candidates, its pictures
+evomerge.mean_inputs("base", texts, "means.safetensors")   what `activations:` of a recipe names
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evomerge.api import evaluate, merge, search
+    from evomerge.api import evaluate, mean_inputs, merge, search
     from evomerge.notebook import dare_merge_llama, merge_models, open_run, ties_merge_llama
     from evomerge.run.dare import DareConfig, DareMerger
 
@@ -20,6 +21,7 @@ __all__ = [
     "DareMerger",
     "dare_merge_llama",
     "evaluate",
+    "mean_inputs",
     "merge",
     "merge_models",
     "open_run",
@@ -32,6 +34,7 @@ _DEFINED_IN = {
     "DareMerger": "evomerge.run.dare",
     "dare_merge_llama": "evomerge.notebook",
     "evaluate": "evomerge.api",
+    "mean_inputs": "evomerge.api",
     "merge": "evomerge.api",
     "merge_models": "evomerge.notebook",
     "open_run": "evomerge.notebook",

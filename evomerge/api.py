@@ -82,3 +82,21 @@ def evaluate(model: str, tasks: Sequence[str], **options: Any) -> dict[str, Any]
     from evomerge.run.evaluate import evaluate as evaluate_model
 
     return evaluate_model(model, tasks, **options).to_json()
+
+
+def mean_inputs(model: str, texts: Sequence[str], out: str | Path, **options: Any) -> Path:
+    """Writes the mean inputs of a model's matrices over texts, for the stages of a recipe that ask for `activations:`.
+
+    Args:
+        model: The base: a folder, a Hub id, `base+adapter`, or `zoo:NAME`.
+        texts: 16 to 64 of what the merged model is for.
+        out: The `.safetensors` file.
+        options: As for `evomerge.problem.mean_inputs.write_mean_inputs`.
+
+    Raises:
+        BadInput: When the model cannot be run, or there is no text.
+        OutputError: When writing fails.
+    """
+    from evomerge.problem.mean_inputs import write_mean_inputs
+
+    return write_mean_inputs(model, texts, Path(out), **options)

@@ -25,7 +25,8 @@ def recipe(family: dict[str, Path]) -> dict[str, Any]:
 
 
 def test_exported_names() -> None:
-    calls = ["dare_merge_llama", "evaluate", "merge", "merge_models", "open_run", "search", "ties_merge_llama"]
+    calls = ["dare_merge_llama", "evaluate", "mean_inputs", "merge", "merge_models"]
+    calls += ["open_run", "search", "ties_merge_llama"]
     assert sorted(evomerge.__all__) == ["DareConfig", "DareMerger", *calls]
     assert all(callable(getattr(evomerge, name)) for name in evomerge.__all__)
 

@@ -218,6 +218,7 @@ class _Task:
             self.family,
             whole=op.shape,
             device=self.device,
+            inputs_seen=op.activations.means if op.activations else None,
         )
 
     @functools.cached_property
@@ -285,7 +286,8 @@ class _Task:
 
         base = None if op.base is None else whole(op.base)
         keys = [self.statistics.key(i) for i in range(len(op.sources))] if method.stochastic else []
-        statistics = PlainStatistics(base, [whole(source) for source in op.sources], keys)
+        seen = torch.from_numpy(op.activations.means) if op.activations else None
+        statistics = PlainStatistics(base, [whole(source) for source in op.sources], keys, seen)
         if method.merge is None:
             raise ValueError(f"{method.name} copies layers and has nothing to compute")
         merged = method.merge(statistics.block(self.granularity), op.settings)

@@ -137,6 +137,10 @@ class Statistics(Protocol):
         """
         ...
 
+    def activations(self) -> Tensor:
+        """Returns the mean magnitude of each input of a matrix, from the recipe's `activations:`: float32 [in]."""
+        ...
+
     def overlaps(self, epsilon: float) -> list[tuple[int, int]]:
         """How many elements of each delta are above `epsilon`: (where another source's is too, where none is)."""
         ...
@@ -216,6 +220,7 @@ class Stage:
             that take part in the merge; there is a base.
         shapes: Tells whether it does anything to tensors of a shape.
         idle: Tells whether it changes nothing with these settings.
+        activations: It asks for `Statistics.activations`, and leaves tensors alone that have none.
     """
 
     name: str
@@ -225,6 +230,7 @@ class Stage:
     apply: Callable[[Block, Tensor, Settings], Tensor]
     shapes: Callable[[tuple[int, ...]], bool]
     idle: Callable[[Settings], bool]
+    activations: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,20 @@ class PlainStatistics:
         base: The base's tensor in float32, or None.
         sources: The sources' tensors, float32 and of the same shape.
         keys: For each source the key of its random field; only stochastic methods need them.
+        activations: Mean magnitudes of the matrix's inputs, for the stages that ask for them.
     """
 
-    def __init__(self, base: Tensor | None, sources: Sequence[Tensor], keys: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        base: Tensor | None,
+        sources: Sequence[Tensor],
+        keys: Sequence[tuple[int, int]] = (),
+        activations: Tensor | None = None,
+    ) -> None:
         self._base = base
         self._sources = list(sources)
         self._keys = list(keys)
+        self._activations = activations
         self._deltas: dict[int, Tensor] = {}
         self._start = 0
         self._shape: tuple[int, ...] = tuple(self._sources[0].shape)
@@ -54,7 +62,7 @@ class PlainStatistics:
             "row": (count // columns if columns else 0, columns),
             "tensor": tuple(whole.shape),
         }
-        view = PlainStatistics(self._base, self._sources, self._keys)
+        view = PlainStatistics(self._base, self._sources, self._keys, self._activations)
         view._deltas = self._deltas
         view._start, view._shape = start, shapes[granularity]
 
@@ -100,6 +108,12 @@ class PlainStatistics:
         variances = sce.element_variance(deltas)
         cut = cutoff(variances, keep_count(int((variances > 0).sum()), fraction))
         return cut, [float(delta[cutoff_mask(variances, *cut)].double().square().sum()) for delta in deltas]
+
+    def activations(self) -> Tensor:
+        """See `Statistics.activations`."""
+        if self._activations is None:
+            raise ValueError("there are no activations of this tensor")
+        return self._activations
 
     def overlaps(self, epsilon: float) -> list[tuple[int, int]]:
         """See `Statistics.overlaps`."""

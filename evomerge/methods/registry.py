@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from evomerge.errors import BadInput, RecipeError, suggest
 from evomerge.methods import (
+    aim,
     arcee_fusion,
     breadcrumbs,
     dare,
@@ -72,7 +73,7 @@ _OWN = {
     )
 }
 
-STAGES: dict[str, Stage] = {stage.name: stage for stage in (svc.STAGE,)}
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (svc.STAGE, aim.STAGE)}
 
 
 def with_stages(method: Method, names: Sequence[str]) -> Method:

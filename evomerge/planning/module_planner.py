@@ -10,6 +10,7 @@ from evomerge.checkpoints.dtypes import FLOATS, parse_dtype, widest
 from evomerge.checkpoints.layout import Layout, Stack, residual_writers
 from evomerge.errors import RecipeError
 from evomerge.methods.contract import Settings
+from evomerge.planning.activations import read_activations
 from evomerge.planning.merged_config import says_kinds
 from evomerge.planning.modules import stack_list
 from evomerge.planning.operation import COPY, Input, Operation
@@ -44,6 +45,7 @@ class ModulePlanner:
         stack: Stack | None,
         owns: Callable[[str], bool],
     ) -> None:
+        self._activations = read_activations(recipe.activations)
         recipe = recipe if stack is None else expand_frankenmerge(recipe, stack.length)
         self.recipe = recipe
         self.stack = stack
@@ -169,7 +171,13 @@ class ModulePlanner:
             if info.dtype in FLOATS:
                 scale = self._copy_scale(inputs, resolved.settings, resolved.residual_scale, origin)
             return Operation(tensor.output, info.shape, dtype, COPY, None, (origin,), Settings(), scale=scale)
-        after = tuple(stage.name for stage in resolved.method.after if stage.shapes(info.shape))
+        seen = self._activations.get(base.tensor) if base else None
+        if seen is not None and len(info.shape) == 2 and seen.means.size != info.shape[1]:
+            text = f"{seen.means.size} inputs in the recipe's activations, and {info.shape[1]} columns"
+            raise RecipeError(f"{tensor.output}: {text}")
+        stages = [stage for stage in resolved.method.after if stage.shapes(info.shape)]
+        after = tuple(stage.name for stage in stages if seen is not None or not stage.activations)
+        used = any(stage.activations and stage.name in after for stage in stages)
         return Operation(
             tensor.output,
             info.shape,
@@ -180,6 +188,7 @@ class ModulePlanner:
             _settings_of(resolved, after),
             seed=self.recipe.seed,
             after=after,
+            activations=seen if used else None,
             slice_index=tensor.layer.slice_index,
             t=tensor.layer.t,
         )

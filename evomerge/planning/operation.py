@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from evomerge.methods.contract import Settings
+from evomerge.planning.activations import Activations
 from evomerge.system.hashing import digest
 
 COPY = "copy"
@@ -45,6 +46,7 @@ class Operation:
         seed: The recipe's seed; matters to stochastic methods only.
         scale: Factor of a copy.
         after: Stages that follow the method, by name.
+        activations: Mean magnitudes of a matrix's inputs, for the stages that ask for them.
         digest: Content hash: operations with the same digest write the same bytes.
         slice_index: The part of the recipe that decides it.
         t: Where in the slice it is, 0 for its first layer and 1 for its last.
@@ -60,6 +62,7 @@ class Operation:
     seed: int = 0
     scale: float = 1.0
     after: tuple[str, ...] = ()
+    activations: Activations | None = None
     digest: str = ""
     slice_index: int = field(default=0, compare=False)
     t: float = field(default=0.0, compare=False)
@@ -97,6 +100,7 @@ def operation_digest(operation: Operation, *, stochastic: bool, context: str = "
         operation.scale,
         context,
         *operation.after,
+        *([operation.activations.digest] if operation.activations else []),
     ]
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return digest(text)

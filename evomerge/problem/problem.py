@@ -205,6 +205,7 @@ def make_space(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint], *, outer
         tensor_group_filters=tensor_group_filters(reference, space.tensor_groups or ()),
         methods=space.methods,
         after=space.after,
+        activations=spec.models.activations,
         choose=space.choose,
         method_scope=space.method_scope,
         layer_groups=space.layer_groups,

@@ -168,6 +168,7 @@ class Recipe:
         take_from: (such tensors, the model that they are taken from as they are).
         seed: For methods that draw random numbers.
         after: Stages that follow the merge of each tensor, by name.
+        activations: File of the mean magnitudes of the base's inputs, for the stages that ask for them.
         name: What other recipes may call the result.
         steps: The merges to carry out before this one, in order; this one, and those after each, name their results.
         warnings: What parsing found odd but possible; no part of the recipe's identity.
@@ -191,6 +192,7 @@ class Recipe:
     take_from: tuple[tuple[str, str], ...] = ()
     seed: int = 0
     after: tuple[str, ...] = ()
+    activations: str | None = None
     name: str | None = None
     steps: tuple[Recipe, ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
@@ -274,6 +276,7 @@ class Recipe:
         mapping["take_from"] = dict(self.take_from) or None
         mapping["seed"] = self.seed or None
         mapping["after"] = list(self.after) or None
+        mapping["activations"] = self.activations
         return {key: value for key, value in mapping.items() if value is not None}
 
     def _body(self) -> dict[str, Any]:

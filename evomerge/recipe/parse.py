@@ -224,6 +224,7 @@ def _resolved(recipe: Recipe, resolved: Callable[[str], str]) -> Recipe:
     return replace(
         recipe,
         base_model=_optional(recipe.base_model, resolved),
+        activations=_optional(recipe.activations, resolved),
         sources=tuple(_source(source, resolved) for source in recipe.sources),
         slices=tuple(_slice(part, resolved) for part in recipe.slices),
         modules=tuple(_resolved(module, resolved) for module in recipe.modules),

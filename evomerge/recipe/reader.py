@@ -26,7 +26,7 @@ from evomerge.recipe.validation import (
 _TOP = (
     *("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", "input_model_parameters"),
     *("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "ignore", "take_from", "seed"),
-    "after",
+    *("after", "activations"),
 )
 _SLICE = ("sources", "base_model", "merge_method", "parameters", "residual_weight", "residual_scale")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -74,6 +74,7 @@ class Reader:
             take_from=self._take_from(top.get("take_from")),
             seed=self._seed(top.get("seed")),
             after=after,
+            activations=self._reference("activations", top.get("activations")),
             name=self._text("name", top.get("name")),
         )
         modules = tuple(self._with_body(shared, body, top, method) for body in bodies)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from evomerge.errors import ErrorCollector, RecipeError, suggest
 from evomerge.methods.contract import Method
+from evomerge.methods.registry import STAGES
 from evomerge.recipe.frankenmerge import pattern_problems
 from evomerge.recipe.model import Recipe, Slice
 from evomerge.recipe.parameters import EMBED_SLERP
@@ -24,6 +25,11 @@ def check_recipe(errors: ErrorCollector, recipe: Recipe, methods: Mapping[str, M
     if recipe.after and all(slice_inputs(one, index, methods=methods).base is None for one, index in parts):
         text = f"what {recipe.merge_method} makes is no base and something added to it (base_model, a method of deltas)"
         errors.error("after", f"{', '.join(recipe.after)}: works on what was added to a base; {text}")
+    asking = [name for name in recipe.after if STAGES[name].activations]
+    if asking and recipe.activations is None:
+        errors.error("activations", f"is missing: {', '.join(asking)} needs a file of the base's mean inputs")
+    if recipe.activations is not None and not asking:
+        errors.warn("activations", "has no effect: no stage under 'after:' asks for it")
     if recipe.parameters.get(EMBED_SLERP) and not recipe.asks_for_tokenizer:
         errors.warn(f"parameters.{EMBED_SLERP}", "has no effect without tokenizer_source")
     models = recipe.models()

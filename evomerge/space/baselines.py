@@ -123,8 +123,7 @@ def _recipe(
     if space.base is not None and (space.tokenizer or space.needs_base(method)):
         data["base_model"] = space.base
     data |= space.tokenizer
-    if after := stages_after([method]):
-        data["after"] = after
+    data |= stages_after(space, [method])
     data["models"] = [
         {"model": reference, "parameters": dict(own)} if own else {"model": reference}
         for reference, own in sources.items()

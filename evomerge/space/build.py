@@ -26,6 +26,7 @@ def build_space(
     tensor_group_filters: Mapping[str, Sequence[str]] | None = None,
     methods: Sequence[str],
     after: Sequence[str] = (),
+    activations: str | None = None,
     method_scope: MethodScope = "run",
     layer_groups: LayerGroups = 1,
     tensor_groups: Sequence[str] | None = None,
@@ -48,6 +49,7 @@ def build_space(
             but ``rest``.
         methods: Names of the methods to choose from.
         after: Names of the stages that follow those that add something to the base.
+        activations: File of the base's mean inputs, for the stages that ask for them.
         method_scope: ``run`` or ``layer_group``.
         layer_groups: A number of equal groups, a list of boundaries, ``per_layer``, or {control_points: number}.
         tensor_groups: Groups of a layer's tensors with genes of their own; what they leave over is ``rest``.
@@ -69,6 +71,9 @@ def build_space(
     if choose is not None and all(method.copies_layers for method in chosen):
         problems.append("space.choose: says how many models are merged, and none of space.methods merges")
     chosen = _with_stages(chosen, after, base, problems)
+    if activations is None:
+        asking = [name for name in after if name in STAGES and STAGES[name].activations]
+        problems += [f"models.activations: is missing: '{name}' of space.after asks for it" for name in asking]
     whole: tuple[tuple[int, int], ...] = ((0, layer_count),)
     groups = _collect(problems, lambda: genes.layer_groups(layer_groups, layer_count), whole)
     parts, filters = _tensor_groups(tensor_groups, tensor_group_filters or {}, problems)
@@ -103,6 +108,7 @@ def build_space(
         smooth=smooth,
         tokenizer=dict(tokenizer or {}),
         choose=choose,
+        activations=activations,
     )
 
 

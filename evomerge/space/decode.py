@@ -159,8 +159,7 @@ def _recipe(space: SearchSpace, methods: Sequence[Method], slices: Sequence[_Sli
     if space.base is not None and (space.tokenizer or any(space.needs_base(method) for method in methods)):
         recipe["base_model"] = space.base
     recipe |= space.tokenizer
-    if after := stages_after(methods):
-        recipe["after"] = after
+    recipe |= stages_after(space, methods)
     recipe["slices"] = [piece.mapping for piece in slices]
     constants = space.constants[methods[0].name] if _same(methods) else {}
     if constants:
@@ -172,9 +171,13 @@ def _recipe(space: SearchSpace, methods: Sequence[Method], slices: Sequence[_Sli
     return recipe
 
 
-def stages_after(methods: Sequence[Method]) -> list[str]:
-    """Names the stages that follow these methods."""
-    return list(dict.fromkeys(stage.name for method in methods for stage in method.after))
+def stages_after(space: SearchSpace, methods: Sequence[Method]) -> dict[str, Any]:
+    """What a recipe says of the stages that follow these methods; nothing where there are none."""
+    stages = {stage.name: stage for method in methods for stage in method.after}
+    said: dict[str, Any] = {"after": list(stages)} if stages else {}
+    if any(stage.activations for stage in stages.values()):
+        said["activations"] = space.activations
+    return said
 
 
 def _same(methods: Sequence[Method]) -> bool:

@@ -43,6 +43,7 @@ class SearchSpace:
             last, between which every layer's value is interpolated.
         tokenizer: What every recipe says of its tokenizer; {} where the models have one vocabulary.
         choose: How many of the sources a candidate merges; None for all.
+        activations: File of the base's mean inputs, for the stages that ask for them.
     """
 
     base: str | None
@@ -63,6 +64,7 @@ class SearchSpace:
     smooth: bool = False
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     choose: int | None = None
+    activations: str | None = None
 
     @property
     def layer_count(self) -> int:

@@ -69,7 +69,10 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
             "sources": {name: resolve_reference(ref, beside) for name, ref in spec.models.sources.items()},
         }
     )
-    problems, include = [], []
+    problems: list[str] = []
+    include: list[str] = []
+    if (seen := models.activations) is not None:
+        models = models.model_copy(update={"activations": _file(seen, "models.activations", beside, problems)})
     for text in spec.evaluation.include_paths:
         folder = resolve_path(text, beside)
         if folder is None or not folder.is_dir():

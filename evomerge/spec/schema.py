@@ -46,6 +46,7 @@ class Models(Section):
 
     base: str | None = None
     sources: dict[str, str] = Field(min_length=1)
+    activations: str | None = None  # a file of the base's mean inputs, for the stages that ask for them
     tokenizer: str | None = None  # union, base or a source's name; None: the models have one vocabulary
     shuffled: bool = False
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from evomerge.engine.execute import materialise
 from evomerge.engine.resident import Resident
 from evomerge.engine.setting_derivatives import setting_derivatives
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
+from evomerge.errors import BadInput
 from evomerge.methods.contract import Method
 from evomerge.methods.plain_statistics import PlainStatistics
 from evomerge.methods.registry import METHODS, STAGES
@@ -98,3 +100,60 @@ def test_derivatives_by_the_strength(strength: float) -> None:
     ends = [materialise(operation(value), store, torch.float32) for value in (0.0, 1.0)]
     assert float((ends[1] - ends[0]).abs().max()) > 1e-3
     torch.testing.assert_close(derivatives[key], ends[1] - ends[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def activations(tiny_family: dict[str, Path], tmp_path: Path) -> Path:
+    """A file of mean inputs for the matrices of the first layer."""
+    base = opened([str(tiny_family["base"])])[str(tiny_family["base"])]
+    generator = torch.Generator().manual_seed(0)
+    means = {
+        name: torch.rand(info.shape[1], generator=generator)
+        for name, info in base.tensors.items()
+        if "layers.0." in name and len(info.shape) == 2
+    }
+    save_file(means, tmp_path / "means.safetensors")
+    return tmp_path / "means.safetensors"
+
+
+def aimed(models: dict[str, Path], activations: Path, omega: float = 0.3) -> dict[str, Any]:
+    recipe = recipe_for(METHODS["ties"], models) | {"after": ["aim"], "activations": str(activations)}
+    return recipe | {"parameters": {**recipe["parameters"], "aim_omega": omega}}
+
+
+def test_activations_shrink_what_they_are_of(tiny_family: dict[str, Path], tmp_path: Path, activations: Path) -> None:
+    recipe, plain = aimed(tiny_family, activations), recipe_for(METHODS["ties"], tiny_family)
+    checkpoints = opened(str(folder) for folder in tiny_family.values())
+    base = checkpoints[str(tiny_family["base"])]
+    expected = {
+        k: v.clone() for k, v in Resident(checkpoints).write(plan_of(plain, checkpoints))[0].state_dict().items()
+    }
+    model = Resident(checkpoints).write(plan_of(recipe, checkpoints))[0]
+    for name, means in load_file(activations).items():
+        left = 1 - 0.7 * means / means.max()
+        start = base.tensor(name).float()
+        expected[name] = start + (expected[name].float() - start) * left
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value.float(), expected[name].float(), rtol=1e-5, atol=1e-5)
+    same_model(model, on_disk(recipe, tmp_path / "out"))
+    assert (tmp_path / "out" / "recipe.yaml").read_text().count("\nactivations: ") == 1
+
+
+def test_other_activations_are_another_plan(tiny_family: dict[str, Path], activations: Path) -> None:
+    before = plan_of(aimed(tiny_family, activations))
+    means = load_file(activations)
+    save_file({name: value * 2 + 1 for name, value in means.items()}, activations)
+    after = plan_of(aimed(tiny_family, activations))
+    changed = {a.output for a, b in zip(before.operations, after.operations, strict=True) if a.digest != b.digest}
+    assert changed == set(means)
+
+
+def test_activations_that_are_none_are_refused(tiny_family: dict[str, Path], activations: Path) -> None:
+    means = load_file(activations)
+    name = next(iter(means))
+    for wrong, text in ((means[name][:-1].clone(), "inputs in the recipe's activations"), (-means[name], "magnitudes")):
+        save_file(means | {name: wrong}, activations)
+        with pytest.raises(BadInput, match=text):
+            plan_of(aimed(tiny_family, activations))
+    with pytest.raises(BadInput, match=r"missing\.safetensors"):
+        plan_of(aimed(tiny_family, activations.with_name("missing.safetensors")))

@@ -369,6 +369,11 @@ def test_stages_follow_the_methods_of_deltas() -> None:
     off = Genome.of({**genome.values, "method": "ties"} | {g.name: 0.0 for g in space.reals if "strength" in g.name})
     assert not any("svc_alpha" in name for name in active_genes(space, off))
     assert "after" not in decode(space, Genome.of({**genome.values, "method": "linear"}))
+    space = make_space(methods=("ties",), after=("aim", "svc"), activations="means.safetensors")
+    recipe = parse_recipe(decode(space, space.default()))
+    assert (recipe.after, recipe.activations) == (("aim", "svc"), "means.safetensors")
+    with pytest.raises(SpecError, match=r"models.activations: is missing: 'aim' of space.after asks for it"):
+        make_space(methods=("ties",), after=("aim",))
     with pytest.raises(SpecError, match=r"space.after: works on what a method adds to models.base, and none"):
         make_space(methods=("linear",), after=("svc",))
     with pytest.raises(SpecError, match=r"space.after: no stage is called 'svd' \(did you mean 'svc'\?\)"):

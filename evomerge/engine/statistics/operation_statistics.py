@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.engine.statistics.exact_topk import Histogram, Parts
@@ -46,7 +47,8 @@ class OperationStatistics:
         start: Flat index of its first element.
         whole: Shape of the tensor.
         device: Where the block is, when that is not in memory; what is said of its elements goes there.
-        cuts: What of this operation was asked for already.
+        inputs_seen: Mean magnitudes of the matrix's inputs, [in]; None where they are not known.
+        answers: What of this operation was asked for already.
     """
 
     store: StatisticsStore
@@ -60,6 +62,7 @@ class OperationStatistics:
     start: int = 0
     whole: tuple[int, ...] = ()
     device: torch.device | None = None
+    inputs_seen: NDArray[np.float32] | None = None
     answers: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
@@ -147,6 +150,11 @@ class OperationStatistics:
         if scope == "tensor":
             return self.store.variance(self.base, self.sources[source], None)
         return self._rows_here(self.store.variance(self.base, self.sources[source], self.columns)).unsqueeze(1)
+
+    def activations(self) -> Tensor:
+        if self.inputs_seen is None:
+            raise ValueError("there are no activations of this tensor")
+        return torch.from_numpy(self.inputs_seen).to(self.device)
 
     def overlaps(self, epsilon: float) -> list[tuple[int, int]]:
         base, *sources = self.inputs([-1, *range(len(self.sources))])
