@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoints
+from evomerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_checkpoints
 from evomerge.checkpoints.layout import Location
 from evomerge.checkpoints.matching.compatible import check_compatible, not_finite
 from evomerge.checkpoints.tokenizer import read_tokenizer, write_contents
@@ -173,8 +173,11 @@ def versions(threads: int) -> dict[str, Any]:
 
 def environment(problem: Problem) -> dict[str, Any]:
     """Returns what the numbers of a run depend on: content (may not change), versions and threads (may)."""
+    content = content_digests(problem.checkpoints, problem.tasks)
+    if (activations := problem.spec.models.activations) is not None:
+        content["models"] |= {activations: open_checkpoint(activations).fingerprint}
     return {
-        "content": content_digests(problem.checkpoints, problem.tasks),
+        "content": content,
         "versions": versions(problem.threads),
     }
 
