@@ -49,7 +49,7 @@ class HistoryIndex:
         self.multi_objective = False
         self.draws: dict[int, bool] = {}
         self._space = space
-        self._best = -math.inf
+        self._best = math.inf, math.inf  # violation, and fitness turned round
         self._fittest: list[Candidate] = []
         # What genomes mean, by number of candidate; it holds for the very genome only.
         self._units: dict[int, tuple[Genome, FloatArray]] = before._units if before else {}
@@ -115,8 +115,8 @@ class HistoryIndex:
                     self.approximated.add(candidate.number)
             if (number := step_parent(candidate)) is not None:
                 self.steps[number] += 1
-            fitness = -math.inf if candidate.state != "done" or candidate.fitness is None else candidate.fitness
-            improved, self._best = fitness > self._best, max(fitness, self._best)
+            improved = candidate.state == "done" and has_fitness(candidate) and fitness_key(candidate)[:2] < self._best
+            self._best = fitness_key(candidate)[:2] if improved else self._best
             if candidate.operator == DRAW and candidate.state != "pending":
                 self.draws[candidate.generation] = self.draws.get(candidate.generation, False) or improved
             self.multi_objective = self.multi_objective or candidate.objectives is not None

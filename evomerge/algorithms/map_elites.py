@@ -22,7 +22,7 @@ from evomerge.space.decode import copies_layers
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.ranking import best_first
+from evomerge.study.ranking import best_first, fitness_key, penalised
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ def map_elites(
 
 def elites_of(history: Sequence[Candidate], cells: int) -> list[Candidate]:
     """Finds the fittest candidate of every cell, the fittest of all first; a pruned one counts by its estimate."""
-    fittest = sorted(best_first(history), key=lambda c: (-(c.fitness or 0.0), c.number))
+    fittest = sorted(best_first(history), key=fitness_key)
     if not fittest:
         return []
     measures = measures_of(fittest)
-    fitness = np.array([candidate.fitness for candidate in fittest], dtype=np.float64)
+    fitness = penalised(fittest)
     archive = _archive(measures, cells)
     ranks = np.arange(len(fittest))
     archive.add(np.zeros((len(fittest), 1)), fitness, measures, rank=ranks)

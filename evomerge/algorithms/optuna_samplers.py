@@ -2,12 +2,14 @@
 
 A sampler learns from a study in memory that is rebuilt from the history for every generation, and each candidate is
 drawn by a new sampler with that candidate's own seed: nothing lives longer than a call. The candidates of a generation
-that are drawn already are the study's running trials, from which TPE and GP keep their distance.
+that are drawn already are the study's running trials, from which TPE and GP keep their distance. Each trial has its
+candidate's constraints, which these samplers take into account by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +20,15 @@ from evomerge.algorithms.proposals import Draw, distinct
 from evomerge.space.decode import active_genes, copies_layers
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.candidate import Candidate, ConstraintValue, Proposal
 from evomerge.study.interfaces import Algorithm, AlgorithmSettings
-from evomerge.study.optuna_trials import distributions_of, genome_of, layer_params, params_of
+from evomerge.study.optuna_trials import (
+    constraint_attributes,
+    distributions_of,
+    genome_of,
+    layer_params,
+    params_of,
+)
 from evomerge.system.quiet import quiet_optuna
 
 if TYPE_CHECKING:
@@ -188,9 +196,21 @@ def values_of(history: Sequence[Candidate]) -> list[Evaluated]:
 
 
 def best_of(evaluated: Sequence[Evaluated], count: int) -> list[Evaluated]:
-    """Returns the best by their first value, in the order of their numbers."""
-    best = sorted(evaluated, key=lambda one: (-one[1][0], one[0].number))[:count]
+    """Returns the best by their first value, the feasible before the others, in the order of their numbers."""
+    best = sorted(evaluated, key=lambda one: (_violation(one[0]), -one[1][0], one[0].number))[:count]
     return sorted(best, key=lambda one: one[0].number)
+
+
+def _violation(candidate: Candidate) -> float:
+    return math.inf if candidate.state == "failed" else candidate.violation
+
+
+def _constraints_of(evaluated: Sequence[Evaluated]) -> list[Mapping[str, ConstraintValue]]:
+    """What each candidate has of every constraint; a failed one the worst that was seen."""
+    seen = [candidate.constraints for candidate, _ in evaluated if candidate.constraints]
+    names = seen[0] if seen else ()
+    worst = {name: max((of[name] for of in seen), key=lambda value: value.violation) for name in names}
+    return [candidate.constraints or worst for candidate, _ in evaluated]
 
 
 def all_params(space: SearchSpace, genome: Genome) -> dict[str, Any]:
@@ -289,14 +309,25 @@ def _study(space: SearchSpace, evaluated: Sequence[Evaluated], params: ParamsOf)
 
     count = len(evaluated[0][1]) if evaluated else 1
     study = optuna.create_study(directions=["maximize"] * count)
-    study.add_trials([_trial(space, params(space, candidate.genome), values) for candidate, values in evaluated])
+    constraints = _constraints_of(evaluated)
+    study.add_trials(
+        [
+            _trial(space, params(space, candidate.genome), values, of)
+            for (candidate, values), of in zip(evaluated, constraints, strict=True)
+        ]
+    )
     return study
 
 
-def _trial(space: SearchSpace, params: dict[str, Any], values: Values) -> FrozenTrial:
+def _trial(
+    space: SearchSpace, params: dict[str, Any], values: Values, constraints: Mapping[str, ConstraintValue]
+) -> FrozenTrial:
     from optuna.trial import create_trial
 
     distributions = distributions_of(space)
     return create_trial(
-        values=list(values), params=params, distributions={name: distributions[name] for name in params}
+        values=list(values),
+        params=params,
+        distributions={name: distributions[name] for name in params},
+        system_attrs=dict(constraint_attributes(constraints)),
     )

@@ -18,6 +18,7 @@ from evomerge.algorithms.proposals import REDRAWS, Draw, distinct, generator
 from evomerge.space.genome import Genome
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
+from evomerge.study.ranking import fitness_key
 
 #: What an ask gives: the point in the strategy's own coordinates.
 P = TypeVar("P")
@@ -79,7 +80,7 @@ class _State(Generic[P]):
         self.candidates.extend(group)
         if all(candidate.fitness is None for candidate in group):
             return
-        order = sorted(group, key=lambda c: (c.fitness is None, -(c.fitness or 0.0), c.number))
+        order = sorted(group, key=lambda c: (c.fitness is None, *fitness_key(c)))
         points = [_point(strategy, self.optimizer, candidate, seed) for candidate in order]
         self.optimizer.tell([(point, float(rank)) for rank, point in enumerate(points)])
         if strategy.finished(self.optimizer, points):

@@ -157,7 +157,7 @@ class Evaluator:
             responses = self.backend.respond(model, requests, indices)
             for group, by_instance in zip(instances, responses, strict=True):
                 for instance, values in zip(group, by_instance, strict=True):
-                    instance.resps.extend(values)
+                    instance.resps.extend(map(self.encoder.counted, values))
             answered[task] = indices, instances
         return answered
 

@@ -22,6 +22,8 @@ from evomerge.system.arrays import FloatArray, IntArray, Mask
 FOLDS = 4
 RIDGES = (0.02, 0.3)
 """What the mean square of a step, in units of the genes' ranges, costs in fitness: those to choose from."""
+PENALTY = 10.0
+"""What being beyond a limit by as much as the limit costs in fitness."""
 ITERATIONS, LEARNING_RATE = 50, 0.03
 _DECAY, _DECAY_OF_SQUARES, _SMALL = 0.9, 0.99, 1e-12
 
@@ -59,8 +61,26 @@ class Term:
         return value, slope * factor / total * weights[self.items] * slopes
 
 
+@dataclass(frozen=True)
+class Limited:
+    """A constraint whose metric moves with log-likelihoods.
+
+    Attributes:
+        term: The metric, or what varies smoothly in its place.
+        violation: What is measured at the candidate itself.
+        slope: What the violation is multiplied by for every unit of the metric.
+    """
+
+    term: Term
+    violation: float
+    slope: float
+
+
 class LikelihoodModel:
     """The model around one candidate.
+
+    What it predicts to be beyond a limit costs `PENALTY` times as much, so that a step keeps within the limits, or
+    leads back to where they are met.
 
     Args:
         terms: The goals that move with log-likelihoods.
@@ -69,16 +89,23 @@ class LikelihoodModel:
             their ranges.
         low: How far each gene may move down, in the same units, at most 0, [genes].
         high: And up.
+        limits: The constraints that move with log-likelihoods.
     """
 
     def __init__(
-        self, terms: Sequence[Term], total_weight: float, responses: ResponseJacobian, low: FloatArray, high: FloatArray
+        self,
+        terms: Sequence[Term],
+        total_weight: float,
+        responses: ResponseJacobian,
+        low: FloatArray,
+        high: FloatArray,
+        limits: Sequence[Limited] = (),
     ) -> None:
-        self._terms, self._total = terms, total_weight
+        self._terms, self._total, self._limits = terms, total_weight, limits
         self._at, self._jacobian = responses.loglikelihoods, responses.derivatives
         self._per_token = 1.0 / np.maximum(responses.lengths, 1.0)
         self._low, self._high = low, high
-        folds = [np.arange(len(term.scores.items)) % FOLDS for term in terms]
+        folds = [np.arange(len(t.scores.items)) % FOLDS for t in (*terms, *(limited.term for limited in limits))]
         self._folds = [([own != k for own in folds], [own == k for own in folds]) for k in range(FOLDS)]
         self._everything = [np.ones(len(own), dtype=np.bool_) for own in folds]
         self._resolutions: dict[tuple[bytes, float], tuple[int, float, float]] = {}
@@ -132,10 +159,17 @@ class LikelihoodModel:
         return move, self._fitness(change, self._everything)[0] - before
 
     def _fitness(self, change: FloatArray, kept: Sequence[Mask]) -> tuple[float, FloatArray]:
-        """The part of the fitness that the terms make, and its derivative by log-likelihoods."""
+        """The part of the fitness that the terms make, less penalties, and its derivative by log-likelihoods."""
         loglikelihoods = self._at + change
         value, slopes = 0.0, np.zeros_like(loglikelihoods)
-        for term, items in zip(self._terms, kept, strict=True):
+        for limited, items in zip(self._limits, kept[len(self._terms) :], strict=True):
+            own, slope = limited.term.value(loglikelihoods[limited.term.requests], items)
+            before, _ = limited.term.value(self._at[limited.term.requests], items)
+            beyond = limited.violation + limited.slope * (own - before)
+            if beyond > 0:
+                value -= PENALTY * beyond
+                slopes[limited.term.requests] -= PENALTY * limited.slope * slope
+        for term, items in zip(self._terms, kept, strict=False):
             share = term.goal.weight / self._total
             own, slope = term.value(loglikelihoods[term.requests], items)
             value += share * own

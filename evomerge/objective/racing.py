@@ -97,6 +97,7 @@ class Race:
         cutoff: Its fitness on all items.
         controls: Candidates that have seen all items, each at every analysis; None where it has no fitness there.
         sizes: At every analysis, the items of each goal.
+        seen: At every analysis, the items of all tasks, those that only a constraint is about among them.
         typical_squares: For each goal, the squared difference on an item on which two candidates differ.
         boundary: How many standard errors below the cutoff a candidate is stopped, at every analysis but the last.
     """
@@ -106,6 +107,7 @@ class Race:
     cutoff: float
     controls: tuple[tuple[_LinearisedFitness | None, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
+    seen: tuple[int, ...]
     typical_squares: tuple[float, ...]
     boundary: tuple[float, ...]
 
@@ -120,6 +122,7 @@ class Race:
         """
         rows = {n: tuple(_LinearisedFitness.of(fitness, scores) for scores in seen) for n, seen in controls.items()}
         sizes = tuple(tuple(len(scores[g.task].items) for g in fitness.goals) for scores in controls[incumbent])
+        seen = tuple(sum(len(part.items) for part in scores.values()) for scores in controls[incumbent])
         complete = [row[-1].influences for row in rows.values() if row[-1] is not None]
         best = _LinearisedFitness.of(fitness, controls[incumbent][-1])
         if best is None:
@@ -129,12 +132,12 @@ class Race:
         )
         fractions = [sum(size) / sum(sizes[-1]) for size in sizes[:-1]]
         boundary = stopping_boundary(fractions, ERROR, POWER)
-        return cls(fitness, incumbent, best.value, tuple(rows.values()), sizes, typical, boundary)
+        return cls(fitness, incumbent, best.value, tuple(rows.values()), sizes, seen, typical, boundary)
 
     @property
     def items(self) -> int:
         """All items."""
-        return sum(self.sizes[-1])
+        return self.seen[-1]
 
     def analyse(self, number: int, scores: Scores) -> InterimAnalysis | None:
         """Compares a candidate with the cutoff at analysis `number`, counted from 0. At the last one none is stopped.
@@ -150,7 +153,7 @@ class Race:
         estimate = control_on_all.value + seen.value - control.value
         stderr = math.sqrt(variance)
         stopped = number < len(self.boundary) and estimate - self.cutoff < -self.boundary[number] * stderr
-        return InterimAnalysis(sum(self.sizes[number]), estimate, estimate - self.cutoff, stderr, stopped)
+        return InterimAnalysis(self.seen[number], estimate, estimate - self.cutoff, stderr, stopped)
 
     def _variance(self, number: int, candidate: _LinearisedFitness | None, control: _LinearisedFitness | None) -> float:
         """Of the difference on the items seen, as an estimate of that on all items; infinite where there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,9 +14,12 @@ from evomerge.errors import BadInput, CandidateError, OutputError, RecipeError
 from evomerge.evaluation.score_store import RunScores
 from evomerge.evaluation.scores import ResponseJacobian, score_table, table_to_json
 from evomerge.evaluation.splits import SEARCH, Selection
+from evomerge.evaluation.tasks.task import TOKENS
+from evomerge.objective.constraints import Constraint, Measurement
 from evomerge.objective.fitness import Fitness, Scores
+from evomerge.objective.goals import Goal
 from evomerge.objective.item_sampling import Sample
-from evomerge.objective.likelihood_model import LikelihoodModel, Term, joined
+from evomerge.objective.likelihood_model import LikelihoodModel, Limited, Term, joined
 from evomerge.objective.racing import (
     CONTROLS,
     CUTOFF_RANK,
@@ -31,9 +34,8 @@ from evomerge.problem.model_runner import Runner, item_ids, join_items, selectio
 from evomerge.problem.problem import Problem
 from evomerge.space.decode import decode, why_invalid
 from evomerge.space.genome import Genome
-from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.candidate import Candidate, ConstraintValue, Outcome, Proposal
 from evomerge.study.ranking import ranked
-from evomerge.system.arrays import FloatArray
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +54,11 @@ class Objective:
         selection: Those items.
         blocks: The parts in which they are scored: one, or with racing several.
         samples: Task to the items that were drawn of it, where a sample of the search items steers.
-        reference_sizes: Sizes of the reference model, of those that are minimized beside the tasks.
+        reference_sizes: What the reference model has of what is minimized beside the tasks.
         multi_objective: Whether there are several objectives.
+        constraints: What is limited, with the weights of the items that were drawn.
+        limiting: Name of a model that a limit is relative to -> what it has, on the items that steer.
+        tokens: Measures the tokens written an item; None where they are not minimized.
     """
 
     fitness: Fitness
@@ -62,8 +67,11 @@ class Objective:
     selection: Selection
     blocks: tuple[Selection, ...]
     samples: Mapping[str, Sample] = field(default_factory=dict)
-    reference_sizes: Mapping[str, int] = field(default_factory=dict)
+    reference_sizes: Mapping[str, float] = field(default_factory=dict)
     multi_objective: bool = False
+    constraints: tuple[Constraint, ...] = ()
+    limiting: Mapping[str, Measurement] = field(default_factory=dict)
+    tokens: Fitness | None = None
 
 
 @dataclass(frozen=True)
@@ -137,9 +145,18 @@ class CandidateEvaluator:
             return Outcome(None, state="failed", failure="out of memory: the model could not be materialised or scored")
         table = {SEARCH: table_to_json(score_table(objective.fitness.weighted(evaluation.scores)))}
         estimates = {analysis.items: analysis.estimate for analysis in evaluation.analyses}
+        constraints = self._constraint_values(plan, evaluation.scores)
         if race is not None and evaluation.analyses and evaluation.analyses[-1].stopped:
             last = evaluation.analyses[-1]
-            return Outcome(last.estimate, table, "pruned", race.reason(last), evaluation.seconds, estimates=estimates)
+            return Outcome(
+                last.estimate,
+                table,
+                "pruned",
+                race.reason(last),
+                evaluation.seconds,
+                estimates=estimates,
+                constraints=constraints,
+            )
         fitness = objective.fitness(evaluation.scores)
         return Outcome(
             fitness,
@@ -147,6 +164,7 @@ class CandidateEvaluator:
             seconds=evaluation.seconds,
             objectives=self._objectives(plan, evaluation.scores),
             estimates={**estimates, evaluation.items: fitness},
+            constraints=constraints,
         )
 
     def begin_generation(self, history: tuple[Candidate, ...]) -> None:
@@ -156,12 +174,14 @@ class CandidateEvaluator:
     def incumbents(self, history: tuple[Candidate, ...]) -> Incumbents | None:
         """Returns whom to race against, given this history; None for nobody.
 
+        Nobody while none is feasible: a lower fitness is no reason to stop one that may be nearer to the limits.
+
         Raises:
             ChangedInput: A model or data have changed since they were opened.
         """
         self._runner.check_inputs()
         leaders = ranked(history)[:CONTROLS]
-        if not leaders or len(self.objective.blocks) == 1:
+        if not leaders or leaders[0].violation > 0 or len(self.objective.blocks) == 1:
             return None
         generation = 1 + max(candidate.generation for candidate in history)
         return Incumbents(tuple((c.number, c.recipe_hash, c.recipe) for c in leaders), generation)
@@ -227,9 +247,13 @@ class CandidateEvaluator:
         """Counts the layers and the parameters of a recipe's result."""
         return self._runner.sizes(self._runner.plan(recipe))
 
-    def smallness(self, recipe: Mapping[str, Any]) -> dict[str, float]:
-        """Returns what is minimized beside the tasks, as objectives: the reference model's sizes over a recipe's."""
-        return self._smallness(self._runner.plan(recipe))
+    def measurement(self, recipe: Mapping[str, Any], parts: Sequence[Scores]) -> Measurement:
+        """Puts a recipe's scores on disjoint sets of items and its sizes together."""
+        return Measurement(tuple(parts), self.sizes(recipe))
+
+    def smallness(self, recipe: Mapping[str, Any], parts: Sequence[Scores]) -> dict[str, float]:
+        """Returns what is minimized beside the tasks, as objectives: what the reference model has over a recipe's."""
+        return self._smallness(self._runner.plan(recipe), parts)
 
     def stored_scores(self, plan: Plan, split: str) -> Scores:
         """Reads what the run has kept of a plan's scores on a split: all, some, or none."""
@@ -273,25 +297,37 @@ class CandidateEvaluator:
                 kept = {}
             self._store.save_jacobian(plan.digest, kept)
         sampled = {task: scores[task].take(sample[task]) for task in kept}
-        return self._model_of(kept, selection, sampled, space.unit(candidate.genome)) if kept else None
+        return self._model_of(kept, selection, sampled, candidate) if kept else None
 
     def _model_of(
-        self, jacobian: Mapping[str, ResponseJacobian], selection: Selection, scores: Scores, unit: FloatArray
+        self, jacobian: Mapping[str, ResponseJacobian], selection: Selection, scores: Scores, candidate: Candidate
     ) -> LikelihoodModel | None:
-        fitness, tasks = self.objective.fitness, self._problem.tasks
+        fitness = self.objective.fitness
         responses, requests = joined(jacobian)
-        terms = []
-        for goal in (goal for goal in fitness.goals if goal.task in requests):
+
+        def term(goal: Goal) -> Term | None:
+            if goal.task not in requests:
+                return None
             own, part = requests[goal.task], scores[goal.task]
-            smooth = replace(goal, metric=tasks[goal.task].smooth_metric(goal.metric))
+            smooth = replace(goal, metric=self._problem.tasks[goal.task].smooth_metric(goal.metric))
             at = responses.loglikelihoods[own]
             metric = self._runner.smooth_metric(goal.task, smooth.metric, selection[goal.task], at)
-            if metric is not None:
-                weights = fitness.items.get(goal.task)
-                of_items = np.array([1.0 if weights is None else weights[item] for item in part.items])
-                terms.append(Term(smooth, own, metric, part, responses.items[own], of_items))
+            if metric is None:
+                return None
+            weights = fitness.items.get(goal.task)
+            of_items = np.array([1.0 if weights is None else weights[item] for item in part.items])
+            return Term(smooth, own, metric, part, responses.items[own], of_items)
+
+        terms = [one for one in map(term, fitness.goals) if one is not None]
+        limits = []
+        for constraint in self.objective.constraints:
+            moving = term(constraint.measure.goals[0]) if len(constraint.measure.goals) == 1 else None
+            if moving is not None and constraint.name in candidate.constraints:
+                at = candidate.constraints[constraint.name]
+                limits.append(Limited(moving, at.violation, constraint.limit.slope(at.limit)))
+        unit = self._problem.space.unit(candidate.genome)
         total = sum(goal.weight for goal in fitness.goals)
-        return LikelihoodModel(terms, total, responses, -unit, 1.0 - unit) if terms else None
+        return LikelihoodModel(terms, total, responses, -unit, 1.0 - unit, limits) if terms else None
 
     @property
     def jacobian_items(self) -> int:
@@ -302,13 +338,32 @@ class CandidateEvaluator:
         """One value per objective, higher is better; None where there is one, which is the fitness."""
         if not self.objective.multi_objective:
             return None
-        return (*self.objective.fitness.objectives(scores).values(), *self._smallness(plan).values())
+        return (*self.objective.fitness.objectives(scores).values(), *self._smallness(plan, [scores]).values())
 
-    def _smallness(self, plan: Plan) -> dict[str, float]:
+    def _smallness(self, plan: Plan, parts: Sequence[Scores]) -> dict[str, float]:
         if not self.objective.reference_sizes:
             return {}
-        sizes = self._runner.sizes(plan)
+        sizes = self._runner.sizes(plan) | self.tokens(parts)
         return {name: reference / sizes[name] for name, reference in self.objective.reference_sizes.items()}
+
+    def tokens(self, parts: Sequence[Scores]) -> dict[str, float]:
+        """Returns the tokens written an item, where they are minimized; at least one, the end."""
+        if self.objective.tokens is None:
+            return {}
+        measure = self.objective.tokens if len(parts) == 1 else self.objective.tokens.unweighted
+        return {TOKENS: max(1.0, measure(parts[0]) if len(parts) == 1 else measure.pooled(parts))}
+
+    def _constraint_values(self, plan: Plan, scores: Scores) -> dict[str, ConstraintValue]:
+        """What a candidate has of everything that is limited, on the items that it was scored on."""
+        if not self.objective.constraints:
+            return {}
+        own = Measurement((scores,), self._runner.sizes(plan))
+        ids = {task: part.items for task, part in scores.items()}
+        others = {
+            model: replace(other, parts=(take_items(other.parts[0], ids) or other.parts[0],))
+            for model, other in self.objective.limiting.items()
+        }
+        return {one.name: constraint_value(one, own, others) for one in self.objective.constraints}
 
     def _parts(self, split: str) -> tuple[Selection, ...]:
         """A split's items in the parts in which they are scored."""
@@ -350,3 +405,16 @@ class CandidateEvaluator:
             if count in blocks_at_analyses(len(self._block_order)):
                 at_analyses.append(seen)
         return at_analyses
+
+
+def constraint_value(constraint: Constraint, own: Measurement, others: Mapping[str, Measurement]) -> ConstraintValue:
+    """Compares what a model has with its limit.
+
+    Args:
+        constraint: The constraint.
+        own: The model.
+        others: Those that limits are relative to, on the same items.
+    """
+    model = constraint.limit.model
+    value, limit = constraint.value(own), constraint.limit(0.0 if model is None else constraint.value(others[model]))
+    return ConstraintValue(value, limit, constraint.limit.violation(value, limit))

@@ -145,7 +145,7 @@ def _weights(reference: str) -> UnwrittenWeights:
 
 
 def _tasks(spec: SearchSpec) -> TaskSet:
-    metrics = {task.task: task.metric or "acc" for task in spec.evaluation.tasks}
+    metrics = {task.task: task.metric or "acc" for task in spec.evaluation.steering}
     metrics |= {guard.task: "acc" for guard in spec.evaluation.guards if guard.task not in metrics}
     tasks = {name: Task(name, _LmEvalTask(name, metric)) for name, metric in metrics.items()}
     return TaskSet(tasks, {name: (name,) for name in tasks}, (), ())

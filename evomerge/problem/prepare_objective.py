@@ -46,8 +46,9 @@ def prepare_objective(problem: Problem, runner: Runner, store: RunScores, tracke
         split=SEARCH,
         selection=problem.splits[SEARCH],
         blocks=(problem.splits[SEARCH],),
-        reference_sizes=_reference_sizes(problem, runner),
         multi_objective=bool(spec.objectives),
+        constraints=problem.constraints,
+        tokens=problem.tokens,
     )
     if racing and evaluation.informative is None:  # first, so that the sources are scored by blocks too
         objective = _with_blocks(objective, problem, runner, store, tracker)
@@ -59,24 +60,45 @@ def prepare_objective(problem: Problem, runner: Runner, store: RunScores, tracke
         objective = _with_sample(objective, evaluation.informative, problem, runner, store, tracker)
         if racing:
             objective = _with_blocks(objective, problem, runner, store, tracker)
-    return objective
+    return _with_references(objective, problem, runner, store, tracker)
 
 
-def _reference_sizes(problem: Problem, runner: Runner) -> dict[str, int]:
+def _with_references(
+    objective: Objective, problem: Problem, runner: Runner, store: RunScores, tracker: Tracker
+) -> Objective:
+    """Measures the models that limits are relative to, and the one that sizes and tokens are compared with."""
+    objective = replace(
+        objective,
+        constraints=tuple(constraint.weighted(objective.fitness) for constraint in objective.constraints),
+        tokens=None if objective.tokens is None else replace(objective.tokens, items=objective.fitness.items),
+    )
+    evaluator = CandidateEvaluator(problem, runner, store, objective)
+    limiting = {}
+    for constraint in objective.constraints:
+        name = constraint.limit.model
+        if name is not None and name not in limiting:
+            reference = problem.model(name)
+            recipe = single_model(reference)
+            scores = _score(evaluator, name, reference, objective.split, tracker)
+            limiting[name] = evaluator.measurement(recipe, [scores])
     names = problem.spec.search.also_minimize
-    sizes = runner.sizes(runner.plan(single_model(problem.reference))) if names else {}
-    return {name: sizes[name] for name in names}
+    sizes: dict[str, float] = dict(evaluator.sizes(single_model(problem.reference))) if names else {}
+    if objective.tokens is not None:
+        scores = _score(evaluator, "base", problem.reference, objective.split, tracker)
+        sizes |= evaluator.tokens([scores])
+    return replace(objective, limiting=limiting, reference_sizes={name: sizes[name] for name in names})
 
 
 def _score_sources(evaluator: CandidateEvaluator, sources: Mapping[str, str], tracker: Tracker) -> list[Scores]:
-    scores = []
-    for name, reference in sources.items():
-        tracker.report(f"scoring models.sources.{name} on the search items")
-        try:
-            scores.append(evaluator.scores(single_model(reference), SEARCH)[0])
-        except CandidateError as error:
-            raise EvoMergeError(f"models.sources.{name}: cannot be scored: {error}") from error
-    return scores
+    return [_score(evaluator, f"sources.{name}", ref, SEARCH, tracker) for name, ref in sources.items()]
+
+
+def _score(evaluator: CandidateEvaluator, name: str, reference: str, split: str, tracker: Tracker) -> Scores:
+    tracker.report(f"scoring models.{name} on the search items")
+    try:
+        return evaluator.scores(single_model(reference), split)[0]
+    except CandidateError as error:
+        raise EvoMergeError(f"models.{name}: cannot be scored: {error}") from error
 
 
 def _with_sample(
@@ -138,7 +160,8 @@ def _with_blocks(
         tracker.report(f"no racing: the first source cannot be scored: {error}")
         return objective
     # Where all search items steer, what is reported of them is put together from the blocks too.
-    goals = [*objective.fitness.goals, *(() if objective.samples else objective.reported.goals)]
+    limited = [goal for constraint in objective.constraints for goal in constraint.measure.goals]
+    goals = [*objective.fitness.goals, *limited, *(() if objective.samples else objective.reported.goals)]
     whole = dict.fromkeys(f"{g.task} {g.metric}" for g in goals if not seen[g.task].is_itemwise(g.metric))
     if whole:
         tracker.report(f"no racing: {', '.join(whole)} is no mean or ratio of items, so a part of them says nothing")

@@ -28,6 +28,7 @@ from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, groups_
 from evomerge.evaluation.tasks.requests import read_template
 from evomerge.evaluation.tasks.scorer_task import ScorerTask, item_digest
 from evomerge.evaluation.tasks.task import Task
+from evomerge.objective.constraints import Constraint, constraints_of, tokens_measure
 from evomerge.objective.fitness import Fitness
 from evomerge.objective.goals import reported_goals, smooth_goals
 from evomerge.planning.vocabulary.align import Aligned, align_for_search, tokenizer_keys
@@ -55,6 +56,8 @@ class Problem:
         space: The search space.
         reported: The goals on the raw scale, by the metrics that are reported.
         steering: The same goals by the metrics that steer: the smooth ones where the specification wants them.
+        constraints: What is limited.
+        tokens: The tokens written an item, where they are minimized beside the tasks; None where not.
         tokenizer: Of every candidate: the reference model's, or the merged one.
         threads: Of the machine, for the run: what is rounded by their number is rounded by this one in every worker.
         merged_tokenizer: What is written beside the weights under `models.tokenizer`; None for the reference's files.
@@ -68,6 +71,8 @@ class Problem:
     space: SearchSpace
     reported: Fitness
     steering: Fitness
+    constraints: tuple[Constraint, ...]
+    tokens: Fitness | None
     tokenizer: Any
     threads: int
     merged_tokenizer: WrittenTokenizer | None = None
@@ -77,6 +82,10 @@ class Problem:
     def reference(self) -> str:
         """The model whose tokenizer and layout count: the base, or the first source."""
         return reference_of(self.spec)
+
+    def model(self, name: str) -> str:
+        """The reference of a model by its name in the specification."""
+        return self.reference if name == "base" else self.spec.models.sources[name]
 
     @property
     def models(self) -> dict[str, str]:
@@ -127,6 +136,8 @@ def assemble(
         task_set: TaskSet = steps.attempt(find_tasks, spec)
         reported: Fitness = steps.attempt(_reported, spec, task_set)
         steering: Fitness = steps.attempt(_steering, spec, task_set, reported)
+        constraints: tuple[Constraint, ...] = steps.attempt(_constraints, spec, task_set)
+        tokens: Fitness | None = steps.attempt(_tokens, spec, task_set)
         space: SearchSpace = steps.attempt(_space_of, spec, models)
     checkpoints = models.checkpoints
     return Problem(
@@ -137,6 +148,8 @@ def assemble(
         space=space,
         reported=reported,
         steering=steering,
+        constraints=constraints,
+        tokens=tokens,
         tokenizer=_with_template(load_tokenizer(models, reference_of(spec)), spec, checkpoints),
         threads=threads,
         merged_tokenizer=models.tokenizer,
@@ -311,21 +324,21 @@ def _find_tasks(spec: SearchSpec) -> TaskSet:
     the name GUARD::TASK.
     """
     evaluation = spec.evaluation
-    shots = {task.task: task.num_fewshot for task in evaluation.tasks if not task.is_scorer}
-    scorers = _load_scorers(spec, [*evaluation.tasks, *evaluation.guards])
+    shots = {task.task: task.num_fewshot for task in evaluation.steering if not task.is_scorer}
+    scorers = _load_scorers(spec, [*evaluation.steering, *evaluation.guards])
     parts, problems = [scorers], [*scorers.problems]
     if shots:
         steering = find_tasks(list(shots), include_path=evaluation.include_paths, num_fewshot=shots)
         problems += [*steering.problems, *steering.missing, *map(_once, steering.twice)]
         parts.append(groups_as_tasks(steering))
-    if names := [guard.task for guard in evaluation.guards if not guard.is_scorer]:
+    if names := [guard.task for guard in evaluation.guards if not guard.is_scorer and guard.task not in shots]:
         guards = find_tasks(names, include_path=evaluation.include_paths)
         problems += [*guards.problems, *guards.missing, *(f"guard: {text}" for text in map(_once, guards.twice))]
         parts.append(_apart(groups_as_tasks(guards), [name for part in parts for name in part.tasks]))
     tasks = {name: task for part in parts for name, task in part.tasks.items()}
     members = {name: own for part in parts for name, own in part.members.items()}
     members = {
-        part.task: members[part.task] for part in [*evaluation.tasks, *evaluation.guards] if part.task in members
+        part.task: members[part.task] for part in [*evaluation.steering, *evaluation.guards] if part.task in members
     }
     return TaskSet(
         tasks={name: tasks[name] for own in members.values() for name in own},
@@ -404,8 +417,8 @@ def _draw_splits(spec: SearchSpec, task_set: TaskSet) -> dict[str, Selection]:
     Guard tasks are read whole, as far as the test split's size goes, but for the items that steer or choose.
     """
     evaluation, members, tasks = spec.evaluation, task_set.members, task_set.tasks
-    per_task = {name: _sizes(t.splits) for t in evaluation.tasks if t.splits for name in members[t.task]}
-    items = {name: tasks[name].items for task in evaluation.tasks for name in members[task.task]}
+    per_task = {name: _sizes(t.splits) for t in evaluation.steering if t.splits for name in members[t.task]}
+    items = {name: tasks[name].items for task in evaluation.steering for name in members[task.task]}
     drawn: dict[str, Selection] = dict(split_items(items, _sizes(evaluation.splits), spec.search.seed, per_task))
     choosing = {items[name][k] for split in (SEARCH, SELECT) for name, chosen in drawn[split].items() for k in chosen}
     guarded: dict[str, tuple[int, ...]] = {}
@@ -431,6 +444,19 @@ def _draw_guard(
 
 def _reported(spec: SearchSpec, task_set: TaskSet) -> Fitness:
     return Fitness(reported_goals(spec.evaluation, task_set.tasks, task_set.members, task_set.problems))
+
+
+def _constraints(spec: SearchSpec, task_set: TaskSet) -> tuple[Constraint, ...]:
+    return constraints_of(spec.evaluation, task_set.tasks, task_set.members)
+
+
+def _tokens(spec: SearchSpec, task_set: TaskSet) -> Fitness | None:
+    if "tokens" not in spec.search.also_minimize:
+        return None
+    try:
+        return tokens_measure(spec.evaluation, task_set.tasks, task_set.members)
+    except TaskError as error:
+        raise TaskError([f"search.also_minimize: {problem}" for problem in error.problems]) from None
 
 
 def _steering(spec: SearchSpec, task_set: TaskSet, reported: Fitness) -> Fitness:

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from evomerge.errors import RunError
 from evomerge.evaluation.scores import Score, ScoreTable
 from evomerge.objective.comparison import Difference
+from evomerge.study.candidate import ConstraintValue
 from evomerge.study.ranking import Growth
 
 _PLAIN = {
@@ -151,7 +152,7 @@ class FrontEntry:
     Attributes:
         candidate: Its number.
         objectives: Split, or "pooled" for search and select items together, to the objectives by name.
-        sizes: Its layers and parameters.
+        sizes: Its layers and parameters; the tokens written a test item, where they are minimized.
         fitness: Split to fitness.
         scores: Split to the scores of every task and metric.
         members: As in `ResultRow`.
@@ -159,10 +160,27 @@ class FrontEntry:
 
     candidate: int
     objectives: Mapping[str, Mapping[str, float]]
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int | float]
     fitness: Mapping[str, Score]
     scores: Mapping[str, ScoreTable]
     members: Members = field(default_factory=dict, kw_only=True)
+
+
+@dataclass(frozen=True)
+class ConstraintResult:
+    """Whether the winner keeps within a limit.
+
+    Attributes:
+        name: The constraint.
+        verdict: "held", "broken" or "not to be told", at this number of test items.
+        values: Split to what was measured there.
+        interval: The 95% interval of the value less the limit, on the test items; None where its noise is unknown.
+    """
+
+    name: str
+    verdict: str
+    values: Mapping[str, ConstraintValue]
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -233,6 +251,7 @@ class RunResult:
         finalists: Those it was chosen from, best on the search items first.
         objectives: Names of the objectives; empty where there is one.
         front: The finalists that none dominates, the winner first; empty with one objective.
+        constraints: Whether the winner keeps within each limit.
         hypervolume: How the front grew; None with one objective.
         informative: The items that steered; None where all search items did.
         within_noise_of: The baselines that the winner is not surely better than.
@@ -252,6 +271,7 @@ class RunResult:
     finalists: tuple[Finalist, ...]
     objectives: tuple[str, ...]
     front: tuple[FrontEntry, ...]
+    constraints: tuple[ConstraintResult, ...]
     hypervolume: Hypervolume | None
     informative: InformativeItems | None
     within_noise_of: tuple[str, ...]

@@ -7,10 +7,12 @@ from datetime import timedelta
 
 from evomerge.errors import BadInput, suggest
 from evomerge.evaluation.scores import Score, ScoreTable
+from evomerge.evaluation.splits import TEST
 from evomerge.objective.comparison import Difference, TaskDifference
 from evomerge.report.result import (
     BestCandidate,
     CandidateCounts,
+    ConstraintResult,
     Estimate,
     FrontEntry,
     FrontSoFar,
@@ -103,6 +105,7 @@ def result_table(result: RunResult) -> str:
         _bias_table(result),
         _best_baseline_table(result),
         _front_table(result),
+        _constraint_table(result.constraints),
         _informative_text(result.informative),
         result.verdict,
     ]
@@ -262,7 +265,7 @@ def _front_table(result: RunResult) -> str:
             f"candidate {row.candidate}" + (": the winner" if row.candidate == result.winner.candidate else ""),
             score_text(row.fitness["test"]) if "test" in row.fitness else "-",
             *(_cell(row, "test", goal.task, goal.metric) for goal in result.goals),
-            *(str(row.sizes[name]) for name in sizes),
+            *(f"{row.sizes[name]:.10g}" for name in sizes),
         ]
         for row in result.front
     ]
@@ -278,6 +281,24 @@ def _front_table(result: RunResult) -> str:
             f"{last.hypervolume:.4g} after generation {last.generation}, of {last.front} candidates."
         )
     return "\n\n".join(parts)
+
+
+def _constraint_table(constraints: Sequence[ConstraintResult]) -> str:
+    """Whether the winner keeps within each limit; empty without one."""
+    if not constraints:
+        return ""
+    rows = [
+        [
+            constraint.name,
+            f"{constraint.values[TEST].value:.4g}",
+            f"{constraint.values[TEST].limit:.4g}",
+            _interval(constraint.interval),
+            constraint.verdict + (" at this number of items" if constraint.verdict == "not to be told" else ""),
+        ]
+        for constraint in constraints
+    ]
+    header = ["constraint", "winner, test items", "limit", "value less limit, 95% interval", "verdict"]
+    return table(header, rows)
 
 
 def _informative_text(informative: InformativeItems | None) -> str:

@@ -14,11 +14,15 @@ from evomerge.evaluation.scorers.lm_eval import with_corpus_errors
 from evomerge.evaluation.scores import Score, ScoreTable, member_tables, score_table
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST
 from evomerge.objective.comparison import compare, nan_to_none, verdict, within_noise
+from evomerge.objective.constraints import Measurement
 from evomerge.objective.fitness import Fitness, Scores
+from evomerge.problem.candidate_evaluator import CandidateEvaluator, constraint_value
 from evomerge.problem.problem import Problem
+from evomerge.recipe.parse import single_model
 from evomerge.report.result import (
     BaselineRow,
     CandidateCounts,
+    ConstraintResult,
     DrawnItems,
     Ending,
     Estimate,
@@ -37,13 +41,12 @@ from evomerge.space.baselines import PARENT
 from evomerge.spec.schema import SearchSpec
 from evomerge.study import pareto
 from evomerge.study.budget import count_items
-from evomerge.study.candidate import Candidate, count_states
+from evomerge.study.candidate import Candidate, ConstraintValue, count_states
 from evomerge.study.ranking import finalists as choose_finalists
 from evomerge.study.ranking import growth, ranked, reference_point
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
-    from evomerge.problem.candidate_evaluator import CandidateEvaluator
     from evomerge.study.interfaces import Tracker
 
 
@@ -176,13 +179,14 @@ def _result(
             FrontEntry(
                 _number(model),
                 scorer.objectives_by_split(model),
-                scorer.evaluator.sizes(model.recipe),
+                scorer.sizes(model),
                 _fitness(model, reported),
                 _tables(model),
                 members=_members(model),
             )
             for model in scorer.front(winner, choice.finalists)
         ),
+        constraints=scorer.constraints(winner),
         hypervolume=_hypervolume(spec.objectives, history),
         informative=_informative(scorer.evaluator, {c.number: c.fitness for c in choice.candidates}, choice.finalists),
         within_noise_of=tuple(within_noise(differences)),
@@ -241,15 +245,50 @@ class _Scorer:
         return self.evaluator.objective.fitness.unweighted.pooled([model.splits[SEARCH], model.splits[SELECT]])
 
     def best_first(self, models: Sequence[ScoredModel]) -> list[ScoredModel]:
-        """Sorts finalists by what they are on `search` and `select` items together, best first.
+        """Sorts finalists by what they are on `search` and `select` items together, the feasible first, best first.
 
         With several objectives the knee of their front, then the knee of the front of the rest, and so on; otherwise by
         their pooled fitness, and of equal ones the first.
         """
         fitness = np.array([self.pooled(model) for model in models])
-        if not models or not self.evaluator.objective.multi_objective:
-            return [models[k] for k in np.argsort(-fitness, kind="stable").tolist()]
-        return [models[k] for k in pareto.by_knee(self._pooled_objectives(models), fitness)]
+        violations = np.array([self.violation(model) for model in models])
+        order = np.lexsort((-fitness, violations)).tolist()
+        if models and self.evaluator.objective.multi_objective:
+            feasible = [model for model, violation in zip(models, violations, strict=True) if violation == 0]
+            by_knee = pareto.by_knee(self._pooled_objectives(feasible), fitness[violations == 0]) if feasible else []
+            return [*(feasible[k] for k in by_knee), *(models[k] for k in order if violations[k] > 0)]
+        return [models[k] for k in order]
+
+    def violation(self, model: ScoredModel) -> float:
+        """Adds up how far a finalist is beyond the limits, on `search` and `select` items together."""
+        values = self.constraint_values(model, (SEARCH, SELECT)).values()
+        return sum(max(0.0, value.violation) for value in values)
+
+    def constraint_values(self, model: ScoredModel, splits: Sequence[str]) -> dict[str, ConstraintValue]:
+        """Measures what is limited on the items of some splits together."""
+        objective = self.evaluator.objective
+        if not objective.constraints:
+            return {}
+        own = self.evaluator.measurement(model.recipe, [model.splits[split] for split in splits])
+        others = {name: self._limiting(name, splits) for name in objective.limiting}
+        return {c.name: constraint_value(c.weighted(Fitness(())), own, others) for c in objective.constraints}
+
+    def _limiting(self, name: str, splits: Sequence[str]) -> Measurement:
+        """What a model that a limit is relative to has on the items of some splits."""
+        recipe = single_model(self.problem.model(name))
+        return self.evaluator.measurement(recipe, [self.evaluator.scores(recipe, split)[0] for split in splits])
+
+    def constraints(self, winner: ScoredModel) -> tuple[ConstraintResult, ...]:
+        """Measures the winner against every limit on the test items, which chose nothing."""
+        values = {split: self.constraint_values(winner, (split,)) for split in (SEARCH, SELECT, TEST)}
+        results = []
+        for constraint in self.evaluator.objective.constraints:
+            plain, model = constraint.weighted(Fitness(())), constraint.limit.model
+            own = self.evaluator.measurement(winner.recipe, [winner.splits[TEST]])
+            interval = plain.interval(own, None if model is None else self._limiting(model, (TEST,)))
+            measured = {split: by_name[constraint.name] for split, by_name in values.items()}
+            results.append(ConstraintResult(constraint.name, plain.verdict(interval), measured, interval))
+        return tuple(results)
 
     def front(self, winner: ScoredModel, finalists: Sequence[ScoredModel]) -> list[ScoredModel]:
         """Lists the finalists that none dominates on the items that chose, the winner first; none with one objective.
@@ -258,9 +297,10 @@ class _Scorer:
         """
         if not self.evaluator.objective.multi_objective:
             return []
-        on_front = pareto.ranks(self._pooled_objectives(finalists), 1) == 0
+        feasible = [model for model in finalists if self.violation(model) == 0] or [winner]
+        on_front = pareto.ranks(self._pooled_objectives(feasible), 1) == 0
         others = [
-            model for model, on in zip(finalists, on_front, strict=True) if on and model.candidate != winner.candidate
+            model for model, on in zip(feasible, on_front, strict=True) if on and model.candidate != winner.candidate
         ]
         members = [winner]
         for model in others:
@@ -279,8 +319,14 @@ class _Scorer:
 
     def _objectives(self, model: ScoredModel, splits: Sequence[str]) -> dict[str, float]:
         """Its objectives by name, on the items of some splits together."""
-        tasks = self.evaluator.objective.fitness.unweighted.pooled_objectives([model.splits[split] for split in splits])
-        return {**tasks, **self.evaluator.smallness(model.recipe)}
+        parts = [model.splits[split] for split in splits]
+        tasks = self.evaluator.objective.fitness.unweighted.pooled_objectives(parts)
+        return {**tasks, **self.evaluator.smallness(model.recipe, parts)}
+
+    def sizes(self, model: ScoredModel) -> dict[str, float]:
+        """Its layers and parameters, and the tokens it writes for an item, where they are minimized."""
+        tokens = self.evaluator.tokens([model.splits[TEST]]) if TEST in model.splits else {}
+        return {**self.evaluator.sizes(model.recipe), **tokens}
 
 
 def winner_of(

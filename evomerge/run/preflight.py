@@ -136,7 +136,8 @@ def check_metrics(problem: Problem, evaluator: Evaluator) -> None:
     Raises:
         TaskError: With every goal that has none.
     """
-    goals = {(goal.task, goal.metric) for goal in (*problem.reported.goals, *problem.steering.goals)}
+    measures = [problem.reported, problem.steering, *(constraint.measure for constraint in problem.constraints)]
+    goals = {(goal.task, goal.metric) for measure in measures for goal in measure.goals}
     problems = []
     for task, metric in sorted(goals):
         for split in (SEARCH, SELECT, TEST):

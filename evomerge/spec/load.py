@@ -87,6 +87,10 @@ def _resolved(spec: SearchSpec, beside: Path | None) -> tuple[SearchSpec, list[s
                 part if part.is_scorer else part.task
                 for part in _located(spec.evaluation.guards, "evaluation.guard", beside, problems)
             ],
+            "constraints": [
+                one.model_copy(update={"task": one.task and _task_path(one.task, beside)})
+                for one in spec.evaluation.constraints
+            ],
         }
     )
     if isinstance(given := spec.evaluation.chat_template, str):
@@ -105,9 +109,7 @@ def _located(parts: Sequence[AnyMeasure], key: str, beside: Path | None, problem
     """Tasks and scorers with absolute paths; adds what does not exist."""
     located = []
     for k, part in enumerate(parts):
-        update: dict[str, Any] = {}
-        if not part.is_scorer and part.task.endswith((".yaml", ".yml")):
-            update["task"] = str(resolve_path(part.task, beside) or part.task)
+        update: dict[str, Any] = {} if part.is_scorer else {"task": _task_path(part.task, beside)}
         if part.python is not None:
             file, colon, name = part.python.rpartition(":")
             if not file or not name:
@@ -123,6 +125,11 @@ def _located(parts: Sequence[AnyMeasure], key: str, beside: Path | None, problem
             update["judge"] = part.judge.model_copy(update={"prompt": prompt})
         located.append(part.model_copy(update=update))
     return located
+
+
+def _task_path(name: str, beside: Path | None) -> str:
+    """A task's name; where it is that of a YAML file, its absolute path."""
+    return str(resolve_path(name, beside) or name) if name.endswith((".yaml", ".yml")) else name
 
 
 def _file(text: str, key: str, beside: Path | None, problems: list[str]) -> str:
@@ -169,6 +176,7 @@ def _problems(spec: SearchSpec) -> list[str]:
         if part.judge is not None and part.judge.pairwise not in (None, *models):
             hint = suggest(str(part.judge.pairwise), models) or f"; there are {', '.join(models)}"
             problems.append(f"evaluation: task '{part.task}': judge.pairwise: no model '{part.judge.pairwise}'{hint}")
+    problems += _constraint_problems(spec)
     template = spec.evaluation.chat_template
     if isinstance(template, FromModel) and template.from_ not in (models := [*spec.models.sources, "base"]):
         problems.append(f"evaluation.chat_template: no model {template.from_!r}{suggest(template.from_, models)}")
@@ -184,6 +192,21 @@ def _problems(spec: SearchSpec) -> list[str]:
     return problems + _objective_problems(spec)
 
 
+def _constraint_problems(spec: SearchSpec) -> list[str]:
+    problems = []
+    models = [*spec.models.sources, *(["base"] if spec.models.base is not None else [])]
+    steering = {task.task for task in spec.evaluation.tasks}
+    for k, constraint in enumerate(spec.evaluation.constraints):
+        key, limits = f"evaluation.constraints.{k}", constraint.limits
+        bound = limits.at_least if limits.at_most is None else limits.at_most
+        model = bound.split()[0] if isinstance(bound, str) else None
+        if model is not None and model not in models:
+            problems.append(f"{key}: no model is called '{model}'{suggest(model, models)}; one of {', '.join(models)}")
+        if constraint.task in steering and (constraint.splits or constraint.num_fewshot is not None):
+            problems.append(f"{key}: '{constraint.task}' steers; its splits and num_fewshot are those under tasks")
+    return problems
+
+
 def _objective_problems(spec: SearchSpec) -> list[str]:
     sizes, several = spec.search.also_minimize, spec.search.objectives == "pareto"
     problems = []
@@ -191,7 +214,9 @@ def _objective_problems(spec: SearchSpec) -> list[str]:
         problems.append("search.also_minimize: only with `objectives: pareto`")
     twice = sorted({name for name in sizes if sizes.count(name) > 1})
     problems += [f"search.also_minimize: '{name}' is listed twice" for name in twice]
-    if sizes and not any(METHODS[m].copies_layers for m in spec.space.methods if m in METHODS):
+    if {"layers", "parameters"} & {*sizes} and not any(
+        METHODS[m].copies_layers for m in spec.space.methods if m in METHODS
+    ):
         problems.append("search.also_minimize: without frankenmerge in space.methods every merge has the same size")
     if several and not 2 <= len(spec.objectives) <= MOST_OBJECTIVES:
         problems.append(

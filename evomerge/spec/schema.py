@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from evomerge.system.secrets import has_secret, is_secret_name, masked
 
@@ -110,7 +111,19 @@ class Space(Section):
 
 
 Part = Annotated[float, Field(gt=0, le=1e9)]
-Size = Literal["layers", "parameters"]
+Size = Literal["tokens", "layers", "parameters"]
+
+LIMIT = r"([A-Za-z0-9_-]+)(?:\s+([-+*])\s+([0-9.]+(?:[eE][-+]?[0-9]+)?))?"
+"""A limit that is relative to a model: its name, or that with a number added, taken away or multiplied."""
+
+
+def _limit(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(LIMIT, value.strip()):
+        raise ValueError("a number, or a model's value such as `base`, `base - 0.01`, `base * 0.98`, spaces included")
+    return value
+
+
+Bound = Annotated[Bounded | str, BeforeValidator(_limit)]
 
 
 class Splits(Section):
@@ -222,6 +235,50 @@ class Task(Measure):
     num_fewshot: int | None = Field(None, ge=0, le=MOST)
 
 
+class Limits(Section):
+    """The least or the most that is allowed: a number, or relative to what one of the models has."""
+
+    at_least: Bound | None = None
+    at_most: Bound | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Limits:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("say either at_least or at_most")
+        return self
+
+
+class Constraint(Section):
+    """What may not get worse, or not grow: a task's metric, the tokens written an item, or a size."""
+
+    task: str | None = None
+    metric: str | None = None
+    splits: Splits | None = None
+    num_fewshot: int | None = Field(None, ge=0, le=MOST)
+    at_least: Bound | None = None
+    at_most: Bound | None = None
+    tokens: Limits | None = None
+    layers: Limits | None = None
+    parameters: Limits | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Constraint:
+        if [self.task, self.tokens, self.layers, self.parameters].count(None) != 3:
+            raise ValueError("each entry limits one thing: task, tokens, layers or parameters")
+        of_task = (self.metric, self.splits, self.num_fewshot, self.at_least, self.at_most)
+        if self.task is None and of_task.count(None) != len(of_task):
+            raise ValueError("metric, splits, num_fewshot and limits of their own go with a task")
+        if self.task is not None and (self.at_least is None) == (self.at_most is None):
+            raise ValueError("say either at_least or at_most")
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        """The limit, wherever it stands."""
+        given = self.tokens or self.layers or self.parameters
+        return given or Limits(at_least=self.at_least, at_most=self.at_most)
+
+
 class FromModel(Section):
     """Something that one of the models has."""
 
@@ -237,6 +294,7 @@ class Evaluation(Section):
     tasks: list[Task] = Field(min_length=1)
     scale: Literal["relative", "raw"] = "relative"
     splits: Splits = Splits()
+    constraints: list[Constraint] = []
     guard: list[str | Measure] = []
     fitness: Literal["metric", "smooth"] | None = None  # None: what suits the space
     informative: float | None = Field(None, gt=0, lt=1)
@@ -259,6 +317,17 @@ class Evaluation(Section):
     def guards(self) -> list[Measure]:
         """What only guards, each as what it is."""
         return [Measure(task=part) if isinstance(part, str) else part for part in self.guard]
+
+    @property
+    def steering(self) -> list[Task]:
+        """The tasks that are scored on the items that steer: those that count, and others that are limited."""
+        tasks = {task.task: task for task in self.tasks}
+        guards = {guard.task: guard.model_dump() for guard in self.guards}
+        for one in self.constraints:
+            if one.task is not None and one.task not in tasks:
+                measure = {**guards.get(one.task, {"task": one.task}), "splits": one.splits}
+                tasks[one.task] = Task(**measure, num_fewshot=one.num_fewshot)
+        return list(tasks.values())
 
     @property
     def include_paths(self) -> list[str]:

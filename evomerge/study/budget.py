@@ -140,10 +140,10 @@ class StopMonitor:
 
     def _reached(self, history: Sequence[Candidate], generation: int, before: Sequence[Candidate]) -> End | None:
         target = self._stop.fitness
-        if target is None or any(c.fitness is not None and c.fitness >= target for c in ranked(before)):
+        if target is None or any(_reaches(c, target) for c in ranked(before)):
             return None
         leader = next(iter(ranked(c for c in history if c.generation <= generation)), None)
-        if leader is None or leader.fitness is None or leader.fitness < target:
+        if leader is None or not _reaches(leader, target):
             return None
         return "target", f"candidate {leader.number} has a fitness of {leader.fitness:.4f}; {target:g} was asked for"
 
@@ -159,6 +159,11 @@ class StopMonitor:
             return None
         more = "a better candidate than" if latest.objectives is None else "more hypervolume since candidate"
         return "stale", f"{limit} generations without {more} {latest.number}"
+
+
+def _reaches(candidate: Candidate, target: float) -> bool:
+    """Whether a candidate is feasible and good enough."""
+    return candidate.fitness is not None and candidate.fitness >= target and candidate.violation == 0
 
 
 def _failure_streak(failed: Mapping[int, Candidate], number: int) -> list[Candidate]:

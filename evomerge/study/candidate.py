@@ -53,6 +53,21 @@ def first_generation(starts: Sequence[Start], budget: int) -> list[Proposal]:
 
 
 @dataclass(frozen=True)
+class ConstraintValue:
+    """What a candidate has of something that is limited.
+
+    Attributes:
+        value: What was measured on the items that steer; of one that a race stopped, on those that it saw.
+        limit: What it may not fall below, or exceed.
+        violation: How far it is beyond the limit, as a share of the limit; negative where there is room.
+    """
+
+    value: float
+    limit: float
+    violation: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What the evaluation of one proposal gave.
 
@@ -64,6 +79,7 @@ class Outcome:
         seconds: Time by stage.
         objectives: One value per objective of a search with several, higher is better.
         estimates: Items seen -> what the fitness was taken to be then; the last entry is the fitness.
+        constraints: Name of a constraint -> how it is met.
     """
 
     fitness: float | None
@@ -73,6 +89,7 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
     objectives: tuple[float, ...] | None = None
     estimates: Mapping[int, float] = field(default_factory=dict, hash=False)
+    constraints: Mapping[str, ConstraintValue] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,7 @@ class Candidate(Proposal):
     failure: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
     estimates: Mapping[int, float] = field(default_factory=dict, hash=False)
+    constraints: Mapping[str, ConstraintValue] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, proposal: Proposal, outcome: Outcome) -> Candidate:
@@ -105,7 +123,13 @@ class Candidate(Proposal):
             failure=outcome.failure,
             seconds=outcome.seconds,
             estimates=outcome.estimates,
+            constraints=outcome.constraints,
         )
+
+    @property
+    def violation(self) -> float:
+        """How far it is beyond all limits together; 0 where it is feasible."""
+        return sum(max(0.0, constraint.violation) for constraint in self.constraints.values())
 
     @property
     def items(self) -> int:

@@ -21,7 +21,7 @@ from evomerge.space.space import SearchSpace
 from evomerge.study.budget import End, Reason, StopConditions, StopMonitor
 from evomerge.study.candidate import Candidate, Outcome, Proposal, first_generation, number_of
 from evomerge.study.interfaces import Algorithm, AlgorithmSettings, Executor, NullTracker, Tracker
-from evomerge.study.ranking import best
+from evomerge.study.ranking import best, unmet_constraints
 from evomerge.study.record import Record
 
 
@@ -131,6 +131,8 @@ class _Loop:
             for part in filter(None, (proposals[:unraced], proposals[unraced:])):
                 if ended := self._score(part, monitor):
                     return ended
+            if generation == 0:
+                self._report_unmet(len(starts))
             if len(proposals) < len(numbers):
                 return self._exhausted
             # A generation that the budget cut short says nothing about staleness.
@@ -192,6 +194,13 @@ class _Loop:
         self.tracker.candidate(candidate)
         return monitor.after_candidate(candidate)
 
+    def _report_unmet(self, starts: int) -> None:
+        """Says which constraints no candidate of generation 0 meets, once all of it is recorded."""
+        first = [candidate for candidate in self.record.candidates() if candidate.generation == 0]
+        if len(first) == starts:
+            for text in unmet_constraints(first):
+                self.tracker.report(text, "warning")
+
     def _run_asynchronously(self, starts: tuple[Start, ...], monitor: StopMonitor) -> End:
         """Keeps as many candidates under way as there is room for."""
         first = first_generation(starts, self.stop.candidates)
@@ -208,7 +217,10 @@ class _Loop:
                 return ended or no_more or self._spent
             candidate = Candidate.of(*self.executor.next_finished())
             del pending[candidate.number]
-            end = self._append(candidate, monitor) or self._after_generations(len(starts), monitor)
+            end = self._append(candidate, monitor)
+            if candidate.generation == 0:
+                self._report_unmet(len(starts))
+            end = end or self._after_generations(len(starts), monitor)
             ended = ended or end
 
     def _submit(self, number: int, first: Sequence[Proposal], unraced: int, pending: dict[int, Proposal]) -> End | None:

@@ -7,6 +7,7 @@ program needs (all genes, the recipe, every score) is one compressed system attr
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime
 import json
 import sys
@@ -19,7 +20,7 @@ from evomerge.errors import RunError
 from evomerge.space.decode import active_genes, copies_layers
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, State
+from evomerge.study.candidate import Candidate, ConstraintValue, State
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -48,6 +49,8 @@ def pack(candidate: Candidate) -> str:
         "genome": candidate.genome.to_json(),
         "recipe": dict(candidate.recipe),
     }
+    if candidate.constraints:
+        content["constraints"] = {name: dataclasses.asdict(value) for name, value in candidate.constraints.items()}
     return base64.b64encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode())).decode()
 
 
@@ -72,7 +75,18 @@ def unpack(packed: str) -> Candidate:
         failure=saved["failure"],
         seconds=saved["seconds"],
         estimates=dict(saved["estimates"]),
+        constraints={name: ConstraintValue(**value) for name, value in saved.get("constraints", {}).items()},
     )
+
+
+def system_attributes(candidate: Candidate) -> dict[str, Any]:
+    """Collects what only programs read: all of the candidate, and its constraints where Optuna looks for them."""
+    return {PACKED: pack(candidate), **constraint_attributes(candidate.constraints)}
+
+
+def constraint_attributes(constraints: Mapping[str, ConstraintValue]) -> dict[str, float]:
+    """Writes constraints as Optuna's `Trial.set_constraint` does: above zero where a trial is not feasible."""
+    return {f"constraints:{name}": constraint.violation for name, constraint in constraints.items()}
 
 
 def candidate_of_trial(system_attributes: Mapping[str, Any], trial: int) -> Candidate:
@@ -100,6 +114,7 @@ def user_attributes(candidate: Candidate) -> dict[str, Any]:
     if candidate.fitness is not None:
         shown["fitness"] = candidate.fitness
     shown.update(_flat_scores(candidate.scores))
+    shown.update({f"violation of {name}": constraint.violation for name, constraint in candidate.constraints.items()})
     if candidate.items:
         shown["items"] = candidate.items
     if "total" in candidate.seconds:
@@ -253,7 +268,7 @@ def journal_line(candidate: Candidate, parameters: Parameters) -> dict[str, Any]
         "datetime_complete": ended.isoformat(timespec="microseconds"),
         **parameters.journal_fields(candidate),
         "user_attrs": user_attributes(candidate),
-        "system_attrs": {PACKED: pack(candidate)},
+        "system_attrs": system_attributes(candidate),
         "intermediate_values": intermediate_values(candidate),
     }
 
@@ -275,7 +290,7 @@ def frozen_trial(candidate: Candidate, parameters: Parameters) -> FrozenTrial:
         params=params,
         distributions=distributions,
         user_attrs=user_attributes(candidate),
-        system_attrs={PACKED: pack(candidate)},
+        system_attrs=system_attributes(candidate),
         intermediate_values=intermediate_values(candidate),
     )
     trial._validate()

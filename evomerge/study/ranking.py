@@ -1,4 +1,8 @@
-"""Orders the candidates of a search: best first, by fronts, and which are worth measuring on fresh items."""
+"""Orders the candidates of a search: best first, by fronts, and which are worth measuring on fresh items.
+
+Under constraints the feasible come before the others, and of two that are not feasible the one that is less far beyond
+the limits (Deb, 2000, https://doi.org/10.1016/S0045-7825(99)00389-8).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,22 @@ from evomerge.study.candidate import Candidate
 from evomerge.system.arrays import FloatArray
 
 
-def fitness_key(candidate: Candidate) -> tuple[float, int]:
-    """Sorts the fittest first; the earlier one first when equal."""
-    return -(candidate.fitness or 0.0), candidate.number
+def fitness_key(candidate: Candidate) -> tuple[float, float, int]:
+    """Sorts the feasible first, then the fittest; the earlier one first when equal."""
+    return candidate.violation, -(candidate.fitness or 0.0), candidate.number
+
+
+def penalised(candidates: Sequence[Candidate]) -> FloatArray:
+    """Returns the fitness, that of the infeasible replaced by their violation below the worst of the feasible.
+
+    So one number a candidate says what `fitness_key` says.
+    """
+    fitness = np.array([candidate.fitness or 0.0 for candidate in candidates], dtype=np.float64)
+    violation = np.array([candidate.violation for candidate in candidates], dtype=np.float64)
+    feasible = violation == 0
+    worst = float(fitness[feasible].min()) if feasible.any() else 0.0
+    values: FloatArray = np.where(feasible, fitness, worst - violation)
+    return values
 
 
 def ranked(history: Iterable[Candidate]) -> list[Candidate]:
@@ -44,10 +61,11 @@ def best_first(history: Iterable[Candidate], limit: int | None = None) -> list[C
 
 def front_by_front(fittest: Sequence[Candidate], limit: int | None = None) -> list[Candidate]:
     """Returns the same as `best_first`, of candidates with a fitness that are sorted by `fitness_key`."""
-    several = [c for c in fittest if c.objectives is not None]
+    several = [c for c in fittest if c.objectives is not None and c.violation == 0]
     if not several:
         return list(fittest[:limit])
-    return [*_by_fronts(several, limit), *(c for c in fittest if c.objectives is None)][:limit]
+    rest = [c for c in fittest if c.objectives is None or c.violation > 0]
+    return [*_by_fronts(several, limit), *rest][:limit]
 
 
 def _by_fronts(candidates: list[Candidate], limit: int | None) -> list[Candidate]:
@@ -65,10 +83,15 @@ def objectives_of(candidates: Sequence[Candidate]) -> FloatArray:
 
 
 def pareto_front(history: Iterable[Candidate]) -> list[Candidate]:
-    """Returns the candidates with a full score that none dominates, by number; of equal ones the first."""
+    """Returns the candidates with a full score that none dominates, by number; of equal ones the first.
+
+    While none is feasible, those that are least far beyond the limits.
+    """
     done = sorted((c for c in history if c.state == "done" and c.objectives is not None), key=lambda c: c.number)
     if not done:
         return []
+    least = min(c.violation for c in done)
+    done = [c for c in done if c.violation == least]
     values = objectives_of(done)
     _, first = np.unique(values, axis=0, return_index=True)
     undominated = pareto.ranks(values[first], 1) == 0
@@ -117,18 +140,23 @@ def growth(history: Sequence[Candidate]) -> list[Growth]:
     if reference is None:
         return []
     order = sorted(history, key=lambda c: (c.generation, c.number))
-    scored = [c for c in order if c.state == "done" and c.objectives is not None]
+    scored = [c for c in order if _counts(c)]
     volumes = [0.0, *pareto.growing_hypervolume(objectives_of(scored), reference)]
     steps: list[Growth] = []
     front: list[Candidate] = []
     count = done = 0
     for generation, members in itertools.groupby(order, key=lambda c: c.generation):
         new = list(members)
-        more = [c for c in new if c.state == "done" and c.objectives is not None]
+        more = [c for c in new if _counts(c)]
         front = pareto_front([*front, *more])
         count, done = count + len(new), done + len(more)
         steps.append(Growth(generation, count, len(front), float(volumes[done])))
     return steps
+
+
+def _counts(candidate: Candidate) -> bool:
+    """Whether it may add to the volume of a front."""
+    return candidate.state == "done" and candidate.objectives is not None and candidate.violation == 0
 
 
 def latest_improvement(history: Sequence[Candidate]) -> Candidate | None:
@@ -143,6 +171,22 @@ def latest_improvement(history: Sequence[Candidate]) -> Candidate | None:
     reference = reference_point(history)
     inside = front if reference is None else [c for c in front if (np.array(c.objectives) > reference).all()]
     return max(inside, key=lambda c: (c.generation, c.number), default=None)
+
+
+def unmet_constraints(candidates: Sequence[Candidate]) -> list[str]:
+    """Says of each constraint that none of some candidates meets how far off every one of them is."""
+    measured = sorted((c for c in candidates if c.constraints), key=lambda c: c.number)
+    texts = []
+    for name in measured[0].constraints if measured else ():
+        if all(c.constraints[name].violation > 0 for c in measured):
+            nearest = sorted(measured, key=lambda c: c.constraints[name].violation)
+            off = ", ".join(
+                f"{c.operator} {c.constraints[name].value:.4g} (limit {c.constraints[name].limit:.4g})" for c in nearest
+            )
+            texts.append(f"no candidate of generation 0 meets the constraint on {name}; the nearest first: {off}")
+    if not texts and measured and all(c.violation > 0 for c in measured):
+        texts.append("no candidate of generation 0 meets all constraints together, though each is met by some")
+    return texts
 
 
 def finalists(history: Iterable[Candidate], count: int) -> list[Candidate]:

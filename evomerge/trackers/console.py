@@ -17,6 +17,7 @@ from rich.text import Text
 
 from evomerge.study.candidate import Candidate
 from evomerge.study.interfaces import Level, SearchInfo
+from evomerge.study.ranking import fitness_key
 from evomerge.system.streams import PrintableStream
 from evomerge.system.text import one_line, printable
 
@@ -112,9 +113,8 @@ class ConsoleTracker:
             value = f"{value} (stopped early)"
         why = f" ({one_line(candidate.failure or '', 60)})" if candidate.state == "failed" else ""
         best = "" if self._best is None else f", best {self._best.fitness:.4f}"
-        return (
-            f"candidate {candidate.number} of {self._budget}: {value}{why}{best}, {_duration(self._seconds_left)} left"
-        )
+        left = _duration(self._seconds_left)
+        return f"candidate {candidate.number} of {self._budget}: {value}{_beyond(candidate)}{why}{best}, {left} left"
 
     @property
     def _seconds_left(self) -> float:
@@ -142,7 +142,7 @@ class ConsoleTracker:
 
 
 def _better(candidate: Candidate, other: Candidate) -> bool:
-    return (candidate.fitness or 0.0) > (other.fitness or 0.0)
+    return fitness_key(candidate)[:2] < fitness_key(other)[:2]
 
 
 def _scores(candidate: Candidate | None) -> dict[str, str]:
@@ -185,6 +185,12 @@ def _console() -> Console:
 def _bar(text: str, console: Console, transient: bool = False) -> Progress:
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=transient)
+
+
+def _beyond(candidate: Candidate) -> str:
+    """Which limits a candidate is beyond, and how far."""
+    beyond = {name: limited.violation for name, limited in candidate.constraints.items() if limited.violation > 0}
+    return "".join(f", {name} {violation:.1%} beyond its limit" for name, violation in beyond.items())
 
 
 def _duration(seconds: float) -> str:

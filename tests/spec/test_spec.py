@@ -307,7 +307,7 @@ def test_objectives() -> None:
             "'layers' is listed twice",
         ),
         ({"search__also_minimize": ["layers"]}, "without frankenmerge in space.methods every merge has the same size"),
-        ({"search__also_minimize": ["depth"]}, "input should be 'layers' or 'parameters'"),
+        ({"search__also_minimize": ["depth"]}, "input should be 'tokens', 'layers' or 'parameters'"),
         ({"evaluation__tasks": [f"task{k}" for k in range(7)]}, "a front is of 2 to 6 objectives"),
     ],
 )

@@ -17,7 +17,7 @@ from evomerge.space.baselines import baselines
 from evomerge.space.genome import Genome
 from evomerge.study import pareto
 from evomerge.study.budget import StopConditions
-from evomerge.study.candidate import Candidate, Outcome, Proposal
+from evomerge.study.candidate import Candidate, ConstraintValue, Outcome, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
 from evomerge.study.loop import SearchResult, search
 from evomerge.study.ranking import (
@@ -27,8 +27,10 @@ from evomerge.study.ranking import (
     growth,
     latest_improvement,
     pareto_front,
+    penalised,
     ranked,
     reference_point,
+    unmet_constraints,
 )
 from evomerge.study.record import Record
 from tests.algorithms.landscapes import Bowl, Memory, TwoBowls, plain
@@ -212,3 +214,44 @@ def test_the_genetic_algorithm_finds_a_better_front_than_random_search() -> None
             found.append(pareto.hypervolume(truth, np.array([0.5, 0.5])))
     assert np.mean(volumes["ga"]) > np.mean(volumes["random"])
     assert Bowl(SPACE, 0).truth(SPACE.default()) == TwoBowls(SPACE, 0).truth(SPACE.default())[0]
+
+
+def limited(number: int, fitness: float, *violations: float, **changes: Any) -> Candidate:
+    constraints = {f"c{k}": ConstraintValue(0.0, 0.0, violation) for k, violation in enumerate(violations)}
+    return replace(candidate(number, [fitness, fitness]), constraints=constraints, **changes)
+
+
+def test_the_feasible_come_first_then_the_least_far_beyond() -> None:
+    """Deb's rules: 3 is the fittest that is feasible; 1 is nearer to the limits than 2, whatever their fitness."""
+    history = [
+        limited(0, 0.5, -0.1, 0.0),
+        limited(1, 0.7, 0.1, -1.0),
+        limited(2, 0.9, 0.1, 0.1),
+        limited(3, 0.6, -0.2, -0.2),
+    ]
+    alone = [replace(c, objectives=None) for c in history]
+    assert numbers(ranked(alone)) == numbers(best_first(alone)) == [3, 0, 1, 2]
+    assert numbers(np.array(alone, dtype=object)[np.argsort(-penalised(alone))]) == [3, 0, 1, 2]
+    assert numbers(pareto_front(history)) == [3]
+    assert numbers(best_first(history)) == [3, 0, 1, 2]
+    assert best(history) is history[3]
+    assert numbers(pareto_front(history[1:3])) == [1]
+    assert numbers(finalists(history, 3)) == [3, 0, 1]
+
+
+def test_a_front_grows_by_what_is_feasible_only() -> None:
+    history = [limited(0, 0.5, 0.0), limited(1, 0.9, 0.1, generation=1), limited(2, 0.6, 0.0, generation=2)]
+    steps = growth(history)
+    assert [step.front for step in steps] == [1, 1, 1]
+    assert steps[0].hypervolume == steps[1].hypervolume < steps[2].hypervolume
+
+
+def test_what_nobody_meets_is_said_with_how_far_off_each_is() -> None:
+    history = [limited(0, 0.5, 0.2, -0.1), limited(1, 0.6, 0.1, 0.0)]
+    (text,) = unmet_constraints(history)
+    assert text.startswith("no candidate of generation 0 meets the constraint on c0; the nearest first: x 0 (limit 0)")
+    assert unmet_constraints([limited(0, 0.5, 0.2, -0.1), limited(1, 0.6, -0.1, 0.1)]) == [
+        "no candidate of generation 0 meets all constraints together, though each is met by some"
+    ]
+    assert unmet_constraints([limited(0, 0.5, 0.0), limited(1, 0.6, 0.1)]) == []
+    assert unmet_constraints([candidate(0, [0.5])]) == []

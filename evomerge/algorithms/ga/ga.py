@@ -42,7 +42,7 @@ from evomerge.space.genes import OUTER
 from evomerge.space.space import SearchSpace
 from evomerge.study.candidate import Candidate, Proposal
 from evomerge.study.interfaces import AlgorithmSettings
-from evomerge.study.ranking import best_first
+from evomerge.study.ranking import best_first, penalised
 from evomerge.system.arrays import FloatArray, IntArray, Mask
 
 OPTIONS = {"jacobian_steps": True, "trust_region": True}
@@ -153,7 +153,7 @@ def _breeding(space: SearchSpace, history: tuple[Candidate, ...], settings: Algo
         [Parent.of(space, c) for c in order[:parents]],
         JacobianSteps(space, index, order, settings) if steps else None,
         TrustRegion(space, index, seed) if draws else None,
-        [(c.genome.layers, c.fitness or 0.0) for c in with_pattern],
+        [(c.genome.layers, float(value)) for c, value in zip(with_pattern, penalised(with_pattern), strict=True)],
     )
 
 

@@ -5,6 +5,10 @@ optimization", https://arxiv.org/abs/1910.01739): a Gaussian process is fitted t
 the best one, those that a race stopped among them, with the error of what was seen of their items. Every child is the
 best of some random moves under another draw of the function, so that the children of one generation differ by what is
 not known yet. The region grows after a generation that found a better candidate and shrinks after one that did not.
+
+Every constraint has a process of its own: a child is the best of the moves that a draw of each takes for feasible, or
+where there is none the one that they take to be the least far beyond the limits (Eriksson and Poloczek, 2021, "Scalable
+constrained Bayesian optimization", https://arxiv.org/abs/2002.08526).
 """
 
 from __future__ import annotations
@@ -62,7 +66,11 @@ class TrustRegion:
             return None
         rng = generator(self._seed, number, PLANNED_ATTEMPT)
         unit = center.parent.unit.copy()
-        unit[center.mask] = center.posterior.best_of(self._moves(unit[center.mask], rng), rng)
+        moves = self._moves(unit[center.mask], rng)
+        fitness = center.posterior.draw(moves, rng)
+        violations = (limited.values(limited.draw(moves, rng)) for limited in center.limited)
+        beyond = sum((np.maximum(violation, 0.0) for violation in violations), np.zeros(len(moves)))
+        unit[center.mask] = moves[np.lexsort((-fitness, beyond))[0]]
         parent = center.parent
         return self._space.genome(unit, parent.choices, parent.layers), (parent.number,), DRAW
 
@@ -90,8 +98,12 @@ class TrustRegion:
             return None
         nearest = self._index.nearest(best, mask, self._best, MAX_NEAREST)
         values = np.array([c.fitness for c in nearest], dtype=np.float64)
-        posterior = Posterior(self._index.units(nearest, mask), values, _errors(nearest))
-        return _Center(Parent.of(self._space, best), mask, posterior)
+        points, errors = self._index.units(nearest, mask), _errors(nearest)
+        limited = [
+            Posterior(points, np.array([c.constraints[name].violation for c in nearest], dtype=np.float64), errors)
+            for name in best.constraints
+        ]
+        return _Center(Parent.of(self._space, best), mask, Posterior(points, values, errors), limited)
 
 
 def _errors(candidates: Sequence[Candidate]) -> FloatArray:
@@ -107,6 +119,7 @@ class _Center:
     parent: Parent
     mask: Mask
     posterior: Posterior
+    limited: Sequence[Posterior]
 
 
 class Posterior:
@@ -120,7 +133,8 @@ class Posterior:
 
     def __init__(self, points: FloatArray, values: FloatArray, errors: FloatArray) -> None:
         spread = max(float(values.std()), 1e-9)
-        targets = (values - np.median(values)) / spread
+        self._center, self._spread = float(np.median(values)), spread
+        targets = (values - self._center) / spread
         self._points, self._scale = points, math.sqrt(points.shape[1])
         few = min(MAX_FITTED, len(points))
         fits = []
@@ -134,17 +148,20 @@ class Posterior:
         fit = most_likely_fit(covariance, (noise / spread * errors) ** 2 + VALUE_NOISE**2, targets)
         self._weights, self._variance, self._whiten = fit.weights, fit.variance, np.linalg.inv(fit.cholesky)
 
-    def best_of(self, points: FloatArray, rng: np.random.Generator) -> FloatArray:
-        """Chooses the best of some points under a draw of the function, shape [genes] (GPML, eq. 2.25 and 2.26)."""
+    def draw(self, points: FloatArray, rng: np.random.Generator) -> FloatArray:
+        """Draws what is at some points, shape [points] (GPML, eq. 2.25 and 2.26): less the median, in deviations."""
         length = self._length * self._scale
         cross = _squared_exponential(points, self._points, length)
         whitened = self._whiten @ cross.T
         covariance = _squared_exponential(points, points, length) - whitened.T @ whitened
         cholesky = np.linalg.cholesky(covariance + 1e-6 * np.eye(len(points)))
         mean = cross @ self._weights
-        drawn = mean + math.sqrt(self._variance) * (cholesky @ rng.standard_normal(len(points)))
-        best: FloatArray = points[int(np.argmax(drawn))]
-        return best
+        drawn: FloatArray = mean + math.sqrt(self._variance) * (cholesky @ rng.standard_normal(len(points)))
+        return drawn
+
+    def values(self, drawn: FloatArray) -> FloatArray:
+        """Turns a draw into values, which may no longer tell points apart that the draw does."""
+        return self._center + self._spread * drawn
 
 
 @dataclass(frozen=True)

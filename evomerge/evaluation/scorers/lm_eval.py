@@ -16,7 +16,7 @@ import numpy as np
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.scores import BITS, EXP, MEAN, ItemScores
 from evomerge.evaluation.tasks.group_task import GroupTask
-from evomerge.evaluation.tasks.task import Task
+from evomerge.evaluation.tasks.task import TOKENS, Task
 from evomerge.system.arrays import FloatArray
 from evomerge.system.quiet import silent
 
@@ -174,10 +174,13 @@ def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequ
     length; `nll_byte`, minus the right choice's log-likelihood per byte. Where no choice is right, as where a label is
     out of range, the share is 0, and the others have no value.
     loglikelihood: `prob`, the probability of the continuation, and `nll`, minus its log.
+    generate_until: `tokens`, how many were written, as a mean over repeats.
     """
     if not task.has_smooth_metrics:
         return {}
     ones = np.ones(len(indices))
+    if task.output_type == "generate_until":
+        return {TOKENS: (np.array([_tokens_written(group) for group in instances]), ones)}
     if task.output_type == "loglikelihood":
         column = np.array([float(group[0].resps[0][0]) for group in instances])
         return {"prob": (np.exp(column), ones), "nll": (-column, ones)}
@@ -202,6 +205,12 @@ def _smooth_metrics(task: Task, indices: Sequence[int], instances: Sequence[Sequ
         "prob_norm": (np.exp(share_norm), ones),
         "nll_byte": (-per_byte, answered),
     }
+
+
+def _tokens_written(instances: Sequence[Any]) -> float:
+    """The tokens of an item's answers; 0 where the responses are not a model's."""
+    counts = [[float(getattr(answer, "tokens", 0)) for answer in instance.resps] for instance in instances]
+    return sum(sum(of_repeats) / len(of_repeats) for of_repeats in counts if of_repeats)
 
 
 def _log_share(lls: FloatArray, right: Sequence[int]) -> float:

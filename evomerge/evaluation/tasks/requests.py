@@ -58,6 +58,22 @@ SOFT = "soft_targets"
 """The type of a request for an expected log-likelihood, which lm-eval does not have."""
 
 
+class Written(str):
+    """A text that a model wrote, and how many tokens it wrote for it: thinking and stops counted."""
+
+    tokens: int
+
+    def __new__(cls, text: object = "", tokens: int = 0) -> Written:
+        """Makes it of the text and the number."""
+        written = super().__new__(cls, text)
+        written.tokens = tokens
+        return written
+
+    def __getnewargs__(self) -> tuple[str, int]:  # type: ignore[override]
+        """Gives what a copy is made of; some tasks copy their responses."""
+        return str(self), self.tokens
+
+
 class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
     """Tokenises like HFLM: the same base class, with scoring left out.
 
@@ -131,6 +147,12 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """Encodes each prompt."""
         return [self.tok_encode(request.args[0]) for request in requests]
+
+    def counted(self, response: Any) -> Any:
+        """Adds to a text how many tokens it is, where the backend has not said how many were written."""
+        if not isinstance(response, str) or isinstance(response, Written):
+            return response
+        return Written(response, len(self.tok_encode(response, add_special_tokens=False)))
 
     def pairs(self, instance: Any) -> list[Pair | SoftTargets]:
         """Encodes the (context, continuation) of one log-likelihood request; several for a text in windows.

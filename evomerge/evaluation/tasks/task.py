@@ -17,10 +17,15 @@ from evomerge.system.quiet import quiet, seeded
 FEWSHOT_SEED = 1234
 """What `lm_eval` draws few-shot examples with unless told otherwise."""
 
+TOKENS = "tokens"
+"""The metric of every task that generates text: how many tokens it was, an item."""
+
 _SMOOTH_METRICS: Mapping[str, Mapping[str, bool]] = {
     "multiple_choice": {"prob": True, "loss": False, "prob_norm": True, "nll_byte": False},
     "loglikelihood": {"prob": True, "nll": False},
+    "generate_until": {TOKENS: False},
 }
+"""Metrics of ours that every task of an output type has, and whether higher is better."""
 
 _SMOOTH_VERSIONS: Mapping[str, Mapping[str, str]] = {
     "multiple_choice": {"acc": "prob", "acc_norm": "prob_norm", "acc_bytes": "prob_norm"},

@@ -24,7 +24,7 @@ from lm_eval.models.utils import (
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.backends.native.forward import Forward, forward_pass
-from evomerge.evaluation.tasks.requests import Encoder
+from evomerge.evaluation.tasks.requests import Encoder, Written
 from evomerge.system.quiet import torch_seeded
 
 BATCH_TOKENS = 4096
@@ -242,14 +242,15 @@ class Generator:
                 group = group[rows:]
         return batches
 
-    def _finish(self, tokens: Sequence[int], until: Sequence[str]) -> str:
+    def _finish(self, tokens: Sequence[int], until: Sequence[str]) -> Written:
         end = self._think_end
         if isinstance(end, int):
             after = max((k + 1 for k, token in enumerate(tokens) if token == end), default=0)
             text = self.encoder.tokenizer.decode(tokens[after:], skip_special_tokens=True).lstrip()
         else:
             text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
-        return str(postprocess_generated_text(text, list(until), end if isinstance(end, str) else None))
+        answer = postprocess_generated_text(text, list(until), end if isinstance(end, str) else None)
+        return Written(str(answer), len(tokens))
 
     def _greedy(self, forward: Forward, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy decoding of a batch, in which rows that have stopped leave.
