@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pytest
 
 from evomerge.algorithms.proposals import generator
 from evomerge.algorithms.registry import ALGORITHMS
@@ -30,6 +29,8 @@ COSTLY = ("gp",)
 
 def every_algorithm(test: Any) -> Any:
     """Parametrises a test by every algorithm of the registry; the costly ones are marked slow."""
+    import pytest  # here: processes of their own take landscapes from this module, and need no pytest
+
     names = [pytest.param(n, marks=pytest.mark.slow) if n in COSTLY else n for n in sorted(ALGORITHMS)]
     return pytest.mark.parametrize("algorithm", names)(test)
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.frame import invoke
+from tests.frame import TASKS, invoke
 
 CORPUS = Path(__file__).parent.parent / "recipes"
 FILES = sorted(CORPUS.glob("*/*.y*ml"))
@@ -132,7 +132,7 @@ def test_models(
         complains(capsys, "merge", tmp_path / f"{file}.yaml", tmp_path / file)
     complains(capsys, "check", tmp_path / "stack.yaml")
     complains(capsys, "init", broken, tiny_family["b"], "--overwrite")
-    complains(capsys, "eval", broken, "--tasks", "nothing_of_this_name")
+    complains(capsys, "eval", broken, "--tasks", "tiny_choice", "--include-path", TASKS, "--limit", "1")
 
 
 @pytest.mark.parametrize("command", ["status", "resume", "lineage", "export"])

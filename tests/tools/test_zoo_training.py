@@ -15,20 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.zoo import models
 from evomerge.zoo.models import TINY, ensure
+from tests.tools.short_training import SHORT
 from tools.zoo import __main__ as zoo
 from tools.zoo.forward import last_states
-from tools.zoo.sizes import SIZES, Size, Training
+from tools.zoo.sizes import SIZES, Training
 from tools.zoo.skills import OPENERS, lexicon
 from tools.zoo.training import IGNORED, draw_batches, zoo_tokenizer
-
-SHORT = Size(
-    prefix="tiny-",
-    layers=1,
-    hidden=16,
-    feed_forward=16,
-    base=(Training({"facts": 6, "reverse": 6}, 20, 4e-3),),
-    experts={name.removeprefix("tiny-"): (Training({"facts": 2}, 2, 1e-3, seed=k),) for k, name in enumerate(TINY[1:])},
-)
 
 
 def test_a_known_word_is_one_token_and_any_text_comes_back() -> None:
@@ -66,7 +58,7 @@ def test_the_names_are_those_that_ship() -> None:
 
 _SHORT_TRAINING = """
 import hashlib
-from tests.tools.test_zoo_training import SHORT
+from tests.tools.short_training import SHORT
 from tools.zoo.__main__ import trained
 print(hashlib.sha256(b"".join(trained(SHORT).values())).hexdigest())
 """
