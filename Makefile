@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start many processes, each of which would compile it all.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart real test coverage thorough check schema zoo format clean
+.PHONY: quickstart real test coverage thorough check schema zoo format dist clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/evomerge run search_spaces/quickstart.yaml
@@ -53,6 +53,13 @@ format: $(VENV)/.installed-test
 $(VENV)/.kernels: $(wildcard evomerge/engine/kernels/*.py) evomerge/methods/random_field.py | $(VENV)/.installed-test
 	$(BIN)/python -m tests.engine.compile_kernels
 	touch $@
+
+# What goes to a package index: wheel and sdist, checked.
+dist: $(BIN)/python
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage
