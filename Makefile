@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start many processes, each of which would compile it all.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart real test coverage thorough check schema zoo format dist clean
+.PHONY: quickstart real test coverage thorough check schema zoo format docs dist clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/evomerge run search_spaces/quickstart.yaml
@@ -53,6 +53,12 @@ format: $(VENV)/.installed-test
 $(VENV)/.kernels: $(wildcard evomerge/engine/kernels/*.py) evomerge/methods/random_field.py | $(VENV)/.installed-test
 	$(BIN)/python -m tests.engine.compile_kernels
 	touch $@
+
+# The pages of docs/ as a site, with the reference from the code.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m tools.docs.reference docs/reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What goes to a package index: wheel and sdist, checked.
 dist: $(BIN)/python

@@ -51,6 +51,7 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "scale": "How tasks of different units are weighed against each other: relative divides each score by that of "
         "the best source on the same items, raw takes it as it is.",
         "splits": "How the items of each task are divided: disjoint, drawn by the seed, never drawn again.",
+        "constraints": "What may not get worse, or not grow: a task's metric, tokens written, layers, parameters.",
         "guard": "Tasks that never steer: they show what a merge broke elsewhere.",
         "fitness": "What candidates are compared by: metric, the one that is reported; smooth, the probability of the "
         "right choice where the task has it. Left out: smooth, but for spaces that only copy layers.",
@@ -103,6 +104,21 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "max_cost": "Most that the whole run may cost, in the unit of price.",
         "price": "[of a million tokens of prompts, of replies].",
     },
+    "Constraint": {
+        "task": "A task whose metric is limited.",
+        "metric": "Its metric; left out: the task's first.",
+        "splits": "Sizes of its splits.",
+        "num_fewshot": "Examples before each of its questions.",
+        "at_least": "The least that is allowed: a number, or a model's value such as `base - 0.01`.",
+        "at_most": "The most that is allowed: a number, or a model's value such as `base * 1.02`.",
+        "tokens": "Limits on the tokens written an item.",
+        "layers": "Limits on the number of layers.",
+        "parameters": "Limits on the number of parameters.",
+    },
+    "Limits": {
+        "at_least": "The least that is allowed: a number, or a model's value such as `base - 0.01`.",
+        "at_most": "The most that is allowed: a number, or a model's value such as `base * 1.02`.",
+    },
     "FromModel": {"from": "A source's name, or base."},
     "Splits": {
         "search": "Items that steer: a fraction, or a number of items above 1.",
@@ -132,8 +148,10 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Run": {
         "dir": "The run's folder; left out: runs/NAME.",
-        "executor": "Who scores candidates: processes of this machine.",
-        "workers": "Processes that score candidates; 1 is this one.",
+        "executor": "Who scores candidates: local, processes of this machine; ray, a cluster.",
+        "workers": "Processes that score candidates; 1 is this one, but for Ray.",
+        "ray_address": "HOST:PORT of a Ray cluster, or auto; left out: a Ray of the run's own.",
+        "ray_resources": "What each worker takes of the cluster, such as {num_gpus: 1}; left out: what it needs.",
         "storage": "A database for the record, such as postgresql://...; left out: a file in the run's folder.",
         "keep": "How many of the best are kept as checkpoints, in the run's best/.",
     },
