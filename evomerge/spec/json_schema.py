@@ -77,6 +77,7 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "python": "A scorer of your own: FILE.py:NAME or package.module:NAME.",
         "data": "The items of a scorer: a .jsonl or .json file.",
         "judge": "A model behind a server that gives marks to what a merge writes.",
+        "agreement": "The model whose answers on its own texts the merge should agree with: a source.",
         "options": "What a Python scorer is called with beside the model and the items.",
     },
     "Task": {
