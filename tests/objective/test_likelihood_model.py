@@ -8,7 +8,7 @@ import pytest
 from evomerge.evaluation.scorers.response_functions import _Probability, _Share
 from evomerge.evaluation.scores import ItemScores, ResponseJacobian
 from evomerge.objective.goals import Goal
-from evomerge.objective.likelihood_model import FOLDS, LikelihoodModel, Term, joined
+from evomerge.objective.likelihood_model import FOLDS, LikelihoodModel, Limited, Term, joined
 
 GENES = 6
 
@@ -87,3 +87,16 @@ def test_the_probability_of_one_answer() -> None:
     values, slopes = _Probability(np.array([0, 1]), log=False)(at)
     np.testing.assert_allclose(values, np.exp(at))
     np.testing.assert_allclose(slopes, values)
+
+
+def test_a_step_keeps_to_a_limit_that_it_predicts_to_be_broken() -> None:
+    """The probability may rise by 0.01 before it is beyond the limit; without one a step raises it by far more."""
+    signal = np.full(GENES, 0.4)
+    part, scores, metric = responses(60, 0, signal)
+    term = Term(Goal("t", "prob", 1.0, higher_is_better=True), slice(0, 120), metric, scores, part.items, np.ones(60))
+    bounds = np.full(GENES, -0.5), np.full(GENES, 0.5)
+    limited = LikelihoodModel([term], 1.0, part, *bounds, [Limited(term, -0.01, 1.0)])
+    _, free = LikelihoodModel([term], 1.0, part, *bounds).step(np.arange(GENES), 0.02, 0.3)
+    _, gain = limited.step(np.arange(GENES), 0.02, 0.3)
+    assert free > 0.05
+    assert gain < 0.03

@@ -15,9 +15,11 @@ from evomerge.report.result import RunResult
 from evomerge.report.tables import result_table
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
+from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.interfaces import NullTracker
 from tests.fakes import FAKE, fake_spec
+from tests.frame import search_spec
 
 LIMITS: list[dict[str, Any]] = [
     {"task": "answer", "metric": "acc", "at_least": "base + 0.1"},
@@ -148,3 +150,38 @@ def test_a_metric_that_a_task_lacks_and_tokens_of_none_are_told_together() -> No
     assert "acc" in text
     assert "evaluation.constraints: tokens: none of the tasks generates text (choice, text)" in text
     assert "evaluation.constraints: 'choice acc <= a' is listed twice" in text
+
+
+def test_tokens_are_an_objective_and_limited_beside_any_generated_task(
+    tiny_family: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = parse_spec(
+        search_spec(
+            tiny_family,
+            space__methods=["linear"],
+            evaluation__tasks=["tiny_choice", {"task": "tiny_answer", "metric": "exact_match"}],
+            evaluation__scale="raw",
+            evaluation__guard=["tiny_text"],
+            evaluation__constraints=[
+                {"tokens": {"at_most": "base * 1.5"}},
+                {"task": "tiny_text", "metric": "bits_per_byte", "at_most": "base + 5"},
+            ],
+            search__objectives="pareto",
+            search__also_minimize=["tokens"],
+            search__candidates=8,
+            run__keep=0,
+        )
+    )
+    result = start(spec, folder=tmp_path / "run")
+    searched = {c.operator: c for c in RunFolder.existing(tmp_path / "run").candidates()}
+    base = searched["parent:base"]
+    tokens = base.scores["search"]["tiny_answer"]["tokens"]["value"]
+    assert 1 <= tokens <= 8
+    assert base.constraints["tokens <= base * 1.5"].value == tokens
+    assert base.constraints["tokens <= base * 1.5"].limit == pytest.approx(1.5 * tokens)
+    assert base.objectives is not None
+    assert base.objectives[2] == 1.0
+    assert set(result.front[0].sizes) == {"tokens", "layers", "parameters"}
+    assert [c.name for c in result.constraints] == ["tokens <= base * 1.5", "tiny_text bits_per_byte <= base + 5"]
+    assert result.constraints[1].verdict == "held"
+    assert "guard" in result.winner.scores
