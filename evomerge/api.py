@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from evomerge.recipe import Recipe
@@ -54,13 +54,15 @@ def search(spec: SearchSpec | Mapping[str, Any] | str | Path, **options: Any) ->
     from evomerge.run.preflight import load_search, parse_search
     from evomerge.run.search import start
     from evomerge.trackers.console import ConsoleTracker
+    from evomerge.trackers.registry import with_trackers
 
-    options.setdefault("tracker", ConsoleTracker())
-    if isinstance(spec, str | Path):
-        return start(load_search(Path(spec)), source=Path(spec), **options).to_json()
-    if isinstance(spec, Mapping):
-        spec = parse_search(spec, beside=Path.cwd())
-    return start(spec, **options).to_json()
+    source = Path(spec) if isinstance(spec, str | Path) else None
+    if source is not None:
+        opened = load_search(source)
+    else:
+        opened = parse_search(spec, beside=Path.cwd()) if isinstance(spec, Mapping) else cast("SearchSpec", spec)
+    options.setdefault("tracker", with_trackers(ConsoleTracker(), opened.run.track))
+    return start(opened, source=source, **options).to_json()
 
 
 def evaluate(model: str, tasks: Sequence[str], **options: Any) -> dict[str, Any]:

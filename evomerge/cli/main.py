@@ -87,6 +87,7 @@ def run(
     spec = load_search(path)
     from evomerge.run.search import start  # only now: what it loads takes seconds
     from evomerge.trackers.console import ConsoleTracker
+    from evomerge.trackers.registry import with_trackers
 
     result = start(
         spec,
@@ -97,7 +98,7 @@ def run(
         executor=executor,
         ray_address=ray_address,
         accept_edited=accept_edited,
-        tracker=ConsoleTracker(verbose=verbose),
+        tracker=with_trackers(ConsoleTracker(verbose=verbose), spec.run.track),
     )
     typer.echo(result_table(result))
 
@@ -116,10 +117,13 @@ def resume(
 ) -> None:
     """Go on with a search from where it stopped."""
     from evomerge.report.tables import result_table
+    from evomerge.run.folder import RunFolder as Folder
     from evomerge.run.search import resume as resume_run
     from evomerge.trackers.console import ConsoleTracker
+    from evomerge.trackers.registry import with_trackers
 
     _interruptible()
+    names = Folder.existing(run, accept_edited=accept_edited).spec.run.track
     result = resume_run(
         run,
         candidates=candidates,
@@ -127,7 +131,7 @@ def resume(
         executor=executor,
         ray_address=ray_address,
         accept_edited=accept_edited,
-        tracker=ConsoleTracker(verbose=verbose),
+        tracker=with_trackers(ConsoleTracker(verbose=verbose), names),
     )
     typer.echo(result_table(result))
 

@@ -375,6 +375,7 @@ class Run(Section):
     ray_address: str | None = None  # HOST:PORT of a cluster, or auto; None: a Ray of the run's own
     ray_resources: dict[str, Annotated[float, Field(gt=0, le=1e15)]] | None = None  # of an actor; None: what it needs
     storage: str | None = None
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []  # the names of trackers.registry
     keep: int = Field(1, ge=0, le=MOST)
 
 

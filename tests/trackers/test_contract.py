@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -12,9 +14,33 @@ from evomerge.space.baselines import baselines
 from evomerge.study.candidate import Candidate, Outcome, first_generation
 from evomerge.study.interfaces import LogTracker, NullTracker, SearchInfo, Tracker
 from evomerge.trackers.console import ConsoleTracker
+from evomerge.trackers.metrics import MetricsTracker, Several
 from tests.study.scripted_run import SPACE
 
-TRACKERS: dict[str, type[Tracker]] = {"null": NullTracker, "log": LogTracker, "console": ConsoleTracker}
+
+class ListSink:
+    """What an experiment tracker would keep; it has the candidates up to `last` already."""
+
+    written: ClassVar[list[tuple[int, dict[str, float]]]] = []
+    last = -1
+
+    def __init__(self, name: str, folder: str, config: Mapping[str, Any]) -> None:
+        self.written.clear()
+
+    def write(self, number: int, values: Mapping[str, float]) -> None:
+        self.written.append((number, dict(values)))
+
+    def close(self) -> None:
+        pass
+
+
+TRACKERS: dict[str, Callable[[], Tracker]] = {
+    "null": NullTracker,
+    "log": LogTracker,
+    "console": ConsoleTracker,
+    "metrics": lambda: MetricsTracker(ListSink),
+    "several": lambda: Several([ConsoleTracker(), MetricsTracker(ListSink)]),
+}
 PROPOSALS = first_generation(baselines(SPACE), 4)
 DONE = [Candidate.of(proposal, Outcome(0.1 * number)) for number, proposal in enumerate(PROPOSALS)]
 FAILED = Candidate.of(PROPOSALS[3], Outcome(None, state="failed", failure="MemoryError: no memory"))
