@@ -53,6 +53,21 @@ def test_log_likelihoods_in_the_order_of_the_pairs(model: BackendModel) -> None:
     assert model.loglikelihood([]) == []
 
 
+def test_what_no_candidate_asks_again_is_not_kept_for_ever(
+    bench: Bench, model: BackendModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [(f"the river {k}", " is") for k in range(12)]
+    expected = model.loglikelihood(pairs), model.generate([text for text, _ in pairs], max_new_tokens=2)
+    for module in ("tasks.requests", "backends.native.backend", "backends.native.generation"):
+        monkeypatch.setattr(f"evomerge.evaluation.{module}.MOST_KEPT", 5)
+    evaluator = bench.evaluator("gen")
+    evaluator.prepare(bench.model)
+    forgetful = BackendModel("mine", bench.model, evaluator.backend, evaluator.encoder)
+    assert (forgetful.loglikelihood(pairs), forgetful.generate([text for text, _ in pairs], 2)) == expected
+    backend: Any = evaluator.backend
+    assert max(map(len, (evaluator.encoder._pairs, backend._pairs, backend.generator._prompts))) <= 5
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

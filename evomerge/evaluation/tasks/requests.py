@@ -54,6 +54,8 @@ Responses = Sequence[Sequence[Sequence[Any]]]
 """For each item, for each of its instances, one response per repeat, as lm-eval's models give them."""
 
 
+MOST_KEPT = 2**17
+"""Encoded requests that are kept: a scorer may ask something new of every candidate."""
 SOFT = "soft_targets"
 """The type of a request for an expected log-likelihood, which lm-eval does not have."""
 
@@ -164,6 +166,8 @@ class Encoder(TemplateLM):  # type: ignore[misc]  # lm-eval has no type hints
         """
         key = (instance.request_type, *instance.args)
         if key not in self._pairs:
+            if len(self._pairs) >= MOST_KEPT:
+                self._pairs.clear()
             self._pairs[key] = self._encode_pairs(instance)
         return self._pairs[key]
 

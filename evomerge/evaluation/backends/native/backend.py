@@ -17,7 +17,7 @@ from evomerge.evaluation.backends.native.logprobs import TreeLogprobs
 from evomerge.evaluation.backends.native.prefix_trees import PackedTrees
 from evomerge.evaluation.backends.registry import Backend, BackendOptions, Directions
 from evomerge.evaluation.scores import ResponseJacobian
-from evomerge.evaluation.tasks.requests import Pair, Requests, SoftTargets
+from evomerge.evaluation.tasks.requests import MOST_KEPT, Pair, Requests, SoftTargets
 from evomerge.system.arrays import FloatArray, IntArray
 from evomerge.system.hashing import digest
 
@@ -154,6 +154,8 @@ class NativeBackend(Backend):
                 raise TaskError(
                     f"task {requests.task!r}, item {index}: its text is empty, so there is nothing to score"
                 )
+            if len(self._pairs) >= MOST_KEPT:
+                self._pairs.clear()
             self._pairs[key] = pairs
         return self._pairs[key]
 

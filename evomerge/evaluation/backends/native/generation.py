@@ -24,7 +24,7 @@ from lm_eval.models.utils import (
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.backends.native.forward import Forward, forward_pass
-from evomerge.evaluation.tasks.requests import Encoder, Written
+from evomerge.evaluation.tasks.requests import MOST_KEPT, Encoder, Written
 from evomerge.system.quiet import torch_seeded
 
 BATCH_TOKENS = 4096
@@ -192,6 +192,8 @@ class Generator:
         text, given = instance.args[0], instance.args[1]
         key = json.dumps([text, given], sort_keys=True, default=str)
         if key not in self._prompts:
+            if len(self._prompts) >= MOST_KEPT:
+                self._prompts.clear()
             self._prompts[key] = self._encode(instance, text, given)
         return self._prompts[key]
 
