@@ -26,6 +26,7 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "sources": "The models that are merged: a name of your own for each, and its reference.",
         "tokenizer": "Where vocabularies differ, whose tokens the merge has: union, base, or a source's name. Left out "
         "where the models have one vocabulary.",
+        "activations": "A file of the base's mean inputs, for methods and stages that ask for them.",
         "shuffled": "Shuffle the sources' differences from the base within every tensor: a search of mere noise.",
     },
     "Space": {
@@ -77,7 +78,7 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "python": "A scorer of your own: FILE.py:NAME or package.module:NAME.",
         "data": "The items of a scorer: a .jsonl or .json file.",
         "judge": "A model behind a server that gives marks to what a merge writes.",
-        "agreement": "The model whose answers on its own texts the merge should agree with: a source.",
+        "agreement": "Texts of the sources, .jsonl or .json, on which the merge should expect what they do.",
         "options": "What a Python scorer is called with beside the model and the items.",
     },
     "Task": {
