@@ -70,6 +70,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_probing() -> Iterator[None]:
+    """`evaluation.dtype: auto` is float32: which is faster hangs on the machine, and scores on which it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evomerge.problem.problem.fastest_dtype", lambda shapes, device: "float32")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
     """No test cuts the power, and a killed process loses nothing that is written; other processes do wait."""
     with pytest.MonkeyPatch.context() as patch:

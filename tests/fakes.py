@@ -30,6 +30,7 @@ def fake_spec(**changes: Any) -> SearchSpec:
             "splits": {"search": 0.5, "select": 0.25, "test": 0.25},
             "guard": ["answer"],
             "cache": False,
+            "dtype": "float32",
         },
         "search": {"algorithm": "ga", "population": 4, "candidates": 18, "finalists": 3},
         "run": {"keep": 0},

@@ -18,6 +18,7 @@ from evomerge.checkpoints.layout import Location
 from evomerge.checkpoints.matching.compatible import check_compatible, not_finite
 from evomerge.checkpoints.tokenizer import read_tokenizer, write_contents
 from evomerge.errors import CheckpointError, ErrorCollector, SpecError, TaskError
+from evomerge.evaluation.compute_dtype import fastest_dtype
 from evomerge.evaluation.scorers.agreement import agreement_task
 from evomerge.evaluation.scorers.chat_client import ChatClient, ChatOptions
 from evomerge.evaluation.scorers.judge import Judge as JudgeScorer
@@ -141,7 +142,7 @@ def assemble(
         space: SearchSpace = steps.attempt(_space_of, spec, models)
     checkpoints = models.checkpoints
     return Problem(
-        spec=spec,
+        spec=_with_dtype(spec, checkpoints),
         checkpoints=checkpoints,
         tasks=dict(task_set.tasks),
         splits=_draw_splits(spec, task_set),
@@ -155,6 +156,21 @@ def assemble(
         merged_tokenizer=models.tokenizer,
         notes=models.warnings,
     )
+
+
+def _with_dtype(spec: SearchSpec, checkpoints: Mapping[str, Checkpoint]) -> SearchSpec:
+    """The specification with the dtype that suits this machine, where it leaves that open."""
+    evaluation = spec.evaluation
+    if evaluation.dtype != "auto":
+        return spec
+    dtype = fastest_dtype(model_shapes(checkpoints[reference_of(spec)]), evaluation.device)
+    return spec.model_copy(update={"evaluation": evaluation.model_copy(update={"dtype": dtype})})
+
+
+def model_shapes(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+    """Returns the shapes of a model's tensors, without those of embedding and head."""
+    outer = {checkpoint.layout.embedding, checkpoint.layout.head}
+    return [info.shape for name, info in checkpoint.tensors.items() if name not in outer]
 
 
 def _space_of(spec: SearchSpec, models: Aligned) -> SearchSpace:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import resource
 import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.checkpoint import open_checkpoints
+from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.matching.compatible import not_finite
 from evomerge.errors import BadInput, CheckpointError, SpecError
 from evomerge.evaluation.splits import GUARD, SEARCH, SELECT, TEST, Selection
@@ -101,30 +104,42 @@ def check_search(spec: SearchSpec, *, sources: bool = False) -> str:
     seeds = max(0, len(starts) - len(baselines(space)))
     warnings = check_models(problem, runner)
     plan = runner.plan(single_model(next(iter(spec.models.sources.values()))))
-    size = output_bytes(plan)
-    opened = sum(checkpoint.nbytes for checkpoint in problem.checkpoints.values())
     splits = [split for split in (SEARCH, SELECT, TEST, GUARD) if problem.splits[split]]
     rows = [
         [name, task.output_type, *(str(len(problem.splits[split].get(name, ()))) for split in splits)]
         for name, task in problem.tasks.items()
     ]
-    seconds = _seconds_per_candidate(runner, plan, problem.splits[SEARCH])
-    budget = spec.search.candidates
     return "\n".join(
         [
             *(f"warning: {text}" for text in warnings),
-            f"{spec.name}: {len(spec.models.sources)} sources, {space.size} genes, {budget} candidates of "
-            f"{spec.search.algorithm}",
+            f"{spec.name}: {len(spec.models.sources)} sources, {space.size} genes, "
+            f"{spec.search.candidates} candidates of {spec.search.algorithm}",
             *([f"warm start: {seeds} of generation 0 from {', '.join(spec.search.warm_starts)}"] if seeds else []),
             table(["task", "type", *splits], rows),
-            f"memory: about {_gigabytes(2 * size * spec.run.workers + opened)}, of which {_gigabytes(opened)} are the "
-            "models' files",
-            f"disk: {_gigabytes(size * spec.run.keep)} for {spec.run.keep} kept checkpoints "
-            f"({_free(spec.folder)} free there)",
-            f"time: about {seconds:.1f} s a candidate, {seconds * budget / 3600:.1f} h for {budget}",
+            *_needs(problem, runner, plan, open_dtype=spec.evaluation.dtype == "auto"),
             *(_survey_lines(problem, runner) if sources else []),
         ]
     )
+
+
+def _needs(problem: Problem, runner: ModelRunner, plan: Plan, *, open_dtype: bool) -> list[str]:
+    """What a search will need: dtype, memory, disk, time."""
+    spec, selection = problem.spec, problem.splits[SEARCH]
+    opened = sum(checkpoint.nbytes for checkpoint in problem.checkpoints.values())
+    dtype, processes, budget = spec.evaluation.dtype, spec.run.workers, spec.search.candidates
+    seconds, sample = _seconds_per_candidate(runner, plan, selection)
+    weights = sum(math.prod(op.shape) for op in plan.operations) * torch_dtype(parse_dtype(dtype)).itemsize
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + weights  # so far it has scored a source's own
+    size, kept = output_bytes(plan), spec.run.keep
+    all_of_it = f"{_duration(seconds * budget / processes)} for {budget}"
+    return [
+        f"dtype: {dtype}" + (", of float32 and bfloat16 the faster here; a run keeps its own" if open_dtype else ""),
+        f"memory: about {_gigabytes(own * processes)}, of which {_gigabytes(weights * processes)} are a candidate's "
+        f"weights and up to {_gigabytes(opened)} the models' memory-mapped files",
+        f"disk: {_gigabytes(size * kept)} for {kept} kept checkpoints ({_free(spec.folder)} free there)",
+        f"time: about {_duration(seconds)} to score a candidate on all search items, {all_of_it}; an estimate from "
+        f"{sample} of {sum(map(len, selection.values()))} items, without merging, races and what else runs here",
+    ]
 
 
 _BEST_LAYERS = 3
@@ -162,17 +177,33 @@ def output_bytes(plan: Plan) -> int:
     return sum(TensorSpec(op.output, op.shape, op.dtype).nbytes for op in plan.operations)
 
 
-def _seconds_per_candidate(runner: ModelRunner, plan: Plan, selection: Selection) -> float:
-    """From scoring a few items of each task once to warm up and once more."""
-    few = {task: indices[:8] for task, indices in selection.items()}
+_SAMPLE = 4  # items of each task
+
+
+def _seconds_per_candidate(runner: ModelRunner, plan: Plan, selection: Selection) -> tuple[float, int]:
+    """From scoring a few items of each task, and their share of the tokens; and how many they were."""
+    evaluator = runner.evaluator
+    few = {task: indices[:_SAMPLE] for task, indices in selection.items()}
     model = runner.materialise(plan)
-    runner.evaluator.score(model, few)
+    first = next(iter(few))
+    evaluator.score(model, {first: few[first][:1]})  # what the first call does once
     seconds = 0.0
     for task, indices in few.items():
         started = time.perf_counter()
-        runner.evaluator.score(model, {task: indices})
-        seconds += (time.perf_counter() - started) * len(selection[task]) / len(indices)
-    return seconds
+        evaluator.score(model, {task: indices})
+        of_all, of_few = (
+            sum(1 + len(evaluator.encoder.tok_encode("".join(evaluator.texts(task, k)))) for k in part)
+            for part in (selection[task], indices)
+        )
+        seconds += (time.perf_counter() - started) * of_all / of_few
+    return seconds, sum(map(len, few.values()))
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _free(path: Path) -> str:

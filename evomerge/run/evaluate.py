@@ -17,6 +17,7 @@ from evomerge.engine.execute import find_device
 from evomerge.engine.resident import Resident
 from evomerge.errors import BadInput, TaskError
 from evomerge.evaluation.backends.registry import BackendName
+from evomerge.evaluation.compute_dtype import fastest_dtype
 from evomerge.evaluation.evaluator import Evaluator, require_decoder
 from evomerge.evaluation.scorers.lm_eval import item_scores, with_corpus_errors
 from evomerge.evaluation.scorers.lm_eval_files import write_lm_eval_files
@@ -24,6 +25,7 @@ from evomerge.evaluation.scores import ScoreTable, score_table, table_to_json
 from evomerge.evaluation.tasks.lm_eval_tasks import TaskSet, find_tasks, group_scores
 from evomerge.evaluation.tasks.requests import read_template
 from evomerge.planning.plan import make_plan
+from evomerge.problem.problem import model_shapes
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
 from evomerge.system.inputs import Inputs
@@ -86,7 +88,7 @@ def evaluate(
         num_fewshot: Examples before each question; None leaves it to the tasks.
         gen_kwargs: Settings of generation that replace those of the tasks: a mapping, JSON, or "key=value,key=value".
         max_length: Longest input in tokens; the model's context if None.
-        dtype: What the model computes in.
+        dtype: What the model computes in; "auto" for the faster of float32 and bfloat16 here.
         device: Where it runs.
         batch_tokens: Tokens a batch; None for what suits the device.
         apply_chat_template: Render prompts as conversations.
@@ -108,7 +110,7 @@ def evaluate(
     """
     if log_samples and output_path is None:
         raise BadInput("--log_samples: say where they go, with --output_path")
-    compute_dtype = _compute_dtype(limit, backend, dtype)
+    _check_options(limit, backend, dtype)
     generation = _parsed("--gen_kwargs", gen_kwargs)
     template_args = _parsed("--chat_template_args", chat_template_args)
     find_device(device)
@@ -143,6 +145,10 @@ def evaluate(
     selection = {name: indices for name, indices in selection.items() if name in task_set.tasks}
     for text in (*notes, *(f"left out: {text}" for of_task in problems.values() for text in of_task)):
         warn(text)
+    if dtype == "auto":
+        dtype = fastest_dtype(model_shapes(checkpoint), device)
+        warn(f"--dtype auto: {dtype}, the faster one here")
+    compute_dtype = torch_dtype(parse_dtype(dtype))
     plan = make_plan(parse_recipe(single_model(reference)), {reference: checkpoint})
     resident, _ = Resident({reference: checkpoint}, compute_dtype, device).write(plan)
     answered = evaluator.answer(resident, selection)
@@ -171,16 +177,16 @@ def evaluate(
     return Evaluation(model, scores, group_scores(task_set, scores))
 
 
-def _compute_dtype(limit: float | None, backend: str, dtype: str) -> Any:
-    """What the model computes in, where it and the other two options can be."""
+def _check_options(limit: float | None, backend: str, dtype: str) -> None:
     if limit is not None and limit <= 0:
         raise BadInput(f"limit: a number of items, or a part of them below 1; got {limit:g}")
     if backend not in get_args(BackendName):
         raise BadInput(f"--backend: '{backend}' is not one of {', '.join(get_args(BackendName))}")
-    try:
-        return torch_dtype(parse_dtype(dtype))
-    except KeyError:
-        raise BadInput(f"--dtype: '{dtype}' is not one of float32, bfloat16, float16") from None
+    if dtype not in _DTYPES:
+        raise BadInput(f"--dtype: '{dtype}' is not one of {', '.join(_DTYPES)}")
+
+
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def _tasks(names: Sequence[str], warn: Callable[[str], object], **options: Any) -> TaskSet:

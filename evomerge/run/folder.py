@@ -124,8 +124,15 @@ class RunFolder:
         write_atomic(self.root / "resolved.yaml", seal_lines(text), private=has_secret(spec.run.storage or ""))
         self.spec = spec
 
+    def with_chosen(self, spec: SearchSpec) -> SearchSpec:
+        """Returns a specification with what the run has chosen where the specification leaves it open."""
+        if spec.evaluation.dtype != "auto":
+            return spec
+        evaluation = spec.evaluation.model_copy(update={"dtype": self.spec.evaluation.dtype})
+        return spec.model_copy(update={"evaluation": evaluation})
+
     def _refuse_other(self, spec: SearchSpec) -> None:
-        diff = _diff(_identity(self.spec), _identity(spec))
+        diff = _diff(_identity(self.spec), _identity(self.with_chosen(spec)))
         if diff:
             raise RunError(
                 f"{self.root}: holds a run of another search; give this one another name or --dir. "

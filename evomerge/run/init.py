@@ -226,7 +226,6 @@ def search_yaml(
     if tokenizer is not None:
         models["tokenizer"] = {model: name for name, model in sources.items()}.get(tokenizer, tokenizer)
     layers = next(iter(opened.values())).layout.layer_count if next(iter(opened.values())).layout.main else 1
-    stored = {info.dtype for model in opened.values() for info in model.tensors.values()}
     methods = [name for name in _EVERYWHERE if base or not METHODS[name].base_needed({})]
     space: dict[str, Any] = {"methods": methods, "layer_groups": max(1, min(6, layers))}
     filters = tensor_group_filters(next(iter(opened.values())), ())
@@ -241,7 +240,6 @@ def search_yaml(
             "evaluation": {
                 "tasks": list(tasks) or list(_TASKS),
                 "splits": {"search": 100, "select": 200, "test": 400},
-                "dtype": "float32" if "F32" in stored else "bfloat16",
             }
         },
         {"search": {"algorithm": "ga", "candidates": 200, "seed": 0}},

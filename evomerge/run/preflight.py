@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # they load lm-eval, which a wrong key in the file need not w
 
 _TEXTS = 2  # of each task
 _TOKENS = 64  # of each text
+_ALL_TOKENS = 256  # for a model
 _SLACK = 1.0  # nats that a model may be worse than guessing before there is a warning
 
 
@@ -179,7 +180,7 @@ def read_texts(runner: ModelRunner, references: Mapping[str, str], dtype: str) -
     """
     evaluator = runner.evaluator
     rows = [evaluator.encoder.tok_encode(text)[:_TOKENS] for text in sample_texts(evaluator)]
-    rows = [row for row in rows if len(row) > 1]
+    rows = [row for row in rows if len(row) > 1][: max(1, _ALL_TOKENS // _TOKENS)]
     warnings, broken = [], []
     for name, reference in references.items():
         loss, guessing = text_loss(runner.materialise(runner.plan(single_model(reference))), rows)
@@ -201,7 +202,7 @@ def read_texts(runner: ModelRunner, references: Mapping[str, str], dtype: str) -
 def sample_texts(evaluator: Evaluator) -> list[str]:
     """Takes the first few texts of each task, prompt and answer together."""
     counts = {task: min(_TEXTS, len(evaluator.items(task))) for task in evaluator.tasks}
-    return ["".join(evaluator.texts(task, k)) for task, count in counts.items() for k in range(count)]
+    return ["".join(evaluator.texts(task, k)) for k in range(_TEXTS) for task, count in counts.items() if k < count]
 
 
 def text_loss(model: Any, rows: Sequence[Sequence[int]]) -> tuple[float, float]:

@@ -114,7 +114,7 @@ def start(
     opened = RunFolder.create(root, spec, given, accept_edited=accept_edited)
     if candidates is None:  # the run may have been extended beyond the file's budget
         spec = _with_budget(spec, max(spec.search.candidates, opened.spec.search.candidates))
-    spec = _with_run(spec, workers=workers, executor=executor, ray_address=ray_address)
+    spec = _with_run(opened.with_chosen(spec), workers=workers, executor=executor, ray_address=ray_address)
     return _run(opened, spec, tracker, parts, new=new)
 
 
@@ -245,6 +245,11 @@ class _Session:
         spec = folder.spec
         tracker.report("opening models and tasks")
         problem = parts.open_problem(spec, None)
+        if problem.spec != spec:
+            spec = problem.spec
+            folder.write_spec(spec)
+            chosen = spec.evaluation.dtype
+            tracker.report(f"evaluation.dtype: {chosen}, of float32 and bfloat16 the faster here; the run keeps it")
         for text in folder.check_environment(environment(problem)):
             tracker.report(text)
         runner = parts.make_runner(problem)

@@ -301,7 +301,8 @@ class Evaluation(Section):
     racing: bool = False
     cache: bool = True
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    # auto: the faster of float32 and bfloat16 where the run begins, which then keeps it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: int | None = Field(None, ge=16, le=2**31)  # what suits the device
     max_length: int | None = Field(None, ge=8, le=2**31)
     apply_chat_template: bool = False

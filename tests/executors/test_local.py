@@ -63,11 +63,13 @@ def test_two_workers_search_as_one_process_does(tmp_path: Path) -> None:
     scored = [c.scores for c in found.candidates if c.state != "failed"]
     assert len({scores["process"] for scores in scored}) == 2
     assert os.getpid() not in {scores["process"] for scores in scored}
-    # Each candidate is compared with the earlier generations, and generation 0 with nobody.
+    # Each candidate is compared with the earlier generations, and generation 0 with nobody, or with the first of it.
     sizes = {c.generation: sum(other.generation < c.generation for other in found.candidates) for c in found.candidates}
     for c in found.candidates:
         if c.state != "failed":
-            assert c.scores["known"] == (tuple(range(sizes[c.generation])) or None)
+            known = c.scores["known"]
+            assert known is None or (known == tuple(range(len(known))) and len(known) <= c.number)
+            assert c.generation == 0 or len(known) == sizes[c.generation]
     for process in {scores["process"] for scores in scored}:
         assert not alive(process)
 

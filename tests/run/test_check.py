@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def test_warnings_of_a_recipe(tiny_family: dict[str, Path], tmp_path: Path) -> N
 def test_a_search_is_known_by_its_keys(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="evaluation: missing"):
         check_file(written(tmp_path / "search.yaml", {"name": "x", "models": {"sources": {"a": "a"}}}))
+
+
+def test_what_a_search_will_need(tiny_family: dict[str, Path], tmp_path: Path) -> None:
+    """The memory is what a process really has, and small times are not rounded to nothing."""
+    content = search_spec(tiny_family, evaluation__dtype="auto")
+    text = check_file(written(tmp_path / "search.yaml", content))
+    assert "dtype: float32, of float32 and bfloat16 the faster here; a run keeps its own" in text
+    memory, seconds, whole = re.search(
+        r"memory: about (\S+) GB.*time: about (\S+) s to score a candidate on all search items, (.*) for 18; "
+        r"an estimate from 8 of \d+ items",
+        text,
+        re.DOTALL,
+    ).groups()  # type: ignore[union-attr]
+    assert float(memory) > 0.2
+    assert float(seconds) >= 0.0
+    assert whole.split()[1] in ("s", "min")
 
 
 def test_splits_that_ask_too_much(tiny_family: dict[str, Path], tmp_path: Path) -> None:

@@ -609,3 +609,16 @@ def test_controls_are_two_more_to_beat(tiny_family: dict[str, Path], tmp_path: P
     assert [c.recipe for c in control.candidates()[:3]] == first  # the same search, of other tensors
     (root / "result.json").unlink()
     assert start(spec, folder=root).to_json() == result.to_json()
+
+
+def test_a_dtype_that_is_left_open_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run keeps it, also where the same file is run again on another machine."""
+    spec = fake_spec(search__candidates=5, search__finalists=2, evaluation__dtype="auto")
+    monkeypatch.setattr("evomerge.problem.problem.fastest_dtype", lambda shapes, device: "bfloat16")
+    start(spec, folder=tmp_path / "run", parts=FAKE)
+    assert RunFolder.existing(tmp_path / "run").spec.evaluation.dtype == "bfloat16"
+    monkeypatch.setattr("evomerge.problem.problem.fastest_dtype", lambda shapes, device: "float32")
+    start(spec, folder=tmp_path / "run", candidates=7, parts=FAKE)
+    assert RunFolder.existing(tmp_path / "run").spec.evaluation.dtype == "bfloat16"
+    with pytest.raises(RunError, match="dtype: float32"):
+        start(fake_spec(search__candidates=7, search__finalists=2), folder=tmp_path / "run", parts=FAKE)

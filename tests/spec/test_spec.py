@@ -188,7 +188,7 @@ def test_paths_beside_the_file_above_it_and_from_here(tmp_path: Path, monkeypatc
         ({"run__executor": "slurm"}, "run.executor: input should be 'local' or 'ray' (got 'slurm')"),
         ({"run__workers": 0}, "run.workers: input should be greater than or equal to 1 (got 0)"),
         ({"search__mode": "steady"}, "search.mode: input should be 'generational' or 'asynchronous' (got 'steady')"),
-        ({"evaluation__dtype": "int8"}, "evaluation.dtype: input should be 'float32', 'bfloat16' or 'float16'"),
+        ({"evaluation__dtype": "int8"}, "evaluation.dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"search__algorithm": "tpee"}, "search.algorithm: 'tpee' is not one of "),
         ({"search__algorithm": "rando"}, "(did you mean 'random'?)"),
         ({"space__methods": ["tie"]}, "space.methods: no method 'tie' (did you mean 'ties'?)"),
