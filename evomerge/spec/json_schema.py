@@ -155,6 +155,7 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "ray_address": "HOST:PORT of a Ray cluster, or auto; left out: a Ray of the run's own.",
         "ray_resources": "What each worker takes, such as {CPU: 2} or {GPU: 1}; default: what it needs.",
         "storage": "A database for the record, such as postgresql://...; left out: a file in the run's folder.",
+        "track": "Experiment trackers that follow the search, each installed by the extra of its name.",
         "keep": "How many of the best are kept as checkpoints, in the run's best/.",
     },
 }
