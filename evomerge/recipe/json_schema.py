@@ -91,6 +91,10 @@ def recipe_schema() -> dict[str, Any]:
             "anyOf": [{"enum": sorted(STAGES)}, {"type": "array", "items": {"enum": sorted(STAGES)}}],
             "description": "Stages that follow the merge, in this order.",
         },
+        "activations": {
+            **reference,
+            "description": "A file of mean inputs of the base, for the stages that ask: evomerge.mean_inputs makes it.",
+        },
     }
     schema = _mapping(properties, ["merge_method"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "recipe.yaml", **schema}
