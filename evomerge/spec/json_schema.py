@@ -24,8 +24,6 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "base": "The model that the sources were tuned from: a folder, a Hub id (ORG/NAME@REVISION), base+adapter, a "
         ".safetensors file, zoo:NAME. Task vectors are differences from it; without one only methods that need none.",
         "sources": "The models that are merged: a name of your own for each, and its reference.",
-        "activations": "A file of mean inputs of the base, for the stages that ask for it, such as aim: "
-        "evomerge.mean_inputs makes it.",
         "tokenizer": "Where vocabularies differ, whose tokens the merge has: union, base, or a source's name. Left out "
         "where the models have one vocabulary.",
         "activations": "A file of the base's mean inputs, for methods and stages that ask for them.",
