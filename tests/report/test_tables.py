@@ -87,6 +87,7 @@ FINISHED = RunResult(
     informative=None,
     within_noise_of=(),
     verdict="The winner is fine.",
+    constraints=(),
 )
 
 
