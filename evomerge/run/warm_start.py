@@ -12,7 +12,7 @@ from evomerge.errors import BadInput, SpecError
 from evomerge.methods.registry import get_method
 from evomerge.recipe import Recipe, load_recipe, parse_recipe
 from evomerge.run.folder import RunFolder
-from evomerge.space.baselines import Start, baselines
+from evomerge.space.baselines import Start, baselines, raced_last
 from evomerge.space.decode import decode, recipe_hash, why_invalid
 from evomerge.space.genes import REST, layer_groups
 from evomerge.space.space import SearchSpace
@@ -106,7 +106,7 @@ def common_sources(there: SearchSpec, here: SearchSpec) -> dict[str, str]:
 def warm_starts(spec: SearchSpec, space: SearchSpace, reference: Checkpoint, plan: PlanRecipe) -> tuple[Start, ...]:
     """Collects generation 0: the baselines, then each seed in the order of the specification, every recipe once.
 
-    Of a run, the best that are not there yet, `MAX_OF_A_RUN`.
+    Those that race come last. Of a run, the best that are not there yet, `MAX_OF_A_RUN`.
 
     Args:
         spec: The specification.
@@ -130,7 +130,7 @@ def warm_starts(spec: SearchSpec, space: SearchSpace, reference: Checkpoint, pla
             starts.setdefault(recipe_hash(start.recipe), start)
     if problems:
         raise SpecError(problems)
-    return tuple(starts.values())
+    return raced_last(starts.values())
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Start:
 def baselines(space: SearchSpace) -> tuple[Start, ...]:
     """Lists each parent (the base included), the uniform average, a λ grid, and each method at its paper's values.
 
-    Baselines with the same recipe count once, under the first name.
+    Baselines with the same recipe count once, under the first name; those that race come last.
     """
     starts = [_parent(space, name) for name in _parents(space)]
     if len(space.sources) > 1:
@@ -54,7 +54,12 @@ def baselines(space: SearchSpace) -> tuple[Start, ...]:
     unique: dict[str, Start] = {}
     for start in starts:
         unique.setdefault(recipe_hash(start.recipe), start)
-    return tuple(unique.values())
+    return raced_last(unique.values())
+
+
+def raced_last(starts: Iterable[Start]) -> tuple[Start, ...]:
+    """Sorts generation 0 by whether one races, for it does so against those before it."""
+    return tuple(sorted(starts, key=lambda start: start.raced))
 
 
 def _parents(space: SearchSpace) -> list[str]:

@@ -83,8 +83,7 @@ def search(
         asynchronous=asynchronous,
     )
     try:
-        given = baselines(space) if starts is None else starts
-        reason, message = loop.run(tuple(sorted(given, key=lambda start: start.raced)))
+        reason, message = loop.run(tuple(baselines(space) if starts is None else starts))
     except KeyboardInterrupt:
         reason, message = "interrupted", f"stopped by the user after {len(record)} candidates"
     return SearchResult(reason, message, record.candidates())
