@@ -241,13 +241,29 @@ class RunFolder:
         number = read_sealed_lines(path, "the storage has it, as the run's id").strip()
         return {"id": number, "folder": str(self.root.resolve()), "host": socket.gethostname()}
 
-    def candidates(self, *, baseline: bool = False) -> tuple[Candidate, ...]:
-        """Reads all recorded candidates, by number; those of the baseline's random search where that is asked for."""
+    def candidates(self, *, baseline: bool = False, torn: bool = False) -> tuple[Candidate, ...]:
+        """Reads all recorded candidates, by number.
+
+        Args:
+            baseline: Those of the baseline's random search.
+            torn: Also of a record whose end is missing, as a run takes it that goes on.
+
+        Raises:
+            RunError: The record lacks candidates that result.json counts.
+        """
         from evomerge.study.record import Record
 
         where = self.spec.run.storage or self.root / "study.log"
         record = Record.find(where, self._study(baseline))  # reading must not make what the run is about to make
-        return record.candidates() if record is not None else ()
+        recorded = record.candidates() if record is not None else ()
+        result = None if baseline or torn else self.result()
+        if result is not None and len(recorded) < result.candidates.recorded:
+            counted = f"the {result.candidates.recorded} candidates that result.json counts"
+            raise RunError(
+                f"{masked(str(where))}: has {len(recorded)} of {counted}: its end is missing; `evomerge resume` scores "
+                "them again"
+            )
+        return recorded
 
     def winner(self, history: tuple[Candidate, ...]) -> int:
         """Returns the winner's number: the finished run's, or the best so far.

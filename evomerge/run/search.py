@@ -255,7 +255,7 @@ class _Session:
         runner = parts.make_runner(problem)
         if spec.search.warm_starts and folder.starts() is None:  # going on needs nothing but the run's own folder
             folder.write_starts(warm_starts(spec, problem.space, problem.reference_model, runner.plan))
-        recorded = folder.candidates()
+        recorded = folder.candidates(torn=True)
         if recorded:  # another run's, too: then it is refused before anything is spent
             folder.record(problem.space, report=tracker.report)
         else:  # a run that goes on has passed them

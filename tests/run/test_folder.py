@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from evomerge.errors import RunError
 from evomerge.run.folder import RunFolder
-from evomerge.run.search import score_unless_crashing
+from evomerge.run.search import resume, score_unless_crashing
 from evomerge.space.genome import Genome
 from evomerge.spec.load import parse_spec
 from evomerge.spec.schema import SearchSpec
@@ -134,3 +135,17 @@ def test_a_candidate_that_kills_every_process_fails_in_the_end(tmp_path: Path, s
     found = scored()
     assert found.state == "failed"
     assert "killed: 4 processes in a row died" in (found.failure or "")
+
+
+def test_a_record_without_its_end_is_told_and_made_whole(finished_run: Path, tmp_path: Path) -> None:
+    """What a kill leaves of a line is cut off by a run that goes on; of a finished run nobody reads the rest as all."""
+    root = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    whole, result = RunFolder.existing(root).candidates(), RunFolder.existing(root).result()
+    path = root / "study.log"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(RunError, match=rf"study\.log: has \d+ of the {len(whole)} candidates that result\.json counts"):
+        RunFolder.existing(root).candidates()
+    torn = RunFolder.existing(root).candidates(torn=True)
+    assert 0 < len(torn) < len(whole)
+    assert resume(root).to_json() == result.to_json() if result is not None else False
+    assert [c.recipe_hash for c in RunFolder.existing(root).candidates()] == [c.recipe_hash for c in whole]

@@ -16,7 +16,7 @@ from evomerge.run.check import check_search
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.run.warm_start import MAX_OF_A_RUN, read_seeds, warm_starts
-from evomerge.space.baselines import Start, baselines
+from evomerge.space.baselines import Start, baselines, raced_last
 from evomerge.space.decode import genome_hash, recipe_hash
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
@@ -52,18 +52,19 @@ def test_generation_0_is_the_baselines_then_the_best_of_the_run_then_the_recipe(
     problem = open_problem(spec_of(tiny_family, [str(finished_run), str(recipe_file)], search__population=6))
     starts = starts_of(problem)
     first = baselines(problem.space)
-    assert starts[: len(first)] == first
+    seeds = [start for start in starts if start not in first]
+    assert starts == raced_last([*first, *seeds])
     known = {candidate.number: candidate for candidate in RunFolder.existing(finished_run).candidates()}
     winner = RunFolder.existing(finished_run).winner(tuple(known.values()))
     order = [winner, *(c.number for c in ranked(known.values()) if c.number != winner)]
     old = {recipe_hash(s.recipe) for s in first}
     expected = [f"seed: tiny #{k}" for k in order if recipe_hash(known[k].recipe) not in old][:MAX_OF_A_RUN]
-    assert [s.name for s in starts[len(first) :]] == [*expected, "seed: known-good.yaml"]
-    for seed in starts[len(first) : -1]:
+    assert [s.name for s in seeds] == [*expected, "seed: known-good.yaml"]
+    for seed in seeds[:-1]:
         candidate = known[int(seed.name.split("#")[1])]
         assert (seed.recipe, genome_hash(problem.space, seed.genome)) == (candidate.recipe, candidate.recipe_hash)
-    assert starts[-1].recipe["parameters"] == {"normalize": True, "lambda": 0.8}
-    assert starts[-1].genome.values["method"] == "task_arithmetic"
+    assert seeds[-1].recipe["parameters"] == {"normalize": True, "lambda": 0.8}
+    assert seeds[-1].genome.values["method"] == "task_arithmetic"
     assert all(problem.space.contains(s.genome) for s in starts)
     assert len({recipe_hash(s.recipe) for s in starts}) == len(starts)
 
