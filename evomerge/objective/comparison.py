@@ -9,7 +9,7 @@ https://doi.org/10.1007/BF02295996.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -111,7 +111,7 @@ def within_noise(differences: Mapping[str, Difference]) -> list[str]:
     return [name for name, interval in intervals.items() if interval is None or interval[0] <= 0]
 
 
-def verdict(differences: Mapping[str, Difference], test: Mapping[str, float]) -> str:
+def verdict(differences: Mapping[str, Difference], test: Mapping[str, float], over_limits: Collection[str] = ()) -> str:
     """Says in one sentence whether the winner is better than what a person would have tried first.
 
     It is better when every baseline's own interval is above zero: beating them all takes beating each of them,
@@ -121,7 +121,13 @@ def verdict(differences: Mapping[str, Difference], test: Mapping[str, float]) ->
     Args:
         differences: Of `compare`.
         test: Every baseline's fitness on the test items.
+        over_limits: Those of them that break a constraint: nobody could have taken one of these.
     """
+    if over_limits:
+        names = ", ".join(over_limits)
+        rest = {name: row for name, row in differences.items() if name not in over_limits}
+        left_out = f"{names} {'break' if len(over_limits) > 1 else 'breaks'} a constraint, and did not count here."
+        return f"{verdict(rest, {name: test[name] for name in rest})} {left_out}"
     if not differences:
         return "There was nothing to compare the winner with."
     best = max(test, key=lambda name: test[name])

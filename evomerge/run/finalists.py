@@ -18,6 +18,7 @@ from evomerge.objective.constraints import Measurement
 from evomerge.objective.fitness import Fitness, Scores
 from evomerge.problem.candidate_evaluator import CandidateEvaluator, constraint_value
 from evomerge.problem.problem import Problem
+from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
 from evomerge.report.result import (
     BaselineRow,
@@ -144,6 +145,7 @@ def _result(
     differences = compare(
         winner.splits[TEST], {name: model.splits[TEST] for name, model in baselines.items()}, reported
     )
+    over_limits = [name for name, model in baselines.items() if scorer.is_over_a_limit(model)]
     return RunResult(
         run=spec.name,
         state="finished",
@@ -189,8 +191,10 @@ def _result(
         constraints=scorer.constraints(winner),
         hypervolume=_hypervolume(spec.objectives, history),
         informative=_informative(scorer.evaluator, {c.number: c.fitness for c in choice.candidates}, choice.finalists),
-        within_noise_of=tuple(within_noise(differences)),
-        verdict=verdict(differences, {name: reported(model.splits[TEST]) for name, model in baselines.items()}),
+        within_noise_of=tuple(name for name in within_noise(differences) if name not in over_limits),
+        verdict=verdict(
+            differences, {name: reported(model.splits[TEST]) for name, model in baselines.items()}, over_limits
+        ),
     )
 
 
@@ -263,6 +267,17 @@ class _Scorer:
         """Adds up how far a finalist is beyond the limits, on `search` and `select` items together."""
         values = self.constraint_values(model, (SEARCH, SELECT)).values()
         return sum(max(0.0, value.violation) for value in values)
+
+    def is_over_a_limit(self, model: ScoredModel) -> bool:
+        """Tells whether a model that was read on the test items breaks a constraint there.
+
+        An adapter that a control trained is no model of the problem, and has the size of its base.
+        """
+        if not self.evaluator.objective.constraints:
+            return False
+        is_open = set(parse_recipe(model.recipe, where=model.name).models()) <= self.problem.checkpoints.keys()
+        measured = model if is_open else replace(model, recipe=single_model(self.problem.reference))
+        return any(value.violation > 0 for value in self.constraint_values(measured, (TEST,)).values())
 
     def constraint_values(self, model: ScoredModel, splits: Sequence[str]) -> dict[str, ConstraintValue]:
         """Measures what is limited on the items of some splits together."""

@@ -118,6 +118,17 @@ def test_verdict(rows: dict[str, Difference], sentence: str) -> None:
     assert ("better than every" in text) == (not within_noise(rows))
 
 
+def test_what_breaks_a_constraint_is_not_to_be_beaten() -> None:
+    better = Difference(0.1, 0.01, 100, (0.08, 0.12), (0.07, 0.13), {})
+    worse = Difference(-0.1, 0.01, 100, (-0.12, -0.08), (-0.13, -0.07), {})
+    rows, test = {"a": better, "b": worse}, {"a": 0.4, "b": 0.6}
+    assert verdict(rows, test).startswith("The winner is worse than the best baseline (b)")
+    text = verdict(rows, test, ["b"])
+    assert text.startswith("The winner is better than every baseline. Compared with the best baseline (a)")
+    assert text.endswith("b breaks a constraint, and did not count here.")
+    assert verdict({"b": worse}, test, ["b"]).startswith("There was nothing to compare the winner with. b breaks")
+
+
 def test_verdict_without_baselines() -> None:
     assert compare({}, {}, Fitness((ACC,))) == {}
     assert verdict({}, {}) == "There was nothing to compare the winner with."

@@ -78,6 +78,9 @@ def test_the_result_says_of_each_limit_whether_it_holds(tmp_path: Path) -> None:
     assert answer.interval is not None
     assert answer.interval[0] < answer.interval[1]
     assert {answer.verdict, choice.verdict} <= {"held", "broken", "not to be told"}
+    broken = set(result.verdict.partition(" did not count here")[0].rpartition(". ")[2].replace(",", "").split())
+    assert "parent:base" in broken  # it has less than itself and 0.1
+    assert "parent:base" not in result.within_noise_of
     text = result_table(result)
     assert "| answer acc >= base + 0.1 |" in text
     assert f"{answer.verdict}" in text
