@@ -24,7 +24,7 @@ from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.module_names import model_class
 from evomerge.engine.execute import execute_all, materialise, pieces
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
-from evomerge.errors import CandidateError
+from evomerge.errors import CandidateError, EvoMergeError
 from evomerge.planning.operation import COPY, Family, Operation
 from evomerge.planning.plan import Plan
 
@@ -182,15 +182,21 @@ def empty_model(config: Mapping[str, object], device: torch.device) -> nn.Module
     """Builds the architecture that a config.json describes, parameters on the meta device, buffers real.
 
     Raises:
-        CandidateError: When the config names no architecture that transformers knows.
+        CandidateError: When the config names no architecture that transformers knows, or none that it can build.
     """
     from accelerate import init_empty_weights
 
     if "model_type" not in config:
         raise CandidateError("the merged config.json has no model_type: a model cannot be built from it")
     resolved = transformers_config(config)
-    with init_empty_weights(include_buffers=False):
-        model = model_class(config)._from_config(resolved)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = model_class(config)._from_config(resolved)
+    except EvoMergeError:
+        raise
+    except Exception as error:  # whatever a model's own code makes of a config
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CandidateError(f"transformers cannot build the model that config.json describes: {reason}") from error
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

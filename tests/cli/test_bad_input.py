@@ -109,7 +109,7 @@ def test_everything_is_told_at_once(search: Callable[..., Path], capsys: pytest.
     assert ended.code == 2
     for text in (
         "task 'mc' has no metric 'acc_nrm' (did you mean 'acc_norm'?); it has acc, acc_norm",
-        "task 'gen' has no metric 'exact_match,lwo': no filter 'lwo' (did you mean 'low'?); it has plain, low",
+        "task 'gen' has no metric 'exact_match,lwo': no filter 'lwo' (did you mean 'low'?); it has 'plain', 'low'",
         "unknown task 'rollin' (did you mean 'rolling'?)",
         "task 'no_documents' cannot be loaded",
         "unknown task 'lgn'",

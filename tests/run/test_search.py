@@ -301,7 +301,7 @@ def test_a_run_of_an_older_version_goes_on(finished_run: Path, tmp_path: Path) -
         read_status(root)
     assert "without it, `evomerge resume` writes it" in raised.value.problems[-1]
     (root / "result.json").unlink()
-    assert "stopped; 18 scored" in status_text(read_status(root))
+    assert "18 of 18 candidates: 18 scored in full" in status_text(read_status(root))
     assert resume(root, candidates=19).candidates.done == 19
 
 

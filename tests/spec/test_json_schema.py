@@ -19,6 +19,18 @@ from tests.frame import ROOT, invoke, search_spec
 SHIPPED = sorted((ROOT / "search_spaces").glob("*.yaml"))
 
 
+def validator_of(schema: dict[str, Any]) -> Any:
+    """What validates documents by a schema, which is checked once."""
+    kind = jsonschema.validators.validator_for(schema)
+    kind.check_schema(schema)
+    return kind(schema)
+
+
+@pytest.fixture(scope="module")
+def recipes() -> Any:
+    return validator_of(recipe_schema())
+
+
 def keys(schema: Any) -> Iterator[tuple[str, Any]]:
     """Every key of a schema, at any depth, with what is said of it."""
     if isinstance(schema, dict):
@@ -74,20 +86,20 @@ def test_what_is_wrong_is_seen(tiny_family: dict[str, Path], key: str, value: An
         jsonschema.validate(search_spec(tiny_family) | {key: value}, search_schema())
 
 
-def test_recipes_fit() -> None:
+def test_recipes_fit(recipes: Any) -> None:
     paths = sorted((ROOT / "tests" / "recipes" / "good").glob("*.yaml"))
     assert len(paths) > 20
     for path in paths:
         for document in read_documents(path.read_text(), str(path), RecipeError):
-            jsonschema.validate(document, recipe_schema())
+            recipes.validate(document)
 
 
-def test_a_recipe_that_is_wrong_is_seen() -> None:
+def test_a_recipe_that_is_wrong_is_seen(recipes: Any) -> None:
     right = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a", "parameters": {"density": [0.1, 1]}}]}
-    jsonschema.validate(right, recipe_schema())
+    recipes.validate(right)
     for wrong in ({"merge_method": "tias"}, {"models": ["a"]}, {"parameters": {"densty": 1}}, {"dtype": "int8"}):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({**right, **wrong}, recipe_schema())
+            recipes.validate({**right, **wrong})
 
 
 def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:

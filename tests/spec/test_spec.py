@@ -116,7 +116,7 @@ def test_minimal_takes_defaults() -> None:
     spec = parse_spec(MINIMAL)
     assert spec.evaluation.tasks[0].task == "arc_easy"
     assert spec.folder == Path("runs/small")
-    assert (spec.search.algorithm, spec.evaluation.dtype, spec.run.keep) == ("ga", "bfloat16", 1)
+    assert (spec.search.algorithm, spec.evaluation.dtype, spec.run.keep) == ("ga", "auto", 1)
 
 
 @pytest.mark.parametrize(

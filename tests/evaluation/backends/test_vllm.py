@@ -47,7 +47,7 @@ def test_scores_are_the_candidates_and_every_candidate_is_handed_over(bench: Ben
     for model in (bench.model, other, bench.model):
         scores, expected = made.score(model, selection), native.score(model, selection)
         for task in CONFIGS:
-            for metric in expected[task].metrics:
+            for metric in expected[task].metrics.keys() - {"tokens"}:  # of the text that it gives
                 np.testing.assert_allclose(
                     scores[task].values(metric), expected[task].values(metric), rtol=1e-4, atol=1e-5
                 )
