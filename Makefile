@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/evomerge run search_spaces/quickstart.yaml
 	$(BIN)/evomerge export runs/quickstart runs/quickstart/export --overwrite
 
-# Four fine-tunes of a 135M model, built from a 93 MB package and examples/real: a quarter of an hour of two quiet cores.
+# Four fine-tunes of a 135M model, built from a 93 MB package and examples/real: well under an hour on two cores.
 real: models/science/model.safetensors
 	$(BIN)/evomerge run search_spaces/real.yaml
 
