@@ -127,11 +127,9 @@ def ray_cluster() -> Iterator[Any]:
 
         node = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
         cluster = Cluster()
-        for head in ({"include_dashboard": False}, {}):
-            try:
-                cluster.add_node(**node, **head)
-            except Exception:  # a busy machine takes longer than Ray waits: once more
-                cluster.add_node(**node, **head)
+        for more in ({"include_dashboard": False}, {}):
+            cluster.add_node(wait=False, **node, **more)
+        cluster.wait_for_nodes(timeout=240)  # a busy machine takes longer than the 30 s of `wait`
         ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
         signal.signal(signal.SIGTERM, before)
         yield cluster

@@ -18,6 +18,7 @@ import pytest
 from evomerge.errors import RunError, SpecError
 from evomerge.executors import ray as ray_module
 from evomerge.executors.ray import RayWorkers
+from evomerge.study.candidate import Candidate
 from evomerge.study.record import Record
 from tests.executors.scripted_worker import OPENER, actors, run, workers
 from tests.executors.test_local import BUDGET, PATIENCE, alive, lasting, wait_for
@@ -33,28 +34,38 @@ def test_actors_that_die_and_a_node_that_is_removed_change_nothing(
 ) -> None:
     """Three actors on three nodes; one candidate kills its actor once, and a node goes while they score others."""
     caplog.set_level(logging.WARNING)
-    node = ray_cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    folder = tmp_path / "three"
+    alone = lasting(run_alone(tmp_path / "one", "ga", BUDGET).candidates)
+    for attempt in range(5):  # until the node that goes had an actor: which nodes have one is Ray's to say
+        folder = tmp_path / f"three-{attempt}"
+        candidates = _run_while_a_node_goes(ray_cluster, folder)
+        assert lasting(candidates) == alone
+        processes = {c.scores["process"] for c in candidates if c.state != "failed"}
+        assert len(processes) >= 3
+        assert "died (its worker process has died" in caplog.text
+        wait_for(lambda processes=processes: not any(map(alive, processes)))
+        if "died (its node has died" in caplog.text or "died (its node is gone" in caplog.text:
+            break
+    else:
+        pytest.fail("no actor lost its node")
+
+
+def _run_while_a_node_goes(cluster: Any, folder: Path) -> tuple[Candidate, ...]:
+    node = cluster.add_node(wait=False, num_cpus=1, object_store_memory=80 * 2**20)
+    cluster.wait_for_nodes(timeout=240)
     executor = actors(folder, 3, {0: "meets 1", 1: "meets 2", 2: "meets 0", 9: "killed once"}, pause=0.3)
     recorded = folder / "study.log"
 
     def remove() -> None:
         wait_for(lambda: recorded.exists() and recorded.read_bytes().count(b"\n") > 12)
-        ray_cluster.remove_node(node)
+        cluster.remove_node(node)
 
     removal = threading.Thread(target=remove)
     removal.start()
     try:
-        candidates = run(folder, BUDGET, executor).candidates
+        return run(folder, BUDGET, executor).candidates
     finally:
         removal.join()
         executor.close()
-    assert lasting(candidates) == lasting(run_alone(tmp_path / "one", "ga", BUDGET).candidates)
-    processes = {c.scores["process"] for c in candidates if c.state != "failed"}
-    assert len(processes) >= 3
-    assert "died (its worker process has died" in caplog.text
-    assert "died (its node has died" in caplog.text or "died (its node is gone" in caplog.text
-    wait_for(lambda: not any(map(alive, processes)))
 
 
 def test_a_node_with_other_models_is_refused_by_name(ray_cluster: Any, tmp_path: Path) -> None:
