@@ -217,6 +217,10 @@ class Evaluator:
         args = self.requests(task).by_item[index][0].args
         return (str(args[0]) if len(args) > 1 else ""), (str(args[-1]) if isinstance(args[-1], str) else "")
 
+    def tokens(self, task: str, index: int) -> list[int]:
+        """Encodes what an item asks first, context and what follows it together."""
+        return list(self.encoder.tok_encode("".join(self.texts(task, index))))
+
     def item_hash(self, task: str, index: int) -> str:
         """Returns the identity of one item's content: its document and what it asks."""
         if (task, index) not in self._hashes:

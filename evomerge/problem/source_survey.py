@@ -145,10 +145,8 @@ def _value_gradient(
 
 def _hidden_moves(problem: Problem, runner: ModelRunner, selection: Selection) -> FloatArray:
     """How each source moves the base's last hidden states on a few texts, in units of their length, [sources, ...]."""
-    texts = [
-        "".join(runner.evaluator.texts(task, k)) for task, positions in selection.items() for k in positions[:_TEXTS]
-    ]
-    rows = [ids for ids in (runner.evaluator.encoder.tok_encode(text)[:_TOKENS] for text in texts) if len(ids) > 1]
+    chosen = [(task, k) for task, positions in selection.items() for k in positions[:_TEXTS]]
+    rows = [ids for ids in (runner.evaluator.tokens(task, k)[:_TOKENS] for task, k in chosen) if len(ids) > 1]
     models = problem.spec.models
     base, *others = (
         _hidden(runner, text, rows) for text in (models.base or problem.reference, *models.sources.values())

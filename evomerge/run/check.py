@@ -191,11 +191,9 @@ def _seconds_per_candidate(runner: ModelRunner, plan: Plan, selection: Selection
     for task, indices in few.items():
         started = time.perf_counter()
         evaluator.score(model, {task: indices})
-        of_all, of_few = (
-            sum(1 + len(evaluator.encoder.tok_encode("".join(evaluator.texts(task, k)))) for k in part)
-            for part in (selection[task], indices)
-        )
-        seconds += (time.perf_counter() - started) * of_all / of_few
+        taken = time.perf_counter() - started
+        of_all, of_few = (sum(1 + len(evaluator.tokens(task, k)) for k in part) for part in (selection[task], indices))
+        seconds += taken * of_all / of_few
     return seconds, sum(map(len, few.values()))
 
 

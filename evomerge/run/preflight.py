@@ -179,7 +179,9 @@ def read_texts(runner: ModelRunner, references: Mapping[str, str], dtype: str) -
         CheckpointError: Those whose logits are not finite.
     """
     evaluator = runner.evaluator
-    rows = [evaluator.encoder.tok_encode(text)[:_TOKENS] for text in sample_texts(evaluator)]
+    counts = {task: min(_TEXTS, len(evaluator.items(task))) for task in evaluator.tasks}
+    firsts = [(task, k) for k in range(_TEXTS) for task, count in counts.items() if k < count]
+    rows = [evaluator.tokens(task, k)[:_TOKENS] for task, k in firsts]
     rows = [row for row in rows if len(row) > 1][: max(1, _ALL_TOKENS // _TOKENS)]
     warnings, broken = [], []
     for name, reference in references.items():
@@ -197,12 +199,6 @@ def read_texts(runner: ModelRunner, references: Mapping[str, str], dtype: str) -
     if broken:
         raise CheckpointError(broken)
     return warnings
-
-
-def sample_texts(evaluator: Evaluator) -> list[str]:
-    """Takes the first few texts of each task, prompt and answer together."""
-    counts = {task: min(_TEXTS, len(evaluator.items(task))) for task in evaluator.tasks}
-    return ["".join(evaluator.texts(task, k)) for k in range(_TEXTS) for task, count in counts.items() if k < count]
 
 
 def text_loss(model: Any, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
