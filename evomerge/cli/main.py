@@ -193,18 +193,19 @@ def lineage(
     from evomerge.run.folder import RunFolder as Folder
 
     folder = Folder.existing(run)
-    history = folder.candidates()
     if as_json:
-        typer.echo(json.dumps(lineage_records(history), indent=2))
+        typer.echo(json.dumps(lineage_records(folder.candidates()), indent=2))
     elif dot:
-        typer.echo(to_dot(history, candidate))
+        typer.echo(to_dot(folder.candidates(), candidate))
     else:
         from evomerge.report.run_data import shortened
         from evomerge.run.report import read_run
 
-        changes = read_run(run).changes
-        number = folder.winner(history) if candidate is None else candidate
-        typer.echo(ancestry(history, number, lambda c: {p: shortened(texts) for p, texts in changes(c).items()}))
+        data = read_run(run)
+        number = folder.winner(data.history) if candidate is None else candidate
+        typer.echo(
+            ancestry(data.history, number, lambda c: {p: shortened(texts) for p, texts in data.changes(c).items()})
+        )
 
 
 @app.command()

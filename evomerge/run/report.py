@@ -46,14 +46,13 @@ def read_run(root: Path) -> RunData:
     )
 
 
-def write_report(root: Path, out: Path | None = None, *, csv: Path | None = None, refresh: bool = False) -> Path:
+def write_report(root: Path, out: Path | None = None, *, csv: Path | None = None) -> Path:
     """Writes the report of a run.
 
     Args:
         root: The run's folder.
         out: The HTML file; None for report.html in the run's folder.
         csv: A folder for the numbers behind each picture; None for none.
-        refresh: Have a browser that shows it read it again every few seconds, while the run has not ended.
 
     Returns:
         The HTML file.
@@ -62,13 +61,15 @@ def write_report(root: Path, out: Path | None = None, *, csv: Path | None = None
         RunError: When there is no run.
         OutputError: When writing fails.
     """
-    data = read_run(root)
+    return _write(read_run(root), root, out, csv, refresh=None)
+
+
+def _write(data: RunData, root: Path, out: Path | None, csv: Path | None, *, refresh: int | None) -> Path:
     out = root / "report.html" if out is None else expand_home(out)
     if out.is_dir():
         raise BadInput(f"{out}: is a folder; name the HTML file")
-    running = refresh and data.status.state == "running"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, report_page(data, refresh=_REFRESH if running else None))
+    write_atomic(out, report_page(data, refresh=refresh))
     if csv is not None:
         folder = expand_home(csv)
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,9 @@ def watch_report(
     """
     first = True
     while True:
-        running = status_of(folder := RunFolder.existing(root), folder.candidates()).state == "running"
-        path = write_report(root, out, csv=csv, refresh=running)
+        data = read_run(root)
+        running = data.status.state == "running"
+        path = _write(data, root, out, csv, refresh=_REFRESH if running else None)
         if first:
             written(path)
         if not running:
