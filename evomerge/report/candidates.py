@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from evomerge.study.candidate import Candidate, State
+from evomerge.study.candidate import Candidate, State, score_values
 from evomerge.study.ranking import best_first
 
 Order = Literal["fitness", "number", "time"]
@@ -51,8 +51,7 @@ def candidate_rows(candidates: Sequence[Candidate], objectives: Sequence[str] = 
             "failure": c.failure,
         }
         row |= dict(zip(objectives, c.objectives or (None,) * len(objectives), strict=True))
-        for tasks in c.scores.values():
-            row |= {f"{task}/{m}": score["value"] for task, metrics in tasks.items() for m, score in metrics.items()}
+        row |= {f"{task}/{m}": value for _, task, m, value in score_values(c.scores)}
         rows.append(row | {f"gene:{name}": value for name, value in c.genome.scalars})
     return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, get_args
@@ -42,6 +42,17 @@ class Proposal:
     recipe_hash: str
     parents: tuple[int, ...]
     operator: str
+
+
+def score_values(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    """Yields split, task and metric of every score of a candidate, and its value."""
+    for split, tasks in scores.items():
+        if not isinstance(tasks, Mapping):  # a plug-in's own note
+            continue
+        for task, metrics in tasks.items():
+            for metric, score in metrics.items():
+                if isinstance(score, Mapping) and "value" in score:
+                    yield split, task, metric, score["value"]
 
 
 def first_generation(starts: Sequence[Start], budget: int) -> list[Proposal]:

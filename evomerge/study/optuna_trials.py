@@ -12,7 +12,7 @@ import datetime
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from evomerge.errors import RunError
 from evomerge.space.decode import active_genes, copies_layers
 from evomerge.space.genome import Genome, LayerGene
 from evomerge.space.space import SearchSpace
-from evomerge.study.candidate import Candidate, ConstraintValue, State
+from evomerge.study.candidate import Candidate, ConstraintValue, State, score_values
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -113,24 +113,13 @@ def user_attributes(candidate: Candidate) -> dict[str, Any]:
         shown["failure"] = candidate.failure
     if candidate.fitness is not None:
         shown["fitness"] = candidate.fitness
-    shown.update(_flat_scores(candidate.scores))
+    shown.update({f"{split} {task} {m}": value for split, task, m, value in score_values(candidate.scores)})
     shown.update({f"violation of {name}": constraint.violation for name, constraint in candidate.constraints.items()})
     if candidate.items:
         shown["items"] = candidate.items
     if "total" in candidate.seconds:
         shown["seconds"] = round(candidate.seconds["total"], 3)
     return shown
-
-
-def _flat_scores(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Split, task and metric of every score, and its value."""
-    for split, tasks in scores.items():
-        if not isinstance(tasks, Mapping):  # a plug-in's own note
-            continue
-        for task, metrics in tasks.items():
-            for metric, score in metrics.items():
-                if isinstance(score, Mapping) and "value" in score:
-                    yield f"{split} {task} {metric}", score["value"]
 
 
 def intermediate_values(candidate: Candidate) -> dict[int, float]:

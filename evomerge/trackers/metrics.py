@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from evomerge.study.candidate import Candidate
+from evomerge.study.candidate import Candidate, score_values
 from evomerge.study.interfaces import Level, SearchInfo, Tracker
 
 log = logging.getLogger("evomerge.trackers")
@@ -95,9 +95,7 @@ def candidate_values(candidate: Candidate, best: float | None) -> dict[str, floa
     values |= {"seconds": float(candidate.seconds["total"])} if "total" in candidate.seconds else {}
     values |= {} if candidate.fitness is None else {"fitness": candidate.fitness}
     values |= {} if best is None else {"best_fitness": best}
-    for tasks in candidate.scores.values():
-        values |= {f"{task}/{m}": float(score["value"]) for task, row in tasks.items() for m, score in row.items()}
-    return values
+    return values | {f"{task}/{m}": float(value) for _, task, m, value in score_values(candidate.scores)}
 
 
 @dataclass(frozen=True)
