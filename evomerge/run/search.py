@@ -366,6 +366,8 @@ class _Session:
         """The winner of a control: the same search over shuffled sources, or an adapter trained on the search items."""
         spec, root = self.folder.spec, self.folder.root / "controls" / name
         adapters = self._train(root, candidates) if name == "lora" else {}
+        if name == "lora" and not adapters:
+            return []
         changed = {"sources": adapters} if adapters else {"shuffled": True}
         other = spec.model_copy(
             update={
@@ -388,7 +390,7 @@ class _Session:
             return winner_of("shuffled sources", session.problem, session.evaluator, ended.candidates, self.tracker)
 
     def _train(self, root: Path, candidates: tuple[Candidate, ...]) -> dict[str, str]:
-        """Trains an adapter for as many item evaluations as the search had; its references by name."""
+        """Trains an adapter for as many item evaluations as the search had; by name, none of a formula."""
         if not isinstance(self.runner, ModelRunner):
             return {}
         items, reference = max(spent_items(candidates, self.evaluator.jacobian_items)), self.problem.reference
@@ -427,7 +429,7 @@ class _Session:
         share = max(1, threads // run.workers)
         text = f"{run.workers} workers, of {share} of the {threads} threads each; their output is in log.txt"
         self.tracker.report(text)
-        arguments = self._opener_arguments(RunScores(self.folder.root), share)
+        arguments = self._opener_arguments(self.folder.scores, share)
         environ = partial(_worker_environment, self.folder.spec.evaluation.device, share)
         workers = LocalWorkers(self.parts.open_worker, arguments, log_file, environ)
         return Pool(workers, run.workers, self._incumbents, attach=lambda proposal: {})
