@@ -30,7 +30,14 @@ from evomerge.objective.racing import (
 )
 from evomerge.planning.plan import Plan
 from evomerge.problem.genome_jacobian import COST, genome_jacobian, sample_items
-from evomerge.problem.model_runner import Runner, item_ids, join_items, selection_size, take_items
+from evomerge.problem.model_runner import (
+    Runner,
+    item_ids,
+    join_items,
+    likelihood_term,
+    selection_size,
+    take_items,
+)
 from evomerge.problem.problem import Problem
 from evomerge.space.decode import decode, why_invalid
 from evomerge.space.genome import Genome
@@ -308,15 +315,18 @@ class CandidateEvaluator:
         def term(goal: Goal) -> Term | None:
             if goal.task not in requests:
                 return None
-            own, part = requests[goal.task], scores[goal.task]
-            smooth = replace(goal, metric=self._problem.tasks[goal.task].smooth_metric(goal.metric))
-            at = responses.loglikelihoods[own]
-            metric = self._runner.smooth_metric(goal.task, smooth.metric, selection[goal.task], at)
-            if metric is None:
-                return None
-            weights = fitness.items.get(goal.task)
-            of_items = np.array([1.0 if weights is None else weights[item] for item in part.items])
-            return Term(smooth, own, metric, part, responses.items[own], of_items)
+            own, part, weights = requests[goal.task], scores[goal.task], fitness.items.get(goal.task)
+            return likelihood_term(
+                self._runner,
+                self._problem.tasks[goal.task],
+                goal,
+                selection[goal.task],
+                responses.loglikelihoods[own],
+                responses.items[own],
+                part,
+                start=own.start,
+                weights=None if weights is None else np.array([weights[item] for item in part.items]),
+            )
 
         terms = [one for one in map(term, fitness.goals) if one is not None]
         limits = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from evomerge.errors import CandidateError, EvoMergeError
 from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.requests import SOFT, Pair, SoftTargets
 from evomerge.objective.fitness import Fitness, Scores
-from evomerge.objective.likelihood_model import Term
-from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.model_runner import ModelRunner, likelihood_term
 from evomerge.recipe.parse import single_model
 from evomerge.system.quiet import torch_seeded
 
@@ -131,13 +129,11 @@ def _climb(
         values = _loglikelihoods(model, pairs, runner.evaluator.max_length)
         by_request = torch.zeros(owners[-1] + 1, dtype=torch.float64).index_add(0, torch.tensor(owners), values)
         at = by_request.detach().numpy()
-        smooth = replace(goal, metric=runner.evaluator.tasks[goal.task].smooth_metric(goal.metric))
-        metric = runner.smooth_metric(goal.task, smooth.metric, positions, at)
-        if metric is None:
-            continue
         of_items = np.repeat(np.arange(len(positions)), [len(requests.by_item[k]) for k in positions])
-        part = scores[goal.task].take(chosen)
-        term = Term(smooth, slice(0, len(at)), metric, part, of_items, np.ones(len(positions)))
+        task, part = runner.evaluator.tasks[goal.task], scores[goal.task].take(chosen)
+        term = likelihood_term(runner, task, goal, positions, at, of_items, part)
+        if term is None:
+            continue
         _, slopes = term.value(at, np.ones(len(positions), dtype=np.bool_))
         share = goal.weight / total
         torch.autograd.backward(-share * (torch.from_numpy(slopes) * by_request).sum())

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,12 +30,14 @@ from evomerge.evaluation.splits import Selection
 from evomerge.evaluation.tasks.scorer_task import ScorerTask
 from evomerge.evaluation.tasks.task import Task
 from evomerge.objective.fitness import Scores
+from evomerge.objective.goals import Goal
+from evomerge.objective.likelihood_model import Term
 from evomerge.planning.operation import Operation
 from evomerge.planning.plan import Plan, make_plan
 from evomerge.problem.problem import Problem, versions
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
-from evomerge.system.arrays import FloatArray
+from evomerge.system.arrays import FloatArray, IntArray
 from evomerge.system.files import cache_folder
 from evomerge.system.inputs import ChangedInput, Inputs
 from evomerge.system.memory import available
@@ -342,6 +345,39 @@ def _require_memory(work: Sequence[tuple[Operation, Mapping[ParameterKey, Parame
     free, needed = available(), sum(4 * len(ranges) * math.prod(operation.shape) for operation, ranges in work)
     if free is not None and needed > _MEMORY_SHARE * free:
         raise CandidateError(f"the derivatives take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+
+
+def likelihood_term(
+    runner: Runner,
+    task: Task,
+    goal: Goal,
+    positions: Sequence[int],
+    loglikelihoods: FloatArray,
+    items: IntArray,
+    scores: ItemScores,
+    *,
+    start: int = 0,
+    weights: FloatArray | None = None,
+) -> Term | None:
+    """Makes what a goal is of log-likelihoods, by the metric that varies smoothly; None where there is no such thing.
+
+    Args:
+        runner: Gives metrics as functions of log-likelihoods.
+        task: The goal's task.
+        goal: The goal.
+        positions: The items.
+        loglikelihoods: Of their requests, where the term is made.
+        items: Each request's item.
+        scores: The items' scores.
+        start: The first of their requests among those of all goals.
+        weights: What each item counts for; None for 1.
+    """
+    smooth = replace(goal, metric=task.smooth_metric(goal.metric))
+    metric = runner.smooth_metric(goal.task, smooth.metric, positions, loglikelihoods)
+    if metric is None:
+        return None
+    of_items = np.ones(len(scores.items)) if weights is None else weights
+    return Term(smooth, slice(start, start + len(loglikelihoods)), metric, scores, items, of_items)
 
 
 def selection_size(selection: Selection) -> int:

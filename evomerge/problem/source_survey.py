@@ -8,7 +8,7 @@ of each source, to first order at their average.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ from evomerge.errors import CandidateError
 from evomerge.evaluation.scores import ResponseJacobian
 from evomerge.evaluation.splits import SEARCH, Selection
 from evomerge.objective.fitness import Fitness, Scores
-from evomerge.objective.likelihood_model import Term
 from evomerge.planning.operation import Operation
-from evomerge.problem.model_runner import ModelRunner
+from evomerge.problem.model_runner import ModelRunner, likelihood_term
 from evomerge.problem.problem import Problem
 from evomerge.recipe.parse import single_model
 from evomerge.system.arrays import FloatArray, IntArray
@@ -131,13 +130,11 @@ def _value_gradient(
     gradient = np.zeros(next(iter(by_task.values())).derivatives.shape[1])
     for goal in (goal for goal in fitness.goals if goal.task in by_task):
         part, own = by_task[goal.task], scores[goal.task]
-        smooth = replace(goal, metric=problem.tasks[goal.task].smooth_metric(goal.metric))
-        metric = runner.smooth_metric(goal.task, smooth.metric, selection[goal.task], part.loglikelihoods)
-        if metric is None:
+        task, positions = problem.tasks[goal.task], selection[goal.task]
+        term = likelihood_term(runner, task, goal, positions, part.loglikelihoods, part.items, own)
+        if term is None:
             continue
-        everything = np.ones(len(own.items))
-        term = Term(smooth, slice(0, len(part.loglikelihoods)), metric, own, part.items, everything)
-        value, slopes = term.value(part.loglikelihoods, everything > 0)
+        value, slopes = term.value(part.loglikelihoods, np.ones(len(own.items), dtype=np.bool_))
         if value != 0.0:
             gradient += goal.weight / total * (slopes @ part.derivatives) / abs(value)
     return gradient
