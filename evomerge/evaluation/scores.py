@@ -20,6 +20,9 @@ import numpy.typing as npt
 from evomerge.errors import TaskError, suggest
 from evomerge.system.arrays import FloatArray, IntArray
 
+NORMAL = 1.96
+"""Standard errors on both sides of a 95% interval."""
+
 _MAX_COUNTS = 2_000_000  # of a bootstrap, held at once
 
 MEAN, BITS, EXP = "mean", "bits", "exp"
@@ -39,6 +42,13 @@ class Score:
     value: float
     stderr: float | None
     n: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of the value; None where its standard error is unknown."""
+        if self.stderr is None:
+            return None
+        return self.value - NORMAL * self.stderr, self.value + NORMAL * self.stderr
 
     def to_json(self) -> dict[str, float | int | None]:
         """Returns ``{"value", "stderr", "n"}``."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evomerge.evaluation.scores import NORMAL
 from evomerge.system.text import one_line
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 ACCENT, QUIET, RANDOM = "#e4572e", "#8a94a3", "#4c9ed9"
 """The winner; what is there for comparison; the random search."""
 PALETTE = ("#4c78a8", "#f2a541", "#54a24b", "#b279a2", "#72b7b2", "#d67195", "#9d755d", "#eeca3b")
-_NORMAL = 1.96  # standard errors on both sides of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def name_rows(figure: go.Figure, texts: Sequence[str], *, reverse: bool = False,
 def error_bars(errors: Sequence[float | None]) -> dict[str, Any]:
     return {
         "type": "data",
-        "array": [_NORMAL * (error or 0.0) for error in errors],
+        "array": [NORMAL * (error or 0.0) for error in errors],
         "thickness": 1.5,
         "width": 5,
         "color": QUIET,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import yaml
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.reference import is_hub_id
 from evomerge.errors import BadInput
+from evomerge.evaluation.scores import Score
 from evomerge.recipe import Recipe, expand_frankenmerge
 from evomerge.report.lineage import ancestry
 from evomerge.report.tables import table
@@ -25,7 +27,10 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _MOST_FRONT_MATTER = 200_000  # bytes; the longest real ones have a quarter of that
 _MOST_LICENCES, _LONGEST_LICENCE = 5, 80
 _LONGEST_WARNING = 2000
+_LONGEST_RECIPE = 40  # lines that a card shows without being asked to
+_LONGEST_SAMPLE = 160
 _TOLERANCE = 1e-6  # below which two scores are the same
+_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # of a licence, as the Hub writes them
 
 
 def licences(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str | None]:
@@ -67,21 +72,87 @@ def licence_verdict(stated: Mapping[str, str | None]) -> tuple[str | None, str |
     return None, f"the models' licences do not agree ({lines}); check what the merged model may be used for"
 
 
-def front_matter(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], tags: tuple[str, ...] = ()) -> str:
-    """Writes the YAML block that the Hub reads: its own models among the sources, the licence when all agree."""
-    licence, _ = licence_verdict(licences(_external(recipe, checkpoints)))
-    bases = list(dict.fromkeys(part for model in recipe.external_models() for part in _of_the_hub(model)))
-    metadata: dict[str, Any] = {
-        **({"base_model": bases, "base_model_relation": "merge"} if bases else {}),
-        "library_name": "transformers",
-        "tags": ["evomerge", "merge", recipe.merge_method, *tags],
+@dataclass(frozen=True)
+class ReportedScores:
+    """What a merge scores by the metrics that are reported, one of each task.
+
+    Attributes:
+        model: What the Hub calls the model beside them.
+        split: The items that were scored.
+        rows: (task, metric, score).
+    """
+
+    model: str
+    split: str
+    rows: tuple[tuple[str, str, Score], ...]
+
+
+def _front_matter(
+    recipe: Recipe, bases: Sequence[str], relation: str, library: str, tags: Sequence[str], licence: str | None
+) -> dict[str, Any]:
+    """What the Hub reads of any card: its own models among the sources, the licence when all agree."""
+    return {
+        **({"base_model": list(bases), "base_model_relation": relation} if bases else {}),
+        "library_name": library,
+        "tags": ["evomerge", "merge", *tags, recipe.merge_method],
+        **(_licence_keys(licence) if licence else {}),
     }
-    if licence:
-        metadata["license"] = without_html(licence)
-    return "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n"
 
 
-def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str = "", *, identify: bool = True) -> str:
+def _licence_keys(licence: str) -> dict[str, Any]:
+    """A licence as the Hub takes it: one of its identifiers, several of them, or another with its name."""
+    identifiers = licence.split(", ")
+    if all(_IDENTIFIER.fullmatch(one) for one in identifiers):
+        return {"license": identifiers[0] if len(identifiers) == 1 else identifiers}
+    return {"license": "other", "license_name": without_html(licence)}
+
+
+def _model_index(reported: ReportedScores) -> list[dict[str, Any]]:
+    """The scores as the Hub shows them beside a model; it has no place for an interval but the metric's name."""
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": task, "type": task, "split": reported.split},
+            "metrics": [{"type": metric, "name": f"{metric}{_interval_text(score)}", "value": round(score.value, 6)}],
+        }
+        for task, metric, score in reported.rows
+        if math.isfinite(score.value)
+    ]
+    return [{"name": reported.model, "results": results}] if results else []
+
+
+def _interval_text(score: Score) -> str:
+    if score.interval is None:
+        return f" ({score.n} items)"
+    return f", 95% interval {score.interval[0]:.4f} to {score.interval[1]:.4f} ({score.n} items)"
+
+
+def _with_front(metadata: Mapping[str, Any], parts: Sequence[str]) -> str:
+    front = "---\n" + yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True) + "---\n"
+    return plain("\n".join([front, *(part for part in parts if part)]))
+
+
+def _warning(warning: str | None) -> str:
+    return f"> **Licence:** {markdown(warning, _LONGEST_WARNING)}\n" if warning else ""
+
+
+def _recipe_section(recipe: Recipe) -> str:
+    text = recipe.to_yaml()
+    lines = text.count("\n")
+    block = code_block(text, "yaml")
+    if lines > _LONGEST_RECIPE:
+        block = f"<details><summary>{lines} lines, also in recipe.yaml</summary>\n\n{block}\n\n</details>"
+    return f"## Recipe\n\n{block}\n"
+
+
+def merge_card(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    body: str = "",
+    *,
+    identify: bool = True,
+    reported: ReportedScores | None = None,
+) -> str:
     """Writes a model card.
 
     Args:
@@ -89,8 +160,13 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
         checkpoints: The models, for licences and fingerprints.
         body: Markdown between the heading and the recipe: scores, lineage, samples.
         identify: Name the models' contents by their hashes, for which each is read whole the first time ever.
+        reported: The scores that the Hub shows beside the model.
     """
-    _, warning = licence_verdict(licences(_external(recipe, checkpoints)))
+    licence, warning = licence_verdict(licences(_external(recipe, checkpoints)))
+    bases = list(dict.fromkeys(part for model in recipe.external_models() for part in _of_the_hub(model)))
+    metadata = _front_matter(recipe, bases, "merge", "transformers", (), licence)
+    if reported is not None and (index := _model_index(reported)):
+        metadata["model-index"] = index
     sources = [
         f"- {code(_public_name(model))}"
         + (f", content `{checkpoints[model].fingerprint[:16]}`" if identify else "")
@@ -98,15 +174,14 @@ def merge_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], body: str 
         for model in recipe.external_models()
     ]
     parts = [
-        front_matter(recipe, checkpoints),
         f"# Merged with EvoMerge: {recipe.merge_method}\n",
-        f"> **Licence:** {markdown(warning, _LONGEST_WARNING)}\n" if warning else "",
+        _warning(warning),
         body,
         "## Sources\n\n" + "\n".join(sources) + "\n",
         _layers_section(recipe, checkpoints),
-        f"## Recipe\n\n{code_block(recipe.to_yaml(), 'yaml')}\n",
+        _recipe_section(recipe),
     ]
-    return plain("\n".join(part for part in parts if part))
+    return _with_front(metadata, parts)
 
 
 def adapter_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], base: str, body: str) -> str:
@@ -119,20 +194,13 @@ def adapter_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], base: st
         body: Markdown behind the heading.
     """
     licence, warning = licence_verdict(licences(_external(recipe, checkpoints)))
-    metadata: dict[str, Any] = {
-        **({"base_model": bases[0], "base_model_relation": "adapter"} if (bases := _of_the_hub(base)) else {}),
-        "library_name": "peft",
-        "tags": ["evomerge", "merge", "lora", recipe.merge_method],
-        **({"license": without_html(licence)} if licence else {}),
-    }
     parts = [
-        "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + "---\n",
         f"# Merged with EvoMerge: {recipe.merge_method}, as an adapter of {code(_public_name(base))}\n",
-        f"> **Licence:** {markdown(warning, _LONGEST_WARNING)}\n" if warning else "",
+        _warning(warning),
         body,
-        f"## Recipe\n\n{code_block(recipe.to_yaml(), 'yaml')}\n",
+        _recipe_section(recipe),
     ]
-    return plain("\n".join(part for part in parts if part))
+    return _with_front(_front_matter(recipe, _of_the_hub(base)[:1], "adapter", "peft", ("lora",), licence), parts)
 
 
 @dataclass(frozen=True)
@@ -165,36 +233,39 @@ class Rescored:
         )
 
 
-def scores_section(rescored: Rescored, dtype: str) -> str:
-    """Writes the section of a card with the scores in the search beside those of the checkpoint."""
-    rows = [
-        [markdown(task), markdown(metric), f"{value:.4f}", f"{rescored.now[task][metric]:.4f}"]
-        for task, row in rescored.measured.items()
-        for metric, value in row.items()
-    ]
+def scores_section(reported: ReportedScores, rescored: Rescored, dtype: str) -> str:
+    """Writes the section of a card with the scores, and whether they are those of the search."""
+    rows = []
+    for task, metric, score in reported.rows:
+        interval = "" if score.interval is None else f"{score.interval[0]:.4f} to {score.interval[1]:.4f}"
+        rows.append([markdown(task), markdown(metric), f"{score.value:.4f}", interval, str(score.n)])
     return (
-        f"## Scores on the {rescored.split} items\n\nZero-shot unless a task says otherwise, {dtype}, "
-        f"items as in lm-eval.\n\n{table(['task', 'metric', 'in the search', 'this checkpoint'], rows)}"
-        f"\n\n{rescored.sentence()}\n"
+        f"## Scores on the {reported.split} items\n\nZero-shot unless a task says otherwise, {dtype}, "
+        f"items as in lm-eval; `scores.json` has every metric.\n\n"
+        f"{table(['task', 'metric', 'score', '95% interval', 'items'], rows)}\n\n{rescored.sentence()}\n"
     )
 
 
 def again_section(commands: Sequence[str], items: str) -> str:
-    """Writes the section of a card that says how lm-eval gives the same scores.
+    """Writes the section of a card that says how the weights and their scores are made again.
 
     Args:
-        commands: Its command lines, OUT for the folder of the checkpoint; none where one cannot say it.
+        commands: The command lines of lm-eval, OUT for the folder of the checkpoint; none where it cannot say it.
         items: The file with the numbers of the items.
     """
-    said = f"`{items}` has the numbers of these items by task, as `lm_eval --samples` takes them"
-    if not commands:
-        return f"{said}.\n"
-    return f"{said}; with this folder as OUT, where the tasks' data is found:\n\n{code_block(chr(10).join(commands))}\n"
+    lines = ["evomerge merge recipe.yaml OUT", *commands]
+    return (
+        f"## How to reproduce it\n\n{code_block(chr(10).join(lines))}\n\nThe weights are the same to the last bit. "
+        f"`{items}` has the numbers of the items by task, as `lm_eval --samples` takes them"
+        f"{'; run it where the tasks find their data' if commands else ''}.\n"
+    )
 
 
 def lineage_section(history: Sequence[Candidate], number: int) -> str:
     """Writes the section of a card with a candidate's ancestry."""
-    return f"## Lineage\n\n{code_block(ancestry(history, number))}\n"
+    tree = ancestry(history, number)
+    summary = "From generation 0 to this one"
+    return f"## Lineage\n\n<details><summary>{summary}</summary>\n\n{code_block(tree)}\n\n</details>\n"
 
 
 def samples_section(samples: Sequence[tuple[str, str, str]], source: str) -> str:
@@ -204,16 +275,11 @@ def samples_section(samples: Sequence[tuple[str, str, str]], source: str) -> str
         samples: (prompt, the merged model's continuation, a source's).
         source: The source's name.
     """
-    quoted = [
-        f"Prompt:\n\n{_quote(prompt)}\n\nThis model:\n\n{_quote(own)}\n\n{source}:\n\n{_quote(other)}\n"
-        for prompt, own, other in samples
-    ]
+    if not samples:
+        return ""
+    rows = [[markdown(text.strip() or "(nothing)", _LONGEST_SAMPLE) for text in sample] for sample in samples]
     heading = "## Samples\n\nGreedy continuations, so that one can see whether the model still speaks.\n\n"
-    return heading + "\n---\n\n".join(quoted)
-
-
-def _quote(text: str) -> str:
-    return "\n".join("    " + line for line in (text.strip() or "(nothing)").splitlines())
+    return heading + table(["prompt", "this model", markdown(source)], rows) + "\n"
 
 
 def _external(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

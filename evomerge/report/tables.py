@@ -112,6 +112,12 @@ def result_table(result: RunResult) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def comparison_text(result: RunResult) -> str:
+    """Says whether the winner is better than what it had to beat, with the scores of all of them."""
+    parts = [result.verdict, _search_metric_text(result.goals), _overall_table(result), _task_table(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
 def _counts_text(counts: CandidateCounts) -> str:
     return (
         f"{counts.recorded} of {counts.budget} candidates: {counts.done} scored in full, "

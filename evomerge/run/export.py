@@ -20,6 +20,7 @@ from evomerge.recipe import expand_frankenmerge, parse_recipe
 from evomerge.recipe.mergekit import to_mergekit_yaml
 from evomerge.recipe.parse import single_model
 from evomerge.report.model_card import (
+    ReportedScores,
     Rescored,
     again_section,
     licence_verdict,
@@ -31,7 +32,7 @@ from evomerge.report.model_card import (
 )
 from evomerge.report.result import RunResult
 from evomerge.report.run_data import SAMPLES
-from evomerge.report.tables import result_table
+from evomerge.report.tables import comparison_text
 from evomerge.run.folder import RunFolder
 from evomerge.study.candidate import Candidate, find
 from evomerge.system.files import expand_home, write_atomic
@@ -134,8 +135,10 @@ def write_export(
         rescored = _rescore(runner.evaluator, problem.splits[split], folder, model, plan.digest, split)
         samples = _samples(problem, runner, model)
         sentences.append(rescored.sentence())
-        body = _card_body(folder, candidate, rescored, samples, _commands(problem, split))
-        (partial / "README.md").write_text(merge_card(recipe, problem.checkpoints, body), encoding="utf-8")
+        reported = reported_scores(problem, folder, plan.digest, split)
+        body = _card_body(folder, candidate, reported, rescored, samples, _commands(problem, split))
+        card = merge_card(recipe, problem.checkpoints, body, reported=reported)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         if folder.spec.evaluation.chat_template is not None:  # what was scored with it is used with it
             (partial / "chat_template.jinja").write_text(problem.tokenizer.chat_template, encoding="utf-8")
@@ -182,6 +185,14 @@ def _load(folder: Path, dtype: str) -> Any:
 def measured_split(folder: RunFolder, plan: str) -> str:
     """Chooses the items of an export's scores: test items where the run measured them, search items otherwise."""
     return TEST if folder.scores.load(plan, TEST) is not None else SEARCH
+
+
+def reported_scores(problem: Problem, folder: RunFolder, plan: str, split: str) -> ReportedScores:
+    """Reads what a plan scores on a split by the goals' own metrics."""
+    scores = score_table(folder.scores.load(plan, split) or {})
+    goals = [goal for goal in problem.reported.goals if goal.metric in scores.get(goal.task, {})]
+    rows = tuple((goal.task, goal.metric, scores[goal.task][goal.metric]) for goal in goals)
+    return ReportedScores(folder.spec.name, split, rows)
 
 
 def _rescore(
@@ -235,29 +246,29 @@ def _commands(problem: Problem, split: str) -> list[str]:
 def _card_body(
     folder: RunFolder,
     candidate: Candidate,
+    reported: ReportedScores,
     rescored: Rescored,
     samples: Sequence[tuple[str, str, str]],
     commands: Sequence[str],
 ) -> str:
     """The part of the card between the heading and the recipe."""
-    return "\n".join(
-        [
-            f"Candidate {candidate.number} of the search `{folder.spec.name}`, generation {candidate.generation}, "
-            f"made by: {candidate.operator}.\n",
-            scores_section(rescored, folder.spec.evaluation.dtype),
-            again_section(commands, ITEMS),
-            *_comparison(folder.result(), candidate),
-            lineage_section(folder.candidates(), candidate.number),
-            samples_section(samples, source=next(iter(folder.spec.models.sources))),
-        ]
-    )
+    sections = [
+        f"Candidate {candidate.number} of the search `{folder.spec.name}`, generation {candidate.generation}, "
+        f"made by: {candidate.operator}.\n",
+        scores_section(reported, rescored, folder.spec.evaluation.dtype),
+        *_comparison(folder.result(), candidate),
+        again_section(commands, ITEMS),
+        lineage_section(folder.candidates(), candidate.number),
+        samples_section(samples, source=next(iter(folder.spec.models.sources))),
+    ]
+    return "\n".join(section for section in sections if section)
 
 
 def _comparison(result: RunResult | None, candidate: Candidate) -> list[str]:
     """How the winner compares with its sources; nothing for other candidates."""
     if result is None or result.winner.candidate != candidate.number:
         return []
-    return [f"## Beside its sources\n\n{without_html(result_table(result))}\n"]
+    return [f"## Beside its sources\n\n{without_html(comparison_text(result))}\n"]
 
 
 def prompt_of(evaluator: Evaluator, task: str) -> str:

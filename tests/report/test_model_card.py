@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from evomerge.evaluation.scores import Score
 from evomerge.recipe import parse_recipe
-from evomerge.report.model_card import Rescored, licence_verdict, licences, merge_card
+from evomerge.report.model_card import ReportedScores, Rescored, licence_verdict, licences, merge_card
 from tests.engine.recipes import opened
 
 
@@ -147,7 +149,36 @@ def test_a_strangers_front_matter_is_data(licensed: dict[str, Path], front: str,
 def test_several_licences_are_listed(licensed: dict[str, Path]) -> None:
     for folder in licensed.values():
         (folder / "README.md").write_bytes(b"---\r\nlicense:\r\n- mit\r\n- apache-2.0\r\n---\r\n")
-    assert card_of(the_card(licensed))["license"] == "mit, apache-2.0"
+    assert card_of(the_card(licensed))["license"] == ["mit", "apache-2.0"]
+
+
+def test_a_licence_that_the_hub_has_no_name_for(licensed: dict[str, Path]) -> None:
+    for folder in licensed.values():
+        (folder / "README.md").write_text("---\nlicense: My own terms\n---\n")
+    card = card_of(the_card(licensed))
+    assert (card["license"], card["license_name"]) == ("other", "My own terms")
+
+
+def test_the_hub_s_own_reader_takes_the_scores_with_their_intervals(licensed: dict[str, Path]) -> None:
+    from huggingface_hub import ModelCard
+
+    recipe = parse_recipe({"merge_method": "passthrough", "models": [{"model": str(licensed["a"])}]})
+    rows = (("one", "acc", Score(0.75, 0.1, 40)), ("two", "f1", Score(0.5, None, 7)), ("x", "acc", Score(nan, None, 1)))
+    card = merge_card(recipe, opened(recipe.models()), reported=ReportedScores("mine", "test", rows))
+    data = ModelCard(card, ignore_metadata_errors=False).data
+    assert data.model_name == "mine"
+    results = [(r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in data.eval_results]
+    assert results == [("one", "test", "acc", 0.75), ("two", "test", "f1", 0.5)]
+    names = ["acc, 95% interval 0.5540 to 0.9460 (40 items)", "f1 (7 items)"]
+    assert [r.metric_name for r in data.eval_results] == names
+
+
+def test_a_long_recipe_is_folded(licensed: dict[str, Path]) -> None:
+    slices = [{"sources": [{"model": str(licensed["a"]), "layer_range": [k % 4, k % 4 + 1]}]} for k in range(20)]
+    recipe = parse_recipe({"merge_method": "passthrough", "slices": slices})
+    text = merge_card(recipe, opened(recipe.models()))
+    assert re.search("<details><summary>\\d+ lines, also in recipe.yaml</summary>\n\n```yaml\n", text)
+    assert "<details>" not in the_card(licensed)
 
 
 @pytest.mark.parametrize("name", ["m\x1b[2J\x1b]0;x\x07", "m\n\n# Injected\n\nx", "m<script>alert(1)<", "m```x", "m`x"])
