@@ -29,8 +29,8 @@ Bounded = Annotated[float, Field(ge=-1e9, le=1e9)]
 class Range(Section):
     """A narrowed gene range; a bound that is left out stays as the methods declare it."""
 
-    low: Bounded | None = None
-    high: Bounded | None = None
+    low: Bounded | None = Field(None, description="Smallest value.")
+    high: Bounded | None = Field(None, description="Largest value.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -45,11 +45,26 @@ class Models(Section):
     `shuffled` has the sources' differences from the base shuffled within every tensor: a search of nothing but noise.
     """
 
-    base: str | None = None
-    sources: dict[str, str] = Field(min_length=1)
-    activations: str | None = None  # a file of the base's mean inputs, for the stages that ask for them
-    tokenizer: str | None = None  # union, base or a source's name; None: the models have one vocabulary
-    shuffled: bool = False
+    base: str | None = Field(
+        None,
+        description="The model that the sources were tuned from: a folder, a Hub id (ORG/NAME@REVISION), "
+        "base+adapter, a .safetensors file, zoo:NAME. Task vectors are differences from it; without one "
+        "only methods that need none.",
+    )
+    sources: dict[str, str] = Field(
+        min_length=1, description="The models that are merged: a name of your own for each, and its reference."
+    )
+    activations: str | None = Field(
+        None, description="A file of the base's mean inputs, for methods and stages that ask for them."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Where vocabularies differ, whose tokens the merge has: union, base, or a source's name. Left out "
+        "where the models have one vocabulary.",
+    )
+    shuffled: bool = Field(
+        False, description="Shuffle the sources' differences from the base within every tensor: a search of mere noise."
+    )
 
     @model_validator(mode="after")
     def _has_base(self) -> Models:
@@ -74,9 +89,13 @@ class Models(Section):
 class Frankenmerge(Section):
     """Limits of the layer patterns."""
 
-    min_layers: int | None = Field(None, ge=1, le=MOST)
-    max_layers: int | None = Field(None, ge=1, le=MOST)
-    scale: bool = False
+    min_layers: int | None = Field(
+        None, ge=1, le=MOST, description="Fewest layers of a merge; left out: as many as the models have."
+    )
+    max_layers: int | None = Field(
+        None, ge=1, le=MOST, description="Most layers of a merge; left out: as many as the models have."
+    )
+    scale: bool = Field(False, description="Search how loud each copied layer is, too.")
 
 
 ControlPoints = Annotated[
@@ -90,15 +109,37 @@ TensorGroup = Literal["attention", "ssm", "mlp", "experts", "router", "shared_ex
 class Space(Section):
     """Which genes exist."""
 
-    methods: list[str] = Field(["linear", "task_arithmetic", "ties", "dare_ties"], min_length=1)
-    after: list[str] = []
-    choose: Annotated[int, Field(ge=1, le=MOST)] | None = None  # of the sources; None: all
-    method_scope: Literal["run", "layer_group"] = "run"
+    methods: list[str] = Field(
+        ["linear", "task_arithmetic", "ties", "dare_ties"],
+        min_length=1,
+        description="Merge methods to choose from; `evomerge methods` lists them.",
+    )
+    after: list[str] = Field([], description="Stages that follow every merge, in this order, such as svc.")
+    choose: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+        None,
+        description="How many of the sources a candidate merges: which ones is searched, too. Left out: all of them.",
+    )
+    method_scope: Literal["run", "layer_group"] = Field(
+        "run", description="Whether a candidate has one method, or one for each layer group."
+    )
     # None: six groups, or as many as the models have layers
-    layer_groups: Annotated[int, Field(ge=1, le=MOST)] | list[int] | Literal["per_layer"] | ControlPoints | None = None
-    tensor_groups: list[TensorGroup] | None = None
-    genes: dict[str, Range] = {}
-    frankenmerge: Frankenmerge = Frankenmerge()
+    layer_groups: Annotated[int, Field(ge=1, le=MOST)] | list[int] | Literal["per_layer"] | ControlPoints | None = (
+        Field(
+            None,
+            description="Genes along the depth: how many groups of layers, the first layers of groups, per_layer, or "
+            "{control_points: N} with values in between interpolated. Left out: six, or as many as there "
+            "are layers.",
+        )
+    )
+    tensor_groups: list[TensorGroup] | None = Field(
+        None, description="Groups of a layer's tensors that have genes of their own."
+    )
+    genes: dict[str, Range] = Field(
+        {}, description="Narrower ranges, by the parameter's name; one that is not searched otherwise becomes so."
+    )
+    frankenmerge: Frankenmerge = Field(
+        Frankenmerge(), description="Limits of layer patterns, where frankenmerge is among the methods."
+    )
 
     @field_validator("layer_groups", mode="before")
     @classmethod
@@ -129,9 +170,9 @@ Bound = Annotated[Bounded | str, BeforeValidator(_limit)]
 class Splits(Section):
     """How many items steer, choose among finalists, and are read once: fractions, or numbers of items above 1."""
 
-    search: Part = 0.25
-    select: Part = 0.25
-    test: Part = 0.5
+    search: Part = Field(0.25, description="Items that steer: a fraction, or a number of items above 1.")
+    select: Part = Field(0.25, description="Items that choose the winner among the finalists, and steer nothing.")
+    test: Part = Field(0.5, description="Items that are read once, for the winner and what it is compared with.")
 
     @model_validator(mode="after")
     def _fit(self) -> Splits:
@@ -148,23 +189,35 @@ class Splits(Section):
 class Judge(Section):
     """A model behind an OpenAI-compatible server that gives marks to what a merge writes."""
 
-    endpoint: str
-    model: str
-    prompt: str | None = None  # a file of Jinja, or the Jinja itself; else a short one of our own
-    ask: str | None = None  # Jinja: what the merge is asked; else an item's prompt, or question
-    scale: list[Bounded] = Field([1.0, 10.0], min_length=2, max_length=2)
-    pairwise: str | None = None  # the model whose answers the merge's are compared with: base, or a source
-    max_new_tokens: int = Field(256, ge=1, le=MOST)
-    stop: list[str] = []
-    key: str = "OPENAI_API_KEY"  # the variable of the environment that has it
-    temperature: float = Field(0.0, ge=0, le=2)
-    max_reply_tokens: int = Field(512, ge=1, le=MOST)
-    concurrency: int = Field(16, ge=1, le=1024)
-    retries: int = Field(6, ge=0, le=100)
-    timeout: float = Field(60.0, gt=0, le=86400)
-    max_calls: int | None = Field(None, ge=1, le=10**9)
-    max_cost: float | None = Field(None, gt=0, le=1e9)
-    price: list[Annotated[float, Field(ge=0, le=1e9)]] | None = Field(None, min_length=2, max_length=2)
+    endpoint: str = Field(description="URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")
+    model: str = Field(description="The judge's name there.")
+    prompt: str | None = Field(
+        None,
+        description="A file of Jinja, or the Jinja itself, that asks for a mark; left out: a short one of our own.",
+    )
+    ask: str | None = Field(
+        None, description="Jinja: what the merge is asked; left out: an item's prompt, or question."
+    )
+    scale: list[Bounded] = Field([1.0, 10.0], min_length=2, max_length=2, description="[lowest, highest] mark.")
+    pairwise: str | None = Field(
+        None, description="The model whose answers the merge's are compared with: base, or a source."
+    )
+    max_new_tokens: int = Field(256, ge=1, le=MOST, description="Longest answer of the merge.")
+    stop: list[str] = Field([], description="Texts that end an answer of the merge.")
+    # of the variable: its value is written nowhere
+    key: str = Field("OPENAI_API_KEY", description="The variable of the environment that has the server's key.")
+    temperature: float = Field(0.0, ge=0, le=2, description="Of the judge; 0 gives the same marks again.")
+    max_reply_tokens: int = Field(512, ge=1, le=MOST, description="Longest reply of the judge.")
+    concurrency: int = Field(16, ge=1, le=1024, description="Questions to the judge at once.")
+    retries: int = Field(6, ge=0, le=100, description="How often a question is asked again where the server fails.")
+    timeout: float = Field(60.0, gt=0, le=86400, description="Seconds to wait for a reply.")
+    max_calls: int | None = Field(None, ge=1, le=10**9, description="Most questions of the whole run.")
+    max_cost: float | None = Field(
+        None, gt=0, le=1e9, description="Most that the whole run may cost, in the unit of price."
+    )
+    price: list[Annotated[float, Field(ge=0, le=1e9)]] | None = Field(
+        None, min_length=2, max_length=2, description="[of a million tokens of prompts, of replies]."
+    )
 
     @property
     def prompt_is_file(self) -> bool:
@@ -189,12 +242,18 @@ class Judge(Section):
 class Measure(Section):
     """What gives numbers for items: an lm-eval task by its name, or a scorer and what it is called."""
 
-    task: str
-    python: str | None = None  # file.py:name or package.module:name
-    judge: Judge | None = None
-    agreement: str | None = None  # texts of the sources: .jsonl or .json, {"source": name, "text": ...}
-    data: str | None = None  # the items of a scorer: .jsonl or .json
-    options: dict[str, Any] = {}  # what a Python scorer is called with beside the model and the items
+    task: str = Field(
+        description="The task's name in lm-eval, or the path of its YAML file; of a scorer, what it is called."
+    )
+    python: str | None = Field(None, description="A scorer of your own: FILE.py:NAME or package.module:NAME.")
+    judge: Judge | None = Field(None, description="A model behind a server that gives marks to what a merge writes.")
+    agreement: str | None = Field(
+        None, description="Texts of the sources, .jsonl or .json, on which the merge should expect what they do."
+    )
+    data: str | None = Field(None, description="The items of a scorer: a .jsonl or .json file.")
+    options: dict[str, Any] = Field(
+        {}, description="What a Python scorer is called with beside the model and the items."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -229,17 +288,26 @@ class Measure(Section):
 class Task(Measure):
     """One benchmark that steers."""
 
-    metric: str | None = None
-    weight: float = Field(1.0, ge=1e-9, le=1e9)  # whose sums and quotients are finite
-    splits: Splits | None = None
-    num_fewshot: int | None = Field(None, ge=0, le=MOST)
+    metric: str | None = Field(
+        None, description="The metric that counts, by any name that lm-eval prints; left out: the task's first."
+    )
+    # bounded, so that sums and quotients of weights are finite
+    weight: float = Field(1.0, ge=1e-9, le=1e9, description="How much the task counts in the mean.")
+    splits: Splits | None = Field(None, description="Other sizes of the splits, for this task.")
+    num_fewshot: int | None = Field(
+        None, ge=0, le=MOST, description="Examples before each question; left out: what the task says."
+    )
 
 
 class Limits(Section):
     """The least or the most that is allowed: a number, or relative to what one of the models has."""
 
-    at_least: Bound | None = None
-    at_most: Bound | None = None
+    at_least: Bound | None = Field(
+        None, description="The least that is allowed: a number, or a model's value such as `base - 0.01`."
+    )
+    at_most: Bound | None = Field(
+        None, description="The most that is allowed: a number, or a model's value such as `base * 1.02`."
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Limits:
@@ -251,15 +319,19 @@ class Limits(Section):
 class Constraint(Section):
     """What may not get worse, or not grow: a task's metric, the tokens written an item, or a size."""
 
-    task: str | None = None
-    metric: str | None = None
-    splits: Splits | None = None
-    num_fewshot: int | None = Field(None, ge=0, le=MOST)
-    at_least: Bound | None = None
-    at_most: Bound | None = None
-    tokens: Limits | None = None
-    layers: Limits | None = None
-    parameters: Limits | None = None
+    task: str | None = Field(None, description="A task whose metric is limited.")
+    metric: str | None = Field(None, description="Its metric; left out: the task's first.")
+    splits: Splits | None = Field(None, description="Sizes of its splits.")
+    num_fewshot: int | None = Field(None, ge=0, le=MOST, description="Examples before each of its questions.")
+    at_least: Bound | None = Field(
+        None, description="The least that is allowed: a number, or a model's value such as `base - 0.01`."
+    )
+    at_most: Bound | None = Field(
+        None, description="The most that is allowed: a number, or a model's value such as `base * 1.02`."
+    )
+    tokens: Limits | None = Field(None, description="Limits on the tokens written an item.")
+    layers: Limits | None = Field(None, description="Limits on the number of layers.")
+    parameters: Limits | None = Field(None, description="Limits on the number of parameters.")
 
     @model_validator(mode="after")
     def _one(self) -> Constraint:
@@ -282,7 +354,7 @@ class Constraint(Section):
 class FromModel(Section):
     """Something that one of the models has."""
 
-    from_: str = Field(alias="from")
+    from_: str = Field(alias="from", description="A source's name, or base.")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
 
@@ -290,29 +362,78 @@ class FromModel(Section):
 class Evaluation(Section):
     """How candidates are scored."""
 
-    include_path: str | list[str] | None = None
-    tasks: list[Task] = Field(min_length=1)
-    scale: Literal["relative", "raw"] = "relative"
-    splits: Splits = Splits()
-    constraints: list[Constraint] = []
-    guard: list[str | Measure] = []
-    fitness: Literal["metric", "smooth"] | None = None  # None: what suits the space
-    informative: float | None = Field(None, gt=0, lt=1)
-    racing: bool = False
-    cache: bool = True
-    device: str = "cpu"
+    include_path: str | list[str] | None = Field(
+        None, description="Folders with your own lm-eval task files; they win over shipped tasks of the same name."
+    )
+    tasks: list[Task] = Field(
+        min_length=1, description="What the merge should be good at: lm-eval's tasks, groups and tags, or YAML files."
+    )
+    scale: Literal["relative", "raw"] = Field(
+        "relative",
+        description="How tasks of different units are weighed against each other: relative divides each score by that "
+        "of the best source on the same items, raw takes it as it is.",
+    )
+    splits: Splits = Field(
+        Splits(), description="How the items of each task are divided: disjoint, drawn by the seed, never drawn again."
+    )
+    constraints: list[Constraint] = Field(
+        [], description="What may not get worse, or not grow: a task's metric, tokens written, layers, parameters."
+    )
+    guard: list[str | Measure] = Field(
+        [], description="Tasks that never steer: they show what a merge broke elsewhere."
+    )
+    fitness: Literal["metric", "smooth"] | None = Field(
+        None,
+        description="What candidates are compared by: metric, the one that is reported; smooth, the probability of "
+        "the right choice where the task has it. Left out: smooth, but for spaces that only copy layers.",
+    )
+    informative: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Steer on this share of the search items only: those on which models differ, weighted so that the "
+        "estimate stays unbiased.",
+    )
+    racing: bool = Field(
+        False, description="Score candidates block by block, and stop those that will not be among the best."
+    )
+    cache: bool = Field(
+        True,
+        description="Keep scores in the user's cache folder, so that the next run on these models and items has them.",
+    )
+    device: str = Field("cpu", description="Where models run: cpu, cuda, cuda:1, mps.")
     # auto: the faster of float32 and bfloat16 where the run begins, which then keeps it
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_tokens: int | None = Field(None, ge=16, le=2**31)  # what suits the device
-    max_length: int | None = Field(None, ge=8, le=2**31)
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool | None = None  # lm-eval's default: where a chat template is applied
-    system_instruction: str | None = None
-    chat_template: str | FromModel | None = None  # a file, or the model that has it; else the reference's own
-    chat_template_args: dict[str, Any] = {}
-    think_end_token: str | int | None = None
-    bootstrap_iters: int = Field(200, ge=0, le=10**6)  # samples for errors of metrics of the corpus, as in lm_eval
-    backend: Literal["native", "hf", "vllm"] = "native"  # the names of evaluation.backends.registry
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What models compute in when they are scored; auto: the faster of float32 and bfloat16."
+    )
+    batch_tokens: int | None = Field(
+        None, ge=16, le=2**31, description="Tokens in a batch, padding counted; left out: what suits the device."
+    )
+    max_length: int | None = Field(
+        None, ge=8, le=2**31, description="Longest input in tokens; left out: what the model's config.json says."
+    )
+    apply_chat_template: bool = Field(False, description="Render prompts as conversations.")
+    fewshot_as_multiturn: bool | None = Field(
+        None, description="Examples as turns. Left out, as in lm-eval: where a chat template is applied."
+    )
+    system_instruction: str | None = Field(None, description="What every prompt begins with.")
+    chat_template: str | FromModel | None = Field(
+        None, description="A file, or {from: SOURCE} for that of a model; else the base's own."
+    )
+    chat_template_args: dict[str, Any] = Field(
+        {}, description="What the template is rendered with, such as {enable_thinking: false}."
+    )
+    think_end_token: str | int | None = Field(
+        None, description="What ends a model's thinking; only what follows counts."
+    )
+    bootstrap_iters: int = Field(
+        200, ge=0, le=10**6, description="Samples for the errors of metrics of a whole corpus, such as BLEU."
+    )
+    # the names of evaluation.backends.registry
+    backend: Literal["native", "hf", "vllm"] = Field(
+        "native",
+        description="Who computes: native shares prefixes and stops early, hf is lm-eval's HFLM, vllm needs a GPU.",
+    )
 
     @property
     def guards(self) -> list[Measure]:
@@ -339,27 +460,46 @@ class Evaluation(Section):
 class Stop(Section):
     """What ends a search before its budget does."""
 
-    hours: float | None = Field(None, gt=0, le=1e6)
-    stale_generations: int | None = Field(None, ge=1, le=MOST_CANDIDATES)
-    fitness: float | None = None
+    hours: float | None = Field(None, gt=0, le=1e6, description="Time of scoring, over all sessions of the run.")
+    stale_generations: int | None = Field(
+        None, ge=1, le=MOST_CANDIDATES, description="Generations in a row without a better candidate."
+    )
+    fitness: float | None = Field(None, description="A fitness that is good enough.")
 
 
 class Search(Section):
     """How the space is searched."""
 
-    algorithm: str = "ga"
-    mode: Literal["generational", "asynchronous"] = "generational"
-    options: dict[str, Any] = {}
-    population: int | None = Field(None, ge=2, le=MOST)  # None: what suits the algorithm
-    candidates: int = Field(100, ge=1, le=MOST_CANDIDATES)
-    objectives: Literal["mean", "pareto"] = "mean"
-    also_minimize: list[Size] = []
-    seed: int = Field(0, ge=0, lt=2**63)
-    baseline: Literal["random"] | None = None
-    controls: list[Literal["shuffled", "lora"]] = []
-    stop: Stop = Stop()
-    finalists: int = Field(8, ge=1, le=MOST)
-    warm_start: str | list[str] | None = None
+    algorithm: str = Field(
+        "ga", description="ga, random, tpe, gp, cmaes, catcma, nsga2, nsga3, map_elites, or an installed plug-in's."
+    )
+    mode: Literal["generational", "asynchronous"] = Field(
+        "generational",
+        description="Whether a generation is waited for, or candidates are proposed one by one as workers get free.",
+    )
+    options: dict[str, Any] = Field({}, description="Settings of the algorithm.")
+    population: int | None = Field(
+        None, ge=2, le=MOST, description="Candidates in a generation; left out: what suits the algorithm."
+    )
+    candidates: int = Field(
+        100, ge=1, le=MOST_CANDIDATES, description="The budget: candidates to score, failed and stopped ones counted."
+    )
+    objectives: Literal["mean", "pareto"] = Field(
+        "mean", description="Whether the tasks' mean is searched for, or the Pareto front of the tasks."
+    )
+    also_minimize: list[Size] = Field([], description="Sizes that are objectives too, with objectives: pareto.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the splits, the algorithm and the methods that draw.")
+    baseline: Literal["random"] | None = Field(
+        None, description="Also search at random with as many item evaluations, to compare with."
+    )
+    controls: list[Literal["shuffled", "lora"]] = Field(
+        [],
+        description="Searches to compare with: shuffled, of models whose differences are noise; lora, training on the "
+        "same items instead.",
+    )
+    stop: Stop = Field(Stop(), description="What ends the search before the budget does.")
+    finalists: int = Field(8, ge=1, le=MOST, description="How many of the best are scored on the select items.")
+    warm_start: str | list[str] | None = Field(None, description="Runs or recipes whose best are in generation 0.")
 
     @property
     def warm_starts(self) -> list[str]:
@@ -370,25 +510,40 @@ class Search(Section):
 class Run(Section):
     """Where the run lives."""
 
-    dir: str | None = None
-    executor: Literal["local", "ray"] = "local"
-    workers: int = Field(1, ge=1, le=MOST_WORKERS)  # processes that score candidates; 1: this one, but for Ray
-    ray_address: str | None = None  # HOST:PORT of a cluster, or auto; None: a Ray of the run's own
-    ray_resources: dict[str, Annotated[float, Field(gt=0, le=1e15)]] | None = None  # of an actor; None: what it needs
-    storage: str | None = None
-    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []  # the names of trackers.registry
-    keep: int = Field(1, ge=0, le=MOST)
+    dir: str | None = Field(None, description="The run's folder; left out: runs/NAME.")
+    executor: Literal["local", "ray"] = Field(
+        "local", description="Who scores candidates: local, processes of this machine; ray, a cluster."
+    )
+    workers: int = Field(
+        1, ge=1, le=MOST_WORKERS, description="Processes that score candidates; 1 is this one, but for Ray."
+    )
+    ray_address: str | None = Field(
+        None, description="HOST:PORT of a Ray cluster, or auto; left out: a Ray of the run's own."
+    )
+    ray_resources: dict[str, Annotated[float, Field(gt=0, le=1e15)]] | None = Field(
+        None, description="What each worker takes, such as {CPU: 2} or {GPU: 1}; default: what it needs."
+    )
+    storage: str | None = Field(
+        None, description="A database for the record, such as postgresql://...; left out: a file in the run's folder."
+    )
+    # the names of trackers.registry
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="Experiment trackers that follow the search, each installed by the extra of its name."
+    )
+    keep: int = Field(1, ge=0, le=MOST, description="How many of the best are kept as checkpoints, in the run's best/.")
 
 
 class SearchSpec(Section):
     """Everything a search.yaml says."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    models: Models
-    space: Space = Space()
-    evaluation: Evaluation
-    search: Search = Search()
-    run: Run = Run()
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the search, and of its folder under runs/."
+    )
+    models: Models = Field(description="What is merged.")
+    space: Space = Field(Space(), description="Which merges are searched.")
+    evaluation: Evaluation = Field(description="How candidates are scored, on which items.")
+    search: Search = Field(Search(), description="How the space is searched, for how long.")
+    run: Run = Field(Run(), description="Where the run lives, and who scores.")
 
     @property
     def folder(self) -> Path:
