@@ -48,6 +48,21 @@ def _true_of(k: int, count: int) -> Row:
     return {"choices": words(k, 4), "labels": [int(j < count) for j in range(4)]}
 
 
+def _program(k: int) -> Row:
+    return {
+        **{"task_id": f"HumanEval/{k}", "entry_point": "add", "canonical_solution": f"    return x + {k}\n"},
+        "prompt": f'def add(x):\n    """Adds {k}."""\n',
+        "test": f"def check(candidate):\n    assert candidate(1) == {k + 1}\n    assert candidate(2) == {k + 2}\n",
+    }
+
+
+def _basic_program(k: int) -> Row:
+    return {
+        **{"task_id": k, "text": f"Add {k} to a number.", "code": f"def add(x):\n    return x + {k}"},
+        "test_list": [f"assert add({x}) == {x + k}" for x in range(3)],
+    }
+
+
 ROWS: Mapping[str, Callable[[int], Row]] = {
     "mmlu_abstract_algebra": _multiple,
     "hellaswag": lambda k: {
@@ -141,6 +156,12 @@ ROWS: Mapping[str, Callable[[int], Row]] = {
         **{f"Incorrect Answer {j}": f"wrong {j} {k}" for j in (1, 2, 3)},
     },
     "paws_en": lambda k: {"sentence1": text(k), "sentence2": text(k, 1), "label": k % 2},
+    "humaneval": _program,
+    "humaneval_plus": _program,
+    "humaneval_single_line_infilling": lambda k: {**_program(k), "suffix": "\n"},
+    "mbpp": _basic_program,
+    "mbpp_plus": lambda k: {**_basic_program(k), "prompt": f"Add {k} to a number."},
+    "cruxeval_input": lambda k: {"code": f"def f(x):\n    return x + {k}", "input": "1", "output": str(k + 1)},
     "webqs": lambda k: {"question": text(k), "answers": words(k, 2)},
 }
 """Task to the columns of its documents, by their number."""

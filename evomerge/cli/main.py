@@ -334,6 +334,9 @@ def evaluate(
         Path | None, _as_lm_eval("--output-path", help="Folder for lm-eval's own result files.")
     ] = None,
     log_samples: Annotated[bool, _as_lm_eval("--log-samples", help="Write every sample there, too.")] = False,
+    unsafe_code: Annotated[
+        bool, _as_lm_eval("--confirm-run-unsafe-code", help="Tasks may run programs that the model writes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score any checkpoint with the same evaluator that a search uses."""
@@ -361,6 +364,7 @@ def evaluate(
         bootstrap_iters=bootstrap_iters,
         output_path=output_path,
         log_samples=log_samples,
+        confirm_run_unsafe_code=unsafe_code,
         warn=lambda text: typer.echo(f"warning: {text}", err=True),
     )
     typer.echo(json.dumps(result.to_json(), indent=2) if as_json else score_table(result.tasks, result.groups))

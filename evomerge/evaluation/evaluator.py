@@ -12,6 +12,7 @@ import numpy as np
 from evomerge.errors import BadInput, CandidateError, EvoMergeError, TaskError
 from evomerge.evaluation.backends.registry import BackendName, BackendOptions, Directions, make_backend
 from evomerge.evaluation.live_model import BackendModel
+from evomerge.evaluation.programs.sandbox import program_notes
 from evomerge.evaluation.scorers.lm_eval import item_scores
 from evomerge.evaluation.scorers.response_functions import Linear, smooth_metric
 from evomerge.evaluation.scores import ItemScores, ResponseJacobian, SmoothMetric
@@ -236,8 +237,8 @@ class Evaluator:
         """Builds and encodes what some items ask, so that what cannot be scored is found before any model is.
 
         Returns:
-            Warnings: Python that tasks run, labels that are no choices, texts that lose their beginning because they
-            are longer than the context.
+            Warnings: Python that tasks run, programs of models that they run, labels that are no choices, texts that
+            lose their beginning because they are longer than the context.
 
         Raises:
             TaskError: With what is wrong with the first such item of every task, all at once.
@@ -252,6 +253,7 @@ class Evaluator:
         problems: dict[str, tuple[str, ...]] = {}
         files = dict.fromkeys(path for task in self.tasks.values() for path in task.python_files)
         warnings = [f"tasks run Python of yours: {', '.join(map(str, files))}"] if files else []
+        warnings += program_notes(name for name, task in self.tasks.items() if task.runs_programs)
         for task, indices in (self.all_items if selection is None else selection).items():
             if self._scorer(task):
                 continue

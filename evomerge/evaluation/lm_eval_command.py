@@ -53,19 +53,23 @@ def lm_eval_commands(
     """
     if len(include_path) > 1:
         return []
-    by_shots: dict[int, list[str]] = {}
+    by_shots: dict[int, list[Task]] = {}
     for name in _of_lm_eval(tasks, selection):
         for part in _parts(tasks[name]):
-            by_shots.setdefault(_shots(part), []).append(part.name)
+            by_shots.setdefault(_shots(part), []).append(part)
     given = {"pretrained": model, **(model_args or {})}
     plain = all(isinstance(value, str | int) and not set(str(value)) & set(",= ") for value in given.values())
     arguments = ",".join(f"{key}={value}" for key, value in given.items()) if plain else json.dumps(given)
     commands = []
-    for shots, names in by_shots.items():
-        words = ["lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(names)]
+    for shots, parts in by_shots.items():
+        names = ",".join(part.name for part in parts)
+        words = ["lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", names]
         words += ["--num_fewshot", str(shots)] if shots else []
         words += [word for folder in include_path for word in ("--include_path", _from_here(folder))]
-        commands.append(shlex.join([*words, *flags, "--samples", samples]))
+        programs = any(part.runs_programs for part in parts)
+        words += ["--confirm_run_unsafe_code"] if programs else []
+        command = shlex.join([*words, *flags, "--samples", samples])
+        commands.append(f"HF_ALLOW_CODE_EVAL=1 {command}" if programs else command)
     return commands
 
 

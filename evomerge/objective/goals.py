@@ -11,6 +11,7 @@ from evomerge.spec.schema import Evaluation
 
 _MIN_LOSS = 1e-9  # a loss below this counts as this, so that its ratio stays a number
 _SHARES = {"acc", "acc_norm", "exact_match", "prob", "f1", "win_rate"}
+_OF_PROGRAMS = ("pass@", "pass_at_")  # and a number of samples
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def mixed_units(goals: Sequence[Goal], scale: str) -> list[str]:
     A unit is a share of items (accuracy, exact match, ...), or one metric.
     """
     names = [goal.metric.partition(",")[0] for goal in goals]
-    units = {"a share of items" if name in _SHARES else name for name in names}
+    units = {"a share of items" if name in _SHARES or name.startswith(_OF_PROGRAMS) else name for name in names}
     if scale == "raw" and len(units) > 1:
         return [f"evaluation.scale: raw cannot add up {', '.join(sorted(units))}; use relative"]
     return []

@@ -341,14 +341,15 @@ def _find_tasks(spec: SearchSpec) -> TaskSet:
     """
     evaluation = spec.evaluation
     shots = {task.task: task.num_fewshot for task in evaluation.steering if not task.is_scorer}
+    options: dict[str, Any] = {"include_path": evaluation.include_paths, "unsafe_code": evaluation.unsafe_code}
     scorers = _load_scorers(spec, [*evaluation.steering, *evaluation.guards])
     parts, problems = [scorers], [*scorers.problems]
     if shots:
-        steering = find_tasks(list(shots), include_path=evaluation.include_paths, num_fewshot=shots)
+        steering = find_tasks(list(shots), num_fewshot=shots, **options)
         problems += [*steering.problems, *steering.missing, *map(_once, steering.twice)]
         parts.append(groups_as_tasks(steering))
     if names := [guard.task for guard in evaluation.guards if not guard.is_scorer and guard.task not in shots]:
-        guards = find_tasks(names, include_path=evaluation.include_paths)
+        guards = find_tasks(names, **options)
         problems += [*guards.problems, *guards.missing, *(f"guard: {text}" for text in map(_once, guards.twice))]
         parts.append(_apart(groups_as_tasks(guards), [name for part in parts for name in part.tasks]))
     tasks = {name: task for part in parts for name, task in part.tasks.items()}

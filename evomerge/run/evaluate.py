@@ -76,6 +76,7 @@ def evaluate(
     bootstrap_iters: int = BOOTSTRAP_ITERS,
     output_path: str | Path | None = None,
     log_samples: bool = False,
+    confirm_run_unsafe_code: bool = False,
     warn: Callable[[str], object] = warnings.warn,
 ) -> Evaluation:
     """Scores a model with the evaluator that a search uses.
@@ -101,6 +102,7 @@ def evaluate(
         bootstrap_iters: Samples for the errors of metrics of the corpus, as lm-eval has them; 0 for none.
         output_path: Where lm-eval's own files of results go.
         log_samples: Write every sample there as well.
+        confirm_run_unsafe_code: Tasks may run programs that the model writes (`evaluation/programs`).
         warn: Called with what is odd but possible.
 
     Raises:
@@ -118,7 +120,14 @@ def evaluate(
     checkpoint = reconcile({reference: open_checkpoint(reference)}).checkpoints[reference]
     config, chosen = checkpoint.load_config(), cast(BackendName, backend)
     require_decoder(model, config, chosen)
-    task_set = _tasks(tasks, warn, include_path=include_path, num_fewshot=num_fewshot, gen_kwargs=generation)
+    task_set = _tasks(
+        tasks,
+        warn,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        gen_kwargs=generation,
+        unsafe_code=confirm_run_unsafe_code,
+    )
     inputs = Inputs([*checkpoint.inputs, *(file for task in task_set.tasks.values() for file in task.files)])
     tokenizer = checkpoint.load_tokenizer().loaded
     if chat_template is not None:

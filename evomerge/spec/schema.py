@@ -401,6 +401,10 @@ class Evaluation(Section):
         True,
         description="Keep scores in the user's cache folder, so that the next run on these models and items has them.",
     )
+    unsafe_code: bool = Field(
+        False,
+        description="Tasks such as humaneval and mbpp may run programs that models write, each shut in by itself.",
+    )
     device: str = Field("cpu", description="Where models run: cpu, cuda, cuda:1, mps.")
     # auto: the faster of float32 and bfloat16 where the run begins, which then keeps it
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

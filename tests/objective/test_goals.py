@@ -45,6 +45,7 @@ def test_better_scores_are_fitter(one: float, two: float, up: bool, reference: f
         (["acc", "acc_norm", "exact_match"], False),
         (["acc", "exact_match,strict-match"], False),
         (["bits_per_byte", "bits_per_byte"], False),
+        (["acc", "pass@1", "pass_at_1,none"], False),
         (["acc", "bits_per_byte"], True),
         (["nll", "perplexity"], True),
     ],

@@ -8,10 +8,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lm_eval.api.metrics as lm
 import numpy as np
+import torch
 
 from evomerge.errors import CandidateError, TaskError
 from evomerge.evaluation.scores import BITS, EXP, MEAN, ItemScores
@@ -19,6 +21,7 @@ from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.task import TOKENS, Task
 from evomerge.system.arrays import FloatArray
 from evomerge.system.quiet import silent
+from evomerge.system.threads import run_all
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +53,9 @@ def item_scores(task: Task, indices: Sequence[int], instances: Sequence[Sequence
         names.append(ensemble.name)
     values: dict[str, Rows] = {}
     for k, name in enumerate(names):
-        for position, (index, group) in enumerate(zip(indices, instances, strict=True)):
-            for metric, value in _process(task, index, [instance.filtered_resps[name] for instance in group]).items():
+        answers = [[instance.filtered_resps[name] for instance in group] for group in instances]
+        for position, item in enumerate(_process_all(task, indices, answers)):
+            for metric, value in item.items():
                 # The first filter's metrics go by their plain name; with several, each goes by "metric,filter" too.
                 for full in [metric] * (k == 0) + [f"{metric},{name}"] * (len(names) > 1):
                     values.setdefault(full, [None] * len(indices))[position] = value
@@ -91,6 +95,12 @@ def _pooled(task: GroupTask, indices: Sequence[int], instances: Sequence[Sequenc
         chosen.append(item)
         asked.append(group)
     return task.pool(indices, {part: item_scores(task.parts[part], *both) for part, both in by_part.items()})
+
+
+def _process_all(task: Task, indices: Sequence[int], answers: Sequence[list[Any]]) -> list[dict[str, Any]]:
+    """What the task gives for each item; where it runs programs, as many at once as this process has cores."""
+    work = [partial(_process, task, index, results) for index, results in zip(indices, answers, strict=True)]
+    return run_all(work, torch.get_num_threads()) if task.runs_programs else [item() for item in work]
 
 
 def _process(task: Task, index: int, results: list[Any]) -> dict[str, Any]:

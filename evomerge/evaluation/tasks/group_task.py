@@ -65,6 +65,11 @@ class GroupTask(Task):
         """Whether any part does."""
         return any(part.scores_itself for part in self.parts)
 
+    @property
+    def runs_programs(self) -> bool:
+        """Whether any part does."""
+        return any(part.runs_programs for part in self.parts)
+
     def smooth_metric(self, metric: str) -> str:
         """Returns the smooth metric where it is the same one for all parts."""
         smooth = {part.smooth_metric(metric) for part in self.parts}

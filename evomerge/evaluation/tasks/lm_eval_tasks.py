@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
+from evomerge.evaluation.programs.pass_at_k import UNASKED, code_eval_here, contain, runs_programs
 from evomerge.evaluation.scores import Score, ScoreTable
 from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.shipped import add_shipped, shipped_index
@@ -79,11 +80,12 @@ def find_tasks(
     num_fewshot: int | Mapping[str, int | None] | None = None,
     fewshot_seed: int = FEWSHOT_SEED,
     gen_kwargs: Mapping[str, Any] | None = None,
+    unsafe_code: bool = False,
 ) -> TaskSet:
     """Loads what can be loaded, and says what is wrong with the rest.
 
     Problems are unknown names (with the nearest known ones), data that is missing or cannot be fetched, empty splits,
-    and tasks that need images, sound or to run generated code.
+    and tasks that need images, sound or, where that is not asked for, to run generated code.
 
     Args:
         names: Tasks, groups or tags; patterns of such names; YAML files, or a folder of them.
@@ -92,6 +94,7 @@ def find_tasks(
             the task. As in lm-eval, a task that says 0 stays at 0.
         fewshot_seed: Draws the examples.
         gen_kwargs: Settings of generation that replace those of the tasks.
+        unsafe_code: Whether programs that models write may be run (`evaluation/programs`).
 
     Raises:
         TaskError: No names, or an include path that is no folder.
@@ -111,10 +114,11 @@ def find_tasks(
     refuse_pipes(folders)
     sandbox_templates()
     manager = _manager(folders)
+    load = partial(_load, manager=manager, unsafe_code=unsafe_code)
     for name in dict.fromkeys(names):
         shots = num_fewshot.get(name) if isinstance(num_fewshot, Mapping) else num_fewshot
         try:
-            part = _load(name, manager, partial(_configure, num_fewshot=shots, seed=fewshot_seed, options=gen_kwargs))
+            part = load(name, configure=partial(_configure, num_fewshot=shots, seed=fewshot_seed, options=gen_kwargs))
         except TaskError as error:
             problems += error.problems
             continue
@@ -184,7 +188,7 @@ class _Loaded:
     missing: list[str]
 
 
-def _load(name: str, manager: Any, configure: Callable[[Any], None]) -> _Loaded:
+def _load(name: str, manager: Any, configure: Callable[[Any], None], *, unsafe_code: bool) -> _Loaded:
     """What a name, a pattern of names or a file stands for.
 
     Every task is loaded by itself, so that chance in how it prepares its documents is the same whatever else is
@@ -198,7 +202,7 @@ def _load(name: str, manager: Any, configure: Callable[[Any], None]) -> _Loaded:
             problems.append(f"task {name!r}: the others are not tried")
             break
         try:
-            loaded = _load_one(spec, manager)
+            loaded = _load_one(spec, manager, unsafe_code=unsafe_code)
             for task in loaded["tasks"].values():
                 configure(task)
         except TaskError as error:
@@ -266,30 +270,39 @@ def _from_files(name: str, index: dict[str, Any]) -> list[str]:
     return listed
 
 
-def _load_one(spec: SingleTask, manager: Any) -> Any:
+def _load_one(spec: SingleTask, manager: Any, *, unsafe_code: bool) -> Any:
     """One task, in the groups that hold it, as `TaskManager.load` gives it; named without marks of ours."""
     if spec.problems:
         raise TaskError([f"task {spec.name!r}: {problem}" for problem in spec.problems])
-    _require_supported(spec)
+    _require_supported(spec, unsafe_code=unsafe_code)
     try:
-        with quiet(), seeded():
+        with quiet(), seeded(), code_eval_here(allowed=unsafe_code):
             loaded = manager.load([spec.load])
     except Exception as error:  # a task's YAML can make lm-eval and datasets raise anything
         raise TaskError(f"task {spec.name!r} cannot be loaded: {_reason(error, spec.config)}") from error
     for task in loaded["tasks"].values():
+        _require_contained(task, unsafe_code=unsafe_code)
         if (plain := plain_name(task.task_name)) != task.task_name:
             task.set_config(key="task", value=plain)
     return loaded
 
 
-def _require_supported(spec: SingleTask) -> None:
+def _require_supported(spec: SingleTask, *, unsafe_code: bool) -> None:
     """Refuses what cannot be scored here, before its data and functions are fetched."""
     config = spec.config
-    metrics = [part.get("metric") for part in config.get("metric_list") or [] if isinstance(part, dict)]
-    if config.get("unsafe_code") or "code_eval" in metrics:
-        raise TaskError(f"task {spec.name!r} runs code that the model writes; EvoMerge does not")
+    if runs_programs(config) and not unsafe_code:
+        raise TaskError(f"task {spec.name!r} {UNASKED}")
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise TaskError(f"task {spec.name!r} needs images or sound; EvoMerge scores text only")
+
+
+def _require_contained(task: Any, *, unsafe_code: bool) -> None:
+    """Refuses a task that runs programs unasked, or where they are not shut in; its own classes say so themselves."""
+    if not getattr(task, "UNSAFE_CODE", False):
+        return
+    if not unsafe_code:
+        raise TaskError(f"task {plain_name(task.task_name)!r} {UNASKED}")
+    contain(task)
 
 
 _EMPTY_SPLIT = ("size 0", "SchemaInferenceError", "no data files", "list index out of range")
@@ -355,8 +368,6 @@ def _package_with(module: str) -> str:
 def _configure(task: Any, num_fewshot: int | None, seed: int, options: Mapping[str, Any] | None) -> None:
     """Refuses what cannot be scored here; sets examples and generation as `lm_eval.simple_evaluate` does."""
     name = task.task_name
-    if getattr(task, "UNSAFE_CODE", False):
-        raise TaskError(f"task {name!r} runs code that the model writes; EvoMerge does not")
     if getattr(task, "MULTIMODAL", False):
         raise TaskError(f"task {name!r} needs images or sound; EvoMerge scores text only")
     if options and task.get_config("output_type") == "generate_until":

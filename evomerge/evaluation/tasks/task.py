@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, show, suggest
+from evomerge.evaluation.programs.pass_at_k import runs_programs
 from evomerge.evaluation.tasks.strangers import python_files
 from evomerge.system.hashing import digest
 from evomerge.system.quiet import quiet, seeded
@@ -153,6 +154,14 @@ class Task:
         inherited = method is None or method.__qualname__ == "ConfigurableTask.process_results"
         config = getattr(self.lm_eval_task, "config", None)
         return not inherited or callable(getattr(config, "process_results", None))
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether what the model writes is run to be valued."""
+        config = getattr(self.lm_eval_task, "config", None)
+        return bool(getattr(self.lm_eval_task, "UNSAFE_CODE", False)) or runs_programs(
+            {} if config is None else {"metric_list": config.metric_list}
+        )
 
     def direction(self, metric: str) -> bool:
         """Returns whether a higher value of a metric, of any filter, is better."""
