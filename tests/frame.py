@@ -110,10 +110,18 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def process(*arguments: str | Path, cwd: Path | None = None, timeout: float = 300) -> Ended:
-    """Runs `evomerge ARGUMENTS` in a process of its own."""
+def process(
+    *arguments: str | Path, cwd: Path | None = None, timeout: float = 300, more: Mapping[str, str] | None = None
+) -> Ended:
+    """Runs `evomerge ARGUMENTS` in a process of its own, with more variables in its environment."""
     done = subprocess.run(
-        command(arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        command(arguments),
+        cwd=cwd,
+        env=environment(**(more or {})),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 

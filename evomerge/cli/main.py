@@ -254,6 +254,33 @@ def export(
         typer.echo(text)
 
 
+@app.command()
+def push(
+    run: RunFolder,
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to, on the Hub.", show_default=False)],
+    candidate: Candidate = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it; else it is private.")] = False,
+    message: Annotated[
+        str | None, typer.Option("--message", help="Of the commit.", show_default="which candidate it is")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Send nothing; list what would go up.")] = False,
+) -> None:
+    """Upload a run's winner, or any candidate, to the Hugging Face Hub: checkpoint, card, recipe, report, search."""
+    from evomerge.run.sharing.push import push_candidate
+
+    typer.echo(
+        push_candidate(
+            run,
+            repository,
+            candidate=candidate,
+            public=public,
+            message=message,
+            dry_run=dry_run,
+            report=lambda text: typer.echo(text, err=True),
+        )
+    )
+
+
 @app.command("extract-lora")
 def extract_lora(
     model: Annotated[str, typer.Argument(help="The fine-tune: a folder, a Hub id.", show_default=False)],

@@ -25,6 +25,7 @@ COMMANDS = (
     "status",
     "export",
     "extract-lora",
+    "push",
     "lineage",
     "merge",
     "dare",
