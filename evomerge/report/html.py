@@ -14,6 +14,7 @@ from evomerge.recipe import parse_recipe
 from evomerge.report.drawing import Picture
 from evomerge.report.figures import pictures, scores
 from evomerge.report.run_data import RunData
+from evomerge.report.tables import constraint_rows
 from evomerge.study.candidate import find
 from evomerge.system.text import one_line, plain
 
@@ -50,6 +51,7 @@ def report_page(data: RunData, *, refresh: int | None = None) -> str:
         verdict=one_line(verdict, 1000),
         tone=tone,
         facts=_facts(data),
+        constraints=constraint_rows(data.result.constraints) if data.result and data.result.constraints else None,
         refresh=refresh,
         most_rows=_MOST_ROWS,
         winner_yaml=parse_recipe(winner.recipe, where="candidate").to_yaml() if winner else "",

@@ -105,7 +105,7 @@ def result_table(result: RunResult) -> str:
         _bias_table(result),
         _best_baseline_table(result),
         _front_table(result),
-        _constraint_table(result.constraints),
+        table(*constraint_rows(result.constraints)) if result.constraints else "",
         _informative_text(result.informative),
         result.verdict,
     ]
@@ -289,10 +289,12 @@ def _front_table(result: RunResult) -> str:
     return "\n\n".join(parts)
 
 
-def _constraint_table(constraints: Sequence[ConstraintResult]) -> str:
-    """Whether the winner keeps within each limit; empty without one."""
-    if not constraints:
-        return ""
+def constraint_rows(constraints: Sequence[ConstraintResult]) -> tuple[list[str], list[list[str]]]:
+    """Says of each constraint what the winner has, its limit, how far apart they are, and whether it is held.
+
+    Returns:
+        The header, and a row for each.
+    """
     rows = [
         [
             constraint.name,
@@ -304,7 +306,7 @@ def _constraint_table(constraints: Sequence[ConstraintResult]) -> str:
         for constraint in constraints
     ]
     header = ["constraint", "winner, test items", "limit", "value less limit, 95% interval", "verdict"]
-    return table(header, rows)
+    return header, rows
 
 
 def _informative_text(informative: InformativeItems | None) -> str:

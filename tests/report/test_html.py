@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from evomerge.report import tables
 from evomerge.report.html import report_page
+from evomerge.report.result import ConstraintResult
 from evomerge.report.run_data import RunData, Sample
 from evomerge.run.report import read_run, watch_report, write_report
+from evomerge.study.candidate import ConstraintValue
 from tests.fakes import FAKE, fake_spec
 from tests.frame import invoke
 
@@ -77,6 +80,32 @@ def test_tables_are_there_without_scripts(data: RunData) -> None:
     assert f"{data.result.winner.fitness['test'].value:.4f}" in text
     assert "<table>" in text
     assert "source a" in text
+
+
+def test_constraints_are_shown_with_limit_interval_and_verdict(data: RunData) -> None:
+    assert data.result is not None
+    assert 'id="constraints"' not in report_page(data)
+    value = ConstraintValue(0.25, 0.5, 0.25)
+    constraints = [
+        ConstraintResult(f"{HOSTILE} acc >= base - 0.01", "broken", {"test": value}, (-0.4, -0.1)),
+        ConstraintResult("words acc >= 0.2", "not to be told", {"test": value}, (-0.02, 0.12)),
+        ConstraintResult("layers <= 30", "held", {"test": value}, None),
+    ]
+    text = page_without_plotly(report_page(replace(data, result=replace(data.result, constraints=tuple(constraints)))))
+    section = text[text.index('id="constraints"') :]
+    rows = re.findall("<tr>(.*?)</tr>", section[: section.index("</section>")])
+    cells = [re.findall('<t[hd](?: class="([^"]*)")?>(.*?)</t[hd]>', row) for row in rows]
+    assert [name for _, name in cells[0]] == [
+        *("constraint", "winner, test items", "limit", "value less limit, 95% interval", "verdict")
+    ]
+    assert cells[2] == [
+        *(("text", "words acc &gt;= 0.2"), ("number", "0.25"), ("number", "0.5"), ("number", "-0.020 to +0.120")),
+        ("not", "not to be told at this number of items"),
+    ]
+    assert [row[-1] for row in cells[1:]][::2] == [("broken", "broken"), ("held", "held")]
+    assert "<script>alert" not in section
+    assert "\x1b" not in section
+    assert "constraint" in tables.result_table(replace(data.result, constraints=tuple(constraints)))
 
 
 def test_hostile_names_are_text(hostile: RunData) -> None:

@@ -47,9 +47,9 @@ def keys(schema: Any) -> Iterator[tuple[str, Any]]:
 def test_every_key_of_a_search_is_described() -> None:
     schema = SearchSpec.model_json_schema(by_alias=True)
     sections = {"SearchSpec": schema, **schema["$defs"]}
-    keys = {f"{name}.{key}": value for name in sections for key, value in sections[name]["properties"].items()}
-    assert len(keys) > 100
-    assert [key for key, value in keys.items() if not value.get("description")] == []
+    declared = {f"{name}.{key}": value for name in sections for key, value in sections[name]["properties"].items()}
+    assert len(declared) > 100
+    assert [key for key, value in declared.items() if not value.get("description")] == []
     said = list(keys(search_schema()))
     assert len(said) > 50
     assert [name for name, value in said if not value["description"].endswith(".")] == []
