@@ -3,8 +3,7 @@
 What is stored or asked for in float64 is computed whole and in float64, by the method's own function.
 
 A compiled kernel does the work where there is one (`find_kernel`); otherwise the method's own function does, on
-float32 blocks. On another device it always does: blocks are sent there one by one, and statistics of whole tensors
-come from here.
+float32 blocks. Where the store of statistics is one of a device (`statistics_store`), it always does, there.
 """
 
 from __future__ import annotations
@@ -12,15 +11,18 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.checkpoint import Checkpoint
+from evomerge.engine.device.sources import BLOCK, NO_ROOM, Room
+from evomerge.engine.device.statistics import DeviceStatistics
 from evomerge.engine.statistics.operation_statistics import OperationStatistics
-from evomerge.engine.statistics.tensor_reader import CHUNK, chunks
+from evomerge.engine.statistics.tensor_reader import CHUNK, chunks, for_sums
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.errors import BadInput
 from evomerge.methods.contract import Block, Granularity, Stage
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from evomerge.engine.kernel_dispatch import KernelCall
 
 _PIECE = 1 << 21  # elements: large enough that handing a piece to a thread costs nothing
-_SENT = 1 << 24  # elements of a block that is sent to a device: 64 MB in float32
 
 
 def find_device(name: str, key: str = "--device") -> torch.device | None:
@@ -61,9 +62,27 @@ def find_device(name: str, key: str = "--device") -> torch.device | None:
     return device
 
 
-def execute(
-    operation: Operation, store: StatisticsStore, out: Tensor, family: Family = (), device: torch.device | None = None
-) -> None:
+def statistics_store(
+    checkpoints: Mapping[str, Checkpoint],
+    device: torch.device | None = None,
+    *,
+    room: Room = NO_ROOM,
+    remembered: int = 0,
+) -> StatisticsStore:
+    """Returns the statistics by which operations are computed: where and how they are, follows from it.
+
+    Args:
+        checkpoints: Open checkpoints by reference.
+        device: Where the methods' own functions compute, and statistics are found; None for compiled kernels in memory.
+        room: What stored tensors may take of the device.
+        remembered: Bytes for what methods keep for the next candidate.
+    """
+    if device is None:
+        return StatisticsStore(checkpoints, room=remembered)
+    return DeviceStatistics(checkpoints, device, room, remembered)
+
+
+def execute(operation: Operation, store: StatisticsStore, out: Tensor, family: Family = ()) -> None:
     """Writes the operation's result into `out`, rounding once to `out`'s dtype.
 
     Args:
@@ -71,9 +90,8 @@ def execute(
         store: Statistics and tensors of the open checkpoints.
         out: Contiguous tensor of the operation's shape.
         family: The inputs that together make the model, for `scope: model`.
-        device: Where the method's own function computes; None for compiled kernels where there are some.
     """
-    for piece in pieces(operation, store, out, family, device):
+    for piece in pieces(operation, store, out, family):
         piece()
 
 
@@ -95,16 +113,14 @@ class Part:
         self._task.run(self.start, self.stop, out)
 
 
-def parts(
-    operation: Operation, store: StatisticsStore, family: Family = (), device: torch.device | None = None
-) -> Iterator[Part]:
+def parts(operation: Operation, store: StatisticsStore, family: Family = ()) -> Iterator[Part]:
     """Yields an operation's result in independent parts.
 
     Args:
-        operation, store, family, device: As for `execute`.
+        operation, store, family: As for `execute`.
     """
-    task = _Task(operation, store, family, device)
-    step = _PIECE if device is None else _SENT
+    task = _Task(operation, store, family)
+    step = _PIECE if store.device is None else BLOCK
     if operation.method != COPY:
         if get_method(operation.method).merge is None:
             raise ValueError(f"{operation.method} copies layers and has nothing to compute")
@@ -137,12 +153,10 @@ class Piece:
         self.run()
 
 
-def pieces(
-    operation: Operation, store: StatisticsStore, out: Tensor, family: Family = (), device: torch.device | None = None
-) -> Iterator[Piece]:
+def pieces(operation: Operation, store: StatisticsStore, out: Tensor, family: Family = ()) -> Iterator[Piece]:
     """Yields the work of `execute` in independent pieces of a bounded size, for several threads."""
     flat = out.view(-1)
-    for part in parts(operation, store, family, device):
+    for part in parts(operation, store, family):
         run = functools.partial(part.compute, flat[part.start : part.stop])
         yield Piece(run, part.size, part.start == 0)
 
@@ -163,16 +177,10 @@ def execute_all(work: Iterable[Callable[[], None]], threads: int) -> None:
     run_all(sorted(work, key=rank), threads)
 
 
-def materialise(
-    operation: Operation,
-    store: StatisticsStore,
-    dtype: torch.dtype,
-    family: Family = (),
-    device: torch.device | None = None,
-) -> Tensor:
-    """Computes the operation's result as a new tensor in memory, rounded once to `dtype`; `device` as for `execute`."""
-    out = torch.empty(operation.shape, dtype=dtype)
-    execute(operation, store, out, family, device)
+def materialise(operation: Operation, store: StatisticsStore, dtype: torch.dtype, family: Family = ()) -> Tensor:
+    """Computes the operation's result as a new tensor where the store's device is, rounded once to `dtype`."""
+    out = torch.empty(operation.shape, dtype=dtype, device=store.device)
+    execute(operation, store, out, family)
     return out
 
 
@@ -183,7 +191,6 @@ class _Task:
     operation: Operation
     store: StatisticsStore
     family: Family
-    device: torch.device | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
@@ -217,14 +224,13 @@ class _Task:
             op.seed,
             self.family,
             whole=op.shape,
-            device=self.device,
             inputs_seen=op.activations.means if op.activations else None,
         )
 
     @functools.cached_property
     def kernel(self) -> KernelCall | None:
         """Returns the compiled work, if there is one."""
-        if self.device is not None:
+        if self.store.device is not None:
             return None
         from evomerge.engine.kernel_dispatch import find_kernel
 
@@ -241,13 +247,11 @@ class _Task:
         if not self.stages:
             self._merge(start, stop, out)
             return
-        merged = torch.empty(math.prod(self.operation.shape))
-        self._merge(0, merged.numel(), merged)
-        op = self.operation
-        base = None if op.base is None else self._part(op.base, 0, op.shape)
-        sources = [self._part(source, 0, op.shape) for source in op.sources]
-        block = Block(base, sources, 0, self.statistics.at(0, op.shape))
-        out.copy_(self._after(block, merged.to(self.device).view(op.shape)).reshape(-1))
+        size = math.prod(self.operation.shape)
+        merged = torch.empty(size, device=self.store.device)
+        self._merge(0, size, merged)
+        for block in self._blocks(0, size, "tensor"):
+            out.copy_(self._after(block, merged.view(self.operation.shape)).reshape(-1))
 
     def _after(self, block: Block, merged: Tensor) -> Tensor:
         """What the stages make of a whole tensor."""
@@ -274,15 +278,15 @@ class _Task:
         if self.operation.scale == 1.0:
             out.copy_(source)
             return
-        for first, last in chunks(stop - start):
-            part = source[first:last]
+        for first, last in chunks(stop - start, self.store.tensors.block):
+            part = self.store.tensors.at_hand(source[first:last])
             out[first:last] = (part if part.dtype == torch.float64 else part.float()) * self.operation.scale
 
     def _in_double(self) -> Tensor:
         op, method = self.operation, get_method(self.operation.method)
 
         def whole(tensor: Input) -> Tensor:
-            return self.store.tensors.flat(tensor).double().view(op.shape)
+            return for_sums(self.store.tensors.at_hand(self.store.tensors.flat(tensor))).double().view(op.shape)
 
         base = None if op.base is None else whole(op.base)
         keys = [self.statistics.key(i) for i in range(len(op.sources))] if method.stochastic else []
@@ -298,31 +302,26 @@ class _Task:
         op, merge = self.operation, get_method(self.operation.method).merge
         if merge is None:
             return
-        limit = CHUNK if self.device is None else _SENT
-        for at, shape in _extents(op.shape, self.granularity, start, stop, limit):
-            base = None if op.base is None else self._part(op.base, at, shape)
-            sources = [self._part(source, at, shape) for source in op.sources]
-            merged = merge(Block(base, sources, at, self.statistics.at(at, shape)), op.settings)
-            out[at - start : at - start + merged.numel()] = merged.reshape(-1)
+        for block in self._blocks(start, stop, self.granularity):
+            merged = merge(block, op.settings)
+            out[block.start - start : block.start - start + merged.numel()] = merged.reshape(-1)
 
-    def _part(self, tensor: Input, start: int, shape: tuple[int, ...]) -> Tensor:
-        stored = self.store.tensors.flat(tensor)[start : start + math.prod(shape)]
-        return (stored if self.device is None else stored.to(self.device)).float().view(shape)
-
-
-def _extents(
-    shape: tuple[int, ...], granularity: Granularity, start: int, stop: int, limit: int
-) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(flat start, block shape) of each block of a piece."""
-    columns = math.prod(shape[1:])
-    if granularity == "tensor":
-        yield 0, shape
-    elif granularity == "row" and len(shape) > 1:
-        width = max(1, columns)
-        for first, last in chunks((stop - start) // width, max(1, limit // width)):
-            yield start + first * width, (last - first, columns)
-    elif granularity == "row":
-        yield 0, (1, math.prod(shape))
-    else:
-        for first, last in chunks(stop - start, limit):
-            yield start + first, (last - first,)
+    def _blocks(self, start: int, stop: int, granularity: Granularity) -> Iterator[Block]:
+        """The blocks of elements start..stop, each of as much as a method sees at once."""
+        op, tensors = self.operation, self.store.tensors
+        whole, columns = math.prod(op.shape), math.prod(op.shape[1:])
+        step = tensors.block
+        if granularity == "tensor" or (granularity == "row" and len(op.shape) < 2):
+            start, stop, step = 0, whole, max(1, whole)
+        elif granularity == "row":
+            step = max(1, step // max(1, columns)) * max(1, columns)
+        origin = () if op.base is None else (op.base,)
+        for at, flat in tensors.floats([*origin, *op.sources], start, stop, step):
+            shape: tuple[int, ...] = flat[0].shape
+            if granularity == "tensor":
+                shape = op.shape
+            elif granularity == "row":
+                shape = (1, whole) if len(op.shape) < 2 else (flat[0].numel() // max(1, columns), columns)
+            values = [part.view(shape) for part in flat]
+            base, sources = (None, values) if op.base is None else (values[0], values[1:])
+            yield Block(base, sources, at, self.statistics.at(at, shape))

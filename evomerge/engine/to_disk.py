@@ -19,8 +19,7 @@ from evomerge.checkpoints.header import TensorSpec
 from evomerge.checkpoints.tensors import is_finite
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.engine.companions import write_companions
-from evomerge.engine.execute import execute_all, find_device, parts
-from evomerge.engine.statistics.tensor_statistics import StatisticsStore
+from evomerge.engine.execute import execute_all, find_device, parts, statistics_store
 from evomerge.errors import BadInput, CheckpointError, OutputError, RecipeError
 from evomerge.planning.operation import Operation, inputs_of
 from evomerge.planning.plan import Plan
@@ -52,7 +51,7 @@ def write_checkpoint(
         card: Text of README.md.
         overwrite: Replace a folder that is there.
         max_shard_size: Largest file: bytes, or text such as "5GB".
-        device: Where to compute: "cpu", or a device of torch such as "cuda:0", to which tensors are sent one by one.
+        device: Where to compute: "cpu", or a device of torch such as "cuda:0", where tensors go block by block.
         progress: Called with (tensors written, tensors in all), by the thread that wrote the last one.
         finish: Called with the folder before it gets its final name, to add to it.
         warn: Called with what of the reference model's folder is left out.
@@ -97,13 +96,13 @@ def _write_weights(
     A thread holds one part of its tensor and no more: where what is found out about a tensor serves no other one, it
     is forgotten with it, and the inputs' pages are given back.
     """
-    whole = StatisticsStore(checkpoints) if any(_spans_model(op) for op in plan.operations) else None
+    whole = statistics_store(checkpoints, device) if any(_spans_model(op) for op in plan.operations) else None
     order = sorted(plan.operations, key=lambda operation: -math.prod(operation.shape))
     done = itertools.count(1)
 
     def one(operation: Operation) -> None:
-        store = whole or StatisticsStore(checkpoints)
-        for part in parts(operation, store, plan.family, device):
+        store = whole or statistics_store(checkpoints, device)
+        for part in parts(operation, store, plan.family):
             values = _buffer(part.size, torch_dtype(operation.dtype))
             part.compute(values)
             if not is_finite(values):

@@ -26,9 +26,18 @@ class Held:
         return self.tensors[name]
 
 
-def store_of(models: Mapping[str, Mapping[str, Tensor]], **more: Any) -> StatisticsStore:
-    """A store over tensors: {model: {name: tensor}}."""
-    return StatisticsStore({name: cast(Checkpoint, Held(tensors)) for name, tensors in models.items()}, **more)
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""{model: {name: tensor}}."""
+
+
+def checkpoints_of(models: Tensors) -> dict[str, Checkpoint]:
+    """Tensors in the place of checkpoints."""
+    return {name: cast(Checkpoint, Held(tensors)) for name, tensors in models.items()}
+
+
+def store_of(models: Tensors, **more: Any) -> StatisticsStore:
+    """A store over tensors."""
+    return StatisticsStore(checkpoints_of(models), **more)
 
 
 def inputs(count: int, tensor: str = "tensor") -> tuple[Input, tuple[Input, ...]]:
@@ -36,9 +45,14 @@ def inputs(count: int, tensor: str = "tensor") -> tuple[Input, tuple[Input, ...]
     return Input("base", tensor, "base"), tuple(Input(f"m{i}", tensor, PRINTS[i]) for i in range(count))
 
 
+def models_of(base: Tensor, sources: Sequence[Tensor]) -> Tensors:
+    """A base and sources of one tensor each."""
+    return {"base": {"tensor": base}} | {f"m{i}": {"tensor": s} for i, s in enumerate(sources)}
+
+
 def store_for(base: Tensor, sources: Sequence[Tensor], **more: Any) -> StatisticsStore:
     """A store over one tensor of a base and its sources."""
-    return store_of({"base": {"tensor": base}} | {f"m{i}": {"tensor": s} for i, s in enumerate(sources)}, **more)
+    return store_of(models_of(base, sources), **more)
 
 
 def operation_for(method: str, settings: Settings, shape: Sequence[int], **more: Any) -> Operation:

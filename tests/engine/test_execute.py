@@ -17,7 +17,7 @@ from torch import Tensor
 from evomerge.engine import execute as engine
 from evomerge.engine import kernel_dispatch
 from evomerge.engine.execute import Piece, execute_all, materialise, pieces
-from evomerge.engine.statistics import exact_topk, tensor_reader, tensor_statistics
+from evomerge.engine.statistics import exact_topk, tensor_reader
 from evomerge.engine.statistics.operation_statistics import OperationStatistics
 from evomerge.methods.contract import Method, Settings
 from evomerge.methods.plain_statistics import merge_tensors
@@ -147,8 +147,9 @@ def test_pieces_and_chunks_change_nothing(
             shared["density"] = 0.55
     chosen = method.settings(own, shared, paper=not trimmed)
     whole = got(method, base, sources, chosen, torch.bfloat16)
-    for module in (engine, tensor_reader, tensor_statistics, kernel_dispatch):
+    for module in (engine, tensor_reader, kernel_dispatch):
         monkeypatch.setattr(module, "CHUNK", 96)
+    monkeypatch.setattr(tensor_reader.TensorReader, "block", 96)
     monkeypatch.setattr(tensor_reader.chunks, "__defaults__", (96,))
     monkeypatch.setattr(engine, "_PIECE", 320)
     monkeypatch.setattr(exact_topk, "_IN_MEMORY", 0)

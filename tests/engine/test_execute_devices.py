@@ -1,4 +1,4 @@
-"""Computing elsewhere than in the processor's compiled kernels: the torch path, block by block on a named device."""
+"""Computing elsewhere than in the processor's compiled kernels: the torch path, on a named device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import pytest
 import torch
 
 from evomerge.checkpoints.dtypes import torch_dtype
-from evomerge.engine import execute as engine
-from evomerge.engine.execute import execute, find_device, materialise
-from evomerge.engine.statistics.tensor_statistics import StatisticsStore
+from evomerge.engine.execute import find_device, materialise, statistics_store
 from evomerge.errors import BadInput
 from evomerge.methods.contract import Method
-from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
 from evomerge.run.merge import merge_to_folder
 from tests.engine.recipes import EVERY, opened, plan_of, recipe_for, single
@@ -21,37 +18,16 @@ from tests.engine.recipes import EVERY, opened, plan_of, recipe_for, single
 COMPUTING = [method for method in EVERY if method.merge is not None]
 
 
-@pytest.mark.parametrize("block", [1 << 24, 500], ids=["whole", "small"])
 @pytest.mark.parametrize("method", COMPUTING, ids=lambda m: m.name)
-def test_the_torch_path_gives_the_same(
-    tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch, method: Method, block: int
-) -> None:
-    """Within a rounding of float32, whatever the size of the blocks that are sent."""
-    monkeypatch.setattr(engine, "_SENT", block)
+def test_the_torch_path_gives_the_same(tiny_family: dict[str, Path], method: Method) -> None:
+    """Within a rounding of float32, for tensors as models have them."""
     checkpoints = opened(str(folder) for folder in tiny_family.values())
     plan = plan_of(recipe_for(method, tiny_family), checkpoints)
-    store = StatisticsStore(checkpoints)
-    for operation in plan.operations[:: 5 if block > 500 else 20]:
+    compiled, in_torch = (statistics_store(checkpoints, device) for device in (None, torch.device("cpu")))
+    for operation in plan.operations[::5]:
         dtype = torch_dtype(operation.dtype)
-        here = materialise(operation, store, dtype, plan.family)
-        there = materialise(operation, store, dtype, plan.family, torch.device("cpu"))
+        here, there = (materialise(operation, store, dtype, plan.family) for store in (compiled, in_torch))
         torch.testing.assert_close(there, here, rtol=2e-6, atol=1e-7, msg=operation.output)
-
-
-ON_META = [method.name for method in COMPUTING if method.parameter("spectral") is None]  # ranks depend on values
-
-
-@pytest.mark.parametrize("name", ON_META)
-def test_every_tensor_goes_to_the_device(tiny_family: dict[str, Path], name: str) -> None:
-    """The meta device computes nothing, and refuses to be mixed with tensors that lie elsewhere."""
-    checkpoints = opened(str(folder) for folder in tiny_family.values())
-    plan = plan_of(recipe_for(METHODS[name], tiny_family), checkpoints)
-    store = StatisticsStore(checkpoints)
-    for operation in plan.operations[::6]:
-        out = torch.empty(operation.shape, dtype=torch.float32, device="meta")
-        execute(operation, store, out, plan.family, torch.device("meta"))
-        with pytest.raises((RuntimeError, NotImplementedError)):  # the values are nowhere
-            materialise(operation, store, torch.float32, plan.family, torch.device("meta"))
 
 
 def test_names_of_devices() -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,28 @@ INFINITY = 0x7F800000
 
 Floats = NDArray[np.float32]
 Bits = NDArray[Any]  # uint16 for bfloat16, uint32 for float32
-Parts = Callable[[], Iterator[tuple[int, Bits, Bits]]]
-"""(flat index of the first element, bits of the base, bits of the source), one dtype: their difference counts."""
+Parts = Callable[[], Iterator[tuple[int, Any, Any]]]
+"""(flat index of the first element, the base, the source): their difference counts. Both are `Bits` of one dtype for
+the compiled reductions, float32 tensors for those in torch."""
+
+
+class Reductions(Protocol):
+    """Magnitudes of a delta counted, one part at a time: `evomerge.engine.kernels.reductions`, or the same in torch."""
+
+    def count_magnitudes(
+        self, base: Any, source: Any, shift: int, counts: NDArray[np.int64], low: NDArray[np.uint16]
+    ) -> None: ...
+
+    def count_low_bits(self, base: Any, source: Any, shift: int, upper: int, counts: NDArray[np.int64]) -> None: ...
+
+    def find_equal(self, base: Any, source: Any, magnitude: int, rank: int) -> tuple[int, int]: ...
+
+
+def compiled() -> Reductions:
+    """Returns the compiled reductions, loaded when they are needed."""
+    from evomerge.engine.kernels import reductions
+
+    return reductions
 
 
 @dataclass(frozen=True)
@@ -67,10 +87,9 @@ class Histogram:
         return Histogram(shift, bins, counts, mixed, self.total)
 
 
-def count_magnitudes(parts: Parts, shift: int) -> Histogram:
+def count_magnitudes(parts: Parts, shift: int, reductions: Reductions | None = None) -> Histogram:
     """Returns the histogram of the magnitudes; what is no number is left out."""
-    from evomerge.engine.kernels import reductions
-
+    reductions = reductions or compiled()
     infinity = INFINITY >> shift
     counts, low = np.zeros(1 << (31 - shift), dtype=np.int64), np.zeros(1 << (31 - shift), dtype=np.uint16)
     for _, base_bits, source_bits in parts():
@@ -107,7 +126,13 @@ def merge_histograms(histograms: Sequence[Histogram]) -> Histogram:
     return Histogram(shift, bins, counts, mixed, sum(h.total for h in histograms))
 
 
-def joint_cutoff(parts: Sequence[Parts], histograms: Sequence[Histogram], whole: Histogram, keep: int) -> JointCutoff:
+def joint_cutoff(
+    parts: Sequence[Parts],
+    histograms: Sequence[Histogram],
+    whole: Histogram,
+    keep: int,
+    reductions: Reductions | None = None,
+) -> JointCutoff:
     """Finds where to cut so that the `keep` largest of all tensors together stay, with 0 < `keep` <= their total.
 
     At equal magnitude the earlier tensor, and within it the lower index, stays.
@@ -117,13 +142,14 @@ def joint_cutoff(parts: Sequence[Parts], histograms: Sequence[Histogram], whole:
         histograms: Of each.
         whole: Of all `merge_histograms`.
         keep: How many stay.
+        reductions: What counts; None for the compiled ones.
     """
     shift = whole.shift
     upper, left = bin_of(whole, keep)
     inside = [h.coarser(shift).within(upper) for h in histograms]
     lower, equals = 0, [size for size, _ in inside]
     if any(mixed for _, mixed in inside):
-        lower, left, equals = _count_within_bin(parts, inside, shift, upper, left)
+        lower, left, equals = _count_within_bin(parts, inside, shift, upper, left, reductions or compiled())
     stay = []
     for equal in equals:
         stay.append(min(left, equal))
@@ -131,10 +157,9 @@ def joint_cutoff(parts: Sequence[Parts], histograms: Sequence[Histogram], whole:
     return JointCutoff(upper << shift | lower, tuple(stay))
 
 
-def last_index(parts: Parts, bits: int, stay: int) -> int:
+def last_index(parts: Parts, bits: int, stay: int, reductions: Reductions | None = None) -> int:
     """Finds the flat index of the `stay`-th element of exactly this magnitude, -1 for none."""
-    from evomerge.engine.kernels import reductions
-
+    reductions = reductions or compiled()
     if stay == 0:
         return -1
     for start, base_bits, source_bits in parts():
@@ -192,11 +217,14 @@ def _from_zero(scores: Callable[[], Iterator[tuple[int, Floats]]]) -> Iterator[t
 
 
 def _count_within_bin(
-    parts: Sequence[Parts], inside: list[tuple[int, bool]], shift: int, upper: int, rank: int
+    parts: Sequence[Parts],
+    inside: list[tuple[int, bool]],
+    shift: int,
+    upper: int,
+    rank: int,
+    reductions: Reductions,
 ) -> tuple[int, int, list[int]]:
     """Within a bin: (lower bits of the `rank`-th largest, its rank among its equals, its equals per tensor)."""
-    from evomerge.engine.kernels import reductions
-
     total, counts_of = np.zeros(1 << shift, dtype=np.int64), []
     for part, (size, mixed) in zip(parts, inside, strict=True):
         if not mixed:  # all of them have no lower bits

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from evomerge.engine.statistics.exact_topk import Histogram, Parts
 from evomerge.engine.statistics.sce_selection import Selection
+from evomerge.engine.statistics.tensor_reader import for_sums
 from evomerge.engine.statistics.tensor_statistics import StatisticsStore
 from evomerge.methods.contract import Cutoff, Scope
-from evomerge.methods.random_field import field_key, kept_elements, uniform16
+from evomerge.methods.random_field import field_key, keep_threshold
 from evomerge.methods.topk import cutoff_mask
 from evomerge.planning.operation import Family, FamilyMember, Input
 
@@ -46,7 +47,6 @@ class OperationStatistics:
         shape: Shape of the block.
         start: Flat index of its first element.
         whole: Shape of the tensor.
-        device: Where the block is, when that is not in memory; what is said of its elements goes there.
         inputs_seen: Mean magnitudes of the matrix's inputs, [in]; None where they are not known.
         answers: What of this operation was asked for already.
     """
@@ -61,7 +61,6 @@ class OperationStatistics:
     shape: tuple[int, ...] = ()
     start: int = 0
     whole: tuple[int, ...] = ()
-    device: torch.device | None = None
     inputs_seen: NDArray[np.float32] | None = None
     answers: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
@@ -89,11 +88,11 @@ class OperationStatistics:
     def masses(self, source: int, kept: Cutoff, outliers: Cutoff) -> tuple[float, float]:
         def find() -> tuple[float, float]:
             whole = inside = 0.0
-            for start, (base, model) in self.store.tensors.rows(self.inputs([-1, source])):
-                sizes = torch.from_numpy(model - base).abs_()
+            for start, (base, model) in self.store.tensors.floats(self.inputs([-1, source])):
+                sizes = model.sub(base).abs_()
                 stays = cutoff_mask(sizes, *kept, start) & ~cutoff_mask(sizes, *outliers, start)
-                whole += float(sizes.sum(dtype=torch.float64))
-                inside += float(sizes[stays].sum(dtype=torch.float64))
+                whole += float(for_sums(sizes).sum(dtype=torch.float64))
+                inside += float(for_sums(sizes[stays]).sum(dtype=torch.float64))
             return whole, inside
 
         return self._asked(("masses", source, kept, outliers), find)
@@ -154,7 +153,7 @@ class OperationStatistics:
     def activations(self) -> Tensor:
         if self.inputs_seen is None:
             raise ValueError("there are no activations of this tensor")
-        return torch.from_numpy(self.inputs_seen).to(self.device)
+        return torch.from_numpy(self.inputs_seen).to(self.store.device)
 
     def overlaps(self, epsilon: float) -> list[tuple[int, int]]:
         base, *sources = self.inputs([-1, *range(len(self.sources))])
@@ -163,7 +162,7 @@ class OperationStatistics:
     def importance(self, source: int) -> tuple[Tensor, float]:
         base, source_input = self.inputs([-1, source])
         factors, threshold = self.store.importance(base, source_input, max(1, self.columns))
-        return self._rows_here(factors).to(self.device), threshold
+        return self._rows_here(factors).to(self.store.device), threshold
 
     def _rows_here(self, each: Tensor) -> Tensor:
         first = self.start // self.columns if self.columns else 0
@@ -172,22 +171,20 @@ class OperationStatistics:
     def rank_levels(self, source: int) -> Tensor:
         stop = self.start + math.prod(self.shape)
         levels = self.store.rank_levels(self.base, self.sources[source], max(1, self.columns), self.start, stop)
-        return torch.from_numpy(levels).view(self.shape).to(self.device)
+        return levels.view(self.shape)
 
     def field(self, source: int) -> Tensor:
-        numbers = uniform16(self.key(source), self.start, math.prod(self.shape))
-        return torch.from_numpy(numbers.astype(np.int32)).view(self.shape).to(self.device)
+        return self.store.field(self.key(source), self.start, math.prod(self.shape)).view(self.shape)
 
     def remember(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return self.store.remember((key, self.base, self.sources, self.device), compute)
+        return self.store.remember((key, self.base, self.sources), compute)
 
     def key(self, source: int) -> tuple[int, int]:
         """Returns the key of a source's random field for this tensor."""
         return field_key(self.seed, self.output, self.sources[source].fingerprint)
 
     def keep_mask(self, source: int, density: float) -> Tensor:
-        mask = kept_elements(self.key(source), self.start, math.prod(self.shape), density)
-        return torch.from_numpy(mask).view(self.shape).to(self.device)
+        return self.field(source) < keep_threshold(density)
 
     def inputs(self, indices: Sequence[int]) -> tuple[Input, ...]:
         """Returns the tensors of these sources; -1 is the base.

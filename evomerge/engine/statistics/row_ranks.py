@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from evomerge.methods.della import TOP
 
@@ -30,7 +31,7 @@ def row_rank_levels(magnitudes: NDArray[np.float32]) -> Levels:
 
 
 class LruCache:
-    """The latest few arrays that were asked for.
+    """The latest few tensors that were asked for.
 
     Args:
         count: How many.
@@ -38,18 +39,18 @@ class LruCache:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._arrays: OrderedDict[Hashable, Levels] = OrderedDict()
+        self._tensors: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, compute: Callable[[], Levels]) -> Levels:
-        """Returns the array of this key; computed when it is not there."""
+    def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """Returns the tensor of this key; computed when it is not there."""
         with self._lock:
-            if key in self._arrays:
-                self._arrays.move_to_end(key)
-                return self._arrays[key]
+            if key in self._tensors:
+                self._tensors.move_to_end(key)
+                return self._tensors[key]
         value = compute()
         with self._lock:
-            self._arrays[key] = value
-            if len(self._arrays) > self._count:
-                self._arrays.popitem(last=False)
+            self._tensors[key] = value
+            if len(self._tensors) > self._count:
+                self._tensors.popitem(last=False)
         return value

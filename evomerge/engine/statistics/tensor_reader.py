@@ -1,10 +1,10 @@
-"""Stored tensors, read chunk by chunk: as float32 rows side by side, or as the bits of their elements."""
+"""Stored tensors, read block by block: as float32 tensors, as rows side by side, or as the bits of their elements."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,8 +25,18 @@ Pair = tuple[Input | None, Input]
 
 def chunks(count: int, step: int = CHUNK) -> Iterator[tuple[int, int]]:
     """Ranges that cover 0..count in steps."""
-    for start in range(0, count, step):
-        yield start, min(count, start + step)
+    return spans(0, count, step)
+
+
+def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover start..stop in steps."""
+    for first in range(start, stop, step):
+        yield first, min(stop, first + step)
+
+
+def for_sums(tensor: Tensor) -> Tensor:
+    """Returns a tensor where it can be added up in float64: in memory where it is on a device without it (mps)."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 class TensorReader:
@@ -35,6 +45,8 @@ class TensorReader:
     Args:
         checkpoints: Open checkpoints by reference.
     """
+
+    block = CHUNK  # elements that are computed with at once
 
     def __init__(self, checkpoints: Mapping[str, Checkpoint]) -> None:
         self._checkpoints = checkpoints
@@ -53,6 +65,29 @@ class TensorReader:
             if len(self._read) > _READ_AT_ONCE:
                 self._read.popitem(last=False)
         return value
+
+    def in_turn(self, requests: Iterable[Sequence[Input]]) -> Iterator[None]:
+        """Yields once for each request, whose tensors are then where they are computed with: here they always are."""
+        for _ in requests:
+            yield
+
+    def at_hand(self, stored: Tensor) -> Tensor:
+        """Returns a stored tensor, or a part of one, where it is computed with."""
+        return stored
+
+    def floats(
+        self, tensors: Sequence[Input], start: int = 0, stop: int | None = None, step: int | None = None
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """(flat index of the first element, float32 parts of the tensors) over elements start..stop, block by block.
+
+        Args:
+            tensors: Which ones; all of one size.
+            start, stop: Where to begin and to end; None for the tensors' end.
+            step: Elements of a block; None for what suits.
+        """
+        stored = [self.flat(tensor) for tensor in tensors]
+        for first, last in spans(start, stored[0].numel() if stop is None else stop, step or self.block):
+            yield first, [tensor[first:last].float() for tensor in stored]
 
     def bits(self, *tensors: Input | None) -> Iterator[tuple[int, list[Bits]]]:
         """(start, bits of each tensor, zeros where it is None) over flat tensors, in pieces and one dtype."""

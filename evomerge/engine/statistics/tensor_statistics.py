@@ -25,17 +25,27 @@ from evomerge.engine.statistics.exact_topk import (
     FINE,
     Histogram,
     JointCutoff,
+    Reductions,
+    compiled,
     count_magnitudes,
     joint_cutoff,
     last_index,
     merge_histograms,
     values_at,
 )
-from evomerge.engine.statistics.row_ranks import SEGMENT, Levels, LruCache, row_rank_levels
-from evomerge.engine.statistics.sce_selection import Selection, VarianceCounts, count_variances, select, variance_levels
-from evomerge.engine.statistics.tensor_reader import CHUNK, SCAN, Pair, TensorReader, chunks
+from evomerge.engine.statistics.row_ranks import SEGMENT, LruCache, row_rank_levels
+from evomerge.engine.statistics.sce_selection import (
+    Levels,
+    Selection,
+    VarianceCounts,
+    count_variances,
+    select,
+    variance_levels,
+)
+from evomerge.engine.statistics.tensor_reader import SCAN, Pair, TensorReader, for_sums
 from evomerge.methods import arcee_fusion
 from evomerge.methods.contract import Cutoff
+from evomerge.methods.random_field import uniform16
 from evomerge.methods.topk import band_counts, keep_count
 from evomerge.planning.operation import Family, FamilyMember, Input
 
@@ -75,6 +85,9 @@ class StatisticsStore:
         thresholds: How many exact trim thresholds to remember.
         room: Bytes for what methods ask to `remember`; none for a merge that is done once.
     """
+
+    device: torch.device | None = None
+    """Where the methods' own functions compute; None for memory, where compiled kernels stand in for some of them."""
 
     def __init__(self, checkpoints: Mapping[str, Checkpoint], thresholds: int = 1 << 14, room: int = 0) -> None:
         self.tensors = TensorReader(checkpoints)
@@ -127,7 +140,9 @@ class StatisticsStore:
         def compute() -> Histogram:
             stored = [self.tensors.flat(tensor).dtype for tensor in (base, source) if tensor is not None]
             return count_magnitudes(
-                self.tensors.parts((base, source)), FINE if all(d.itemsize == 2 for d in stored) else COARSE
+                self.tensors.parts((base, source)),
+                FINE if all(d.itemsize == 2 for d in stored) else COARSE,
+                self._reductions(),
             )
 
         return self._once(("histogram", base, source), compute)  # type: ignore[no-any-return]
@@ -185,14 +200,24 @@ class StatisticsStore:
         )
         pair, bits, stay = pairs[here], cutoff.bits, cutoff.stay[here]
         last = self._once(
-            ("last", pair, bits, stay), lambda: last_index(self.tensors.parts(pair), bits, stay), self._limit
+            ("last", pair, bits, stay),
+            lambda: last_index(self.tensors.parts(pair), bits, stay, self._reductions()),
+            self._limit,
         )
         return cutoff.threshold, last
 
     def _joint_cutoff(self, pairs: tuple[Pair, ...], whole: Histogram, keep: int) -> JointCutoff:
         return joint_cutoff(
-            [self.tensors.parts(pair) for pair in pairs], [self.histogram(*pair) for pair in pairs], whole, keep
+            [self.tensors.parts(pair) for pair in pairs],
+            [self.histogram(*pair) for pair in pairs],
+            whole,
+            keep,
+            self._reductions(),
         )
+
+    def _reductions(self) -> Reductions:
+        """What counts magnitudes."""
+        return compiled()
 
     def dot(self, base: Input | None, left: Input, right: Input, others: Sequence[Input] = ()) -> float:
         """Returns the inner product of two tensors, or of their deltas where `base` is given; float64.
@@ -242,16 +267,15 @@ class StatisticsStore:
 
         def compute() -> Tensor:
             columns, length = math.prod(shape[1:]), shape[-1]
-            base_values, one, other = (
-                None if tensor is None else self.tensors.flat(tensor) for tensor in (base, left, right)
-            )
             products = torch.zeros(columns if along == "columns" else math.prod(shape[:-1]), dtype=torch.float64)
-            for start, stop in chunks(math.prod(shape), max(1, columns, CHUNK // max(1, columns) * columns)):
-                a, b = (_apart(tensor[start:stop], base_values, start) for tensor in (one, other) if tensor is not None)
+            step = max(1, columns, self.tensors.block // max(1, columns) * columns)
+            inputs = [left, right] if base is None else [left, right, base]
+            for start, (one, other, *origin) in self.tensors.floats(inputs, step=step):
+                a, b = (for_sums(values if base is None else values - origin[0]).double() for values in (one, other))
                 if along == "columns":
-                    products += (a * b).view(-1, columns).sum(0)
+                    products += (a * b).view(-1, columns).sum(0).cpu()
                 else:
-                    products[start // length : stop // length] = (a * b).view(-1, length).sum(1)
+                    products[start // length : (start + one.numel()) // length] = (a * b).view(-1, length).sum(1).cpu()
             return products
 
         key = ("products", base, *sorted((left, right), key=str), along)
@@ -261,39 +285,43 @@ class StatisticsStore:
         """Returns the population variance of a delta: [1], or [rows] with `columns` given; float64."""
 
         def compute() -> Tensor:
-            from evomerge.engine.kernels import reductions
-
-            size = self.tensors.flat(source).numel()
-            width = columns or size
-            if width == 0:
-                return torch.zeros(1, dtype=torch.float64)
-            means, squares = np.zeros(size // width), np.zeros(size // width)
-            for start, (base_bits, source_bits) in self.tensors.bits(base, source):
-                reductions.add_moments(base_bits, source_bits, start, width, means, squares)
-            return torch.from_numpy(squares / width)
+            width = columns or self.tensors.flat(source).numel()
+            return torch.zeros(1, dtype=torch.float64) if width == 0 else self._variance(base, source, width)
 
         return self._once(("variance", base, source, columns), compute)  # type: ignore[no-any-return]
 
-    def rank_levels(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
+    def _variance(self, base: Input | None, source: Input, width: int) -> Tensor:
+        from evomerge.engine.kernels import reductions
+
+        size = self.tensors.flat(source).numel()
+        means, squares = np.zeros(size // width), np.zeros(size // width)
+        for start, (base_bits, source_bits) in self.tensors.bits(base, source):
+            reductions.add_moments(base_bits, source_bits, start, width, means, squares)
+        return torch.from_numpy(squares / width)
+
+    def rank_levels(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Tensor:
         """See `Statistics.rank_levels`, of elements start..stop: uint8, flat."""
         step = max(1, SEGMENT // columns) * columns
         segments = []
         for first in range(start // step * step, stop, step):
             segment = self._segment(base, source, columns, first, first + step)
             segments.append(segment[max(start - first, 0) : stop - first])
-        return segments[0] if len(segments) == 1 else np.concatenate(segments or [np.empty(0, np.uint8)])
+        return segments[0] if len(segments) == 1 else torch.cat(segments or [torch.empty(0, dtype=torch.uint8)])
 
-    def _segment(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Levels:
+    def _segment(self, base: Input | None, source: Input, columns: int, start: int, stop: int) -> Tensor:
         """The levels of whole rows."""
 
         def compute() -> tuple[Tensor]:
-            delta = self.tensors.flat(source)[start:stop].float()
+            delta = self.tensors.at_hand(self.tensors.flat(source)[start:stop]).float()
             if base is not None:
-                delta = delta - self.tensors.flat(base)[start:stop].float()
-            return (torch.from_numpy(row_rank_levels(delta.abs().view(-1, columns).numpy()).reshape(-1)),)
+                delta = delta - self.tensors.at_hand(self.tensors.flat(base)[start:stop]).float()
+            return (self._levels_of(delta.abs().view(-1, columns)).reshape(-1),)
 
         key = ("levels", base, source, columns, start)
-        return self._latest.get(key, lambda: self.remember(key, compute)[0].numpy())
+        return self._latest.get(key, lambda: self.remember(key, compute)[0])
+
+    def _levels_of(self, magnitudes: Tensor) -> Tensor:
+        return torch.from_numpy(row_rank_levels(magnitudes.numpy()))
 
     def select(self, base: Input, sources: tuple[Input, ...], fraction: float) -> Selection:
         """See `Statistics.selection`; with a fraction of 1 without marks."""
@@ -318,16 +346,16 @@ class StatisticsStore:
 
     def overlaps(self, base: Input, sources: tuple[Input, ...], epsilon: float) -> list[tuple[int, int]]:
         """See `Statistics.overlaps`."""
+        key = ("overlaps", base, sources, epsilon)
+        return self._once(key, lambda: self._overlaps(base, sources, epsilon), self._limit)  # type: ignore[no-any-return]
 
-        def compute() -> list[tuple[int, int]]:
-            from evomerge.engine.kernels import reductions
+    def _overlaps(self, base: Input, sources: tuple[Input, ...], epsilon: float) -> list[tuple[int, int]]:
+        from evomerge.engine.kernels import reductions
 
-            counts = np.zeros((2, len(sources)), np.int64)
-            for _, rows in self.tensors.rows((base, *sources)):
-                reductions.count_overlaps(rows[0], rows[1:], np.float32(epsilon), counts)
-            return [(int(shared), int(alone)) for shared, alone in counts.T]
-
-        return self._once(("overlaps", base, sources, epsilon), compute, self._limit)  # type: ignore[no-any-return]
+        counts = np.zeros((2, len(sources)), np.int64)
+        for _, rows in self.tensors.rows((base, *sources)):
+            reductions.count_overlaps(rows[0], rows[1:], np.float32(epsilon), counts)
+        return [(int(shared), int(alone)) for shared, alone in counts.T]
 
     def importance(self, base: Input, source: Input, columns: int) -> tuple[Tensor, float]:
         """See `Statistics.importance`, of all rows."""
@@ -335,29 +363,29 @@ class StatisticsStore:
         size = self.tensors.flat(source).numel()
 
         def rows() -> Iterator[tuple[int, Tensor, Tensor]]:
-            for start, stop in chunks(size, step):
-                source_rows, base_rows = (
-                    self.tensors.flat(tensor)[start:stop].float().view(-1, columns) for tensor in (source, base)
-                )
-                yield start, source_rows, base_rows
+            for start, (source_part, base_part) in self.tensors.floats([source, base], step=step):
+                yield start, source_part.view(-1, columns), base_part.view(-1, columns)
 
         def compute() -> tuple[Tensor, float]:
-            factors = arcee_fusion.relative(
-                torch.cat([arcee_fusion.divergence(source_rows, base_rows) for _, source_rows, base_rows in rows()])
-            )
+            divergences = (arcee_fusion.divergence(for_sums(one), for_sums(other)) for _, one, other in rows())
+            factors = arcee_fusion.relative(torch.cat(list(divergences))).to(self.device)
 
-            def scores() -> Iterator[tuple[int, NDArray[np.float32]]]:
+            def scores() -> Iterator[tuple[int, Tensor]]:
                 for start, source_rows, base_rows in rows():
                     first = start // columns
                     here = factors[first : first + source_rows.shape[0]]
-                    yield start, source_rows.sub(base_rows).abs_().mul_(here).reshape(-1).numpy()
+                    yield start, source_rows.sub(base_rows).abs_().mul_(here).reshape(-1)
 
-            return factors, arcee_fusion.threshold(values_at(scores, size, arcee_fusion.quartile_ranks(size)))
+            return factors, arcee_fusion.threshold(self._values_at(scores, size, arcee_fusion.quartile_ranks(size)))
 
         return self._once(("importance", base, source, columns), compute)  # type: ignore[no-any-return]
 
+    def _values_at(
+        self, scores: Callable[[], Iterator[tuple[int, Tensor]]], size: int, ranks: Sequence[int]
+    ) -> list[float]:
+        """Finds the scores at these ranks, from the largest (1) down."""
+        return values_at(lambda: ((start, values.numpy()) for start, values in scores()), size, ranks)
 
-def _apart(tensor: Tensor, base: Tensor | None, start: int) -> Tensor:
-    """A part of a tensor, or of its delta, float64; the delta is rounded to float32 first, as everywhere."""
-    values = tensor.float()
-    return (values if base is None else values - base[start : start + values.numel()].float()).double()
+    def field(self, key: tuple[int, int], start: int, count: int) -> Tensor:
+        """Returns elements start .. start + count of a random field: int32."""
+        return torch.from_numpy(uniform16(key, start, count).astype(np.int32))
