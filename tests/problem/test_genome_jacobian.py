@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -218,6 +220,23 @@ def test_the_model_and_the_next_scores_are_as_before(family: dict[str, Path]) ->
             for metric, columns in part.metrics.items():
                 np.testing.assert_array_equal(columns, again[task].metrics[metric])
     np.testing.assert_array_equal(derivatives(search, genome), first)
+
+
+def test_what_a_pass_computed_is_gone_after_it(family: dict[str, Path]) -> None:
+    search = opened(family, "task_arithmetic")
+    genome, outputs = point(search), []
+    model = search.runner.materialise(search.plan(genome))
+
+    def watch(_module: Any, _inputs: Any, output: Any) -> None:
+        outputs.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+
+    hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    derivatives(search, genome)
+    for hook in hooks:
+        hook.remove()
+    gc.collect()
+    assert len(outputs) > 10
+    assert not any(output() is not None for output in outputs)
 
 
 def test_threads_and_the_size_of_batches(family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,6 +340,7 @@ def _watch(
     result: Tensor = output[0] if isinstance(output, tuple) else output
     inputs = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
     named = {name: arg.detach() if isinstance(arg, Tensor) else arg for name, arg in kwargs.items()}
+    values = result.detach()  # a hook that has the tensor itself would keep it, and its graph, for ever
 
     def contract(delta: Tensor) -> None:
         delta = delta.detach()
@@ -352,7 +353,7 @@ def _watch(
             else:
                 with current.set(None):  # what runs now is the derivative, not the batch
                     run, at = _function_of(module, name, inputs, named), module.get_parameter(name).detach()
-                    if not _by_element(batch, run, at, result.detach(), delta, directions):
+                    if not _by_element(batch, run, at, values, delta, directions):
                         _by_tangent(batch, run, at, delta, directions)
 
     result.register_hook(contract)  # type: ignore[no-untyped-call]
