@@ -92,6 +92,7 @@ CONTENDERS: dict[str, Contender] = {
         for method, genes in (("task_arithmetic", 12), ("ties", 24), ("dare_ties", 24))
     },
     **{name: Contender({"algorithm": name}, COARSE) for name in OTHERS},
+    "three rounds": Contender({"rounds": 3}),
     "with stages": Contender(space={"after": ["svc"]}),
     "with newer methods": Contender(space={"methods": ["task_arithmetic", "ties", "dare_ties", "ram", "wudi"]}),
     **{  # real genes only
@@ -144,9 +145,10 @@ def run(
     from evomerge.problem.prepare_objective import prepare_objective
     from evomerge.problem.problem import make_space, open_problem
     from evomerge.report.result import Ending
+    from evomerge.run.export import open_run
     from evomerge.run.finalists import choose_winner
     from evomerge.run.folder import RunFolder
-    from evomerge.run.search import settings_of
+    from evomerge.run.search import settings_of, start
     from evomerge.study.budget import StopConditions, spent_items
     from evomerge.study.interfaces import NullTracker
     from evomerge.study.loop import search
@@ -155,27 +157,35 @@ def run(
     if contender.search.get("algorithm") in ("turbo", "qlognei"):
         import bench.opponents  # noqa: F401  (they register themselves)
     spec = spec_of(path, contender, seed, candidates, 1 if ends else None)
-    opened = RunFolder.create(folder, spec, "")
-    problem = open_problem(spec)
+    rounds = spec.search.rounds > 1
+    if rounds:
+        stop = spec.search.stop.model_copy(update={"items": items})
+        spec = spec.model_copy(update={"search": spec.search.model_copy(update={"stop": stop})})
+        result = start(spec, folder=folder)
+        opened = RunFolder.existing(folder)
+    else:
+        opened = RunFolder.create(folder, spec, "")
+    problem = open_run(opened) if rounds else open_problem(spec)
     if not contender.outer:
         problem = replace(problem, space=make_space(spec, problem.checkpoints, outer=False))
     runner = ModelRunner(problem)
     objective = prepare_objective(problem, runner, opened.scores, NullTracker())
     evaluator = CandidateEvaluator(problem, runner, opened.scores, objective)
-    ended = search(
-        problem.space,
-        get_algorithm(spec.search.algorithm),
-        InProcess(evaluator, evaluator.begin_generation),
-        opened.record(problem.space),
-        StopConditions(candidates, items=items, jacobian_items=evaluator.jacobian_items),
-        seed=seed,
-        settings=settings_of(spec.search, evaluator),
-        starts=None if contender.baselines else (),
-    )
-    ending = Ending(ended.reason, ended.message, extended_from=0)
-    result = choose_winner(problem, evaluator, ended.candidates, NullTracker(), ending, where=str(folder))
-    opened.write_result(result)
-    order = sorted(ended.candidates, key=lambda c: c.number)
+    if not rounds:
+        ended = search(
+            problem.space,
+            get_algorithm(spec.search.algorithm),
+            InProcess(evaluator, evaluator.begin_generation),
+            opened.record(problem.space),
+            StopConditions(candidates, items=items, jacobian_items=evaluator.jacobian_items),
+            seed=seed,
+            settings=settings_of(spec.search, evaluator),
+            starts=None if contender.baselines else (),
+        )
+        ending = Ending(ended.reason, ended.message, extended_from=0)
+        result = choose_winner(problem, evaluator, ended.candidates, NullTracker(), ending, where=str(folder))
+        opened.write_result(result)
+    order = sorted(opened.candidates(), key=lambda c: c.number)
     spent = list(spent_items(order, evaluator.jacobian_items))
     track = _track(order, spent, lambda c: objective.fitness.unweighted(evaluator.scores(c.recipe, TEST)[0]), ends)
     guess = max(
@@ -194,7 +204,7 @@ def run(
         "items": spent[-1],
         "candidates": len(order),
         "pruned": sum(c.state == "pruned" for c in order),
-        "reason": ended.reason,
+        "reason": result.ended.reason,
         "track": track,
         "guess": on_test(guess.number, guess.recipe),
         "winner": on_test(result.winner.candidate, result.winner.recipe),
@@ -279,7 +289,7 @@ def winners(folder: Path, default: str, seed: int) -> str:
     from evomerge.problem.candidate_evaluator import CandidateEvaluator
     from evomerge.problem.model_runner import ModelRunner
     from evomerge.problem.prepare_objective import prepare_objective
-    from evomerge.problem.problem import open_problem
+    from evomerge.run.export import open_run
     from evomerge.run.folder import RunFolder
     from evomerge.study.interfaces import NullTracker
 
@@ -287,7 +297,7 @@ def winners(folder: Path, default: str, seed: int) -> str:
     for name in CONTENDERS:
         if (folder / f"{_slug(name)}-{seed}" / "result.json").is_file():
             opened = RunFolder.existing(folder / f"{_slug(name)}-{seed}")
-            problem = open_problem(opened.spec)
+            problem = open_run(opened)
             runner = ModelRunner(problem)
             objective = prepare_objective(problem, runner, opened.scores, NullTracker())
             evaluator = CandidateEvaluator(problem, runner, opened.scores, objective)

@@ -67,10 +67,17 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"Checkpoint({self.reference!r})"
 
-    def changed(self, *, config: Mapping[str, Any] | None = None, weights: Weights | None = None) -> Checkpoint:
-        """Returns the model with another config or other weights, the files beside them as they are."""
+    def changed(
+        self,
+        *,
+        config: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
+        reference: str | None = None,
+    ) -> Checkpoint:
+        """Returns the model with another config, other weights or another name, the files beside them as they are."""
         new = config if config is not None else self.config
-        return Checkpoint(self.reference, self.folder, new, weights or self.weights, self.tokenizer_folder)
+        name = self.reference if reference is None else reference
+        return Checkpoint(name, self.folder, new, weights or self.weights, self.tokenizer_folder)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -243,12 +250,17 @@ def open_checkpoint(
 
 
 def open_checkpoints(
-    references: Iterable[str], *, allow_pickle: bool = False, dequantize: bool = False
+    references: Iterable[str],
+    folders: Mapping[str, str] | None = None,
+    *,
+    allow_pickle: bool = False,
+    dequantize: bool = False,
 ) -> dict[str, Checkpoint]:
     """Opens several models, each once.
 
     Args:
         references: As for `open_checkpoint`; a relative path is looked for from the working directory.
+        folders: Where models are that are called by a name of their own.
         allow_pickle, dequantize: As for `open_checkpoint`.
 
     Raises:
@@ -258,7 +270,9 @@ def open_checkpoints(
     problems: list[str] = []
     for reference in dict.fromkeys(references):
         try:
-            opened[reference] = open_checkpoint(reference, allow_pickle=allow_pickle, dequantize=dequantize)
+            where = (folders or {}).get(reference, reference)
+            checkpoint = open_checkpoint(where, allow_pickle=allow_pickle, dequantize=dequantize)
+            opened[reference] = checkpoint.changed(reference=reference)
         except CheckpointError as error:
             problems += error.problems
     if problems:

@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 SAMPLED = "steer"
 """The split under which scores are kept, where a sample of the search items steers."""
 
+KNOWN = "known"
+"""As a split: scores that were there before the search began, and cost it nothing."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -215,7 +218,8 @@ class CandidateEvaluator:
             return {}  # as its outcome will say
 
     def _files(self, recipe: Mapping[str, Any]) -> dict[str, bytes]:
-        return self._store.files(self._runner.plan(recipe).digest, dict.fromkeys((self.objective.split, SEARCH)))
+        splits = dict.fromkeys((self.objective.split, SEARCH, KNOWN))
+        return self._store.files(self._runner.plan(recipe).digest, splits)
 
     def take_message(self, message: RaceMessage | None) -> None:
         """Has the next proposals race against those of a message of `race_message`."""
@@ -268,6 +272,10 @@ class CandidateEvaluator:
         if kept is None and split == SAMPLED and (whole := self._store.load(plan.digest, SEARCH)) is not None:
             kept = take_items(whole, item_ids(self._problem.tasks, self.objective.selection))
         return kept or {}
+
+    def keep_known(self, recipe: Mapping[str, Any], scores: Scores) -> None:
+        """Keeps scores that a recipe had before the search began: on these items it is scored without being charged."""
+        self._store.save(self._runner.plan(recipe).digest, KNOWN, scores)
 
     def likelihood_model(self, candidate: Candidate) -> LikelihoodModel | None:
         """Returns a model of the fitness around a candidate: how every log-likelihood moves with its genes.
@@ -383,17 +391,19 @@ class CandidateEvaluator:
         """Scores a plan, made in `planning` seconds, part by part, until the split is done or the race is lost."""
         evaluation = _Evaluation(seconds={"plan": planning})
         stored = before = self.stored_scores(plan, split)
+        earlier: Scores = self._store.load(plan.digest, KNOWN) or {}
         parts = self._parts(split)
         analysed_after = blocks_at_analyses(len(parts))
         for count, number in enumerate(self._block_order if race is not None else range(len(parts)), start=1):
-            scores = take_items(stored, item_ids(self._problem.tasks, parts[number]))
+            ids = item_ids(self._problem.tasks, parts[number])
+            scores, free = take_items(stored, ids), take_items(earlier, ids)
             if scores is None:
-                scores, stages = self._runner.scores(plan, parts[number])
+                scores, stages = (free, {}) if free is not None else self._runner.scores(plan, parts[number])
                 stored = join_items(stored, scores, self._positions)
                 for stage, seconds in stages.items():
                     evaluation.seconds[stage] = evaluation.seconds.get(stage, 0.0) + seconds
             evaluation.scores = join_items(evaluation.scores, scores, self._positions)
-            evaluation.items += selection_size(parts[number])
+            evaluation.items += selection_size(parts[number]) if free is None else 0
             if race is not None and count in analysed_after[:-1]:
                 analysis = race.analyse(analysed_after.index(count), evaluation.scores)
                 evaluation.analyses += [] if analysis is None else [analysis]

@@ -295,7 +295,7 @@ def _substrings(picked: Sequence[str], layers: Mapping[str, Sequence[Location]])
 def _open_models(spec: SearchSpec) -> Aligned:
     """The models with one naming and one vocabulary, every problem of every model collected."""
     models = spec.models
-    opened = open_checkpoints([*([models.base] if models.base else []), *models.sources.values()])
+    opened = open_checkpoints([*([models.base] if models.base else []), *models.sources.values()], models.winners)
     problems = [problem for checkpoint in opened.values() for problem in not_finite(checkpoint)]
     aligned = align_for_search(models.base, models.sources.values(), opened, models.tokenizer_source)
     named = {name: aligned.checkpoints[reference] for name, reference in models.sources.items()}
@@ -303,7 +303,10 @@ def _open_models(spec: SearchSpec) -> Aligned:
     if problems:
         raise CheckpointError(problems)
     if models.shuffled and models.base is not None:
-        return replace(aligned, checkpoints=shuffled(aligned.checkpoints, models.base, spec.search.seed))
+        originals = {name: one for name, one in aligned.checkpoints.items() if name not in models.winners}
+        return replace(
+            aligned, checkpoints={**aligned.checkpoints, **shuffled(originals, models.base, spec.search.seed)}
+        )
     return aligned
 
 

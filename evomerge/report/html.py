@@ -10,9 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from evomerge.recipe import parse_recipe
 from evomerge.report.drawing import Picture
 from evomerge.report.figures import pictures, scores
+from evomerge.report.lineage import whole_recipe
 from evomerge.report.run_data import RunData
 from evomerge.report.tables import constraint_rows
 from evomerge.study.candidate import find
@@ -54,7 +54,7 @@ def report_page(data: RunData, *, refresh: int | None = None) -> str:
         constraints=constraint_rows(data.result.constraints) if data.result and data.result.constraints else None,
         refresh=refresh,
         most_rows=_MOST_ROWS,
-        winner_yaml=parse_recipe(winner.recipe, where="candidate").to_yaml() if winner else "",
+        winner_yaml=whole_recipe(data.history, winner).to_yaml() if winner else "",
         version=data.environment.get("versions", {}).get("evomerge", ""),
     )
 

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import RunError
+from evomerge.recipe import Recipe
+from evomerge.recipe.flatten import with_steps
 from evomerge.study.candidate import Candidate
+from evomerge.study.rounds import merged_winners
 
 _WIDTH = 100  # characters of a line that says what changed
 
@@ -29,6 +32,11 @@ def lineage(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
         }
         for candidate in sorted(candidates, key=lambda candidate: candidate.number)
     ]
+
+
+def whole_recipe(history: Sequence[Candidate], candidate: Candidate) -> Recipe:
+    """Returns a candidate's recipe over the models that its run began with: winners of rounds are steps of it."""
+    return with_steps(candidate.recipe, merged_winners(history, candidate.recipe))
 
 
 def ancestors(candidates: Iterable[Candidate], number: int) -> tuple[Candidate, ...]:

@@ -22,6 +22,7 @@ from evomerge.run.merge import plan_documents, refuse_crimes
 from evomerge.run.preflight import check_models, load_search
 from evomerge.space.baselines import baselines
 from evomerge.spec.schema import SearchSpec
+from evomerge.study.rounds import WINNERS
 from evomerge.system.files import read_text
 from evomerge.system.yaml import MOST_YAML, read_documents
 
@@ -131,12 +132,14 @@ def _needs(problem: Problem, runner: ModelRunner, plan: Plan, *, open_dtype: boo
     weights = sum(math.prod(op.shape) for op in plan.operations) * torch_dtype(parse_dtype(dtype)).itemsize
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + weights  # so far it has scored a source's own
     size, kept = output_bytes(plan), spec.run.keep
+    winners = WINNERS * (spec.search.rounds - 1)
+    more = f", up to {_gigabytes(size * winners)} for the {winners} sources of later rounds" if winners else ""
     all_of_it = f"{_duration(seconds * budget / processes)} for {budget}"
     return [
         f"dtype: {dtype}" + (", of float32 and bfloat16 the faster here; a run keeps its own" if open_dtype else ""),
         f"memory: about {_gigabytes(own * processes)}, of which {_gigabytes(weights * processes)} are a candidate's "
         f"weights and up to {_gigabytes(opened)} the models' memory-mapped files",
-        f"disk: {_gigabytes(size * kept)} for {kept} kept checkpoints ({_free(spec.folder)} free there)",
+        f"disk: {_gigabytes(size * kept)} for {kept} kept checkpoints{more} ({_free(spec.folder)} free there)",
         f"time: about {_duration(seconds)} to score a candidate on all search items, {all_of_it}; an estimate from "
         f"{sample} of {sum(map(len, selection.values()))} items, without merging, races and what else runs here",
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
+from evomerge.checkpoints.layout import Layout
 from evomerge.engine.to_disk import refuse_inputs, write_checkpoint
 from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.evaluator import Evaluator
@@ -16,9 +18,11 @@ from evomerge.evaluation.scores import ItemScores, score_table
 from evomerge.evaluation.splits import SEARCH, TEST, Selection
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.problem import Problem, environment, open_problem
-from evomerge.recipe import expand_frankenmerge, parse_recipe
+from evomerge.recipe import Recipe, expand_frankenmerge
+from evomerge.recipe.flatten import flattened
 from evomerge.recipe.mergekit import to_mergekit_yaml
 from evomerge.recipe.parse import single_model
+from evomerge.report.lineage import whole_recipe
 from evomerge.report.model_card import (
     ReportedScores,
     Rescored,
@@ -51,6 +55,8 @@ _SAMPLE_TOKENS = 48
 def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwrite: bool = False) -> None:
     """Writes a candidate's recipe: mergekit's YAML where that can express it, EvoMerge's otherwise.
 
+    Winners of rounds that it merges are steps of it, or where all of it is sums, one sum over the first models.
+
     Raises:
         BadInput: When the run, the candidate or the place does not serve.
     """
@@ -60,12 +66,25 @@ def export_recipe(run: Path, out: Path, *, candidate: int | None = None, overwri
     if out.exists() and not overwrite:
         raise BadInput(f"{out}: exists already; --overwrite replaces it")
     folder = RunFolder.existing(run)
-    recipe = parse_recipe(find_candidate(folder, candidate).recipe, where="candidate")
-    layout = open_checkpoint(recipe.models()[0]).layout
+    history = folder.candidates()
+    recipe = whole_recipe(history, find_candidate(folder, candidate, history))
+    layout = open_checkpoint(recipe.external_models()[0]).layout
     if layout.main is not None:
-        recipe = expand_frankenmerge(recipe, layout.layer_count)
+        recipe = expand_frankenmerge(_flattened(recipe, layout), layout.layer_count)
     refuse_inputs(out, open_checkpoints(recipe.external_models()))
     write_atomic(out, to_mergekit_yaml(recipe) or recipe.to_yaml())
+
+
+def _flattened(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe over the first models alone, where one sum says it; of models with one stack of layers."""
+    return flattened(recipe, tensor_layers(layout), layout.layer_count) if len(layout.stacks) == 1 else recipe
+
+
+def tensor_layers(layout: Layout) -> list[tuple[str, int]]:
+    """Lists the tensors of a model with one stack, each with its layer: -1 before them, their number after."""
+    outside = {"before": -1, "after": layout.layer_count}
+    located = ((name, layout.locate(name)) for name in layout.names)
+    return [(n, outside.get(str(at.position), -1) if at.layer is None else at.layer) for n, at in located]
 
 
 def export_candidate(
@@ -91,8 +110,7 @@ def export_candidate(
     chosen = find_candidate(folder, candidate)
     if chosen.state != "done":
         raise RunError(f"{run}: candidate {chosen.number} has no scores ({chosen.state}: {chosen.failure})")
-    problem = open_problem(folder.spec)
-    folder.check_environment(environment(problem))
+    problem = open_run(folder)
     runner = ModelRunner(problem)
     return write_export(
         problem, runner, folder, chosen, expand_home(out), overwrite=overwrite, max_shard_size=max_shard_size
@@ -124,7 +142,7 @@ def write_export(
 ) -> str:
     """Writes one candidate of an open run; see `export_candidate`."""
     plan = runner.plan(candidate.recipe)
-    recipe = parse_recipe(candidate.recipe, where="candidate")
+    recipe = whole_recipe(folder.candidates(), candidate)
     sentences: list[str] = []
 
     def finish(partial: Path) -> None:
@@ -158,13 +176,33 @@ def write_export(
     return "\n".join(notes + ([f"warning: {warning}"] if warning else []))
 
 
-def find_candidate(folder: RunFolder, number: int | None) -> Candidate:
+def open_run(folder: RunFolder) -> Problem:
+    """Opens what a run names, and the winners of its rounds, so that every candidate can be made.
+
+    Raises:
+        RunError: Models or data have changed since the run began.
+        BadInput: Something cannot be opened any more.
+    """
+    opened = open_problem(folder.with_winners())
+    for part in (folder, *map(RunFolder.existing, folder.rounds().values())):
+        own = replace(opened, spec=part.spec)
+        own = replace(own, checkpoints={reference: opened.checkpoints[reference] for reference in own.models.values()})
+        part.check_environment(environment(own))
+    return replace(opened, spec=folder.spec)
+
+
+def find_candidate(folder: RunFolder, number: int | None, history: tuple[Candidate, ...] | None = None) -> Candidate:
     """Finds a candidate of a run by its number; None for the winner.
+
+    Args:
+        folder: The run.
+        number: The number.
+        history: The run's candidates, where they are read already.
 
     Raises:
         RunError: There is none of that number.
     """
-    history = folder.candidates()
+    history = folder.candidates() if history is None else history
     number = folder.winner(history) if number is None else number
     candidate = find(history, number)
     if candidate is None:

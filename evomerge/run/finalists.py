@@ -45,6 +45,7 @@ from evomerge.study.budget import count_items
 from evomerge.study.candidate import Candidate, ConstraintValue, count_states
 from evomerge.study.ranking import finalists as choose_finalists
 from evomerge.study.ranking import growth, ranked, reference_point
+from evomerge.study.rounds import is_copy
 from evomerge.system.arrays import FloatArray
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _choose(
     others: Sequence[ScoredModel],
     where: str,
 ) -> _Choice:
-    candidates = choose_finalists(history, spec.search.finalists)
+    candidates = choose_finalists([c for c in history if not is_copy(c)], spec.search.finalists)
     if not candidates:
         reasons = sorted({c.failure_kind or "unknown" for c in history})
         raise RunError(f"{where}: none of {len(history)} candidates could be scored ({', '.join(reasons)})")

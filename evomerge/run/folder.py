@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import logging
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from evomerge.report.result import RunResult
 from evomerge.spec.schema import SearchSpec
 from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import best
+from evomerge.study.rounds import joined
 from evomerge.system.files import read_text, write_atomic
 from evomerge.system.locks import exclusive
 from evomerge.system.sealed import (
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from evomerge.study.record import Record
 
 STARTS = "starts.json"
+ROUNDS = "rounds"
+"""The folder of the later rounds, each under the number of its first candidate, and of the winners they start from."""
 
 
 log = logging.getLogger("evomerge.run")
@@ -241,8 +245,27 @@ class RunFolder:
         number = read_sealed_lines(path, "the storage has it, as the run's id").strip()
         return {"id": number, "folder": str(self.root.resolve()), "host": socket.gethostname()}
 
+    def rounds(self) -> dict[int, Path]:
+        """Lists the folders of the later rounds by the number of their first candidate."""
+        folders = (path for path in (self.root / ROUNDS).glob("*") if (path / "resolved.yaml").exists())
+        return {int(path.name): path for path in sorted(folders, key=lambda path: int(path.name))}
+
+    def with_winners(self, names: Iterable[str] | None = None) -> SearchSpec:
+        """Returns the specification with winners of rounds among the sources.
+
+        Args:
+            names: Which; None for those of all rounds, so that every candidate can be made.
+        """
+        if names is None:
+            specs = [RunFolder.existing(root).spec for root in self.rounds().values()]
+            names = dict.fromkeys(name for spec in specs for name in spec.models.winners)
+        winners = {name: str(self.root.resolve() / ROUNDS / name) for name in names}
+        sources = self.spec.models.sources | {name: name for name in winners}
+        models = self.spec.models.model_copy(update={"sources": sources, "winners": winners})
+        return self.spec.model_copy(update={"models": models})
+
     def candidates(self, *, baseline: bool = False, torn: bool = False) -> tuple[Candidate, ...]:
-        """Reads all recorded candidates, by number.
+        """Reads all recorded candidates, by number; those of later rounds go on from the numbers of earlier ones.
 
         Args:
             baseline: Those of the baseline's random search.
@@ -251,19 +274,29 @@ class RunFolder:
         Raises:
             RunError: The record lacks candidates that result.json counts.
         """
+        recorded = {0: self._recorded(baseline)}
+        if baseline:
+            return recorded[0]
+        where = {0: self.spec.run.storage or self.root / "study.log"}
+        for first, root in self.rounds().items():
+            recorded[first], where[first] = RunFolder.existing(root)._recorded(), root / "study.log"
+        for first, following in itertools.pairwise(() if torn else recorded):
+            if len(recorded[first]) < following - first:
+                counted = f"the {following - first} candidates of its round"
+                raise _end_is_missing(where[first], len(recorded[first]), counted)
+        history = joined(recorded)
+        result = None if torn else self.result()
+        if result is not None and len(history) < result.candidates.recorded:
+            counted = f"the {result.candidates.recorded} candidates that result.json counts"
+            raise _end_is_missing(where[max(where)], len(history), counted)
+        return history
+
+    def _recorded(self, baseline: bool = False) -> tuple[Candidate, ...]:
         from evomerge.study.record import Record
 
         where = self.spec.run.storage or self.root / "study.log"
         record = Record.find(where, self._study(baseline))  # reading must not make what the run is about to make
-        recorded = record.candidates() if record is not None else ()
-        result = None if baseline or torn else self.result()
-        if result is not None and len(recorded) < result.candidates.recorded:
-            counted = f"the {result.candidates.recorded} candidates that result.json counts"
-            raise RunError(
-                f"{masked(str(where))}: has {len(recorded)} of {counted}: its end is missing; `evomerge resume` scores "
-                "them again"
-            )
-        return recorded
+        return record.candidates() if record is not None else ()
 
     def winner(self, history: tuple[Candidate, ...]) -> int:
         """Returns the winner's number: the finished run's, or the best so far.
@@ -322,6 +355,11 @@ class RunFolder:
         write_atomic(self.root / STARTS, seal_json({"starts": content}))
 
 
+def _end_is_missing(where: str | Path, count: int, counted: str) -> RunError:
+    text = f"{masked(str(where))}: has {count} of {counted}"
+    return RunError(f"{text}: its end is missing; `evomerge resume` scores them again")
+
+
 def require_same_content(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "this run") -> None:
     """Compares the content of models and tasks with what it was when the run began.
 
@@ -353,6 +391,8 @@ def _accept_edited(root: Path) -> None:
     for path in sorted(root.glob("*.json")):
         accept_json(path)
     accept_edited(root / "study.log")
+    for round_ in sorted((root / ROUNDS).glob("*/resolved.yaml")):
+        _accept_edited(round_.parent)
 
 
 def _same_text(path: Path, text: str) -> bool:
@@ -403,6 +443,7 @@ def _identity(spec: SearchSpec) -> dict[str, Any]:
             del part["judge"][key]
     for key in ("candidates", "stop", "baseline", "controls"):
         del content["search"][key]
+    content["models"]["winners"] = list(spec.models.winners)  # a run's folder may move
     # What a run starts from is kept in its folder: where that came from may move, or be gone.
     content["search"]["warm_start"] = [Path(text).name for text in spec.search.warm_starts]
     return content

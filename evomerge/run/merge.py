@@ -175,9 +175,8 @@ def _references_to(step: Recipe, recipe: Recipe) -> list[str]:
 
 def _open(result: Path, reference: str) -> Checkpoint:
     _, plus, adapter = reference.partition("+")
-    checkpoint = open_checkpoint(f"{result}{plus}{adapter}")
-    checkpoint.reference = reference  # messages speak of it as the recipe does
-    return checkpoint
+    # Messages speak of it as the recipe does.
+    return open_checkpoint(f"{result}{plus}{adapter}").changed(reference=reference)
 
 
 @contextmanager

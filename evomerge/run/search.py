@@ -7,7 +7,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,18 @@ from evomerge.recipe.parse import single_model
 from evomerge.report.result import Ending, RunResult
 from evomerge.run.export import keep_best
 from evomerge.run.finalists import ScoredModel, best_of, choose_winner, winner_of
-from evomerge.run.folder import STARTS, RunFolder, require_same_content
+from evomerge.run.folder import ROUNDS, STARTS, RunFolder, require_same_content
 from evomerge.run.preflight import algorithm_problems, check_models
+from evomerge.run.rounds.sources import choose_winners, first_candidates, write_winners
 from evomerge.run.warm_start import read_seeds, warm_starts
+from evomerge.space.baselines import PARENT
 from evomerge.spec.schema import Run, Search, SearchSpec
 from evomerge.study.budget import StopConditions, spent_items
-from evomerge.study.candidate import Candidate, Outcome, Proposal
-from evomerge.study.interfaces import AlgorithmSettings, Executor, LogTracker, NullTracker, SearchInfo, Tracker
+from evomerge.study.candidate import Candidate, Outcome, Proposal, find
+from evomerge.study.interfaces import AlgorithmSettings, Executor, Level, LogTracker, NullTracker, SearchInfo, Tracker
 from evomerge.study.loop import SearchResult, search
 from evomerge.study.record import Record
+from evomerge.study.rounds import RoundStart, winner_name, winner_number
 from evomerge.system.files import read_text
 from evomerge.system.quiet import log_to_file
 from evomerge.system.yaml import write_yaml
@@ -238,6 +241,7 @@ class _Session:
     runner: Runner
     evaluator: CandidateEvaluator
     record: Record
+    scores: RunScores
 
     @classmethod
     def open(cls, folder: RunFolder, tracker: Tracker, parts: SearchParts) -> _Session:
@@ -274,43 +278,114 @@ class _Session:
         objective = prepare_objective(problem, runner, folder.scores, tracker)
         record = folder.record(problem.space, report=tracker.report)
         evaluator = CandidateEvaluator(problem, runner, folder.scores, objective)
-        return cls(folder, tracker, parts, problem, runner, evaluator, record)
+        return cls(folder, tracker, parts, problem, runner, evaluator, record, folder.scores)
 
     def run(self) -> RunResult:
         """Searches, measures the winner, and keeps the best."""
         folder, tracker, spec = self.folder, self.tracker, self.folder.spec
-        stop = StopConditions(
-            spec.search.candidates,
-            **spec.search.stop.model_dump(),
-            jacobian_items=self.evaluator.jacobian_items,
-            since=folder.extended_from(),
+        since = folder.extended_from()
+        ended = self._search_rounds(since)
+        if ended.reason in ("stale", "target"):
+            budget = spec.search.candidates
+            tracker.report(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {budget}")
+        others = self._baseline(ended.candidates)
+        others += [model for name in spec.search.controls for model in self._control(name, ended.candidates)]
+        ending = Ending(ended.reason, ended.message, extended_from=since)
+        whole = self._with_all_sources()
+        problem, runner = whole.problem, whole.runner
+        result = choose_winner(
+            problem, whole.evaluator, ended.candidates, tracker, ending, others, where=str(folder.root)
         )
-        with self._executor() as executor:
-            ended = self._search(executor, self.record, spec.search.algorithm, stop, tracker)
-            tracker.report(ended.message)
+        runner.check_inputs(whole=True)
+        folder.write_result(result)
+        if runner.reused:
+            tracker.report(f"{runner.reused} item evaluations of this session came from the cache of earlier runs")
+        if result.within_noise_of:
+            tracker.report(result.verdict, "warning")
+        if isinstance(runner, ModelRunner):  # a formula has no weights
+            keep_best(problem, runner, folder, result, tracker)
+        tracker.report(f"peak memory {_peak_memory(spec.run)}, the models' memory-mapped files included")
+        return result
+
+    def _search_rounds(self, since: int) -> SearchResult:
+        """Searches round after round, each over the sources and the winners so far; gives the candidates of all.
+
+        A round that another has followed has ended; what its record should have lost since then is scored again.
+        """
+        folder, section = self.folder, self.folder.spec.search
+        items = self.evaluator.jacobian_items
+        stop = StopConditions(section.candidates, **section.stop.model_dump(), jacobian_items=items, since=since)
+        session, first = self, 0
+        for left in range(section.rounds, 0, -1):
+            history = tuple(c for c in folder.candidates(torn=True) if c.number < first)
+            following = next((number for number in folder.rounds() if number > first), None)
+            with session._executor() as executor:
+                own = StopConditions(following - first) if following else stop.share(history, left, executor.slots)
+                ended = session._search(executor, session.record, section.algorithm, own, session.tracker)
+            if following is None:
+                round_ = "" if section.rounds == 1 else f"round {section.rounds - left + 1} of {section.rounds}: "
+                ended = replace(ended, message=f"{round_}{ended.message}")
+                self.tracker.report(ended.message)
             if ended.reason == "interrupted":
                 raise KeyboardInterrupt
             if ended.reason == "failures":
                 raise EvoMergeError(f"{folder.root}: {ended.message}{_failure_hint(ended.candidates)}")
-            if ended.reason in ("stale", "target"):
-                budget = spec.search.candidates
-                tracker.report(f"`evomerge resume {folder.root} --candidates N` goes on, with N above {budget}")
-            others = self._baseline(executor, ended.candidates)
-        others += [model for name in spec.search.controls for model in self._control(name, ended.candidates)]
-        ending = Ending(ended.reason, ended.message, extended_from=stop.since)
-        result = choose_winner(
-            self.problem, self.evaluator, ended.candidates, tracker, ending, others, where=str(folder.root)
-        )
-        self.runner.check_inputs(whole=True)
-        folder.write_result(result)
-        if self.runner.reused:
-            tracker.report(f"{self.runner.reused} item evaluations of this session came from the cache of earlier runs")
-        if result.within_noise_of:
-            tracker.report(result.verdict, "warning")
-        if isinstance(self.runner, ModelRunner):  # a formula has no weights
-            keep_best(self.problem, self.runner, folder, result, tracker)
-        tracker.report(f"peak memory {_peak_memory(spec.run)}, the models' memory-mapped files included")
-        return result
+            if left == 1 or ended.reason == "target":
+                break
+            history = tuple(c for c in folder.candidates(torn=True) if following is None or c.number < following)
+            start = RoundStart.after(history, following)
+            session.runner.release()
+            session, first = self._next_round(start, history), start.candidate
+        return replace(ended, candidates=folder.candidates(torn=True))
+
+    def _next_round(self, start: RoundStart, history: tuple[Candidate, ...]) -> _Session:
+        """Opens the round that starts here, its sources the winners so far beside the first round's own."""
+        root = self.folder.root / ROUNDS / str(start.candidate)
+        whole = self if (root / STARTS).exists() else self._with_all_sources()  # what has begun needs no more of it
+        if start.candidate in self.folder.rounds():
+            names = list(RunFolder.existing(root).spec.models.winners)
+        else:
+            winners = choose_winners(whole.problem, whole.runner, whole.evaluator, history)
+            names = [winner_name(winner.number) for winner in winners]
+            self.tracker.report(f"the sources of the next round: those of the first, and {', '.join(names)}")
+            write_winners(whole.problem, whole.runner, self.folder.root, history, winners)
+        spec = self.folder.with_winners(names)
+        spec = spec.model_copy(update={"run": spec.run.model_copy(update={"storage": None, "dir": None})})
+        folder = RunFolder.create(root, spec, write_yaml(spec.model_dump(mode="json")))
+        folder.remove_partial_files()
+        if folder.spec != spec:
+            folder.write_spec(spec)
+        tracker = _LaterRound(self.tracker, start)
+        session = self._over(self.parts.open_problem(spec, None), folder=folder, tracker=tracker)
+        for text in folder.check_environment(environment(session.problem)):
+            tracker.report(text)
+        if folder.starts() is None:
+            starts = first_candidates(session.problem.space, history)
+            for one in starts:
+                number = winner_number(one.name.removeprefix(PARENT))
+                winner = None if number is None else find(history, number)
+                if winner is not None:
+                    plan = whole.runner.plan(winner.recipe)
+                    session.evaluator.keep_known(
+                        one.recipe, whole.evaluator.stored_scores(plan, self.evaluator.objective.split)
+                    )
+            folder.write_starts(starts)
+        return session
+
+    def _with_all_sources(self) -> _Session:
+        """The session with the winners of all rounds open, so that every candidate can be made; itself without any."""
+        if not self.folder.rounds():
+            return self
+        problem = self.parts.open_problem(self.folder.with_winners(), None)
+        return self._over(replace(problem, spec=self.folder.spec))
+
+    def _over(self, problem: Problem, *, folder: RunFolder | None = None, tracker: Tracker | None = None) -> _Session:
+        """A session over other models, by the same objective and with the same scores."""
+        folder, tracker = folder or self.folder, tracker or self.tracker
+        runner = self.parts.make_runner(problem)
+        evaluator = CandidateEvaluator(problem, runner, self.scores, self.evaluator.objective)
+        record = self.record if folder is self.folder else folder.record(problem.space, report=tracker.report)
+        return _Session(folder, tracker, self.parts, problem, runner, evaluator, record, self.scores)
 
     def _search(
         self,
@@ -335,7 +410,7 @@ class _Session:
             asynchronous=spec.search.mode == "asynchronous",
         )
 
-    def _baseline(self, executor: Executor, candidates: tuple[Candidate, ...]) -> list[ScoredModel]:
+    def _baseline(self, candidates: tuple[Candidate, ...]) -> list[ScoredModel]:
         """The winner of a random search with as many item evaluations as the search had, if one is asked for.
 
         It begins with the same generation 0, races by the same rule, and may try several times as many candidates where
@@ -344,19 +419,18 @@ class _Session:
         if self.folder.spec.search.baseline is None:
             return []
         record = self.folder.record(self.problem.space, baseline=True, report=self.tracker.report)
-        ended = self._compared("random search", executor, record, "random", candidates)
+        ended = self._compared("random search", record, "random", candidates)
         return winner_of("random search", self.problem, self.evaluator, ended.candidates, self.tracker)
 
-    def _compared(
-        self, name: str, executor: Executor, record: Record, algorithm: str, candidates: tuple[Candidate, ...]
-    ) -> SearchResult:
+    def _compared(self, name: str, record: Record, algorithm: str, candidates: tuple[Candidate, ...]) -> SearchResult:
         """A search to compare one with that had these candidates: it has as many item evaluations."""
         items = max(spent_items(candidates, self.evaluator.jacobian_items))
         self.tracker.report(f"{name}: {items} item evaluations, as the search had")
         stop = StopConditions(
             _MAX_BASELINE_RATIO * len(candidates), items=items, jacobian_items=self.evaluator.jacobian_items
         )
-        ended = self._search(executor, record, algorithm, stop, _OtherSearch(name, self.tracker))
+        with self._executor() as executor:
+            ended = self._search(executor, record, algorithm, stop, _OtherSearch(name, self.tracker))
         if ended.reason == "interrupted":
             raise KeyboardInterrupt
         self.tracker.report(f"{name}: {ended.message}")
@@ -372,7 +446,9 @@ class _Session:
         other = spec.model_copy(
             update={
                 "models": spec.models.model_copy(update=changed),
-                "search": spec.search.model_copy(update={"controls": [], "baseline": None, "warm_start": None}),
+                "search": spec.search.model_copy(
+                    update={"controls": [], "baseline": None, "warm_start": None, "rounds": 1}
+                ),
                 "run": spec.run.model_copy(update={"storage": None, "dir": None}),
             }
         )
@@ -383,10 +459,7 @@ class _Session:
             if adapters:
                 models = [ScoredModel(key, None, single_model(text), {}) for key, text in adapters.items()]
                 return best_of("LoRA", session.problem, session.evaluator, models, self.tracker)
-            with session._executor() as executor:
-                ended = session._compared(
-                    "shuffled sources", executor, session.record, spec.search.algorithm, candidates
-                )
+            ended = session._compared("shuffled sources", session.record, spec.search.algorithm, candidates)
             return winner_of("shuffled sources", session.problem, session.evaluator, ended.candidates, self.tracker)
 
     def _train(self, root: Path, candidates: tuple[Candidate, ...]) -> dict[str, str]:
@@ -429,7 +502,7 @@ class _Session:
         share = max(1, threads // run.workers)
         text = f"{run.workers} workers, of {share} of the {threads} threads each; their output is in log.txt"
         self.tracker.report(text)
-        arguments = self._opener_arguments(self.folder.scores, share)
+        arguments = self._opener_arguments(self.scores, share)
         environ = partial(_worker_environment, self.folder.spec.evaluation.device, share)
         workers = LocalWorkers(self.parts.open_worker, arguments, log_file, environ)
         return Pool(workers, run.workers, self._incumbents, attach=lambda proposal: {})
@@ -450,7 +523,7 @@ class _Session:
         threads = {"OMP_NUM_THREADS": str(share)}
         workers = RayWorkers(self.parts.open_worker, arguments, run.workers, resources, run.ray_address, threads)
         report = partial(self.tracker.report, level="warning")
-        evaluator, store = self.evaluator, self.folder.scores
+        evaluator, store = self.evaluator, self.scores
         return Pool(workers, run.workers, evaluator.race_message, evaluator.kept_files, store.add, report)
 
 
@@ -481,6 +554,21 @@ def _worker_environment(device: str, share: int, slot: int) -> dict[str, str]:
         devices = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)] if devices else ""
     return environment
+
+
+class _LaterRound(NullTracker):
+    """Shows the run's tracker the candidates of a later round among those of all rounds."""
+
+    def __init__(self, tracker: Tracker, start: RoundStart) -> None:
+        self._tracker, self._start = tracker, start
+
+    def report(self, text: str, level: Level = "info") -> None:
+        """Passes the line on."""
+        self._tracker.report(text, level)
+
+    def candidate(self, candidate: Candidate) -> None:
+        """Passes the candidate on, as it is counted in the run."""
+        self._tracker.candidate(self._start.in_all(candidate))
 
 
 class _OtherSearch(NullTracker):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -189,7 +190,21 @@ def _problems(spec: SearchSpec) -> list[str]:
     if spec.models.base is None and any(method.needs_base for method in methods):
         needing = [method.name for method in methods if method.needs_base]
         problems.append(f"models.base: missing, and {', '.join(needing)} need a base model")
-    return problems + _objective_problems(spec)
+    return problems + _objective_problems(spec) + _round_problems(spec)
+
+
+def _round_problems(spec: SearchSpec) -> list[str]:
+    rounds = spec.search.rounds
+    if rounds == 1:
+        return []
+    problems = []
+    if rounds > spec.search.candidates:
+        problems.append(f"search.rounds: {rounds} of {spec.search.candidates} candidates: each needs one at least")
+    if spec.models.tokenizer is not None:
+        problems.append("search.rounds: not with models.tokenizer: winners would have another vocabulary than sources")
+    names = [name for name in spec.models.sources if re.fullmatch(r"candidate-\d+", name)]
+    problems += [f"models.sources: '{name}' is what search.rounds calls a winner" for name in names]
+    return problems
 
 
 def _constraint_problems(spec: SearchSpec) -> list[str]:

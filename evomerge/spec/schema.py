@@ -43,6 +43,7 @@ class Models(Section):
     """The base model and the named sources, as references; whose tokens the merged vocabulary has.
 
     `shuffled` has the sources' differences from the base shuffled within every tensor: a search of nothing but noise.
+    `winners` are sources that earlier rounds of a search have made: what recipes call them, and their folder.
     """
 
     base: str | None = Field(
@@ -64,6 +65,9 @@ class Models(Section):
     )
     shuffled: bool = Field(
         False, description="Shuffle the sources' differences from the base within every tensor: a search of mere noise."
+    )
+    winners: dict[str, str] = Field(
+        {}, description="Written by a search in rounds: the folders of sources that its earlier rounds made."
     )
 
     @model_validator(mode="after")
@@ -465,6 +469,9 @@ class Stop(Section):
     """What ends a search before its budget does."""
 
     hours: float | None = Field(None, gt=0, le=1e6, description="Time of scoring, over all sessions of the run.")
+    items: int | None = Field(
+        None, ge=1, le=10**12, description="Item evaluations of all candidates and Jacobians together."
+    )
     stale_generations: int | None = Field(
         None, ge=1, le=MOST_CANDIDATES, description="Generations in a row without a better candidate."
     )
@@ -487,6 +494,12 @@ class Search(Section):
     )
     candidates: int = Field(
         100, ge=1, le=MOST_CANDIDATES, description="The budget: candidates to score, failed and stopped ones counted."
+    )
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Parts of the budget; the winners of one are sources of the next, beside the others.",
     )
     objectives: Literal["mean", "pareto"] = Field(
         "mean", description="Whether the tasks' mean is searched for, or the Pareto front of the tasks."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal
 
@@ -41,6 +41,24 @@ class StopConditions:
     jacobian_items: int = 0
     fitness: float | None = None
     since: int = 0
+
+    def share(self, history: Sequence[Candidate], rounds: int, slots: int) -> StopConditions:
+        """Returns the part of a round: what some candidates have left over, divided by the rounds that are to come.
+
+        Args:
+            history: The candidates of earlier rounds.
+            rounds: This round and those after it.
+            slots: How many candidates are scored at once.
+        """
+        seconds = sum(float(candidate.seconds.get("total", 0.0)) for candidate in history)
+        spent = max(spent_items(history, self.jacobian_items), default=0)
+        return replace(
+            self,
+            candidates=max(0, -(-(self.candidates - len(history)) // rounds)),
+            hours=None if self.hours is None else max(0.0, self.hours - seconds / slots / 3600) / rounds,
+            items=None if self.items is None else max(0, -(-(self.items - spent) // rounds)),
+            since=max(0, self.since - len(history)),
+        )
 
 
 class EvaluationCounter:

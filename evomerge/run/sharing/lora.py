@@ -17,12 +17,12 @@ from evomerge.errors import BadInput, RunError
 from evomerge.evaluation.scores import score_table
 from evomerge.planning.plan import make_plan
 from evomerge.problem.model_runner import ModelRunner
-from evomerge.problem.problem import environment, open_problem
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
+from evomerge.report.lineage import whole_recipe
 from evomerge.report.model_card import adapter_card
 from evomerge.report.tables import table
-from evomerge.run.export import find_candidate, measured_split
+from evomerge.run.export import find_candidate, measured_split, open_run
 from evomerge.run.folder import RunFolder
 from evomerge.system.files import expand_home, write_atomic
 
@@ -49,9 +49,9 @@ def export_adapter(run: Path, out: Path, *, rank: int, candidate: int | None = N
     base = folder.spec.models.base
     if base is None:
         raise RunError(f"{run}: has no base model that an adapter could be of")
-    chosen = find_candidate(folder, candidate)
-    problem = open_problem(folder.spec)
-    folder.check_environment(environment(problem))
+    history = folder.candidates()
+    chosen = find_candidate(folder, candidate, history)
+    problem = open_run(folder)
     runner = ModelRunner(problem)
     plan = runner.plan(chosen.recipe)
     split = measured_split(folder, plan.digest)
@@ -65,7 +65,7 @@ def export_adapter(run: Path, out: Path, *, rank: int, candidate: int | None = N
     now = runner.evaluator.score(model, problem.splits[split])
     scores = {"merge": _values(merge_scores), "base + adapter": _values(now)}
     adapter.write(out, base)
-    recipe = parse_recipe(chosen.recipe, where="candidate")
+    recipe = whole_recipe(history, chosen)
     body = f"{_sentence(adapter)}\n\n## Scores on the {split} items\n\n{_score_table(scores)}\n"
     write_atomic(out / "README.md", adapter_card(recipe, problem.checkpoints, base, body))
     write_atomic(out / "recipe.yaml", recipe.to_yaml())

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.reference import is_hub_id
 from evomerge.errors import BadInput, EvoMergeError, RunError, ServiceError
-from evomerge.recipe import load_recipe, parse_recipe
+from evomerge.recipe import load_recipe
 from evomerge.report.html import report_page
+from evomerge.report.lineage import whole_recipe
 from evomerge.report.run_data import SAMPLES
 from evomerge.report.tables import table
 from evomerge.run.export import ITEMS, export_candidate, find_candidate
@@ -101,7 +102,7 @@ def _checkpoint(folder: RunFolder, candidate: Candidate, report: Callable[[str],
         report(f"writing candidate {candidate.number} to {path}")
         path.parent.mkdir(exist_ok=True)
         report(export_candidate(folder.root, path, candidate=candidate.number))
-    elif load_recipe(path / "recipe.yaml").digest != parse_recipe(candidate.recipe, where="candidate").digest:
+    elif load_recipe(path / "recipe.yaml").digest != whole_recipe(folder.candidates(), candidate).digest:
         raise RunError(f"{path}: its recipe.yaml is not that of candidate {candidate.number}; remove the folder")
     return path
 
