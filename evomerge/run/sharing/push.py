@@ -92,7 +92,10 @@ def push_candidate(
     files = _files(folder, _checkpoint(folder, chosen, report), chosen)
     text = message or f"Candidate {chosen.number} of the search {folder.spec.name}, merged with EvoMerge"
     with _hub_errors(repository):
-        return _upload(api, before, files, chosen, text)
+        uploaded = _upload(api, before, files, chosen, text)
+    if public and before.private:
+        uploaded += "\nit stays private: only its settings on the Hub make a repository public that is there"
+    return uploaded
 
 
 def _checkpoint(folder: RunFolder, candidate: Candidate, report: Callable[[str], None]) -> Path:

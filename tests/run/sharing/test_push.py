@@ -99,7 +99,9 @@ def test_again_and_another_candidate(run: Path, hub: HubServer, capsys: pytest.C
     assert "the repository was there: this is commit " in first.out
     assert hub.repos["org/merged"].files["notes.txt"] == b"mine"
     assert hub.repos["org/merged"].commits[0][0] == "First"
-    again = invoke(capsys, "push", run, "org/merged")
+    again = invoke(capsys, "push", run, "org/merged", "--public")
+    assert "(private)" in again.out
+    assert "it stays private: only its settings on the Hub" in again.out
     assert "the same to the last byte: no new commit after" in again.out
     assert hub.uploads == 1
     other = next(c for c in RunFolder.existing(run).candidates() if c.generation == 0 and c.state == "done")
