@@ -67,8 +67,6 @@ def confine(folder: str, seconds: float, memory: int, file_size: int, disk: int)
         What could not be forbidden.
     """
     lacking = set()
-    if sys.platform == "linux":
-        _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: nothing outlives the one who waits for it
     user, group = os.geteuid(), os.getegid()
     if sys.platform != "linux" or _libc.unshare(_NEWUSER | _NEWNET | _NEWNS | _NEWIPC) != 0:
         lacking |= {NETWORK, DISK}
@@ -93,6 +91,7 @@ def confine(folder: str, seconds: float, memory: int, file_size: int, disk: int)
         lacking |= {WRITES, READS}
     if sys.platform == "linux":  # the superuser is one no longer
         _libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+        _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: nothing outlives the one who waits for it
     if _seccomp():
         lacking.discard(NETWORK)
     else:

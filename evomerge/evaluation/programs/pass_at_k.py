@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError
@@ -77,22 +78,29 @@ def check_correctness(check_program: str, timeout: float = _SECONDS) -> bool:
     return run_program(check_program, Limits(seconds=timeout))
 
 
-def runs_programs(config: Mapping[str, Any]) -> bool:
-    """Says of a task's settings whether its scoring runs what a model writes."""
+def asks_for_programs(config: Mapping[str, Any]) -> bool:
+    """Says of a task's settings, functions unresolved, whether its scoring runs what a model writes."""
     metrics = [part.get("metric") for part in config.get("metric_list") or [] if isinstance(part, Mapping)]
-    return bool(config.get("unsafe_code")) or NAME in metrics
+    files = [Path(metric.rpartition(".")[0] + ".py") for metric in metrics if isinstance(metric, str)]
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
+    return bool(config.get("unsafe_code")) or NAME in metrics or any(NAME in text for text in texts)
+
+
+def runs_programs(task: Any) -> bool:
+    """Says of a task of lm-eval's whether its scoring runs what a model writes."""
+    if getattr(task, "UNSAFE_CODE", False):
+        return True
+    return hasattr(task, "config") and any(_has_code_eval(function) for function in _functions(task))
 
 
 @contextlib.contextmanager
-def code_eval_here(*, allowed: bool) -> Iterator[None]:
-    """Gives `CodeEval` to whoever asks the evaluate library for code_eval within, where programs may be run."""
+def code_eval_here() -> Iterator[None]:
+    """Gives `CodeEval` to whoever asks the evaluate library for code_eval within."""
     import evaluate
 
     load = evaluate.load
 
     def load_or_own(path: str, *args: Any, **options: Any) -> Any:
-        if path == NAME and not allowed:
-            raise TaskError(UNASKED)
         return CodeEval() if path == NAME else load(path, *args, **options)
 
     evaluate.load = load_or_own
@@ -115,7 +123,7 @@ def contain(task: Any) -> None:
         names: dict[str, Any] = getattr(function, "__globals__", {})
         if _is_runner(names.get("check_correctness")):
             names["check_correctness"] = check_correctness
-        elif not any(isinstance(value, CodeEval) for value in names.values()):
+        elif not _has_code_eval(function):
             raise TaskError(
                 f"task {task.task_name!r} runs code that the model writes by a function of its own, "
                 f"{function.__qualname__}, and not by code_eval: EvoMerge cannot shut it in, so it does not run it"
@@ -130,6 +138,12 @@ def _functions(task: Any) -> list[Callable[..., Any]]:
     method = type(task).process_results
     own = [] if method.__qualname__ == "ConfigurableTask.process_results" else [method]
     return [*filter(callable, given), *own]
+
+
+def _has_code_eval(function: Any) -> bool:
+    """Whether a function, or what it is a method of, has our code_eval at hand."""
+    names = getattr(function, "__globals__", {})
+    return any(isinstance(value, CodeEval) for value in (getattr(function, "__self__", None), *names.values()))
 
 
 def _is_runner(function: Any) -> bool:

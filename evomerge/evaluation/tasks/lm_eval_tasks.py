@@ -9,13 +9,14 @@ import importlib.metadata
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import TaskError, suggest
-from evomerge.evaluation.programs.pass_at_k import UNASKED, code_eval_here, contain, runs_programs
+from evomerge.evaluation.programs.pass_at_k import UNASKED, asks_for_programs, code_eval_here, contain
 from evomerge.evaluation.scores import Score, ScoreTable
 from evomerge.evaluation.tasks.group_task import GroupTask
 from evomerge.evaluation.tasks.shipped import add_shipped, shipped_index
@@ -276,7 +277,7 @@ def _load_one(spec: SingleTask, manager: Any, *, unsafe_code: bool) -> Any:
         raise TaskError([f"task {spec.name!r}: {problem}" for problem in spec.problems])
     _require_supported(spec, unsafe_code=unsafe_code)
     try:
-        with quiet(), seeded(), code_eval_here(allowed=unsafe_code):
+        with quiet(), seeded(), code_eval_here() if asks_for_programs(spec.config) else nullcontext():
             loaded = manager.load([spec.load])
     except Exception as error:  # a task's YAML can make lm-eval and datasets raise anything
         raise TaskError(f"task {spec.name!r} cannot be loaded: {_reason(error, spec.config)}") from error
@@ -290,7 +291,7 @@ def _load_one(spec: SingleTask, manager: Any, *, unsafe_code: bool) -> Any:
 def _require_supported(spec: SingleTask, *, unsafe_code: bool) -> None:
     """Refuses what cannot be scored here, before its data and functions are fetched."""
     config = spec.config
-    if runs_programs(config) and not unsafe_code:
+    if asks_for_programs(config) and not unsafe_code:
         raise TaskError(f"task {spec.name!r} {UNASKED}")
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise TaskError(f"task {spec.name!r} needs images or sound; EvoMerge scores text only")

@@ -158,10 +158,7 @@ class Task:
     @property
     def runs_programs(self) -> bool:
         """Whether what the model writes is run to be valued."""
-        config = getattr(self.lm_eval_task, "config", None)
-        return bool(getattr(self.lm_eval_task, "UNSAFE_CODE", False)) or runs_programs(
-            {} if config is None else {"metric_list": config.metric_list}
-        )
+        return runs_programs(self.lm_eval_task)
 
     def direction(self, metric: str) -> bool:
         """Returns whether a higher value of a metric, of any filter, is better."""

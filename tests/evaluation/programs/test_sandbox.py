@@ -14,8 +14,10 @@ import pytest
 from evomerge.errors import TaskError
 from evomerge.evaluation.programs import confined, sandbox
 from evomerge.evaluation.programs.sandbox import Limits, not_forbidden, program_notes, run_program
+from tests.frame import environment
 
-SHORT = Limits(seconds=1.0)
+SHORT = Limits(seconds=0.5)
+PATIENT = Limits(seconds=60, memory=2**28)  # on a busy machine, what is right takes its time
 
 
 def processes() -> set[str]:
@@ -44,7 +46,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_what_is_right_passes(program: str) -> None:
-    assert run_program(program)
+    assert run_program(program, Limits(seconds=60))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_what_has_no_end_is_ended(program: str, folders: Path) -> None:
 
 REFUSED = {
     "10 GB": (confined.MEMORY, "bytearray(10 * 2**30)"),
-    "many small ones": (confined.MEMORY, "x = []\nwhile True: x.append(bytearray(2**27))"),
+    "many small ones": (confined.MEMORY, "x = []\nwhile True: x.append(bytearray(2**24))"),
     "more memory": (confined.MEMORY, "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))"),
     "memory of a file": (confined.PROCESSES, "import os; os.memfd_create('x')"),
     "a large file": (None, "with open('a', 'wb') as file: file.write(bytes(2**25))"),
@@ -128,11 +130,35 @@ def test_what_is_forbidden_is_refused(need: str | None, act: str, folders: Path)
     """The program goes on from there: it is an error, as of any call that fails."""
     if need in not_forbidden():
         pytest.skip(f"this system does not forbid {need}")
-    assert not run_program(act)
+    assert not run_program(act, PATIENT)
     refused = "(OSError, MemoryError, RuntimeError, ValueError)"
-    assert run_program(f"try: exec({act!r}, {{}})\nexcept {refused}: pass\nelse: raise SystemExit")
+    assert run_program(f"try: exec({act!r}, {{}})\nexcept {refused}: pass\nelse: raise SystemExit", PATIENT)
     assert processes() == set()
     assert [*folders.iterdir()] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_program_does_not_outlive_whoever_waits_for_it() -> None:
+    code = (
+        "from evomerge.evaluation.programs.sandbox import Limits, run_program\n"
+        "run_program('import os, time; os.write(3, b\\'0\\'); time.sleep(60)', Limits(seconds=60))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], env=environment()) as waiting:
+        children = Path(f"/proc/{waiting.pid}/task/{waiting.pid}/children")
+        deadline = time.monotonic() + 30
+        while not (numbers := children.read_text().split()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        program = Path(f"/proc/{numbers[0]}")
+        while not _is_confined(program) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        waiting.kill()
+    while program.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not program.exists()
+
+
+def _is_confined(process: Path) -> bool:
+    return "Seccomp:\t2" in (process / "status").read_text()
 
 
 def test_nothing_outside_is_written_changed_or_read(tmp_path: Path, folders: Path) -> None:
@@ -180,7 +206,8 @@ def test_a_program_has_no_open_files_but_the_one_it_is_reported_by(tmp_path: Pat
         os.set_inheritable(file.fileno(), True)
         assert run_program(
             "import os\nnumbers = []\nfor k in range(64):\n    try: os.fstat(k); numbers.append(k)\n"
-            "    except OSError: pass\nassert numbers == [0, 1, 2, 3], numbers"
+            "    except OSError: pass\nassert numbers == [0, 1, 2, 3], numbers",
+            PATIENT,
         )
 
 
