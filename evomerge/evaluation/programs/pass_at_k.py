@@ -90,7 +90,7 @@ def runs_programs(task: Any) -> bool:
     """Says of a task of lm-eval's whether its scoring runs what a model writes."""
     if getattr(task, "UNSAFE_CODE", False):
         return True
-    return hasattr(task, "config") and any(_has_code_eval(function) for function in _functions(task))
+    return any(_has_code_eval(function) for function in _functions(task))
 
 
 @contextlib.contextmanager
@@ -126,18 +126,18 @@ def contain(task: Any) -> None:
         elif not _has_code_eval(function):
             raise TaskError(
                 f"task {task.task_name!r} runs code that the model writes by a function of its own, "
-                f"{function.__qualname__}, and not by code_eval: EvoMerge cannot shut it in, so it does not run it"
+                f"{getattr(function, '__qualname__', function)}, and not by code_eval: EvoMerge cannot shut it in, so it does not run it"
             )
 
 
 def _functions(task: Any) -> list[Callable[..., Any]]:
     """The functions of a task's own that value responses."""
-    config = task.config
-    given = [part.get("metric") for part in config.metric_list or [] if isinstance(part, Mapping)]
-    given += [config.process_results]
-    method = type(task).process_results
-    own = [] if method.__qualname__ == "ConfigurableTask.process_results" else [method]
-    return [*filter(callable, given), *own]
+    config = getattr(task, "config", None)
+    given = [part.get("metric") for part in getattr(config, "metric_list", None) or [] if isinstance(part, Mapping)]
+    given += [getattr(config, "process_results", None), getattr(type(task), "process_results", None)]
+    return [
+        one for one in given if callable(one) and getattr(one, "__qualname__", "") != "ConfigurableTask.process_results"
+    ]
 
 
 def _has_code_eval(function: Any) -> bool:
