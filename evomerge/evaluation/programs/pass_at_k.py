@@ -124,9 +124,10 @@ def contain(task: Any) -> None:
         if _is_runner(names.get("check_correctness")):
             names["check_correctness"] = check_correctness
         elif not _has_code_eval(function):
+            name = getattr(function, "__qualname__", function)
             raise TaskError(
-                f"task {task.task_name!r} runs code that the model writes by a function of its own, "
-                f"{getattr(function, '__qualname__', function)}, and not by code_eval: EvoMerge cannot shut it in, so it does not run it"
+                f"task {task.task_name!r} runs code that the model writes by a function of its own, {name}, and not by "
+                "code_eval: EvoMerge cannot shut it in, so it does not run it"
             )
 
 
