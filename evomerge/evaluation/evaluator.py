@@ -47,6 +47,7 @@ class Evaluator:
         backend: One of `backends.registry`.
         threads: How many threads of a CPU the batches of generated text are cut for: what rounds them must not depend
             on how many there are in this process. None for all that torch has.
+        vllm: Arguments of vLLM's engine, for that backend.
 
     Raises:
         TaskError: The tokenizer lacks what the tasks need, or a task's requests cannot be built.
@@ -67,6 +68,7 @@ class Evaluator:
         think_end_token: str | int | None = None,
         backend: BackendName = "native",
         threads: int | None = None,
+        vllm: Mapping[str, Any] | None = None,
     ) -> None:
         from lm_eval.models.utils import resolve_max_length
 
@@ -82,7 +84,7 @@ class Evaluator:
         vocabulary = int((getattr(config, "text_config", None) or config).vocab_size)
         if isinstance(think_end_token, str) and think_end_token.isdigit():  # as HFLM takes it
             think_end_token = int(think_end_token)
-        options = BackendOptions(self.encoder, vocabulary, batch_tokens, threads, think_end_token)
+        options = BackendOptions(self.encoder, vocabulary, batch_tokens, threads, think_end_token, vllm or {})
         self.backend = make_backend(backend, options)
 
     @cached_property

@@ -127,6 +127,7 @@ class ModelRunner:
             think_end_token=evaluation.think_end_token,
             backend=evaluation.backend,
             threads=problem.threads,
+            vllm=evaluation.vllm,
         )
         self._references = problem.models
         compared = {name for task in self._scorers for name in task.scorer.references}
@@ -299,7 +300,7 @@ class ModelRunner:
             "settings": self._evaluation.model_dump(include={"device", "dtype", "backend", "think_end_token"}),
             "max_length": self.evaluator.max_length,
             "tokenizer": tokenizer_digest(self._tokenizer),
-            "versions": versions(self._threads),
+            "versions": versions(self._threads, self._evaluation),
         }
 
     @property

@@ -38,7 +38,7 @@ from evomerge.problem.shuffled_sources import shuffled
 from evomerge.space.build import build_space
 from evomerge.space.genes import REST
 from evomerge.space.space import SearchSpace
-from evomerge.spec.schema import Judge, Measure, SearchSpec, Splits
+from evomerge.spec.schema import Evaluation, Judge, Measure, SearchSpec, Splits
 from evomerge.system.files import cache_folder, read_text
 from evomerge.system.hashing import digest
 
@@ -190,13 +190,19 @@ def content_digests(checkpoints: Mapping[str, Checkpoint], tasks: Mapping[str, T
     }
 
 
-def versions(threads: int) -> dict[str, Any]:
+def versions(threads: int, evaluation: Evaluation) -> dict[str, Any]:
     """Returns the versions and the number of threads that numbers depend on up to rounding; they may change."""
+    own = {}
+    if evaluation.backend == "vllm":
+        from evomerge.evaluation.backends.vllm import vllm_versions
+
+        own = vllm_versions(evaluation.device)
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": threads,
         **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        **own,
     }
 
 
@@ -207,7 +213,7 @@ def environment(problem: Problem) -> dict[str, Any]:
         content["models"] |= {activations: open_checkpoint(activations).fingerprint}
     return {
         "content": content,
-        "versions": versions(problem.threads),
+        "versions": versions(problem.threads, problem.spec.evaluation),
     }
 
 

@@ -98,7 +98,7 @@ def evaluate(
         chat_template: A file with the chat template, in place of the model's own.
         chat_template_args: What the template is rendered with, as `gen_kwargs`.
         think_end_token: What ends the model's thinking; only what follows counts.
-        backend: "native", "hf" for lm-eval's own HFLM, or "vllm" (on a GPU, with the extra of that name).
+        backend: "native", "hf" for lm-eval's own HFLM, or "vllm" (with the extra of that name).
         bootstrap_iters: Samples for the errors of metrics of the corpus, as lm-eval has them; 0 for none.
         output_path: Where lm-eval's own files of results go.
         log_samples: Write every sample there as well.

@@ -183,9 +183,7 @@ def _problems(spec: SearchSpec) -> list[str]:
         problems.append(f"evaluation.chat_template: no model {template.from_!r}{suggest(template.from_, models)}")
     elif template is not None and not spec.evaluation.apply_chat_template:
         problems.append("evaluation.chat_template: only with `apply_chat_template: true`")
-    device = spec.evaluation.device
-    if spec.evaluation.backend == "vllm" and not device.startswith("cuda"):
-        problems.append(f"evaluation.device: backend vllm shares the candidates' GPU; cuda is needed, got {device!r}")
+    problems += _vllm_problems(spec)
     methods = [METHODS[m] for m in spec.space.methods if m in METHODS]
     if spec.models.base is None and any(method.needs_base for method in methods):
         needing = [method.name for method in methods if method.needs_base]
@@ -204,6 +202,31 @@ def _round_problems(spec: SearchSpec) -> list[str]:
         problems.append("search.rounds: not with models.tokenizer: winners would have another vocabulary than sources")
     names = [name for name in spec.models.sources if re.fullmatch(r"candidate-\d+", name)]
     problems += [f"models.sources: '{name}' is what search.rounds calls a winner" for name in names]
+    return problems
+
+
+_ENGINE_KEYS = {
+    "model": "the candidate",
+    "pretrained": "the candidate",
+    "tokenizer": "the reference model's",
+    "dtype": "evaluation.dtype",
+    "load_format": "of no use to a model that is in memory",
+    "max_length": "evaluation.max_length, or max_model_len here",
+    "think_end_token": "evaluation.think_end_token",
+    "tensor_parallel_size": "1: candidates are handed over within one process",
+    "pipeline_parallel_size": "1: candidates are handed over within one process",
+    "data_parallel_size": "1: run.workers score several candidates at a time",
+}
+"""Arguments of vLLM that are not the user's to give, and what they are."""
+
+
+def _vllm_problems(spec: SearchSpec) -> list[str]:
+    evaluation = spec.evaluation
+    if evaluation.backend != "vllm":
+        return ["evaluation.vllm: only with `backend: vllm`"] if evaluation.vllm else []
+    problems = [f"evaluation.vllm.{key}: is {_ENGINE_KEYS[key]}" for key in evaluation.vllm if key in _ENGINE_KEYS]
+    if evaluation.device.split(":")[0] not in ("cpu", "cuda"):
+        problems.append(f"evaluation.device: backend vllm runs on cpu or cuda, got {evaluation.device!r}")
     return problems
 
 

@@ -440,7 +440,10 @@ class Evaluation(Section):
     # the names of evaluation.backends.registry
     backend: Literal["native", "hf", "vllm"] = Field(
         "native",
-        description="Who computes: native shares prefixes and stops early, hf is lm-eval's HFLM, vllm needs a GPU.",
+        description="Who computes: native shares prefixes and stops early, hf is lm-eval's HFLM, vllm is vLLM.",
+    )
+    vllm: dict[str, Any] = Field(
+        {}, description="Arguments of vLLM's engine, such as {quantization: fp8, max_model_len: 2048}."
     )
 
     @property

@@ -220,10 +220,18 @@ def test_numbers_that_are_not_finite(
     assert "not finite, so it has no score" in ended.err
 
 
-def test_vllm_without_a_gpu_or_the_extra(search: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    ended = invoke(capsys, "check", search("mc", evaluation__backend="vllm"))
+def test_what_vllm_cannot_be_given(search: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"dtype": "half", "tensor_parallel_size": 2, "quantization": "fp8"}
+    given = search("mc", evaluation__backend="vllm", evaluation__device="mps", evaluation__vllm=arguments)
+    ended = invoke(capsys, "check", given)
     assert ended.code == 2
-    assert "evaluation.device: backend vllm shares the candidates' GPU; cuda is needed, got 'cpu'" in ended.err
+    assert "evaluation.device: backend vllm runs on cpu or cuda, got 'mps'" in ended.err
+    assert "evaluation.vllm.dtype: is evaluation.dtype" in ended.err
+    assert "evaluation.vllm.tensor_parallel_size: is 1: candidates are handed over within one process" in ended.err
+    assert "quantization" not in ended.err
+    ended = invoke(capsys, "check", search("mc", evaluation__vllm={"quantization": "fp8"}))
+    assert ended.code == 2
+    assert "evaluation.vllm: only with `backend: vllm`" in ended.err
 
 
 def test_a_group_is_scored_as_a_whole(

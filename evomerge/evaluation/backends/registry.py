@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from evomerge.system.arrays import FloatArray, IntArray
 
 BackendName = Literal["native", "hf", "vllm"]
-"""`native` is our own; `hf` is lm-eval's HFLM; `vllm` is lm-eval's VLLM on a live engine (an extra, on GPUs)."""
+"""`native` is our own; `hf` is lm-eval's HFLM; `vllm` is lm-eval's VLLM on a live engine (an extra)."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class BackendOptions:
         batch_tokens: Tokens in a batch, padding counted; None for what suits the device.
         threads: How many threads of a CPU the batches of generated text are cut for; None for all that torch has.
         think_end_token: What ends the thinking of a model, as text or as a token's number; only what follows counts.
+        vllm: Arguments of vLLM's engine, such as ``{"quantization": "fp8"}``; of no other backend.
     """
 
     encoder: Encoder
@@ -120,6 +121,7 @@ class BackendOptions:
     batch_tokens: int | None = None
     threads: int | None = None
     think_end_token: str | int | None = None
+    vllm: Mapping[str, Any] = field(default_factory=dict)
 
 
 _BACKENDS: dict[str, str] = {

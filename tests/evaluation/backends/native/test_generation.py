@@ -115,7 +115,8 @@ def test_what_comes_before_the_end_of_thinking_does_not_count(
     requests = evaluator.requests("sums")
     options = BackendOptions(evaluator.encoder, len(tokenizer), think_end_token=end)
     answers = VLLMBackend(options, connect_double).respond(model, requests, range(4))
-    assert [answer[0][0] for answer in answers] == expected
+    given = [answer[0][0].replace("<|im_end|>", "") for answer in answers]  # lm-eval leaves it in what vLLM writes
+    assert given == expected
 
 
 def test_settings_that_cannot_be_are_told_with_the_task(chain: tuple[Any, Any], folder: Path) -> None:
