@@ -405,13 +405,19 @@ def check(
     allow_crimes: Crimes = False,
     truncate_vocabulary: Truncate = False,
     sources: Annotated[bool, typer.Option("--sources", help="Also survey a search's sources, in a minute.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only plan memory, from the models' headers.")] = False,
+    device_memory: Annotated[float | None, typer.Option(help="GB that the device has, for a plan.")] = None,
+    host_memory: Annotated[float | None, typer.Option(help="GB that the machine has, for a plan.")] = None,
 ) -> None:
     """Find everything that can be wrong with a search or a recipe, in seconds; estimate what it needs."""
-    from evomerge.run.check import check_file
+    from evomerge.run.check import PlanOnly, check_file
     from evomerge.spec.load import find_search
 
     path = find_search(file)
-    typer.echo(check_file(path, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary, sources=sources))
+    device, host = (None if size is None else int(size * 1e9) for size in (device_memory, host_memory))
+    only = PlanOnly(host, device) if plan or device is not None or host is not None else None
+    options = {"allow_crimes": allow_crimes, "truncate_vocabulary": truncate_vocabulary, "sources": sources}
+    typer.echo(check_file(path, **options, plan=only))
 
 
 @app.command()

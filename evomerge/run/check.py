@@ -6,6 +6,7 @@ import math
 import resource
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,25 @@ if TYPE_CHECKING:  # it loads lm-eval, which a recipe does not need
 _SEARCH_KEYS = {"name", "space", "evaluation", "search", "run"}  # of these a recipe may have a name
 
 
+@dataclass(frozen=True)
+class PlanOnly:
+    """Asks for a search's plan alone: where its models live and what that takes, from their headers.
+
+    Attributes:
+        host, device: Bytes of memory that the machine has; None for those of this one.
+    """
+
+    host: int | None = None
+    device: int | None = None
+
+
 def check_file(
-    path: Path, *, allow_crimes: bool = False, truncate_vocabulary: bool = False, sources: bool = False
+    path: Path,
+    *,
+    allow_crimes: bool = False,
+    truncate_vocabulary: bool = False,
+    sources: bool = False,
+    plan: PlanOnly | None = None,
 ) -> str:
     """Checks a search.yaml or a recipe; the options are those of `evomerge.run.merge.merge_to_folder`.
 
@@ -43,6 +61,7 @@ def check_file(
         allow_crimes: As there.
         truncate_vocabulary: As there.
         sources: Also survey a search's sources (`problem/source_survey.py`): a minute for models of 135M.
+        plan: Only plan a search's memory.
 
     Returns:
         What was found and what it will need, as text.
@@ -54,8 +73,11 @@ def check_file(
     if documents and not any(_is_search(document) for document in documents):
         if sources:
             raise BadInput(f"{path}: a recipe; --sources surveys those of a search, on the items of its tasks")
+        if plan is not None:
+            raise BadInput(f"{path}: a recipe; --plan is of the models that a search keeps in memory")
         return check_recipe(path, allow_crimes=allow_crimes, truncate_vocabulary=truncate_vocabulary)
-    return check_search(load_search(path), sources=sources)
+    spec = load_search(path)
+    return "\n".join(plan_search(spec, plan)) if plan is not None else check_search(spec, sources=sources)
 
 
 def _is_search(document: Any) -> bool:
@@ -98,6 +120,7 @@ def check_search(spec: SearchSpec, *, sources: bool = False) -> str:
     from evomerge.problem.problem import open_problem
     from evomerge.run.warm_start import warm_starts
 
+    planned = plan_search(spec, PlanOnly())  # before anything is read that takes long
     problem = open_problem(spec)
     runner = ModelRunner(problem)
     space = problem.space
@@ -117,10 +140,31 @@ def check_search(spec: SearchSpec, *, sources: bool = False) -> str:
             f"{spec.search.candidates} candidates of {spec.search.algorithm}",
             *([f"warm start: {seeds} of generation 0 from {', '.join(spec.search.warm_starts)}"] if seeds else []),
             table(["task", "type", *splits], rows),
+            *planned,
             *_needs(problem, runner, plan, open_dtype=spec.evaluation.dtype == "auto"),
             *(_survey_lines(problem, runner) if sources else []),
         ]
     )
+
+
+def plan_search(spec: SearchSpec, plan: PlanOnly) -> list[str]:
+    """Plans what lives where, from the headers of the models.
+
+    Raises:
+        SpecError: The search does not fit, with the numbers.
+    """
+    import torch
+
+    from evomerge.problem.needs import search_needs, this_machine
+    from evomerge.problem.problem import reference_of
+
+    models = [*spec.models.sources.values(), *([] if spec.models.base is None else [spec.models.base])]
+    checkpoints = open_checkpoints(models)
+    threads = torch.get_num_threads()
+    machine = this_machine(spec.evaluation.device, threads, host=plan.host, device=plan.device)
+    needs = search_needs(spec, checkpoints, checkpoints[reference_of(spec)], machine)
+    needs.check()
+    return needs.lines()
 
 
 def _needs(problem: Problem, runner: ModelRunner, plan: Plan, *, open_dtype: bool) -> list[str]:

@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
+STATUS = Path("/proc/self/status")
 
 
 def available(meminfo: Path = MEMINFO) -> int | None:
@@ -16,6 +17,16 @@ def available(meminfo: Path = MEMINFO) -> int | None:
         return None
     fields = (line.split() for line in lines if line.startswith("MemAvailable:"))
     return next((int(parts[1]) * 1024 for parts in fields), None)
+
+
+def own_memory(status: Path = STATUS) -> int:
+    """Returns the bytes that this process has written, without files that it maps; 0 where the kernel does not say."""
+    try:
+        lines = status.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    fields = (line.split() for line in lines if line.startswith("RssAnon:"))
+    return next((int(parts[1]) * 1024 for parts in fields), 0)
 
 
 def collect_rarely() -> None:

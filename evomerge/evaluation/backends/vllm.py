@@ -230,15 +230,15 @@ def installed_vllm() -> str:
     return ""
 
 
-def pack_shared(model: torch.nn.Module) -> None:
+def pack_shared(model: Any) -> None:
     """Has vLLM pack again, on a processor, the matrices that it keeps beside the packed ones.
 
     A head that is tied to the embedding gets no weights of its own in a reload, so vLLM 0.32 leaves what it had packed
     of them before.
     """
     for module in model.modules():
-        if hasattr(module, "cpu_linear") and module.weight.numel() > 0:  # type: ignore[operator, union-attr]
-            module.quant_method.process_weights_after_loading(module)  # type: ignore[operator]
+        if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _version(name: str) -> str:
