@@ -277,6 +277,12 @@ class CandidateEvaluator:
         """Keeps scores that a recipe had before the search began: on these items it is scored without being charged."""
         self._store.save(self._runner.plan(recipe).digest, KNOWN, scores)
 
+    def known_outcome(self, proposal: Proposal) -> Outcome | None:
+        """Returns a proposal's outcome where all its scores were there before the search began; else None."""
+        earlier: Scores = self._store.load(self._runner.plan(proposal.recipe).digest, KNOWN) or {}
+        is_whole = take_items(earlier, item_ids(self._problem.tasks, self.objective.selection)) is not None
+        return self(proposal) if is_whole else None
+
     def likelihood_model(self, candidate: Candidate) -> LikelihoodModel | None:
         """Returns a model of the fitness around a candidate: how every log-likelihood moves with its genes.
 
@@ -396,14 +402,17 @@ class CandidateEvaluator:
         analysed_after = blocks_at_analyses(len(parts))
         for count, number in enumerate(self._block_order if race is not None else range(len(parts)), start=1):
             ids = item_ids(self._problem.tasks, parts[number])
-            scores, free = take_items(stored, ids), take_items(earlier, ids)
+            scores = take_items(stored, ids)
+            free = {task: part for task in ids if (part := take_items(earlier, {task: ids[task]}))}
+            charged = {task: chosen for task, chosen in parts[number].items() if task not in free}
             if scores is None:
-                scores, stages = (free, {}) if free is not None else self._runner.scores(plan, parts[number])
+                measured, stages = self._runner.scores(plan, charged) if charged else ({}, {})
+                scores = {task: free[task][task] if task in free else measured[task] for task in ids}
                 stored = join_items(stored, scores, self._positions)
                 for stage, seconds in stages.items():
                     evaluation.seconds[stage] = evaluation.seconds.get(stage, 0.0) + seconds
             evaluation.scores = join_items(evaluation.scores, scores, self._positions)
-            evaluation.items += selection_size(parts[number]) if free is None else 0
+            evaluation.items += selection_size(charged)
             if race is not None and count in analysed_after[:-1]:
                 analysis = race.analyse(analysed_after.index(count), evaluation.scores)
                 evaluation.analyses += [] if analysis is None else [analysis]

@@ -34,7 +34,7 @@ from evomerge.run.finalists import ScoredModel, best_of, choose_winner, winner_o
 from evomerge.run.folder import ROUNDS, STARTS, RunFolder, require_same_content
 from evomerge.run.preflight import algorithm_problems, check_models
 from evomerge.run.rounds.sources import choose_winners, first_candidates, write_winners
-from evomerge.run.warm_start import read_seeds, warm_starts
+from evomerge.run.warm_start import keep_known_scores, read_seeds, warm_starts
 from evomerge.space.baselines import PARENT
 from evomerge.spec.schema import Run, Search, SearchSpec
 from evomerge.study.budget import StopConditions, spent_items
@@ -257,8 +257,10 @@ class _Session:
         for text in folder.check_environment(environment(problem)):
             tracker.report(text)
         runner = parts.make_runner(problem)
-        if spec.search.warm_starts and folder.starts() is None:  # going on needs nothing but the run's own folder
-            folder.write_starts(warm_starts(spec, problem.space, problem.reference_model, runner.plan))
+        begins = spec.search.warm_starts and folder.starts() is None  # going on needs nothing but the run's own folder
+        if begins:
+            warm_starts(spec, problem.space, problem.reference_model, runner.plan)  # what is wrong shows at once
+            keep_known_scores(problem, runner, folder.scores)
         recorded = folder.candidates(torn=True)
         if recorded:  # another run's, too: then it is refused before anything is spent
             folder.record(problem.space, report=tracker.report)
@@ -278,6 +280,9 @@ class _Session:
         objective = prepare_objective(problem, runner, folder.scores, tracker)
         record = folder.record(problem.space, report=tracker.report)
         evaluator = CandidateEvaluator(problem, runner, folder.scores, objective)
+        if begins:
+            starts = warm_starts(spec, problem.space, problem.reference_model, runner.plan, evaluator.known_outcome)
+            folder.write_starts(starts)
         return cls(folder, tracker, parts, problem, runner, evaluator, record, folder.scores)
 
     def run(self) -> RunResult:

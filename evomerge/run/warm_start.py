@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.checkpoint import Checkpoint
-from evomerge.errors import BadInput, SpecError
+from evomerge.errors import BadInput, RecipeError, SpecError
+from evomerge.evaluation.score_store import RunScores
+from evomerge.evaluation.scores import ItemScores, concatenate
+from evomerge.evaluation.splits import SEARCH, SELECT, TEST
 from evomerge.methods.registry import get_method
+from evomerge.problem.candidate_evaluator import KNOWN
+from evomerge.problem.model_runner import Runner
+from evomerge.problem.problem import Problem
 from evomerge.recipe import Recipe, load_recipe, parse_recipe
 from evomerge.run.folder import RunFolder
 from evomerge.space.baselines import Start, baselines, raced_last
@@ -18,10 +24,14 @@ from evomerge.space.genes import REST, layer_groups
 from evomerge.space.space import SearchSpace
 from evomerge.space.transfer import SpaceLayout, TensorLayer, nearest_genome, transfer_genome
 from evomerge.spec.schema import SearchSpec
-from evomerge.study.candidate import Candidate
-from evomerge.study.ranking import ranked
+from evomerge.study.candidate import Candidate, Outcome
+from evomerge.study.ranking import best_first, ranked
+from evomerge.study.rounds import winners_in
 
 PlanRecipe = Callable[[Mapping[str, Any]], object]
+
+KnownOutcome = Callable[[Candidate], Outcome | None]
+"""What a candidate of another run comes to here, if that is known without scoring it."""
 
 WHERE = "search.warm_start"
 
@@ -103,7 +113,56 @@ def common_sources(there: SearchSpec, here: SearchSpec) -> dict[str, str]:
     return names | {name: name for name in alike if name not in names and name not in taken}
 
 
-def warm_starts(spec: SearchSpec, space: SearchSpace, reference: Checkpoint, plan: PlanRecipe) -> tuple[Start, ...]:
+def keep_known_scores(problem: Problem, runner: Runner, store: RunScores) -> None:
+    """Takes over what other runs have measured of their candidates on items that are scored here too.
+
+    Of the tasks that are the same, items and settings; nothing where models are scored in another way.
+    """
+    for seed in read_seeds(problem.spec):
+        if seed.spec is None or _scoring(seed.spec) != _scoring(problem.spec):
+            continue
+        other, names = RunFolder.existing(seed.path), common_sources(seed.spec, problem.spec)
+        items = other.environment().get("content", {}).get("items", {})
+        tasks = [name for name, task in problem.tasks.items() if items.get(name) == task.digest]
+        for candidate in seed.candidates:
+            recipe = _translated(candidate.recipe, seed.spec, problem.spec, names)
+            if recipe is None:
+                continue
+            try:
+                digest = runner.plan(recipe).digest
+            except RecipeError:
+                continue
+            parts = [other.scores.load(digest, split) or {} for split in (SEARCH, SELECT, TEST)]
+            scores = {task: _together([part[task] for part in parts if task in part]) for task in tasks}
+            if any(scores.values()):
+                store.save(digest, KNOWN, {task: own for task, own in scores.items() if own is not None})
+
+
+def _scoring(spec: SearchSpec) -> tuple[Any, ...]:
+    """What the scores of a model depend on beside its weights and the items."""
+    return spec.models.base, spec.models.tokenizer, spec.evaluation.model_dump(include=_SCORING)
+
+
+_SCORING = {
+    *("device", "dtype", "backend", "max_length", "apply_chat_template", "fewshot_as_multiturn"),
+    *("system_instruction", "chat_template", "chat_template_args", "think_end_token"),
+}
+
+
+def _together(parts: Sequence[ItemScores]) -> ItemScores | None:
+    """The scores of a task on disjoint sets of items; of metrics of the whole corpus only those of one set."""
+    if any(part.corpus for part in parts):
+        return parts[0]
+    return concatenate(parts) if parts else None
+
+
+def warm_starts(
+    spec: SearchSpec,
+    space: SearchSpace,
+    reference: Checkpoint,
+    plan: PlanRecipe,
+    outcome: KnownOutcome | None = None,
+) -> tuple[Start, ...]:
     """Collects generation 0: the baselines, then each seed in the order of the specification, every recipe once.
 
     Those that race come last. Of a run, the best that are not there yet, `MAX_OF_A_RUN`.
@@ -113,11 +172,12 @@ def warm_starts(spec: SearchSpec, space: SearchSpace, reference: Checkpoint, pla
         space: Its search space.
         reference: The model whose layout counts.
         plan: Resolves a recipe, and raises where it cannot be carried out.
+        outcome: Gives what is known of candidates here, which then says who is best; None for the order of their run.
 
     Raises:
         SpecError: As `read_seeds`; and for a recipe that cannot be carried out, or a run that does not fit.
     """
-    target = _Target(spec, space, _tensors(reference), plan)
+    target = _Target(spec, space, _tensors(reference), plan, outcome)
     starts = {recipe_hash(start.recipe): start for start in baselines(space)}
     problems: list[str] = []
     for seed in read_seeds(spec):
@@ -141,6 +201,7 @@ class _Target:
     space: SearchSpace
     tensors: Sequence[TensorLayer]
     plan: PlanRecipe
+    outcome: KnownOutcome | None = None
 
 
 def _tensors(model: Checkpoint) -> list[TensorLayer]:
@@ -167,7 +228,7 @@ def _of_run(target: _Target, seed: Seed, known_recipes: Container[str]) -> list[
     shape = _shape(seed.spec, target.space)
     starts: dict[str, Start] = {}
     any_fits = False
-    for candidate in seed.candidates:
+    for candidate in _best_here(target, seed.spec, seed.candidates, names):
         start = _of_candidate(target, seed.spec, shape, names, candidate, f"seed: {seed.path.name} #{candidate.number}")
         any_fits = any_fits or start is not None
         if start is not None and recipe_hash(start.recipe) not in known_recipes:
@@ -179,11 +240,29 @@ def _of_run(target: _Target, seed: Seed, known_recipes: Container[str]) -> list[
     return list(starts.values())
 
 
+def _best_here(
+    target: _Target, origin: SearchSpec, candidates: Sequence[Candidate], names: Mapping[str, str]
+) -> Sequence[Candidate]:
+    """The candidates by what is known of them here, best first, then the others as they come."""
+    if target.outcome is None:
+        return candidates
+    scored: list[Candidate] = []
+    for candidate in candidates:
+        recipe = _translated(candidate.recipe, origin, target.spec, names)
+        outcome = None if recipe is None else target.outcome(replace(candidate, recipe=recipe))
+        if outcome is not None and outcome.fitness is not None:
+            scored.append(Candidate.of(candidate, outcome))
+    numbers = {candidate.number for candidate in scored}
+    return [*best_first(scored), *(candidate for candidate in candidates if candidate.number not in numbers)]
+
+
 def _of_candidate(
     target: _Target, origin: SearchSpec, shape: SpaceLayout, names: Mapping[str, str], candidate: Candidate, name: str
 ) -> Start | None:
     """One candidate here: of generation 0 the exact recipe, which need not be in either space; else its genome's."""
     space = target.space
+    if winners_in(candidate.recipe):  # sources of a round, which are not here
+        return None
     if candidate.generation == 0:
         exact = _translated(candidate.recipe, origin, target.spec, names)
         if exact is not None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from evomerge.errors import RunError, SpecError
+from evomerge.problem.fake_evaluator import FakeRunner, fake_problem
 from evomerge.problem.model_runner import ModelRunner
 from evomerge.problem.problem import Problem, open_problem
 from evomerge.run.check import check_search
@@ -20,8 +21,10 @@ from evomerge.space.baselines import Start, baselines, raced_last
 from evomerge.space.decode import genome_hash, recipe_hash
 from evomerge.spec.load import load_spec, parse_spec
 from evomerge.spec.schema import SearchSpec
+from evomerge.study.candidate import Candidate
 from evomerge.study.ranking import ranked
-from tests.frame import invoke, search_spec
+from tests.fakes import FAKE, fake_spec
+from tests.frame import changed, invoke, search_spec
 
 SMALL: dict[str, Any] = {"search__finalists": 2, "run__keep": 0, "evaluation__guard": []}
 
@@ -163,3 +166,72 @@ def test_a_missing_one_is_bad_input_and_leaves_nothing(
     assert ended.code == 2
     assert "search.warm_start: no run folder and no recipe runs/gone" in ended.err
     assert not (tmp_path / "run").exists()
+
+
+POOL = fake_spec(search__candidates=30, search__options={"jacobian_steps": False, "trust_region": False})
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished search of two tasks, of which the second weighs twice as much."""
+    folder = tmp_path_factory.mktemp("pool") / "first"
+    start(POOL, folder=folder, parts=FAKE)
+    return folder
+
+
+def other_goal(pool: Path, **changes: Any) -> SearchSpec:
+    """A search of the same models and items, by the first task's weight."""
+    tasks = [{"task": "choice", "metric": "acc", "weight": 9.0}, {"task": "text", "metric": "bits_per_byte"}]
+    spec = POOL.model_dump(by_alias=True) | {"name": "second"}
+    return parse_spec(changed(spec, {"evaluation__tasks": tasks, "search__warm_start": str(pool), **changes}))
+
+
+def generation_0(folder: Path) -> list[Candidate]:
+    return [c for c in RunFolder.existing(folder).candidates() if c.generation == 0]
+
+
+def test_a_pool_is_searched_for_another_goal_from_its_known_scores(pool: Path, tmp_path: Path) -> None:
+    """Generation 0 costs nothing, the sources that the scale rests on included, and has the best by the new goal."""
+    scored: list[str] = []
+    scores, problem = FakeRunner.scores, fake_problem(POOL)
+
+    def noted(self: FakeRunner, plan: Any, selection: Any) -> Any:
+        if selection == problem.splits["search"]:
+            scored.append(plan.digest)
+        return scores(self, plan, selection)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeRunner, "scores", noted)
+        start(other_goal(pool, search__candidates=28), folder=tmp_path / "second", parts=FAKE)
+    first = generation_0(tmp_path / "second")
+    seeds = [c for c in first if c.operator.startswith("seed: ")]
+    assert len(seeds) == MAX_OF_A_RUN
+    runner = FakeRunner(problem)
+    assert {c.items for c in first} == {0}
+    assert not {runner.plan(c.recipe).digest for c in first} & set(scored)
+    old = RunFolder.existing(pool).candidates()
+
+    def value(candidate: Candidate) -> float:
+        own, best = candidate.scores["search"], [c.scores["search"] for c in old[1:4]]
+        prob = own["choice"]["prob"]["value"] / max(row["choice"]["prob"]["value"] for row in best)
+        bits = min(row["text"]["bits_per_byte"]["value"] for row in best) / own["text"]["bits_per_byte"]["value"]
+        return float(9 * prob + bits) / 10
+
+    baseline_hashes = {c.recipe_hash for c in first if c not in seeds}
+    order = sorted((c for c in old if c.recipe_hash not in baseline_hashes), key=lambda c: -value(c))
+    assert [s.recipe_hash for s in seeds] == [c.recipe_hash for c in order[:MAX_OF_A_RUN]]
+    assert [s.fitness for s in seeds] == pytest.approx([value(c) for c in order[:MAX_OF_A_RUN]])
+    assert [s.fitness for s in seeds] != pytest.approx([c.fitness for c in order[:MAX_OF_A_RUN]])
+    resumed = resume(tmp_path / "second", candidates=30, parts=FAKE)
+    new = {c.recipe_hash for c in RunFolder.existing(tmp_path / "second").candidates()} - {c.recipe_hash for c in old}
+    assert resumed.items.evaluated == 40 * len(new)
+
+
+@pytest.mark.parametrize("change", ["dtype", "task"])
+def test_what_was_scored_in_another_way_is_scored_again(pool: Path, tmp_path: Path, change: str) -> None:
+    """Of a task that is another one, its own items alone."""
+    changes: dict[str, Any] = {"evaluation__dtype": "bfloat16"}
+    if change == "task":
+        changes = {"evaluation__tasks": [{"task": "choice", "metric": "acc"}, {"task": "text", "metric": "loss"}]}
+    start(other_goal(pool, search__candidates=6, **changes), folder=tmp_path / "run", parts=FAKE)
+    assert {c.items for c in generation_0(tmp_path / "run")} == {40 if change == "dtype" else 20}
