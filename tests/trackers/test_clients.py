@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from evomerge.errors import SpecError
 from evomerge.run.folder import RunFolder
 from evomerge.run.search import resume, start
 from evomerge.study.interfaces import NullTracker
-from evomerge.trackers.clients import MlflowSink, TensorboardSink
+from evomerge.trackers.clients import MlflowSink, TensorboardSink, TrackioSink, WandbSink
 from evomerge.trackers.metrics import MetricsTracker
 from evomerge.trackers.registry import SINKS, with_trackers
 from tests.fakes import FAKE, fake_spec
@@ -49,6 +50,48 @@ def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     history = client.get_metric_history(runs[0].info.run_id, "fitness")
     logged = sorted((metric.step, metric.value) for metric in history)
     assert logged == [(number, value) for number, value in record.items() if value is not None]
+
+
+def test_trackio_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not part of the suite's installation: it brings libraries that change what Ray, Plotly and transformers do."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    record = run_and_extend(tmp_path / "run", TrackioSink)
+    [run] = storage.get_runs("evomerge")
+    rows = [(row["step"], row["fitness"]) for row in storage.get_logs("evomerge", run) if "fitness" in row]
+    assert rows == [(number, value) for number, value in record.items() if value is not None]
+
+
+def wandb_rows(path: Path) -> list[dict[str, Any]]:
+    """What a session's file of W&B has logged: a log of LevelDB behind seven bytes, of protocol buffers."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, part, rows = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:  # no header fits into what is left of a block
+            position += left
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        part += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or a last part
+            entry, part = wandb_internal_pb2.Record.FromString(part), b""
+            if entry.WhichOneof("record_type") == "history":
+                items = ((item.key or "/".join(item.nested_key), item.value_json) for item in entry.history.item)
+                rows.append({key: json.loads(value) for key, value in items})
+    return rows
+
+
+def test_wandb_has_every_candidate_in_its_last_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not part of the suite's installation, which would take 70 MB more: `pip install "evomerge[wandb]"` first."""
+    pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record = run_and_extend(tmp_path / "run", WandbSink)
+    sessions = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len({path.name for path in sessions}) == 1  # one run of theirs
+    assert [len(wandb_rows(path)) for path in sessions] == [7, 11]
+    rows = [(row["candidate"], row["fitness"]) for row in wandb_rows(sessions[-1]) if "fitness" in row]
+    assert rows == [(number, value) for number, value in record.items() if value is not None]
 
 
 def test_what_a_tracker_has_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
