@@ -67,19 +67,17 @@ def statistics_store(
     device: torch.device | None = None,
     *,
     room: Room = NO_ROOM,
-    remembered: int = 0,
 ) -> StatisticsStore:
     """Returns the statistics by which operations are computed: where and how they are, follows from it.
 
     Args:
         checkpoints: Open checkpoints by reference.
         device: Where the methods' own functions compute, and statistics are found; None for compiled kernels in memory.
-        room: What stored tensors may take of the device.
-        remembered: Bytes for what methods keep for the next candidate.
+        room: What stored tensors may take, and what methods keep for the next candidate.
     """
     if device is None:
-        return StatisticsStore(checkpoints, room=remembered)
-    return DeviceStatistics(checkpoints, device, room, remembered)
+        return StatisticsStore(checkpoints, room=room.remembered)
+    return DeviceStatistics(checkpoints, device, room)
 
 
 def execute(operation: Operation, store: StatisticsStore, out: Tensor, family: Family = ()) -> None:

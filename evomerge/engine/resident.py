@@ -2,7 +2,8 @@
 
 Operations whose digest equals the resident one are skipped. Tensors that are copied unchanged are bound to the
 source's memory map, so that repeated layers share their parameters and cost nothing; before anything is computed the
-parameter is bound to storage of our own. Nothing touches the disk.
+parameter is bound to storage of our own. Nothing touches the disk. On a
+device the merge is computed there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.config_values import transformers_config
 from evomerge.checkpoints.dtypes import torch_dtype
 from evomerge.checkpoints.module_names import model_class
-from evomerge.engine.execute import execute_all, materialise, pieces
-from evomerge.engine.statistics.tensor_statistics import StatisticsStore
+from evomerge.engine.device.memory import room_for
+from evomerge.engine.device.sources import Room
+from evomerge.engine.execute import execute, execute_all, materialise, pieces, statistics_store
 from evomerge.errors import CandidateError, EvoMergeError
-from evomerge.planning.operation import COPY, Family, Operation
+from evomerge.planning.operation import COPY, Family, Operation, inputs_of
 from evomerge.planning.plan import Plan
 
 _SKELETONS = 4
@@ -55,6 +57,10 @@ class Resident:
         dtype: What the model computes in; None for the plan's own dtypes.
         device: Where it lives.
         private: Copy what could be bound, so that nothing of the model is a view of a checkpoint's file.
+        compiled: Use compiled kernels where the model lives in memory; otherwise the methods' own functions compute
+            everything, as they do on a device.
+        device_memory: Bytes of the device that sources may take; None for what is left.
+        activations: Bytes of the device that scoring takes beside the model.
     """
 
     def __init__(
@@ -64,11 +70,18 @@ class Resident:
         device: str = "cpu",
         *,
         private: bool = False,
+        compiled: bool = True,
+        device_memory: int | None = None,
+        activations: int = 0,
     ) -> None:
-        self.store = StatisticsStore(checkpoints, room=_ROOM)
+        self._device = torch.device(device)
+        if self._device.type == "cpu" and compiled:
+            self.store = statistics_store(checkpoints, room=Room(remembered=_ROOM))
+        else:
+            room = room_for(checkpoints.values(), self._device, dtype, device_memory, activations)
+            self.store = statistics_store(checkpoints, self._device, room=room)
         self._checkpoints = checkpoints
         self._dtype = dtype
-        self._device = torch.device(device)
         self._private = private
         self._skeletons: OrderedDict[str, nn.Module] = OrderedDict()
         self._owned: dict[str, Tensor] = {}
@@ -127,15 +140,27 @@ class Resident:
         """Writes the results into storage of our own, each rounded once to its dtype before any further cast."""
         for operation in operations:  # first of all: whatever fails from here on, nothing stale counts as there
             self._digests.pop(operation.output, None)
+        if self.store.device is None:
+            self._compute_in_threads(operations, family)
+        else:
+            turns = self.store.tensors.in_turn(map(inputs_of, operations))
+            for operation, _ in zip(operations, turns, strict=True):
+                storage = self._storage(operation)
+                if storage.dtype == torch_dtype(operation.dtype):
+                    execute(operation, self.store, storage, family)
+                else:
+                    self._cast(operation, storage, family)
+        self._digests |= {operation.output: operation.digest for operation in operations}
+
+    def _compute_in_threads(self, operations: Sequence[Operation], family: Family) -> None:
         work: list[Callable[[], None]] = []
         for operation in operations:
             storage = self._storage(operation)
-            if storage.dtype == torch_dtype(operation.dtype) and storage.device.type == "cpu":
+            if storage.dtype == torch_dtype(operation.dtype):
                 work += pieces(operation, self.store, storage, family)
             else:
                 work.append(partial(self._cast, operation, storage, family))
         execute_all(work, torch.get_num_threads())
-        self._digests |= {operation.output: operation.digest for operation in operations}
 
     def _cast(self, operation: Operation, storage: Tensor, family: Family) -> None:
         storage.copy_(materialise(operation, self.store, torch_dtype(operation.dtype), family))

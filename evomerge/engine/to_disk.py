@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,10 +22,9 @@ from evomerge.engine.execute import execute_all, find_device, parts, statistics_
 from evomerge.errors import BadInput, CheckpointError, OutputError, RecipeError
 from evomerge.planning.operation import Operation, inputs_of
 from evomerge.planning.plan import Plan
+from evomerge.system.memory import parse_size
 
 Progress = Callable[[int, int], None]
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def write_checkpoint(
@@ -62,7 +60,9 @@ def write_checkpoint(
     torch_device = find_device(device)
     refuse_inputs(out, checkpoints)
     specs = [TensorSpec(op.output, op.shape, op.dtype) for op in plan.operations]
-    with CheckpointWriter(out, specs, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite) as writer:
+    with CheckpointWriter(
+        out, specs, max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"), overwrite=overwrite
+    ) as writer:
         _write_weights(plan, checkpoints, writer, progress, torch_device)
         for text in write_companions(plan, checkpoints[plan.reference], writer.folder):
             warn(text)
@@ -140,18 +140,3 @@ def _not_finite(operation: Operation, checkpoints: Mapping[str, Checkpoint]) -> 
         f"{operation.output} has no finite value in {operation.dtype} under {operation.method}: "
         "give a wider out_dtype, or smaller weights"
     )
-
-
-def parse_size(size: str | int) -> int:
-    """ "5GB" -> 5,000,000,000.
-
-    Raises:
-        BadInput: For anything that is not a number of bytes with a unit.
-    """
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise BadInput(f"--max-shard-size: '{size}' is no size such as 500MB or 5GB")
-    unit = _UNITS[match[2].upper()]
-    return int(float(match[1]) * (1024 ** list(_UNITS.values()).index(unit) if match[3] else unit))

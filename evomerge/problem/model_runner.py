@@ -17,6 +17,7 @@ import torch
 from evomerge.checkpoints.checkpoint import Checkpoint
 from evomerge.checkpoints.dtypes import parse_dtype, torch_dtype
 from evomerge.checkpoints.tokenizer import tokenizer_digest
+from evomerge.engine.device.memory import activation_bytes
 from evomerge.engine.execute import find_device
 from evomerge.engine.resident import Resident, generation_of
 from evomerge.engine.setting_derivatives import ParameterKey, ParameterRange, setting_derivatives
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
 """Operations whose derivatives are held whole at a time."""
+_BATCH_TOKENS = 4096
+"""Of a batch, for an estimate of what it takes, where a run leaves them to the scorer."""
 _MEMORY_SHARE = 0.7
 """Of the free memory that they may take."""
 
@@ -106,6 +109,7 @@ class ModelRunner:
         evaluation = problem.spec.evaluation
         find_device(evaluation.device, "evaluation.device")
         self._evaluation = evaluation
+        self._device_memory = problem.spec.run.device_memory
         self._checkpoints = problem.checkpoints
         self._merged_tokenizer = problem.merged_tokenizer
         self._tasks = problem.tasks
@@ -114,6 +118,7 @@ class ModelRunner:
         self._reference = problem.reference_model
         config = problem.reference_model.load_config()
         require_decoder(problem.reference, config, evaluation.backend)
+        self._activations = activation_bytes(self._reference.config, evaluation.batch_tokens or _BATCH_TOKENS)
         self.evaluator = Evaluator(
             problem.tasks,
             problem.tokenizer,
@@ -280,7 +285,11 @@ class ModelRunner:
         """The live model, made on first use."""
         if self._resident is None:
             self._resident = Resident(
-                self._checkpoints, torch_dtype(parse_dtype(self._evaluation.dtype)), self._evaluation.device
+                self._checkpoints,
+                torch_dtype(parse_dtype(self._evaluation.dtype)),
+                self._evaluation.device,
+                device_memory=self._device_memory,
+                activations=self._activations,
             )
         return self._resident
 

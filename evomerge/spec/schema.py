@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from evomerge.errors import BadInput
+from evomerge.system.memory import parse_size
 from evomerge.system.secrets import has_secret, is_secret_name, masked
 
 MOST_OBJECTIVES = 6
@@ -527,6 +529,23 @@ class Search(Section):
         return [self.warm_start] if isinstance(self.warm_start, str) else list(self.warm_start or [])
 
 
+def _bytes(size: Any) -> Any:
+    if not isinstance(size, str):
+        return size
+    try:
+        return parse_size(size, "a size")
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    Field(ge=0, le=2**50),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}),
+]
+
+
 class Run(Section):
     """Where the run lives."""
 
@@ -542,6 +561,11 @@ class Run(Section):
     )
     ray_resources: dict[str, Annotated[float, Field(gt=0, le=1e15)]] | None = Field(
         None, description="What each worker takes, such as {CPU: 2} or {GPU: 1}; default: what it needs."
+    )
+    device_memory: Bytes | None = Field(
+        None,
+        description="Memory of the device that the sources may take, in bytes or such as 20GB, where candidates are "
+        "merged on one; left out: what is free, less the model, its activations and a margin.",
     )
     storage: str | None = Field(
         None, description="A database for the record, such as postgresql://...; left out: a file in the run's folder."

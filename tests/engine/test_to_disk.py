@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.checkpoints.writer import CheckpointWriter
-from evomerge.engine.to_disk import parse_size
 from evomerge.errors import BadInput, OutputError
 from evomerge.recipe import parse_recipe
 from evomerge.run.merge import merge_to_folder
+from evomerge.system.memory import parse_size
 from tests.engine.recipes import recipe_for, single
 from tests.frame import files
 from tests.models import write_tiny_llama
@@ -274,10 +274,10 @@ def test_a_disk_that_is_really_too_small(tiny_family: dict[str, Path], small_dis
     ],
 )
 def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_size(text, "--max-shard-size") == size
 
 
 @pytest.mark.parametrize("text", ["", "0GB", "-1GB", "five", "5 PB", "1e3", "GB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(BadInput, match="is no size such as 500MB or 5GB"):
-        parse_size(text)
+        parse_size(text, "--max-shard-size")

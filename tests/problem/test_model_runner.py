@@ -10,6 +10,7 @@ import pytest
 
 from evomerge.errors import RecipeError
 from evomerge.evaluation.splits import SEARCH
+from evomerge.problem import model_runner
 from evomerge.problem.model_runner import ModelRunner, join_items, take_items
 from evomerge.problem.problem import Problem, open_problem
 from evomerge.recipe.parse import single_model
@@ -45,6 +46,17 @@ def test_sizes_are_those_of_the_merged_model(runner: ModelRunner, tiny_family: d
 def test_a_recipe_that_is_not_possible(runner: ModelRunner) -> None:
     with pytest.raises(RecipeError):
         runner.plan({"merge_method": "linear"})
+
+
+def test_sources_get_the_memory_of_the_device_that_the_run_gives_them(
+    tiny_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(model_runner, "Resident", lambda *_, **options: made.update(options))
+    spec = search_spec(tiny_family) | {"run": {"device_memory": "2GB"}}
+    assert ModelRunner(open_problem(parse_spec(spec)))._live is None
+    assert made["device_memory"] == 2 * 10**9
+    assert made["activations"] > 0
 
 
 def test_scores_after_a_release_and_in_parts_are_the_same(

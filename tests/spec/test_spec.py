@@ -363,3 +363,16 @@ def test_no_number_is_without_a_bound(key: str) -> None:
 def test_task_weights_have_finite_sums(weight: float) -> None:
     problems = _problems(evaluation__tasks=[{"task": "t", "weight": weight}, {"task": "u", "weight": weight}])
     assert any("evaluation.tasks.0.weight" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("text", "size"), [("20GB", 20 * 10**9), ("1.5 GiB", 3 << 29), (0, 0), (7, 7), (None, None)])
+def test_memory_in_words(tiny_family: dict[str, Path], text: str | int | None, size: int | None) -> None:
+    spec = parse_spec(search_spec(tiny_family) | {"run": {"device_memory": text}})
+    assert spec.run.device_memory == size
+    assert parse_spec(spec.model_dump(mode="json")).run.device_memory == size
+
+
+@pytest.mark.parametrize("text", ["much", "-1GB", -1, "2000000GB", 1.5])
+def test_memory_that_is_none(tiny_family: dict[str, Path], text: str | float) -> None:
+    with pytest.raises(SpecError, match=r"run\.device_memory"):
+        parse_spec(search_spec(tiny_family) | {"run": {"device_memory": text}})

@@ -23,6 +23,7 @@ from evomerge.planning.operation import Input
 
 BLOCK = 1 << 24  # elements that are computed with at once: 64 MB in float32
 _MOST_AHEAD = 1 << 30  # bytes of one operation's tensors that are copied whole
+_MOST_REMEMBERED = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,22 @@ class Room:
         kept: Bytes of the device for those that stay there for the run.
         ahead: Bytes of the device for the tensors of one operation; twice that, for the next one's.
         pinned: Bytes of memory that may be pinned.
+        remembered: Bytes, where methods compute, for what they keep for the next candidate: singular vectors, ranks.
     """
 
     kept: int = 0
     ahead: int = 0
     pinned: int = 0
+    remembered: int = 0
 
     @classmethod
-    def within(cls, budget: int, stored: int, pinned: int = 0) -> Room:
-        """Divides a budget: nothing comes and goes where all of `stored` can stay."""
-        if stored <= budget:
-            return cls(budget)
+    def within(cls, budget: int, stored: int, pinned: int) -> Room:
+        """Divides a budget of the device's: nothing comes and goes where all of `stored` bytes can stay."""
+        remembered = min(_MOST_REMEMBERED, budget // 8)
+        if stored <= budget - remembered:
+            return cls(kept=stored, remembered=remembered)
         most = min(_MOST_AHEAD, budget // 4)
-        return cls(budget - 2 * most, most, pinned)
+        return cls(budget - remembered - 2 * most, most, pinned, remembered)
 
 
 NO_ROOM = Room()

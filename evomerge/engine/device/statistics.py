@@ -35,8 +35,7 @@ class DeviceStatistics(StatisticsStore):
     Args:
         checkpoints: Open checkpoints by reference.
         device: Where they are found, and where the methods' own functions compute.
-        room: What stored tensors may take.
-        remembered: Bytes for what methods ask to `remember`.
+        room: What stored tensors, and what methods ask to `remember`, may take.
         block: Elements of a block; None for what suits the device.
     """
 
@@ -45,10 +44,9 @@ class DeviceStatistics(StatisticsStore):
         checkpoints: Mapping[str, Checkpoint],
         device: torch.device,
         room: Room = NO_ROOM,
-        remembered: int = 0,
         block: int | None = None,
     ) -> None:
-        super().__init__(checkpoints, room=remembered)
+        super().__init__(checkpoints, room=room.remembered)
         self.tensors: DeviceSources = DeviceSources(checkpoints, device, room, block)
         self.device = self.tensors.device
 
