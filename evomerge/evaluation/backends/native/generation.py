@@ -1,18 +1,18 @@
 """Generates the same text that lm-eval's HFLM generates, with fewer forward passes.
 
-HFLM decodes a batch until its last row has stopped. Here a row that has stopped leaves the batch, and its keys and
-values leave the cache. Whatever is not plain greedy decoding goes to transformers' own `generate`.
+HFLM decodes a batch until its last row has stopped. Here the next prompt follows where a row has stopped, and what all
+prompts begin with is read once. Whatever is not plain greedy decoding goes to transformers' own `generate`.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.utils import (
@@ -27,8 +27,15 @@ from evomerge.evaluation.backends.native.forward import Forward, forward_pass
 from evomerge.evaluation.tasks.requests import MOST_KEPT, Encoder, Written
 from evomerge.system.quiet import torch_seeded
 
+if TYPE_CHECKING:
+    from evomerge.evaluation.backends.native.decoding import Stem
+
 BATCH_TOKENS = 4096
 """Tokens of prompts in a batch where nobody says how many."""
+CPU_READ_TOKENS = 512
+"""The same for a pass of our own over prompts on a CPU: what it computes stays in a core's cache."""
+KEPT_TOKENS = 2**16
+"""Tokens whose keys and values all threads keep at most, unless a single row has more."""
 MAX_ROWS = 128
 """Rows decoded together at most."""
 MIN_SHARED_TOKENS = 32
@@ -105,11 +112,12 @@ class Generator:
         think_end_token: str | int | None = None,
     ) -> None:
         self.encoder = encoder
-        self.batch_tokens = batch_tokens or BATCH_TOKENS
+        self.batch_tokens = batch_tokens
         self._threads = threads
         self._think_end = think_end_token
         self._prompts: dict[str, Prompt] = {}
         self._paddable: bool | None = None
+        self._in_parts: bool | None = None
 
     def respond(self, model: Any, instances: Sequence[Any], *, own_loop: bool) -> list[list[str]]:
         """Generates for every instance, once per repeat.
@@ -125,15 +133,10 @@ class Generator:
         """
         prompts = [self._prompt(instance) for instance in instances]
         plain = _is_plain(model.generation_config)
-        own_loop = own_loop and plain
-        greedy = [k for k, prompt in enumerate(prompts) if prompt.greedy and own_loop]
-        batches = self._batches(prompts, greedy, self._rows(model, len(greedy)))
-        with forward_pass(model) as forward:
-            jobs = [partial(self._greedy, forward, [prompts[k] for k in batch]) for batch in batches]
-            texts = zip(batches, forward.run_all(jobs), strict=True)
+        greedy = [k for k, prompt in enumerate(prompts) if prompt.greedy and own_loop and plain]
         answers: list[list[str]] = [[] for _ in instances]
-        for batch, written in texts:
-            for k, text in zip(batch, written, strict=True):
+        if greedy:
+            for k, text in zip(greedy, self._decode_all(model, [prompts[k] for k in greedy]), strict=True):
                 answers[k] = [text] * instances[k].repeats
         others = [k for k in range(len(prompts)) if k not in set(greedy)]
         lengths = {len(prompts[k].tokens) for k in others}
@@ -181,12 +184,6 @@ class Generator:
             tolerance = torch.finfo(plain.dtype).eps ** 0.5 * (plain.max() - plain.min())
             self._paddable = bool((plain - padded).abs().max() <= tolerance)
         return self._paddable
-
-    def _rows(self, model: Any, prompts: int) -> int:
-        """Rows of a batch: as many as help, but on a CPU a batch for every thread where each still has enough rows."""
-        if next(model.parameters()).device.type != "cpu":
-            return MAX_ROWS
-        return min(MAX_ROWS, max(MIN_ROWS, -(-prompts // self.threads)))
 
     def _prompt(self, instance: Any) -> Prompt:
         text, given = instance.args[0], instance.args[1]
@@ -239,7 +236,8 @@ class Generator:
         for group in groups.values():
             group.sort(key=lambda k: (-len(prompts[k].tokens), k))
             while group:
-                rows = max(1, min(most, self.batch_tokens // len(prompts[group[0]].tokens)))
+                tokens = self.batch_tokens or BATCH_TOKENS
+                rows = max(1, min(most, tokens // len(prompts[group[0]].tokens)))
                 batches.append(group[:rows])
                 group = group[rows:]
         return batches
@@ -254,51 +252,63 @@ class Generator:
         answer = postprocess_generated_text(text, list(until), end if isinstance(end, str) else None)
         return Written(str(answer), len(tokens))
 
-    def _greedy(self, forward: Forward, prompts: Sequence[Prompt]) -> list[str]:
-        """Greedy decoding of a batch, in which rows that have stopped leave.
+    def _decode_all(self, model: Any, prompts: Sequence[Prompt]) -> list[str]:
+        """Greedy decoding, on a CPU in every thread by itself; which prompts are together depends on no clock."""
+        from evomerge.evaluation.backends.native.decoding import attention_in_parts, read_stem, supports_parts
 
-        What all prompts start with (the same examples) is read once, for one row.
-        """
-        from transformers import DynamicCache
+        groups = _groups(prompts)
+        shared = [_shared_prefix([prompts[k] for k in group]) for group in groups]
+        with forward_pass(model) as forward:
+            if self._in_parts is None:
+                (self._in_parts,) = forward.run_all([partial(supports_parts, forward)])
+            beginnings = [prompts[group[0]].tokens[:size] for group, size in zip(groups, shared, strict=True)]
+            stems = forward.run_all([partial(read_stem, forward, tokens) for tokens in beginnings])
+            threads = self.threads if forward.device.type == "cpu" else 1
+            dealt, jobs = [], []
+            for group, size, stem in zip(groups, shared, stems, strict=True):
+                group.sort(key=lambda k: (-len(prompts[k].tokens), k))
+                hands = min(threads, -(-len(group) // MIN_ROWS))
+                for hand in (group[first::hands] for first in range(hands)):
+                    dealt.append(hand)
+                    jobs.append(partial(self._decode, forward, [prompts[k] for k in hand], size, stem))
+            with attention_in_parts(model, on=bool(self._in_parts)):
+                written = forward.run_all(jobs)
+        texts = [""] * len(prompts)
+        for hand, rows in zip(dealt, written, strict=True):
+            for k, tokens in zip(hand, rows, strict=True):
+                texts[k] = self._finish(tokens, prompts[k].until)
+        return texts
 
-        device, model = forward.device, forward.model
-        shared = _shared_prefix(prompts)
-        ids, mask = (part.to(device) for part in self._pad(prompts, self._pad_token(model), shared))
-        positions = shared + (mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = DynamicCache(config=model.config)
-        given = {_cache_name(model): cache, "use_cache": True}
-        if shared:
-            stem = torch.tensor([prompts[0].tokens[:shared]], device=device)
-            forward.logits(torch.tensor([shared - 1], device=device), input_ids=stem, **given)
-            cache.batch_repeat_interleave(len(prompts))
-            mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
-        inputs, position = ids, mask.sum(dim=1, keepdim=True)
-        until, stop = prompts[0].until, self._stops(model, prompts[0].until)
+    def _decode(self, forward: Forward, prompts: Sequence[Prompt], shared: int, stem: Stem) -> list[list[int]]:
+        """Greedy decoding in one thread: the tokens written after every prompt, of which all begin with the stem."""
+        from evomerge.evaluation.backends.native.decoding import Rows
+
+        capacity = max(len(prompt.tokens) - shared + prompt.limit for prompt in prompts)
+        most = min(len(prompts), MAX_ROWS, max(1, KEPT_TOKENS // self.threads // capacity))
+        rows = Rows(forward, stem, most, in_parts=bool(self._in_parts))
+        stop = self._stops(forward.model, prompts[0].until)
+        read_tokens = self.batch_tokens or (CPU_READ_TOKENS if forward.device.type == "cpu" else BATCH_TOKENS)
         written: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))
-        for _ in range(prompts[0].limit):
-            last = torch.arange(1, len(rows) + 1, device=device) * inputs.shape[1] - 1
-            logits = forward.logits(last, input_ids=inputs, attention_mask=mask, position_ids=positions, **given)
+        waiting, active = list(range(len(prompts))), list[int]()
+        while waiting or active:
+            if waiting and len(active) < most:
+                count = max(1, min(most - len(active), read_tokens // (len(prompts[waiting[0]].tokens) - shared)))
+                asked, waiting = waiting[:count], waiting[count:]
+                active += asked
+                logits = rows.add([prompts[k].tokens[shared:] for k in asked])
+            else:
+                asked = active
+                logits = rows.step([written[k][-1] for k in asked])
             best = logits.max(dim=-1)
             if not bool(torch.isfinite(best.values).all()):
                 raise CandidateError("the model's logits are not finite, so it has no score")
-            tokens = best.indices
-            keep = []
-            for k, token in enumerate(tokens.tolist()):
-                written[rows[k]].append(token)
-                if not stop.after(written[rows[k]]):
-                    keep.append(k)
-            if not keep:
-                break
-            if len(keep) < len(rows):
-                index = torch.tensor(keep, device=device)
-                cache.batch_select_indices(index)
-                tokens, mask, position = tokens[index], mask[index], position[index]
-                rows = [rows[k] for k in keep]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            inputs, positions = tokens[:, None], position
-            position = position + 1
-        return [self._finish(tokens, until) for tokens in written]
+            for k, token in zip(asked, best.indices.tolist(), strict=True):
+                written[k].append(token)
+            stopped = {k for k in asked if len(written[k]) == prompts[k].limit or stop.after(written[k])}
+            if stopped:
+                order = rows.keep([row for row, k in enumerate(active) if k not in stopped])
+                active = [active[row] for row in order]
+        return written
 
     def _pad_token(self, model: Any) -> int:
         """What fills rows up: the pad token, or one that the model has a row for; nothing attends to it."""
@@ -306,15 +316,14 @@ class Generator:
         pad = self.encoder.tokenizer.pad_token_id
         return int(pad) if pad is not None and pad < rows else self.encoder.prefix_token_id
 
-    def _pad(self, prompts: Sequence[Prompt], pad: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded prompts [B, L], from their token `start` on, and their attention mask."""
-        texts = [prompt.tokens[start:] for prompt in prompts]
-        length = max(map(len, texts))
+    def _pad(self, prompts: Sequence[Prompt], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded prompts [B, L] and their attention mask."""
+        length = max(len(prompt.tokens) for prompt in prompts)
         ids = torch.full((len(prompts), length), pad, dtype=torch.long)
         mask = torch.zeros((len(prompts), length), dtype=torch.long)
-        for row, text in enumerate(texts):
-            ids[row, length - len(text) :] = torch.tensor(text)
-            mask[row, length - len(text) :] = 1
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
+            mask[row, length - len(prompt.tokens) :] = 1
         return ids, mask
 
     def _stops(self, model: Any, until: Sequence[str]) -> _StopCondition:
@@ -349,9 +358,19 @@ class Generator:
         return [self._finish(stop.cut(row), first.until) for row in output[:, ids.shape[1] :].tolist()]
 
 
-def _cache_name(model: Any) -> str:
-    """What the model calls its cache: transformers renames it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Prompts that are decoded together: with the same stop strings; those that begin alike apart from a few others."""
+    groups: list[list[int]] = []
+    for until in dict.fromkeys(prompt.until for prompt in prompts):
+        group = [k for k, prompt in enumerate(prompts) if prompt.until == until]
+        beginnings = Counter(prompts[k].tokens[:MIN_SHARED_TOKENS] for k in group)
+        commonest, count = beginnings.most_common(1)[0]
+        alike = [k for k in group if prompts[k].tokens[:MIN_SHARED_TOKENS] == commonest]
+        if MIN_ROWS <= count < len(group):
+            groups += [alike, [k for k in group if k not in set(alike)]]
+        else:
+            groups.append(group)
+    return groups
 
 
 def _shared_prefix(prompts: Sequence[Prompt]) -> int:
