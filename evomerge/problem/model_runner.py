@@ -38,6 +38,7 @@ from evomerge.planning.plan import Plan, make_plan
 from evomerge.problem.problem import Problem, versions
 from evomerge.recipe import parse_recipe
 from evomerge.recipe.parse import single_model
+from evomerge.spec.schema import SearchSpec
 from evomerge.system.arrays import FloatArray, IntArray
 from evomerge.system.files import cache_folder
 from evomerge.system.inputs import ChangedInput, Inputs
@@ -109,7 +110,7 @@ class ModelRunner:
         evaluation = problem.spec.evaluation
         find_device(evaluation.device, "evaluation.device")
         self._evaluation = evaluation
-        self._device_memory = problem.spec.run.device_memory
+        self._device_memory = memory_for_sources(problem.spec)
         self._checkpoints = problem.checkpoints
         self._merged_tokenizer = problem.merged_tokenizer
         self._tasks = problem.tasks
@@ -339,6 +340,15 @@ class ModelRunner:
                 },
             }
         return self._contents[batches]
+
+
+def memory_for_sources(spec: SearchSpec) -> int | None:
+    """Returns the bytes of the device that sources may take; None for what is free there when the live model is made.
+
+    vLLM takes its share of a device when it starts, which is later: beside it nothing is kept that was not asked for.
+    """
+    given = spec.run.device_memory
+    return 0 if given is None and spec.evaluation.backend == "vllm" else given
 
 
 def _files(opened: Checkpoint | Task) -> tuple[Path, ...]:

@@ -15,6 +15,7 @@ from evomerge.problem.model_runner import ModelRunner, join_items, take_items
 from evomerge.problem.problem import Problem, open_problem
 from evomerge.recipe.parse import single_model
 from evomerge.spec.load import parse_spec
+from evomerge.spec.schema import SearchSpec
 from tests.frame import search_spec
 
 
@@ -57,6 +58,17 @@ def test_sources_get_the_memory_of_the_device_that_the_run_gives_them(
     assert ModelRunner(open_problem(parse_spec(spec)))._live is None
     assert made["device_memory"] == 2 * 10**9
     assert made["activations"] > 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "given", "expected"), [("native", None, None), ("vllm", None, 0), ("vllm", 7, 7), ("hf", 0, 0)]
+)
+def test_beside_vllm_only_what_was_asked_for_is_kept(
+    tiny_family: dict[str, Path], backend: str, given: int | None, expected: int | None
+) -> None:
+    spec = search_spec(tiny_family) | {"run": {"device_memory": given}}
+    spec["evaluation"] = {**spec["evaluation"], "backend": backend, "device": "cuda"}
+    assert model_runner.memory_for_sources(SearchSpec.model_validate(spec)) == expected
 
 
 def test_scores_after_a_release_and_in_parts_are_the_same(
