@@ -119,7 +119,7 @@ class Needs:
 
 
 _LOWER_BOUND = (
-    "memory and time are at least that: a search of 1.1B models took 2.3 times the memory, and 3 times the time"
+    "memory and time are at least that: merging and scoring 1.1B took 2.3 times the memory and 3 times the time or more"
 )
 """What was measured on a processor."""
 
