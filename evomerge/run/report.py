@@ -123,5 +123,5 @@ def _samples(folder: RunFolder, winner: int) -> tuple[Sample, ...]:
     try:
         content = json.loads(read_text(path, RunError))
         return tuple(Sample(**sample) for sample in content["samples"])
-    except (RunError, ValueError, TypeError, KeyError):
+    except (RunError, ValueError, TypeError, KeyError, RecursionError):
         return ()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.checkpoints.reference import is_hub_id
 from evomerge.errors import BadInput, EvoMergeError, RunError, ServiceError
 from evomerge.recipe import load_recipe
@@ -105,9 +106,20 @@ def _checkpoint(folder: RunFolder, candidate: Candidate, report: Callable[[str],
         report(f"writing candidate {candidate.number} to {path}")
         path.parent.mkdir(exist_ok=True)
         report(export_candidate(folder.root, path, candidate=candidate.number))
-    elif load_recipe(path / "recipe.yaml").digest != whole_recipe(folder.candidates(), candidate).digest:
-        raise RunError(f"{path}: its recipe.yaml is not that of candidate {candidate.number}; remove the folder")
+    else:
+        _check_kept(path, folder, candidate)
     return path
+
+
+def _check_kept(path: Path, folder: RunFolder, candidate: Candidate) -> None:
+    """Raises BadInput where a checkpoint is not whole, or another candidate's."""
+    again = "without the folder, it is written again"
+    missing = [name for name in ("README.md", "recipe.yaml") if not (path / name).is_file()]
+    if missing:
+        raise RunError(f"{path}: no {' and no '.join(missing)}; {again}")
+    if load_recipe(path / "recipe.yaml").digest != whole_recipe(folder.candidates(), candidate).digest:
+        raise RunError(f"{path / 'recipe.yaml'}: is not that of candidate {candidate.number}; {again}")
+    open_checkpoint(str(path))
 
 
 def _files(folder: RunFolder, checkpoint: Path, candidate: Candidate) -> Files:
@@ -117,9 +129,10 @@ def _files(folder: RunFolder, checkpoint: Path, candidate: Candidate) -> Files:
     for at, folders, names in os.walk(checkpoint):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         paths = (Path(at) / name for name in sorted(names) if not name.startswith("."))
-        files |= {path.relative_to(checkpoint).as_posix(): path for path in paths if not path.is_symlink()}
+        ordinary = (path for path in paths if path.is_file() and not path.is_symlink())
+        files |= {path.relative_to(checkpoint).as_posix(): path for path in ordinary}
     for name in _OURS:
-        if name in files:
+        if name in files or name == "README.md":
             files[name] = texts.text(read_text(checkpoint / name, RunError)).encode()
     if "tokenizer_config.json" in files:
         files["tokenizer_config.json"] = _without_origin(checkpoint / "tokenizer_config.json")
@@ -134,7 +147,7 @@ def _without_origin(path: Path) -> bytes:
     content = path.read_bytes()
     try:
         settings = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return content
     origin = settings.get("name_or_path") if isinstance(settings, dict) else None
     if not (isinstance(origin, str) and Path(origin).is_absolute()):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,11 +200,55 @@ def test_a_name_that_the_hub_has_not_and_a_token_that_may_only_read(
     assert "the Hub's token may only read" in ended.err
 
 
-def test_a_checkpoint_that_is_another_s(
+def replaced(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "another's": (
+        "recipe.yaml",
+        lambda path: path.write_text("merge_method: passthrough\nmodels: [{model: ./a}]\n"),
+        "recipe.yaml: is not that of candidate",
+    ),
+    "no card": ("README.md", lambda path: path.unlink(), "no README.md; without the folder, it is written again"),
+    "a card that is a pipe": ("README.md", lambda path: replaced(path, os.mkfifo), "no README.md; without the folder"),
+    "no text": ("README.md", lambda path: path.write_bytes(bytes(range(256))), "README.md"),
+    "cut weights": ("model.safetensors", lambda path: os.truncate(path, 5000), "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "text"), DAMAGES.values(), ids=DAMAGES)
+def test_a_checkpoint_that_is_not_whole_does_not_go_up(
+    run: Path,
+    hub: HubServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[Path], object],
+    text: str,
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "tiny"))
+    damage(kept(other) / name)
+    ended = invoke(capsys, "push", other, "org/merged")
+    assert ended.code == 2
+    assert text in ended.err
+    assert hub.repos == {}
+
+
+def test_what_is_no_part_of_a_checkpoint_stays_here(
     run: Path, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Path(shutil.copytree(run, tmp_path / "tiny"))
-    (kept(other) / "recipe.yaml").write_text("merge_method: passthrough\nmodels: [{model: ./a}]\n")
-    ended = invoke(capsys, "push", other, "org/merged")
-    assert ended.code == 2
-    assert "its recipe.yaml is not that of candidate" in ended.err
+    folder = kept(other)
+    (folder / ".env").write_text("KEY=1")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("x")
+    os.mkfifo(folder / "pipe")
+    (folder / "link.json").symlink_to("/etc/hostname")
+    (folder / "tokenizer_config.json").write_text('{"name_or_path": "/home/me/model", "model_max_length": 64}')
+    ended = invoke(capsys, "push", other, "org/merged", "--dry-run")
+    assert ended.code == 0, ended.err
+    assert not [name for name in (".env", ".git", "pipe", "link.json") if f"| {name}" in ended.out]
+    assert invoke(capsys, "push", other, "org/merged").code == 0
+    assert json.loads(hub.repos["org/merged"].files["tokenizer_config.json"]) == {"model_max_length": 64}
