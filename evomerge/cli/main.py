@@ -59,7 +59,7 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a search.yaml or a recipe, for editors."""
     from evomerge.recipe.json_schema import recipe_schema
-    from evomerge.spec.json_schema import search_schema
+    from evomerge.spec.schema import search_schema
 
     schemas = {"search": search_schema, "recipe": recipe_schema}
     if of not in schemas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,8 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from evomerge.errors import BadInput
+from evomerge.methods.registry import METHODS, STAGES
 from evomerge.system.memory import parse_size
 from evomerge.system.secrets import has_secret, is_secret_name, masked
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 MOST_OBJECTIVES = 6
 """With more, hardly a candidate dominates another, and the volume of a front takes seconds."""
@@ -600,3 +604,22 @@ class SearchSpec(Section):
         if self.search.objectives == "mean":
             return ()
         return (*(task.task for task in self.evaluation.tasks), *self.search.also_minimize)
+
+
+def search_schema() -> dict[str, Any]:
+    """Returns the JSON Schema of a search.yaml: every key with its description, type, range and default."""
+    schema = SearchSpec.model_json_schema(by_alias=True)
+    sections = {"SearchSpec": schema, **schema["$defs"]}
+    for section in sections.values():
+        for value in section["properties"].values():
+            value.pop("title", None)
+    named = {"type": "string", "description": "A task by its name or file."}
+    for section in (name for name in ("Task", "Measure") if name in schema["$defs"]):
+        whole = copy.deepcopy(schema["$defs"][section])
+        whole.pop("required", None)  # a scorer has a name of its own
+        schema["$defs"][section] = {"anyOf": [named, whole], "description": whole.get("description", "")}
+    names = sorted({name for method in METHODS.values() for name in (method.name, *method.aliases)})
+    space = schema["$defs"]["Space"]["properties"]
+    space["methods"]["items"] = {"enum": names}
+    space["after"]["items"] = {"enum": sorted(STAGES)}
+    return {"$schema": DIALECT, **schema, "title": "search.yaml"}

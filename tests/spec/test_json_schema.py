@@ -12,8 +12,7 @@ import pytest
 
 from evomerge.errors import RecipeError, SpecError
 from evomerge.recipe.json_schema import recipe_schema
-from evomerge.spec.json_schema import search_schema
-from evomerge.spec.schema import SearchSpec
+from evomerge.spec.schema import SearchSpec, search_schema
 from evomerge.system.yaml import read_documents, read_yaml
 from tests.frame import ROOT, invoke, search_spec
 

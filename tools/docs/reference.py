@@ -19,7 +19,7 @@ from evomerge.algorithms.registry import ALGORITHMS
 from evomerge.cli.main import app
 from evomerge.methods.registry import METHODS, STAGES
 from evomerge.recipe.json_schema import recipe_schema
-from evomerge.spec.json_schema import search_schema
+from evomerge.spec.schema import search_schema
 
 _DEPTH = 6  # of headings and of what is nested
 
