@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated
 
@@ -67,11 +68,12 @@ def schema(
     typer.echo(json.dumps(schemas[of](), indent=2))
 
 
-for command in (run, resume, status, candidates, lineage, report, export, push, extract_lora, merge, dare):
-    app.command()(command)
-app.command("eval")(evaluate)
-for command in (check, init, methods, schema):
-    app.command()(command)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(run, resume, status, candidates, lineage, report, export, push, extract_lora, merge, dare, evaluate),
+    *(check, init, methods, schema),
+)
+for command in _COMMANDS:
+    app.command("eval" if command is evaluate else None)(command)
 
 
 def main() -> None:
