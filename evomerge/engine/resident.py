@@ -94,7 +94,7 @@ class Resident:
             The model, in evaluation mode, and what was done. The model is valid until the next call.
 
         Raises:
-            CandidateError: When the architecture's parameters are not the plan's tensors.
+            CandidateError: When the architecture's parameters are not the plan's tensors, or have other shapes.
         """
         model: Any = self._skeleton(plan)
         slots = _slots(model)
@@ -102,6 +102,7 @@ class Resident:
         self._compute(stale, plan.family)
         state = {op.output: self._value(op, op.output in bound) for op in plan.operations}
         if state.keys() <= slots.keys() <= state.keys() | _tied(model):
+            _require_shapes(slots, state)
             for name, value in state.items():
                 _bind(slots[name], value)
             model.tie_weights()
@@ -289,6 +290,16 @@ def _tied(model: nn.Module) -> set[str]:
     """Names that are another tensor's under a second name, when the config ties them."""
     keys = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {}
     return set(keys)
+
+
+def _require_shapes(slots: Mapping[str, Slot], state: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that the config describes otherwise: they would be taken as they are, and fail in a layer."""
+    for name, value in state.items():
+        described = getattr(slots[name][0], slots[name][1]).shape
+        if described != value.shape:
+            raise CandidateError(
+                f"config.json describes {name} with shape {list(described)}, the weights have {list(value.shape)}"
+            )
 
 
 def _bind(slot: Slot, value: Tensor) -> None:

@@ -52,7 +52,7 @@ class PrintableStream(io.TextIOBase):
 
     def isatty(self) -> bool:
         """Tells whether the stream behind it is a terminal."""
-        return self.unfiltered.isatty()
+        return not self.unfiltered.closed and self.unfiltered.isatty()
 
     def fileno(self) -> int:
         """Gives the file descriptor of the stream behind it."""

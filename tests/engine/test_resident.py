@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from evomerge.checkpoints.checkpoint import open_checkpoint
 from evomerge.engine.resident import Resident
+from evomerge.errors import CandidateError
 from evomerge.methods.contract import Method
 from evomerge.methods.registry import METHODS
 from evomerge.recipe import parse_recipe
@@ -342,3 +344,12 @@ def test_residual_scale_multiplies_what_a_block_writes_last(
         factor = factors[layer] if last and layer is not None else 1.0
         assert torch.equal(value, stored[name] * factor), name
     same_model(model, on_disk(recipe, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+def test_a_config_of_other_shapes_is_told(tmp_path: Path, key: str) -> None:
+    folder = write_tiny_llama(tmp_path / "model", 0)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {key: 2 * settings[key]}))
+    with pytest.raises(CandidateError, match=r"config\.json describes .*(embed_tokens|mlp).* with shape \["):
+        Resident({str(folder): open_checkpoint(str(folder))}).write(plan_of(single(str(folder))))
