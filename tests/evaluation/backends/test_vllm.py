@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from evomerge.errors import BadInput, CandidateError
+from evomerge.evaluation.backends import vllm
 from evomerge.evaluation.backends.registry import BackendOptions
 from evomerge.evaluation.backends.vllm import Engine, VLLMBackend, Weights, connect_vllm, pack_shared
 from evomerge.evaluation.backends.vllm_double import DoubleLLM, connect_double
@@ -150,6 +151,17 @@ def test_the_process_is_as_it_was_before_the_engine(bench: Bench, backend: VLLMB
     torch.set_num_threads(threads + 1)
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)
+
+
+def test_vllm_may_look_at_every_module_beside_compiled_kernels() -> None:
+    import llvmlite.binding as llvm
+
+    before = llvm.ffi.lib.__dict__  # a function, as for any name
+    assert not isinstance(before, dict)
+    with vllm._walkable_modules():
+        assert not hasattr(llvm.ffi.lib, "__dict__")
+        assert llvm.llvm_version_info[0] > 0
+    assert llvm.ffi.lib.__dict__ is before
 
 
 def test_a_model_of_other_layers_gets_an_engine_of_its_own(bench: Bench, backend: VLLMBackend) -> None:
